@@ -1,0 +1,74 @@
+"""The error family.
+
+Every error kvattn raises on purpose derives from `KVAttnError` and from the built-in exception a
+caller would expect, so `except ValueError` keeps working. A message says what was expected, what
+was given, and what to do.
+
+Values that are only known inside `jax.jit` cannot raise: there the offending row is left
+unchanged, its output is defined (zeros), a sticky status bit is set, and
+`kvattn.KVCache.check` raises the error named here.
+"""
+
+
+class KVAttnError(Exception):
+    """Base of every error kvattn raises on purpose."""
+
+
+class ConfigError(KVAttnError, ValueError):
+    """A setting that can never work: head counts, capacities, unknown names, bad combinations."""
+
+
+class ShapeError(KVAttnError, ValueError):
+    """An array whose shape does not fit the others."""
+
+
+class DTypeError(KVAttnError, TypeError):
+    """A value of the wrong type: an integer query, a float length, a bool where an int belongs."""
+
+
+class RangeError(KVAttnError, ValueError):
+    """A length, position, window, scale or id outside its range."""
+
+
+class CapacityError(KVAttnError, RuntimeError):
+    """An append that does not fit into the cache. Nothing of it was written."""
+
+
+class OutOfBlocksError(CapacityError, MemoryError):
+    """A pool that has too few free pages."""
+
+
+class BlockStateError(KVAttnError, RuntimeError):
+    """A page used against its state: freed twice, written while shared."""
+
+
+class UnknownSequenceError(KVAttnError, KeyError):
+    """A sequence id that is not known."""
+
+
+class DuplicateSequenceError(KVAttnError, ValueError):
+    """A sequence id that is taken."""
+
+
+class StaleCacheError(KVAttnError, RuntimeError):
+    """A cache whose buffers were donated to an earlier step, or given twice to one step."""
+
+
+class CacheCorruptionError(KVAttnError, ValueError):
+    """A stored cache or checkpoint that is damaged."""
+
+
+class CacheVersionError(CacheCorruptionError):
+    """A stored cache of another version, model or data type."""
+
+
+class OffloadError(KVAttnError, OSError):
+    """A transfer to or from host memory or disk that failed."""
+
+
+class ShardingError(KVAttnError, ValueError):
+    """A placement that does not divide, or a mesh axis that does not exist."""
+
+
+class UnsupportedError(KVAttnError, NotImplementedError):
+    """Right in itself, but this backend, implementation or combination cannot do it."""
