@@ -1,0 +1,161 @@
+"""The `attention_fn` of the layers: Flax's calling convention over `kvattn.layers.full`, and what to do with foreign ones."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from kvattn._typing import Array
+from kvattn.errors import ConfigError
+from kvattn.layers import full, settings
+from kvattn.positions import RoPE
+
+Attention = Callable[..., Array]
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+    is_causal: bool = False,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    implementation: Any = None,
+) -> Array:
+    """Attention with the call of `flax.nnx.dot_product_attention`, which it can stand in for, and additions.
+
+    Scores and softmax are float32 with or without dropout, and `module` (which receives the weights)
+    changes nothing in the output.
+
+    Args:
+        query: [..., T, N, H] with any number of batch axes.
+        key: [..., S, K, H], K dividing N.
+        value: [..., S, K, Hv].
+        bias: added to the scores, broadcastable to [..., N, T, S].
+        mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S].
+        broadcast_dropout: one dropout mask for all batch rows and heads.
+        dropout_rng: a PRNG key; needed where `dropout_rate` > 0 and not `deterministic`.
+        dropout_rate: the share of weights set to zero.
+        deterministic: no dropout.
+        dtype: the dtype to compute in; that of the inputs if None.
+        precision: precision of the matrix products.
+        module: sows the weights [..., N, T, S] as `nnx.Intermediate` "attention_weights".
+        promote_dtype: brings the inputs to `dtype`.
+        is_causal: query t sees the keys 0 to t.
+        window: query t sees the keys t - window + 1 to t.
+        scale: multiplies the scores; 1/√H if None.
+        softcap: caps the scores.
+        sinks: float[N], a logit per head that joins the softmax sum only.
+        alibi_slopes: float32[N].
+        implementation: as in `kvattn.dot_product_attention`.
+
+    Returns:
+        [..., T, N, Hv].
+
+    Raises:
+        ShapeError: shapes that do not fit each other.
+        RangeError: a dropout rate outside [0, 1).
+        ConfigError: dropout without a key.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from kvattn.layers import dot_product_attention
+        >>> q, k = jnp.ones((2, 5, 8, 16)), jnp.ones((2, 7, 2, 16))
+        >>> dot_product_attention(q, k, k).shape
+        (2, 5, 8, 16)
+    """
+    settings.dropout_rate(dropout_rate)
+    dropping = dropout_rate > 0.0 and not deterministic
+    if dropping and dropout_rng is None:
+        raise ConfigError("dropout_rng is required when dropout_rate > 0 and deterministic=False.")
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    out, weights = full.attend(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng if dropping else None,
+        broadcast_dropout=broadcast_dropout,
+        precision=precision,
+        return_weights=module is not None,
+        implementation=implementation,
+    )
+    if module is not None:
+        module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def resolve(attention_fn: Attention, head_dim: int) -> tuple[RoPE | None, Attention]:
+    """Splits an `attention_fn` into a rotary embedding to apply before the cache, and the attention itself.
+
+    Flax's own function becomes this module's. `functools.partial(nnx.dot_product_attention_with_rope, rope=...)`,
+    which would turn cached keys again at every step, is taken apart: its rotation joins the layer.
+    """
+    if attention_fn is nnx.dot_product_attention:
+        return None, dot_product_attention
+    with_rope = getattr(nnx, "dot_product_attention_with_rope", None)
+    if isinstance(attention_fn, functools.partial) and attention_fn.func is with_rope and not attention_fn.args:
+        keywords = dict(attention_fn.keywords)
+        rope = keywords.pop("rope", None)
+        if rope is not None:
+            plain = functools.partial(dot_product_attention, **keywords) if keywords else dot_product_attention
+            return RoPE(head_dim, theta=rope.theta), plain
+    return None, attention_fn
+
+
+@functools.lru_cache(maxsize=256)
+def accepted_arguments(attention_fn: Attention) -> frozenset[str] | None:
+    """The keyword arguments a function takes; None if it takes any."""
+    parameters = inspect.signature(attention_fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)
+
+
+def check_additions(attention_fn: Attention, head_dim: int, **additions: Any) -> None:
+    """Checks that a foreign `attention_fn` can be given what this layer adds to Flax's.
+
+    Raises:
+        ConfigError: it has no argument for an addition that is set. (A window needs none: it becomes a mask.)
+    """
+    _, attention_fn = resolve(attention_fn, head_dim)
+    known = accepted_arguments(attention_fn)
+    missing = [name for name, value in additions.items() if value is not None and known is not None and name not in known]
+    if missing:
+        raise ConfigError(
+            f"attention_fn has no argument {missing[0]!r}, which this layer needs: leave attention_fn out, "
+            f"or give it the arguments {', '.join(missing)}."
+        )
+
+
+def takes(attention_fn: Attention, name: str) -> bool:
+    """True where a function says that it takes the keyword argument `name`."""
+    known = accepted_arguments(attention_fn)
+    return known is not None and name in known

@@ -1,0 +1,59 @@
+"""Where the results of a layer's matrix products lie on a mesh of Explicit axes.
+
+In an Explicit mesh JAX refuses a product that contracts a split axis unless the call says how the
+result is split. The answer is nearly always the same (the batch as the input has it, the features
+as the kernel has them), so the layers work it out where the caller says nothing. On one device, or
+in an Auto mesh, every function here returns None.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kvattn._typing import Array
+
+
+def explicit_spec(x: Any) -> PartitionSpec | None:
+    """How `x` is split over Explicit mesh axes, one entry per axis of `x`; None outside such a mesh."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
+        return None
+    return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+
+
+def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> PartitionSpec | None:
+    """How ``inputs [..., *in] @ kernel [*in, *out]`` should be split; None when JAX infers it alone."""
+    left, right = explicit_spec(inputs), explicit_spec(kernel)
+    if left is None or right is None:
+        return None
+    batch, features = tuple(left[: inputs.ndim - num_contracted]), tuple(right[num_contracted:])
+    taken = {name for entry in batch for name in _names(entry)}
+    clash = any(name in taken for entry in features for name in _names(entry))
+    contracted = tuple(left[inputs.ndim - num_contracted :]) + tuple(right[:num_contracted])
+    if not clash and not any(entry is not None for entry in contracted):
+        return None
+    return PartitionSpec(*batch, *(None if taken.intersection(_names(entry)) else entry for entry in features))
+
+
+def head_axis(kernel: Array) -> Any:
+    """The mesh axis over which a key kernel [D, K, H] splits its heads, for the cache to follow; None if whole."""
+    spec = explicit_spec(kernel)
+    if spec is None and isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer):
+        sharding = kernel.sharding
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    return spec[-2] if spec is not None and len(spec) == kernel.ndim else None
+
+
+def like(x: Array, reference: Array) -> Array:
+    """Moves `x` to the split of `reference` (same rank); does nothing outside an Explicit mesh."""
+    spec = explicit_spec(reference)
+    if spec is None or spec == explicit_spec(x):
+        return x
+    return jax.reshard(x, spec)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
