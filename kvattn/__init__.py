@@ -1,0 +1,37 @@
+"""Attention with a key/value cache that is small, fast and correct, for Flax on TPU, GPU and CPU.
+
+`import kvattn` needs JAX only. `kvattn.layers` and `kvattn.models` bring Flax in on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kvattn import errors as errors
+from kvattn.attend.full import dot_product_attention as dot_product_attention
+from kvattn.attend.state import merge_states as merge_states
+from kvattn.attend.step import cached_attention as cached_attention
+from kvattn.cache import KVCache as KVCache
+from kvattn.policies import Full as Full
+from kvattn.policies import SlidingWindow as SlidingWindow
+from kvattn.positions import RoPE as RoPE
+from kvattn.positions import alibi_slopes as alibi_slopes
+
+if TYPE_CHECKING:
+    from kvattn import layers as layers
+    from kvattn import models as models
+
+__version__ = "0.1.0"
+
+_ON_FIRST_USE = {"layers": "kvattn.layers", "models": "kvattn.models"}
+
+
+def __getattr__(name: str):
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(_ON_FIRST_USE[name])
+    if name == "generate":
+        return importlib.import_module("kvattn.models").generate
+    raise AttributeError(f"module 'kvattn' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_ON_FIRST_USE, "generate"])

@@ -1,0 +1,39 @@
+"""The notation, used everywhere in kvattn.
+
+====  =====================================================================
+B     batch: rows, one sequence each
+T     query length: the new tokens of a call
+S     key/value length: the slots or tokens that are read
+N     query heads
+K     key/value heads (K = N is MHA, K = 1 is MQA, between them GQA)
+G     query heads per key/value head, N // K. Query head n reads head n // G
+H     head dim (of queries and keys; values may have their own)
+D     model features
+C     slots a cache holds
+P     pages of a pool
+R     rows (tokens) of a page or block
+====  =====================================================================
+
+Activations are ``[B, T, N, H]``. How a cache lays out its arrays is its own business
+(`kvattn.cache.layout`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array
+
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B T K H"]
+Values = Float[Array, "B T K Hv"]
+Outputs = Float[Array, "B T N Hv"]
+LogSumExp = Float[Array, "B T N"]
+Lengths = Int[Array, " B"]
+Rows = Bool[Array, " B"]
+Positions = Int[Array, "B T"]
+
+Encoded = Mapping[str, Any]
+"""What a codec stores for keys or for values: named arrays that share their leading axes."""

@@ -1,0 +1,70 @@
+"""Which implementation attends: the names, the choice, and the fall back."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from kvattn._typing import Array
+from kvattn.attend import reference, xla
+from kvattn.attend.request import Request
+from kvattn.errors import ConfigError, UnsupportedError
+
+NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
+"""The names `implementation` may take."""
+
+_NEEDS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
+_ATTEND: dict[str, Callable[[Request], tuple[Array, Array, Array | None]]] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+}
+_BEST = ("xla",)
+
+Implementation = str | Sequence[str] | None
+
+
+def candidates(implementation: Implementation) -> tuple[str, ...]:
+    """The names to try, in order; None means the best that works, which always ends at "xla"."""
+    if implementation is None:
+        return _BEST
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise ConfigError(
+            f"unknown implementation {unknown[0] if unknown else names!r}; the known ones are "
+            f"{', '.join(map(repr, NAMES))}, None for the best that works, or a sequence of names to try in order."
+        )
+    return names
+
+
+def unsupported(name: str) -> str | None:
+    """Why an implementation cannot run in this process; None: it can."""
+    backend = jax.default_backend()
+    if name in _NEEDS and backend != _NEEDS[name]:
+        return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
+    if name not in _ATTEND:
+        return "this version has no such kernel"
+    return None
+
+
+def attend(request: Request, implementation: Implementation = None) -> tuple[Array, Array, Array | None]:
+    """Attends with the first implementation that can.
+
+    Args:
+        request: queries, what they read, and by which rule.
+        implementation: a name, a sequence of names to try in order, or None for the best that works.
+
+    Returns:
+        out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
+
+    Raises:
+        ConfigError: an unknown name.
+        UnsupportedError: none of the named ones can, each with its reason.
+    """
+    names = candidates(implementation)
+    reasons = []
+    for name in names:
+        reason = unsupported(name)
+        if reason is None:
+            return _ATTEND[name](request)
+        reasons.append(f"{name!r}: {reason}")
+    raise UnsupportedError(f"{'; '.join(reasons)}. implementation=None takes what works here.")

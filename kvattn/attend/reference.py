@@ -1,0 +1,50 @@
+"""`"reference"`: the definition of correct, one dense einsum in float32 (float64 for float64)."""
+
+import jax
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.attend.request import Request, adjust, grouped, ungrouped
+from kvattn.cache.view import View, key_transposed, value_transposed
+from kvattn.codecs.base import accumulator
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def unsupported(request: Request) -> str | None:
+    """Why this implementation cannot take the request; None: it can."""
+    del request
+    return None
+
+
+def dense(view: View, dtype) -> tuple[Array, Array, Array]:
+    """Decodes a view: keys [B, K, S, H], values [B, K, S, Hv], positions [B, 1 or K, S]."""
+    layout, codec = view.layout, view.codec
+    keys = {n: layout.from_blocks(x, key_transposed(layout, codec, n)) for n, x in view.keys.items()}
+    values = {n: layout.from_blocks(x, value_transposed(codec, n)) for n, x in view.values.items()}
+    positions = layout.from_blocks(view.positions[..., None], False)[..., 0]
+    return codec.decode(keys, view.key_head_dim, dtype), codec.decode(values, view.value_head_dim, dtype), positions
+
+
+def attend(request: Request) -> tuple[Array, Array, Array | None]:
+    """Attention by its formula. See `Request` for the meaning of arguments and results."""
+    query = request.query
+    acc = accumulator(query.dtype, *(x.dtype for x in request.view.keys.values()))
+    keys, values, kv_positions = dense(request.view, acc)
+    query = grouped(query, request.view.num_kv_heads).astype(acc)
+    scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, precision=HIGHEST)
+    scores = adjust(scores, request, request.positions, kv_positions)
+    allowed = request.mask.allowed(request.positions, kv_positions)[:, :, None]
+    # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
+    weights = jnp.where(allowed, jnp.exp(scores - top), 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    empty = total == 0
+    probs = weights / jnp.where(empty, 1, total)
+    values = jnp.where((kv_positions >= 0)[..., None], values, 0)
+    out = jnp.einsum("bkgts,bksh->bkgth", probs, values, precision=HIGHEST)
+    lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top)[..., 0]
+    mass = jnp.sum(probs, axis=(2, 3)).astype(jnp.float32) if request.want_mass else None
+    return ungrouped(out), ungrouped(lse), mass

@@ -1,0 +1,75 @@
+"""What is asked of an implementation of attention."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.cache.view import View
+from kvattn.masks import Mask
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One call: queries, what they read, and by which rule.
+
+    An implementation returns ``(out, lse, mass)``: out [B, T, N, Hv] and lse [B, T, N] in float32 (float64 for
+    float64), and mass float32 [B, K, S] if `want_mass`, else None: the probability each slot received, summed over
+    the new tokens and over the query heads of its group. Sinks are not its business.
+
+    Attributes:
+        query: [B, T, N, H].
+        positions: int32 [B, T], -1 for pads, whose rows come out as 0 and -inf.
+        view: the slots.
+        alibi_slopes: float32 [N] or None: adds slope * (key position - query position) to the scores.
+        mask: who may attend to whom.
+        scale: factor of the scores.
+        softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
+        want_mass: whether the attention per slot is wanted.
+    """
+
+    query: Array
+    positions: Array
+    view: View
+    alibi_slopes: Array | None
+    mask: Mask = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def grouped(query: Array, num_kv_heads: int) -> Array:
+    """[B, T, N, H] to [B, K, G, T, H]: query head n reads key/value head n // G."""
+    batch, length, heads, features = query.shape
+    query = query.reshape(batch, length, num_kv_heads, heads // num_kv_heads, features)
+    return query.transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(x: Array) -> Array:
+    """[B, K, G, T, ...] to [B, T, N, ...]."""
+    batch, kv_heads, group, length, *rest = x.shape
+    order = (0, 3, 1, 2, *range(4, x.ndim))
+    return x.transpose(order).reshape(batch, length, kv_heads * group, *rest)
+
+
+def adjust(scores: Array, request: Request, q_positions: Array, kv_positions: Array) -> Array:
+    """Scale, soft cap and ALiBi.
+
+    Args:
+        scores: [B, K, G, T, R], raw products.
+        request: the call.
+        q_positions: int32 [B, T], those of the scores.
+        kv_positions: int32 [B, 1 or K, R].
+    """
+    scores = scores * jnp.asarray(request.scale, scores.dtype)
+    if request.softcap is not None:
+        scores = jnp.tanh(scores / request.softcap) * request.softcap
+    if request.alibi_slopes is not None:
+        distance = kv_positions[:, :, None, None, :] - q_positions[:, None, None, :, None]
+        slopes = request.alibi_slopes.astype(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+        scores = scores + slopes * distance.astype(scores.dtype)
+    return scores

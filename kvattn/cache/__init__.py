@@ -1,0 +1,5 @@
+"""What is stored, and where: device pytrees without attention maths and without meshes."""
+
+from kvattn.cache.kv_cache import KVCache as KVCache
+from kvattn.cache.layout import Layout as Layout
+from kvattn.cache.view import View as View

@@ -1,0 +1,100 @@
+"""Where the slots of a contiguous cache lie in memory.
+
+Every stored array has five axes, ``[blocks, B, K, R, F]``: slot s is row s % R of block s // R, and F
+is what the codec stores per token and head. Arrays whose tokens are wanted along the last axis lie as
+``[blocks, B, K, F, R]``: scales, and on CPUs the keys.
+
+* CPU: blocks of 128 tokens, keys transposed inside the block. A decode step then walks over the blocks
+  that hold tokens, so its cost follows the length and not the capacity, and both products read memory
+  in order (B8 N32 K8 H128 S4096 float32 on two cores: 13 ms, against 125 ms for
+  `jax.nn.dot_product_attention`).
+* GPU, TPU: one block. ``[1, B, K, C, H]`` is the ``[B, K, S, H]`` that kernels stream.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+
+CPU_BLOCK_BYTES = 65536
+"""Bytes of one head's block on CPUs: such blocks fit the second-level cache, the loop over them stays short."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The blocks of a cache.
+
+    Attributes:
+        num_slots: C, slots in use; the last block may have a few rows more.
+        rows: R, slots per block.
+        transposed_keys: whether keys lie with tokens along the last axis.
+    """
+
+    num_slots: int
+    rows: int
+    transposed_keys: bool
+
+    @classmethod
+    def best(cls, num_slots: int, backend: str | None = None) -> "Layout":
+        """The layout for a backend ("cpu", "gpu", "tpu"; None: the default one)."""
+        if (backend or jax.default_backend()) != "cpu":
+            return cls(num_slots, num_slots, False)
+        blocks = -(-num_slots // 128)
+        # Blocks of equal size, a multiple of 8 rows: a window of 1000 does not round up to 1024 + 128.
+        rows = num_slots if blocks == 1 else -(-num_slots // blocks // 8) * 8
+        return cls(num_slots, rows, True)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the last one possibly partly unused."""
+        return -(-self.num_slots // self.rows)
+
+    def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
+        """An empty array [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed."""
+        tail = (features, self.rows) if transposed else (self.rows, features)
+        return jnp.zeros((self.num_blocks, batch_size, num_kv_heads, *tail), dtype)
+
+    def to_blocks(self, x: Array, transposed: bool, fill=0) -> Array:
+        """Lays out [B, K, S, F], S <= C, padded with `fill`."""
+        batch, heads, length, features = x.shape
+        padding = self.num_blocks * self.rows - length
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=fill)
+        x = x.reshape(batch, heads, self.num_blocks, self.rows, features)
+        return x.transpose(2, 0, 1, 4, 3) if transposed else x.transpose(2, 0, 1, 3, 4)
+
+    def from_blocks(self, blocks: Array, transposed: bool) -> Array:
+        """The slots in order, [B, K, C, F]."""
+        x = blocks.transpose(1, 2, 0, 4, 3) if transposed else blocks.transpose(1, 2, 0, 3, 4)
+        batch, heads, _, _, features = x.shape
+        return x.reshape(batch, heads, -1, features)[:, :, : self.num_slots]
+
+    def write(self, blocks: Array, slots: Array, x: Array, transposed: bool) -> Array:
+        """Writes tokens into slots; in place when the caller donates.
+
+        Args:
+            blocks: [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed.
+            slots: int32 [B, T] or [B, K, T]; negative: not written.
+            x: [B, K, T, F].
+            transposed: how `blocks` lies.
+
+        Returns:
+            the new blocks.
+        """
+        batch, heads, length, _ = x.shape
+        if slots.ndim == 2:
+            slots = slots[:, None]
+        per_head = slots.shape[1] > 1
+        block, row = jnp.where(slots < 0, self.num_blocks, slots // self.rows), slots % self.rows
+        b = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+        # One update moves all the heads of a token where they share the slot. A block number past the end is
+        # dropped by `mode`, never clamped.
+        if per_head:
+            k = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+            index = (block, b, k, slice(None), row) if transposed else (block, b, k, row)
+            return blocks.at[index].set(x.astype(blocks.dtype), mode="drop")
+        block, row = block[:, 0], row[:, 0]
+        b = b[:, 0]
+        index = (block, b, slice(None), slice(None), row) if transposed else (block, b, slice(None), row)
+        return blocks.at[index].set(x.swapaxes(1, 2).astype(blocks.dtype), mode="drop")

@@ -1,0 +1,36 @@
+"""Sticky status bits: what a jitted step could only record, row by row."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn._typing import Array
+from kvattn.errors import CapacityError, KVAttnError, RangeError, UnsupportedError
+
+OVERFLOW = 1
+"""An append did not fit; it was dropped whole."""
+BAD_COUNT = 2
+"""A count (`num_new`, tokens to trim) or a row number was out of range; the row was left as it was."""
+LOST = 4
+"""A trim needed tokens that the policy had already let go; the row was left as it was."""
+
+_ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
+    OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
+    BAD_COUNT: (RangeError, "num_new, a number of tokens to trim, or a row number was out of range; nothing was done"),
+    LOST: (UnsupportedError, "a trim reached back to tokens that the policy no longer keeps; nothing was done"),
+}
+
+
+def mark(status: Array, rows: Array, bit: int) -> Array:
+    """Sets `bit` in the rows of int32 [B] where bool [B] `rows` holds."""
+    return jnp.where(rows, status | bit, status)
+
+
+def raise_for(status: Any) -> None:
+    """Raises the typed error of the lowest bit that is set in any row."""
+    status = np.asarray(status)
+    for bit, (error, text) in _ERRORS.items():
+        rows = np.nonzero(status & bit)[0]
+        if rows.size:
+            raise error(f"rows {rows.tolist()}: {text}.")

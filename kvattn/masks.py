@@ -1,0 +1,136 @@
+"""Who may attend to whom: one object, read by every implementation.
+
+A mask is a rule over positions, not an array. The position of a token is the number of tokens of
+its sequence that came before it, wherever the token happens to lie in memory; `EMPTY` (-1) marks an
+empty slot or a pad. Lengths, left padding and ring order are therefore nothing but positions. The
+rule is a conjunction, so adding a condition can only remove pairs::
+
+    causal            kv <= q
+    window = w        kv > q - w            (w tokens, the query's own included)
+    num_sinks = n     kv < n                (exempts the first n tokens from the window)
+    segments          equal segment ids
+
+For ``Mask(window=3, num_sinks=1)`` and six tokens, queries downwards::
+
+    x . . . . .
+    x x . . . .
+    x x x . . .
+    x x x x . .
+    x . x x x .
+    x . . x x x
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kvattn import _checks
+from kvattn._typing import Array
+from kvattn.errors import ConfigError
+
+EMPTY = -1
+"""The position of an empty slot, and of a pad."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A rule that says which query may attend to which key. Hashable, static under jit.
+
+    Attributes:
+        causal: keys of later positions are hidden.
+        window: how many tokens a query sees, its own included. None: all.
+        num_sinks: so many first tokens of the sequence stay visible whatever the window is.
+
+    Raises:
+        RangeError: window < 1.
+        ConfigError: num_sinks < 0, or a window without causality.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    num_sinks: int = 0
+
+    def __post_init__(self):
+        _checks.window(self.window)
+        _checks.integer("num_sinks", self.num_sinks, 0)
+        if self.window is not None and not self.causal:
+            raise ConfigError("a window is causal: it counts the query's own token and those before it.")
+
+    def allowed(
+        self,
+        q_positions: Array,
+        kv_positions: Array,
+        *,
+        q_segments: Array | None = None,
+        kv_segments: Array | None = None,
+    ) -> Array:
+        """The rule as an array.
+
+        Args:
+            q_positions: int32 [B, T]; EMPTY for a pad, which attends to nothing.
+            kv_positions: int32 [B, 1 or K, S] (K where heads keep different tokens); EMPTY for an empty slot.
+            q_segments: int32 [B, T], with `kv_segments` int32 [B, S]: only equal ids attend.
+            kv_segments: see `q_segments`.
+
+        Returns:
+            bool [B, 1 or K, T, S].
+        """
+        q = q_positions[:, None, :, None]
+        kv = kv_positions[:, :, None, :]
+        ok = (q >= 0) & (kv >= 0)
+        if self.causal:
+            ok &= kv <= q
+        if self.window is not None:
+            near = kv > q - self.window
+            ok &= near | (kv < self.num_sinks) if self.num_sinks else near
+        if q_segments is not None and kv_segments is not None:
+            ok &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
+        return ok
+
+    def reachable(self, q_positions: Array, kv_positions: Array) -> Array:
+        """An outer bound of `allowed` per key, cheap enough to skip whole blocks of keys by it.
+
+        Args:
+            q_positions: int32 [B, T].
+            kv_positions: int32 [..., B, 1 or K, R] with any leading axes.
+
+        Returns:
+            bool of kv_positions' shape: False where no query of the row can attend.
+        """
+        real = q_positions >= 0
+        last = jnp.max(jnp.where(real, q_positions, EMPTY), axis=1)[:, None, None]
+        first = jnp.min(jnp.where(real, q_positions, _checks.INT32_MAX), axis=1)[:, None, None]
+        lead = (1,) * (kv_positions.ndim - 3)
+        last, first = last.reshape(lead + last.shape), first.reshape(lead + first.shape)
+        ok = (kv_positions >= 0) & (last >= 0)
+        if self.causal:
+            ok &= kv_positions <= last
+        if self.window is not None:
+            near = kv_positions > first - self.window
+            ok &= near | (kv_positions < self.num_sinks) if self.num_sinks else near
+        return ok
+
+    def narrowed(self, window: int | None) -> "Mask":
+        """This mask with a window of at most `window` tokens."""
+        if window is None or (self.window is not None and self.window <= window):
+            return self
+        return dataclasses.replace(self, window=window)
+
+
+def row_positions(num_tokens: int, lengths: Array | None = None, starts: Array | None = None) -> Array:
+    """Positions of the tokens of padded rows.
+
+    Args:
+        num_tokens: length of the padded rows, S.
+        lengths: int32 [B], real tokens per row. None: all of them.
+        starts: int32 [B], index of the first real token (left padding). None: 0.
+
+    Returns:
+        int32 [B or 1, S]: the position of each real token, EMPTY for pads.
+    """
+    index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+    position = index if starts is None else index - starts[:, None]
+    ok = position >= 0
+    if lengths is not None:
+        ok &= position < lengths[:, None]
+    return jnp.where(ok, position, EMPTY)

@@ -1,0 +1,9 @@
+"""Which tokens are kept. One file per policy; none knows a cache class, a codec or a mesh."""
+
+from kvattn.policies.base import NOWHERE as NOWHERE
+from kvattn.policies.base import Policy as Policy
+from kvattn.policies.full import Full as Full
+from kvattn.policies.window import SlidingWindow as SlidingWindow
+
+ALL = (Full, SlidingWindow)
+"""Every policy, for the shared test suite."""
