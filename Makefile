@@ -1,0 +1,70 @@
+# Every target prepares its own environment; Python 3.12 and make are all it needs.
+#   make test                       newest JAX in .venv
+#   make test JAX_VERSION=0.11.2    the same tests on that JAX in .venv-0.11.2
+
+PYTHON ?= python3.12
+JAX_VERSION ?=
+OLDEST_JAX := 0.11.2
+WORKERS ?= 2
+TESTS ?= tests
+
+VENV := .venv$(if $(JAX_VERSION),-$(JAX_VERSION))
+JAX_PIN := $(if $(JAX_VERSION),"jax==$(JAX_VERSION)" "jaxlib==$(JAX_VERSION)")
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export PIP_PROGRESS_BAR ?= off
+export JAX_PLATFORMS ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full test-oldest lint format docs bench clean
+
+help:
+	@echo "make demo | test | test-full | test-oldest | lint | format | docs | bench | clean"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "kvattn needs Python 3.12, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --quiet --editable . --group demo $(JAX_PIN)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --quiet --editable . --group dev $(JAX_PIN)
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/decode_gqa.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-oldest:
+	$(MAKE) test JAX_VERSION=$(OLDEST_JAX)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
+	@echo "docs: site/index.html"
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/decode_cpu.py
+
+clean:
+	rm -rf .venv .venv-* site build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
