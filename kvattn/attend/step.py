@@ -1,6 +1,7 @@
 """The one step: append the new tokens, attend, keep what the policy keeps."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.attend import api
+from kvattn.attend import api, explicit
 from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import KVCache, Layout, View
@@ -92,97 +93,115 @@ def cached_attention(
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
     del token_ids  # no policy of this version looks at tokens
-
     if scale is not None and not _checks.is_concrete(scale):
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    settings = {
-        "alibi_slopes": alibi_slopes,
-        "scale": 1 / math.sqrt(head_dim) if scale is None else float(scale),
-        "softcap": softcap,
-    }
-    given = length if num_new is None else num_new
-    if num_new is not None and not _checks.is_concrete(num_new):
-        given = _checks.counts("num_new", num_new, batch, 0, length)
-        bad_count = (given < 0) | (given > length)
-        given = jnp.where(bad_count, 0, given)
-    else:
-        given = _checks.counts("num_new", given, batch, 0, length)
-        bad_count = jnp.zeros((batch,), bool)
+    call = _Call(
+        mask, 1 / math.sqrt(head_dim) if scale is None else float(scale), softcap, padding, rope, implementation
+    )
 
+    given, bad_count = _real_tokens(num_new, batch, length)
     if cache.is_static:
-        return _attend_static(query, key, value, cache, given, padding, rope, window, settings, sinks, implementation)
-    key, value = _new_tokens(key, value, query, cache)
+        if key is not None or value is not None:
+            raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
+        if rope is not None or window is not None:
+            raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
+        step = _cross
+    else:
+        key, value = _new_tokens(key, value, query, cache)
+        fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
+        cache.refuse_overflow(fits, given)
+        step = _decode if length == 1 else _chunk
+    if length == 0 or batch == 0:
+        return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
 
-    if padding == "left":
-        query, key, value = (_shift_left(x, length - given) for x in (query, key, value))
+    return explicit.by_shard(
+        functools.partial(_step, step, call), query, key, value, cache, given, bad_count, sinks, alibi_slopes
+    )
 
-    fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
-    cache.refuse_overflow(fits, given)
-    new = jnp.where(fits, given, 0)
-    t = jnp.arange(length, dtype=jnp.int32)[None]
-    true_positions = cache.lengths[:, None] + t
-    positions = jnp.where(t < new[:, None], true_positions, EMPTY)
-    if rope is not None:
-        query, key = rope(query, true_positions), rope(key, true_positions)
 
-    step = _decode if length == 1 else _chunk
-    out, lse, cache = step(query, key, value, cache, positions, new, mask, settings, implementation)
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The settings of a call, known when it is traced."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    padding: str
+    rope: RoPE | None
+    implementation: api.Implementation
+
+    def request(self, query: Array, positions: Array, view: View, slopes: Array | None, **more: Any) -> Request:
+        settings = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, **more}
+        return Request(query, positions, view, slopes, **settings)
+
+
+def _step(step, call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes):
+    """The step itself, on arrays that fit together; under an Explicit mesh once per device."""
+    length, dtype = query.shape[1], query.dtype
+    if call.padding == "left":
+        query, key, value = (None if x is None else _shift_left(x, length - given) for x in (query, key, value))
+    out, lse, cache = step(call, query, key, value, cache, given, bad_count, slopes)
     if sinks is not None:
         out, _ = add_sinks(out, lse, sinks)
-    out = out.astype(query.dtype)
-    if padding == "left":
-        out = _shift_left(out, given - length)
-    return out, cache.advance(new, ~fits, bad_count)
+    out = out.astype(dtype)
+    return _shift_left(out, given - length) if call.padding == "left" else out, cache
 
 
-def _decode(query, key, value, cache: KVCache, positions, new, mask: Mask, settings, implementation):
+def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
     """One new token: write it, attend to all that is kept, let the policy look."""
     policy, slots = cache.policy, cache.num_slots
+    query, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     cache = cache.write(policy.place(cache.state, cache.lengths, new, 1, slots), key, value)
     grown = dataclasses.replace(cache, lengths=cache.lengths + new)
-    request = Request(query, positions, grown.view(), mask=mask, want_mass=policy.needs_mass, **settings)
-    out, lse, mass = api.attend(request, implementation)
+    request = call.request(query, positions, grown.view(), slopes, want_mass=policy.needs_mass)
+    out, lse, mass = api.attend(request, call.implementation)
     state = policy.observe(cache.state, cache.lengths, new, slots, mass)
-    return out, lse, dataclasses.replace(cache, state=state)
+    return out, lse, dataclasses.replace(cache, state=state).advance(new, ~fits, bad_count)
 
 
-def _chunk(query, key, value, cache: KVCache, positions, new, mask: Mask, settings, implementation):
+def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
     """Several new tokens: attend to what is kept and to the chunk, and only then let them take slots.
 
     Writing first would overwrite what the first tokens of the chunk still attend to.
     """
     policy, slots, length = cache.policy, cache.num_slots, query.shape[1]
-    if length == 0:
-        shape = (*query.shape[:3], cache.value_head_dim)
-        return jnp.zeros(shape, query.dtype), jnp.full(shape[:3], -jnp.inf), cache
+    query, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     own = token_view(Plain(key.dtype), key, value, positions, _chunk_layout(length))
-    want_mass = policy.needs_mass
-    old = Request(query, positions, cache.view(), mask=mask, want_mass=want_mass, **settings)
-    fresh = Request(query, positions, own, mask=mask, want_mass=want_mass, **settings)
-    out_a, lse_a, _ = api.attend(old, implementation)
-    out_b, lse_b, _ = api.attend(fresh, implementation)
+    out_a, lse_a, _ = api.attend(call.request(query, positions, cache.view(), slopes), call.implementation)
+    out_b, lse_b, _ = api.attend(call.request(query, positions, own, slopes), call.implementation)
     out, lse = merge_states(out_a, lse_a, out_b, lse_b)
     state, where = policy.absorb(cache.state, cache.lengths, new, length, slots, None, None)
-    return out, lse, dataclasses.replace(cache.write(where, key, value), state=state)
+    cache = dataclasses.replace(cache.write(where, key, value), state=state)
+    return out, lse, cache.advance(new, ~fits, bad_count)
 
 
-def _attend_static(query, key, value, cache, given, padding, rope, window, settings, sinks, implementation):
+def _cross(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
     """Cross-attention: every real query attends to every token of the encoder."""
-    if key is not None or value is not None:
-        raise ConfigError("a static cache holds the encoder's keys and values already: pass key=None and value=None.")
-    if rope is not None or window is not None:
-        raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
-    length = query.shape[1]
-    t = jnp.arange(length, dtype=jnp.int32)[None]
-    real = t < given[:, None] if padding == "right" else t >= length - given[:, None]
-    positions = jnp.where(real, t, EMPTY)
-    if length == 0:
-        return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
-    request = Request(query, positions, cache.view(), mask=Mask(causal=False), **settings)
-    out, lse, _ = api.attend(request, implementation)
-    if sinks is not None:
-        out, _ = add_sinks(out, lse, sinks)
-    return out.astype(query.dtype), cache
+    del key, value
+    t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(t < given[:, None], t, EMPTY)
+    request = call.request(query, positions, cache.view(), slopes, mask=Mask(causal=False))
+    out, lse, _ = api.attend(request, call.implementation)
+    nothing = jnp.zeros_like(given)
+    return out, lse, cache.advance(nothing, nothing > 0, bad_count)
+
+
+def _place_in_time(call: _Call, query, key, cache: KVCache, given):
+    """Positions of the new tokens, rotation by them, and which rows can take their tokens at all."""
+    fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
+    new = jnp.where(fits, given, 0)
+    t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    true_positions = cache.lengths[:, None] + t
+    if call.rope is not None:
+        query, key = call.rope(query, true_positions), call.rope(key, true_positions)
+    return query, key, jnp.where(t < new[:, None], true_positions, EMPTY), new, fits
+
+
+def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:
+    """How many of the T tokens of each row are real, and which rows give an impossible number."""
+    given = _checks.counts("num_new", length if num_new is None else num_new, batch, 0, length)
+    bad = (given < 0) | (given > length)
+    return jnp.where(bad, 0, given), bad
 
 
 def _new_tokens(key, value, query, cache: KVCache) -> tuple[Array, Array]:

@@ -82,7 +82,7 @@ class Layout:
         Returns:
             the new blocks.
         """
-        batch, heads, length, _ = x.shape
+        batch, heads = x.shape[:2]
         if slots.ndim == 2:
             slots = slots[:, None]
         per_head = slots.shape[1] > 1

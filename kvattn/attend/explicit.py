@@ -1,0 +1,104 @@
+"""The step under an Explicit mesh: each device does its own rows and heads.
+
+Rows and key/value heads do not depend on each other, so a step whose arrays are split by them needs
+no communication at all. Explicit sharding refuses the scatter and the loop of the step all the same;
+`jax.shard_map` over exactly the axes that the arguments are split by says what is meant. Arrays on
+Auto meshes need nothing: there the compiler splits the step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from kvattn._typing import Array
+from kvattn.cache import KVCache
+from kvattn.errors import ShardingError
+
+
+def by_shard(
+    step: Callable[..., tuple[Array, KVCache]],
+    query: Array,
+    key: Array | None,
+    value: Array | None,
+    cache: KVCache,
+    given: Array,
+    bad_count: Array,
+    sinks: Array | None,
+    alibi_slopes: Array | None,
+) -> tuple[Array, KVCache]:
+    """Runs `step` on these arguments, once per shard where they lie on an Explicit mesh.
+
+    Rows split as those of `query`, heads as those of `key` and `query`. The cache is brought to that placement,
+    so one that was created without sharding takes it on at the first step.
+
+    Raises:
+        ShardingError: query heads are split and the key/value heads cannot be.
+    """
+    args = (query, key, value, cache, given, bad_count, sinks, alibi_slopes)
+    mesh, rows, q_heads = _placement(query)
+    if mesh is None:
+        mesh, rows, _ = _placement(next(iter(cache.keys.values())).swapaxes(0, 1))
+        if mesh is None:
+            return step(*args)
+    leaf = next(iter(cache.keys.values()))
+    kv_heads = _axes(leaf, 2) if key is None else _axes(key, 2)
+    shards = _size(mesh, q_heads)
+    num_kv_heads = cache.num_kv_heads
+    if q_heads != kv_heads and num_kv_heads > 1:
+        if num_kv_heads % shards:
+            raise ShardingError(
+                f"the {query.shape[2]} query heads are split over {shards} devices (axes {q_heads}), which the "
+                f"{num_kv_heads} key/value heads do not divide into: split the rows of the batch instead, or "
+                "replicate the query heads."
+            )
+        kv_heads = q_heads
+    if num_kv_heads == 1:
+        kv_heads = None
+
+    tokens = P(rows, None, kv_heads, None)
+    state = P(rows, kv_heads) if cache.policy.per_head else P(rows)
+    blocks = P(None, rows, kv_heads, None, None)
+    cache_specs = dataclasses.replace(
+        jax.tree.map(lambda _: P(rows), cache),
+        keys=jax.tree.map(lambda _: blocks, cache.keys),
+        values=jax.tree.map(lambda _: blocks, cache.values),
+        state=jax.tree.map(lambda _: state, cache.state),
+    )
+    q_spec = P(rows, None, q_heads, None)
+    specs = (
+        q_spec,
+        None if key is None else tokens,
+        None if value is None else tokens,
+        cache_specs,
+        P(rows),
+        P(rows),
+        None if sinks is None else P(q_heads),
+        None if alibi_slopes is None else P(q_heads),
+    )
+    args = jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), args, specs)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(q_spec, cache_specs), check_vma=False)
+    return mapped(*args)
+
+
+def _placement(x: Array) -> tuple[Any, Any, Any]:
+    """The Explicit mesh of [B, T, N, H] and the axes its rows and heads are split by; (None, ...) if there is none."""
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit or all(axes is None for axes in sharding.spec):
+        return None, None, None
+    return mesh, _axes(x, 0), _axes(x, 2)
+
+
+def _axes(x: Array, axis: int) -> Any:
+    spec = jax.typeof(x).sharding.spec
+    return spec[axis] if axis < len(spec) else None
+
+
+def _size(mesh: Any, axes: Any) -> int:
+    size = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        size *= mesh.shape[axis]
+    return size
