@@ -166,7 +166,9 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, slo
     """
     policy, slots, length = cache.policy, cache.num_slots, query.shape[1]
     query, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    own = token_view(Plain(key.dtype), key, value, positions, _chunk_layout(length))
+    layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize)
+    layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
+    own = token_view(Plain(key.dtype), key, value, positions, layout)
     out_a, lse_a, _ = api.attend(call.request(query, positions, cache.view(), slopes), call.implementation)
     out_b, lse_b, _ = api.attend(call.request(query, positions, own, slopes), call.implementation)
     out, lse = merge_states(out_a, lse_a, out_b, lse_b)
@@ -237,8 +239,3 @@ def _shift_left(x: Array, by: Array) -> Array:
         return x
     index = (jnp.arange(length, dtype=jnp.int32)[None] + by[:, None]) % length
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
-
-
-def _chunk_layout(length: int) -> Layout:
-    best = Layout.best(length)
-    return dataclasses.replace(best, rows=min(best.rows, CHUNK_ROWS))

@@ -16,7 +16,7 @@ from kvattn.attend import reference
 from kvattn.attend.request import Request, adjust, grouped, ungrouped
 from kvattn.codecs.base import accumulator
 
-QUERY_ROWS = 256
+QUERY_ROWS = 512
 """Rows of the score matrix per key/value head and block: new tokens times query heads per group."""
 
 

@@ -104,18 +104,22 @@ class KVCache:
         dtype = _storage_dtype(dtype)
         codec = Plain(dtype) if codec is None else codec
         num_slots = policy.num_slots(capacity)
-        layout = Layout.best(num_slots) if layout is None else dataclasses.replace(layout, num_slots=num_slots)
 
-        def empty(features: int, transposed) -> Encoded:
-            token = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((batch_size, num_kv_heads, features), dtype))
-            return {
-                name: layout.zeros(batch_size, num_kv_heads, x.shape[-1], x.dtype, transposed(name))
-                for name, x in token.items()
-            }
+        def token(features: int) -> Encoded:
+            return jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((batch_size, num_kv_heads, features), dtype))
+
+        if layout is None:
+            token_bytes = sum(_nbytes(jax.ShapeDtypeStruct(x.shape[-1:], x.dtype)) for x in token(head_dim).values())
+            layout = Layout.best(num_slots, token_bytes)
+        else:
+            layout = dataclasses.replace(layout, num_slots=num_slots)
+
+        def empty(x: Array, transposed: bool) -> Array:
+            return layout.zeros(batch_size, num_kv_heads, x.shape[-1], x.dtype, transposed)
 
         return cls(
-            keys=empty(head_dim, lambda name: key_transposed(layout, codec, name)),
-            values=empty(value_head_dim, lambda name: value_transposed(codec, name)),
+            keys={n: empty(x, key_transposed(layout, codec, n)) for n, x in token(head_dim).items()},
+            values={n: empty(x, value_transposed(codec, n)) for n, x in token(value_head_dim).items()},
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),
             status=jnp.zeros((batch_size,), jnp.int32),
@@ -382,5 +386,6 @@ def _storage_dtype(dtype: Any) -> Any:
 
 def _nbytes(leaf: Any) -> int:
     """Bytes of an array as devices store it; 4-bit types lie two to a byte."""
-    width = jax.dtypes.itemsize_bits(leaf.dtype) if hasattr(jax.dtypes, "itemsize_bits") else leaf.dtype.itemsize * 8
+    number = jnp.issubdtype(leaf.dtype, jnp.integer)
+    width = jnp.iinfo(leaf.dtype).bits if number else leaf.dtype.itemsize * 8
     return -(-int(np.prod(leaf.shape)) * width // 8)
