@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
     """Skip what needs hardware that is not there; never by accident, always with the reason."""
     for item in items:
         for marker, platform in (("gpu", "cuda"), ("tpu", "tpu")):
-            if item.get_closest_marker(marker) and PLATFORM != platform:
+            if item.get_closest_marker(marker) and platform != PLATFORM:
                 item.add_marker(pytest.mark.skip(reason=f"needs KVATTN_TEST_PLATFORM={platform}, got {PLATFORM}"))
 
 
