@@ -8,6 +8,7 @@ rule is a conjunction, so adding a condition can only remove pairs::
     causal            kv <= q
     window = w        kv > q - w            (w tokens, the query's own included)
     num_sinks = n     kv < n                (exempts the first n tokens from the window)
+    begin, end        begin <= kv < end     (a part of the keys, to be merged with the others)
     segments          equal segment ids
 
 For ``Mask(window=3, num_sinks=1)`` and six tokens, queries downwards::
@@ -40,6 +41,8 @@ class Mask:
         causal: keys of later positions are hidden.
         window: how many tokens a query sees, its own included. None: all.
         num_sinks: so many first tokens of the sequence stay visible whatever the window is.
+        begin: keys of smaller positions are hidden.
+        end: keys from this position on are hidden. None: none.
 
     Raises:
         RangeError: window < 1.
@@ -49,6 +52,8 @@ class Mask:
     causal: bool = True
     window: int | None = None
     num_sinks: int = 0
+    begin: int = 0
+    end: int | None = None
 
     def __post_init__(self):
         _checks.window(self.window)
@@ -77,12 +82,7 @@ class Mask:
         """
         q = q_positions[:, None, :, None]
         kv = kv_positions[:, :, None, :]
-        ok = (q >= 0) & (kv >= 0)
-        if self.causal:
-            ok &= kv <= q
-        if self.window is not None:
-            near = kv > q - self.window
-            ok &= near | (kv < self.num_sinks) if self.num_sinks else near
+        ok = (q >= 0) & self._between(kv, q, q)
         if q_segments is not None and kv_segments is not None:
             ok &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
         return ok
@@ -102,12 +102,18 @@ class Mask:
         first = jnp.min(jnp.where(real, q_positions, _checks.INT32_MAX), axis=1)[:, None, None]
         lead = (1,) * (kv_positions.ndim - 3)
         last, first = last.reshape(lead + last.shape), first.reshape(lead + first.shape)
-        ok = (kv_positions >= 0) & (last >= 0)
+        return (last >= 0) & self._between(kv_positions, first, last)
+
+    def _between(self, kv: Array, first: Array, last: Array) -> Array:
+        """Whether some query between the positions `first` and `last` may attend to the keys."""
+        ok = kv >= self.begin  # empty slots are -1
+        if self.end is not None:
+            ok &= kv < self.end
         if self.causal:
-            ok &= kv_positions <= last
+            ok &= kv <= last
         if self.window is not None:
-            near = kv_positions > first - self.window
-            ok &= near | (kv_positions < self.num_sinks) if self.num_sinks else near
+            near = kv > first - self.window
+            ok &= near | (kv < self.num_sinks) if self.num_sinks else near
         return ok
 
     def narrowed(self, window: int | None) -> "Mask":

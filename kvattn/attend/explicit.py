@@ -28,6 +28,7 @@ def by_shard(
     bad_count: Array,
     sinks: Array | None,
     alibi_slopes: Array | None,
+    token_ids: Array | None,
 ) -> tuple[Array, KVCache]:
     """Runs `step` on these arguments, once per shard where they lie on an Explicit mesh.
 
@@ -37,7 +38,7 @@ def by_shard(
     Raises:
         ShardingError: query heads are split and the key/value heads cannot be.
     """
-    args = (query, key, value, cache, given, bad_count, sinks, alibi_slopes)
+    args = (query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
     mesh, rows, q_heads = _placement(query)
     if mesh is None:
         mesh, rows, _ = _placement(next(iter(cache.keys.values())).swapaxes(0, 1))
@@ -59,13 +60,13 @@ def by_shard(
         kv_heads = None
 
     tokens = P(rows, None, kv_heads, None)
-    state = P(rows, kv_heads) if cache.policy.per_head else P(rows)
+    state = lambda x: P(rows, kv_heads) if cache.policy.per_head and x.ndim > 1 else P(rows)
     blocks = P(None, rows, kv_heads, None, None)
     cache_specs = dataclasses.replace(
         jax.tree.map(lambda _: P(rows), cache),
         keys=jax.tree.map(lambda _: blocks, cache.keys),
         values=jax.tree.map(lambda _: blocks, cache.values),
-        state=jax.tree.map(lambda _: state, cache.state),
+        state=jax.tree.map(state, cache.state),
     )
     q_spec = P(rows, None, q_heads, None)
     specs = (
@@ -77,6 +78,7 @@ def by_shard(
         P(rows),
         None if sinks is None else P(q_heads),
         None if alibi_slopes is None else P(q_heads),
+        None if token_ids is None else P(rows),
     )
     args = jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), args, specs)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(q_spec, cache_specs), check_vma=False)

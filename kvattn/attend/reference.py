@@ -46,5 +46,5 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     values = jnp.where((kv_positions >= 0)[..., None], values, 0)
     out = jnp.einsum("bkgts,bksh->bkgth", probs, values, precision=HIGHEST)
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top)[..., 0]
-    mass = jnp.sum(probs, axis=(2, 3)).astype(jnp.float32) if request.want_mass else None
+    mass = jnp.sum(jnp.mean(probs, axis=2), axis=2).astype(jnp.float32) if request.want_mass else None
     return ungrouped(out), ungrouped(lse), mass

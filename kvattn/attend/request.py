@@ -19,7 +19,7 @@ class Request:
 
     An implementation returns ``(out, lse, mass)``: out [B, T, N, Hv] and lse [B, T, N] in float32 (float64 for
     float64), and mass float32 [B, K, S] if `want_mass`, else None: the probability each slot received, summed over
-    the new tokens and over the query heads of its group. Sinks are not its business.
+    the new tokens, mean over the query heads of its group. Sinks are not its business.
 
     Attributes:
         query: [B, T, N, H].

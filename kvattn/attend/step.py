@@ -5,11 +5,13 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api, explicit
+from kvattn.attend import xla as _xla
 from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import KVCache, Layout, View
@@ -92,7 +94,8 @@ def cached_attention(
     alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
-    del token_ids  # no policy of this version looks at tokens
+    if token_ids is not None:
+        token_ids = _token_ids(token_ids, query)
     if scale is not None and not _checks.is_concrete(scale):
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     call = _Call(
@@ -115,7 +118,7 @@ def cached_attention(
         return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
 
     return explicit.by_shard(
-        functools.partial(_step, step, call), query, key, value, cache, given, bad_count, sinks, alibi_slopes
+        functools.partial(_step, step, call), query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids
     )
 
 
@@ -135,68 +138,120 @@ class _Call:
         return Request(query, positions, view, slopes, **settings)
 
 
-def _step(step, call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes):
+def _step(step, call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
     """The step itself, on arrays that fit together; under an Explicit mesh once per device."""
     length, dtype = query.shape[1], query.dtype
     if call.padding == "left":
-        query, key, value = (None if x is None else _shift_left(x, length - given) for x in (query, key, value))
-    out, lse, cache = step(call, query, key, value, cache, given, bad_count, slopes)
-    if sinks is not None:
-        out, _ = add_sinks(out, lse, sinks)
+        late = length - given
+        query, key, value, token_ids = (
+            None if x is None else _shift_left(x, late) for x in (query, key, value, token_ids)
+        )
+    out, cache = step(call, query, key, value, cache, given, bad_count, sinks, slopes, token_ids)
     out = out.astype(dtype)
     return _shift_left(out, given - length) if call.padding == "left" else out, cache
 
 
-def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
+def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
     """One new token: write it, attend to all that is kept, let the policy look."""
-    policy, slots = cache.policy, cache.num_slots
-    query, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    cache = cache.write(policy.place(cache.state, cache.lengths, new, 1, slots), key, value)
-    grown = dataclasses.replace(cache, lengths=cache.lengths + new)
-    request = call.request(query, positions, grown.view(), slopes, want_mass=policy.needs_mass)
-    out, lse, mass = api.attend(request, call.implementation)
-    state = policy.observe(cache.state, cache.lengths, new, slots, mass)
-    return out, lse, dataclasses.replace(cache, state=state).advance(new, ~fits, bad_count)
+    policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
+    queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
+    slots = policy.place(cache.state, lengths, new, 1, num_slots)
+    written = cache.write(slots, key, value)
+    seen = policy.enter(cache.state, slots, lengths, new)
+    view = dataclasses.replace(written, lengths=lengths + new, state=seen).view()
+    requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
+    out, lse, mass = _attend_all(call, requests, sinks)
+    if policy.needs_mass and (sinks is not None or len(requests) > 1):
+        mass = sum(_xla.measure(request, lse, _total) for request in requests)
+    state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
+    return out, dataclasses.replace(written, state=state).advance(new, ~fits, bad_count)
 
 
-def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
+def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
     """Several new tokens: attend to what is kept and to the chunk, and only then let them take slots.
 
     Writing first would overwrite what the first tokens of the chunk still attend to.
     """
-    policy, slots, length = cache.policy, cache.num_slots, query.shape[1]
-    query, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
+    policy, num_slots, lengths, length = cache.policy, cache.num_slots, cache.lengths, query.shape[1]
+    queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize)
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
     own = token_view(Plain(key.dtype), key, value, positions, layout)
-    out_a, lse_a, _ = api.attend(call.request(query, positions, cache.view(), slopes), call.implementation)
-    out_b, lse_b, _ = api.attend(call.request(query, positions, own, slopes), call.implementation)
-    out, lse = merge_states(out_a, lse_a, out_b, lse_b)
-    state, where = policy.absorb(cache.state, cache.lengths, new, length, slots, None, None)
-    cache = dataclasses.replace(cache.write(where, key, value), state=state)
-    return out, lse, cache.advance(new, ~fits, bad_count)
+    old_requests = _requests(call, queries, positions, cache.view(), slopes)
+    own_requests = _requests(call, queries, positions, own, slopes)
+    out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
+    kept = fresh = None
+    if policy.needs_mass:
+
+        def measured(requests):
+            function = lambda probs, q, kv: policy.measure(probs, q, kv, lengths, new)
+            parts = [_xla.measure(request, lse, function) for request in requests]
+            return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+
+        kept, fresh = measured(old_requests), measured(own_requests)
+    state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
+    cache = dataclasses.replace(cache.write(slots, key, value), state=state)
+    return out, cache.advance(new, ~fits, bad_count)
 
 
-def _cross(call: _Call, query, key, value, cache: KVCache, given, bad_count, slopes):
+def _cross(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
     """Cross-attention: every real query attends to every token of the encoder."""
-    del key, value
+    del key, value, token_ids
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(t < given[:, None], t, EMPTY)
     request = call.request(query, positions, cache.view(), slopes, mask=Mask(causal=False))
-    out, lse, _ = api.attend(request, call.implementation)
+    out, _, _ = _attend_all(call, [request], sinks)
     nothing = jnp.zeros_like(given)
-    return out, lse, cache.advance(nothing, nothing > 0, bad_count)
+    return out, cache.advance(nothing, nothing > 0, bad_count)
+
+
+def _requests(call: _Call, queries, positions, view: View, slopes, want_mass: bool = False) -> list[Request]:
+    """What the queries ask of one view: one request, or two where the first tokens are seen from elsewhere."""
+    (query, _), *near = queries
+    if not near:
+        return [call.request(query, positions, view, slopes, want_mass=want_mass)]
+    ((sink_query, (num_sinks, sink_positions)),) = near
+    rest = dataclasses.replace(call.mask, begin=num_sinks, num_sinks=0)
+    sinks = Mask(causal=True, end=num_sinks)
+    sink_positions = jnp.where(positions >= 0, sink_positions, EMPTY)
+    return [
+        call.request(query, positions, view, slopes, mask=rest),
+        call.request(sink_query, sink_positions, view, slopes, mask=sinks),
+    ]
+
+
+def _attend_all(call: _Call, requests: list[Request], sinks) -> tuple[Array, Array, Array | None]:
+    """Attention over the union of what the requests see."""
+    (out, lse, mass), *others = [api.attend(request, call.implementation) for request in requests]
+    for other_out, other_lse, _ in others:
+        out, lse = merge_states(out, lse, other_out, other_lse)
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks)
+    return out, lse, mass
+
+
+def _total(probs, q_positions, kv_positions):
+    del q_positions, kv_positions
+    return jnp.sum(probs, axis=2)
 
 
 def _place_in_time(call: _Call, query, key, cache: KVCache, given):
-    """Positions of the new tokens, rotation by them, and which rows can take their tokens at all."""
+    """Positions of the new tokens, rotation by them, and which rows can take their tokens at all.
+
+    Returns:
+        queries: [(query, None)], and (query, (n, positions)) for the first n tokens where the policy wants it;
+        key; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
+    """
     fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
     new = jnp.where(fits, given, 0)
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     true_positions = cache.lengths[:, None] + t
-    if call.rope is not None:
-        query, key = call.rope(query, true_positions), call.rope(key, true_positions)
-    return query, key, jnp.where(t < new[:, None], true_positions, EMPTY), new, fits
+    rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
+    queries = [(rotated(query, true_positions), None)]
+    elsewhere = cache.policy.sink_positions(true_positions)
+    if elsewhere is not None:
+        queries.append((rotated(query, elsewhere[1]), elsewhere))
+    return queries, rotated(key, true_positions), jnp.where(t < new[:, None], true_positions, EMPTY), new, fits
 
 
 def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:
@@ -217,6 +272,15 @@ def _new_tokens(key, value, query, cache: KVCache) -> tuple[Array, Array]:
         if x.shape != expected:
             raise ShapeError(f"{name} must be [B, T, K, H] = {expected} for this query and cache, got {x.shape}.")
     return key, value
+
+
+def _token_ids(token_ids: Any, query: Array) -> Array:
+    token_ids = jnp.asarray(token_ids)
+    if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise DTypeError(f"token_ids must hold integers, got {token_ids.dtype}.")
+    if token_ids.shape != query.shape[:2]:
+        raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
+    return token_ids.astype(jnp.int32)
 
 
 def _per_head(name: str, x: Any, num_heads: int) -> Array | None:

@@ -7,6 +7,7 @@ blocks as well, and each keeps a running maximum, sum and output.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,30 +54,41 @@ def _join(structure, rest, floats) -> Request:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(structure, rest, floats):
     request = _join(structure, rest, floats)
-    group = request.query.shape[2] // request.view.num_kv_heads
     length = request.query.shape[1]
-    size = max(1, QUERY_ROWS // group)
-    if length <= size:
+    size, blocks = _query_blocks(request)
+    if blocks == 1:
         return _query_block(request)
-    # A block of queries after the other; the last one is filled up with pads.
-    blocks = -(-length // size)
-    padding = blocks * size - length
-    query = jnp.pad(request.query, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    positions = jnp.pad(request.positions, ((0, 0), (0, padding)), constant_values=-1)
-
-    def by_block(x):
-        return x.reshape(x.shape[0], blocks, size, *x.shape[2:]).swapaxes(0, 1)
+    by_block = _blocked(size, blocks)
 
     def one(block):
         query, positions = block
         return _query_block(dataclasses.replace(request, query=query, positions=positions))
 
-    out, lse, mass = jax.lax.map(one, (by_block(query), by_block(positions)))
+    out, lse, mass = jax.lax.map(one, (by_block(request.query), by_block(request.positions, -1)))
 
     def joined(x):
         return x.swapaxes(0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :length]
 
     return joined(out), joined(lse), None if mass is None else jnp.sum(mass, axis=0)
+
+
+def _query_blocks(request: Request) -> tuple[int, int]:
+    """Queries per block, and the number of blocks."""
+    length, group = request.query.shape[1], request.query.shape[2] // request.view.num_kv_heads
+    size = max(1, min(length, QUERY_ROWS // group))
+    return size, -(-length // size)
+
+
+def _blocked(size: int, blocks: int):
+    """Cuts [B, T, ...] into [blocks, B, size, ...]; the last block is filled up."""
+
+    def cut(x: Array, fill=0) -> Array:
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, blocks * size - x.shape[1])
+        x = jnp.pad(x, padding, constant_values=fill)
+        return x.reshape(x.shape[0], blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return cut
 
 
 @_attend.defjvp
@@ -89,66 +101,124 @@ def _attend_jvp(structure, primals, tangents):
 
 def _query_block(request: Request):
     """Attention of one block of queries: an online softmax over the blocks of slots within reach."""
-    view, mask = request.view, request.mask
-    query = grouped(request.query, view.num_kv_heads)
-    batch, kv_heads, group, length, features = query.shape
-    rows = query.reshape(batch, kv_heads, group * length, features)
-    acc = accumulator(query.dtype, *(x.dtype for x in view.keys.values()))
-    transposed = view.layout.transposed_keys
-
-    near = jnp.any(mask.reachable(request.positions, view.positions), axis=(1, 2, 3))
-    first = jnp.argmax(near).astype(jnp.int32)
-    last = jnp.where(jnp.any(near), view.layout.num_blocks - jnp.argmax(near[::-1]).astype(jnp.int32), first)
-
-    def scores_of(i):
-        keys, kv_positions = _block((view.keys, view.positions), i)
-        scores = view.codec.scores(rows, keys, transposed).astype(acc)
-        scores = scores.reshape(batch, kv_heads, group, length, -1)
-        scores = adjust(scores, request, request.positions, kv_positions)
-        allowed = mask.allowed(request.positions, kv_positions)[:, :, None]
-        # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
-        return jnp.where(allowed, scores, -jnp.inf), kv_positions
+    view = request.view
+    walk = _Walk(request)
+    shape = walk.shape
 
     def step(i, carry):
-        top, total, out = carry
-        scores, kv_positions = scores_of(i)
+        top, total, out, seen = carry
+        scores, kv_positions = walk.scores(i)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # A row that has met nothing yet has maximum -inf, and -inf - -inf is NaN.
         shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
         keep = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
         values = _block(view.values, i)
-        mixed = view.codec.mix(weights.reshape(*rows.shape[:3], -1), values, kv_positions >= 0)
-        mixed = mixed.astype(acc).reshape(batch, kv_heads, group, length, -1)
-        return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + mixed
+        mixed = view.codec.mix(weights.reshape(*walk.rows.shape[:3], -1), values, kv_positions >= 0)
+        mixed = mixed.astype(walk.acc).reshape(*shape, -1)
+        if request.want_mass:
+            seen = jax.lax.dynamic_update_index_in_dim(seen, scores, i, 0)
+        return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + mixed, seen
 
+    layout = view.layout
     carry = (
-        jnp.full((batch, kv_heads, group, length), -jnp.inf, acc),
-        jnp.zeros((batch, kv_heads, group, length), acc),
-        jnp.zeros((batch, kv_heads, group, length, view.value_head_dim), acc),
+        jnp.full(shape, -jnp.inf, walk.acc),
+        jnp.zeros(shape, walk.acc),
+        jnp.zeros((*shape, view.value_head_dim), walk.acc),
+        jnp.full((layout.num_blocks, *shape, layout.rows), -jnp.inf, walk.acc) if request.want_mass else None,
     )
-    top, total, out = jax.lax.fori_loop(first, last, step, carry)
+    top, total, out, seen = jax.lax.fori_loop(walk.first, walk.last, step, carry)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out = jnp.where(empty[..., None], 0, out / total[..., None])
     lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)
-    mass = _mass(request, scores_of, lse, first, last) if request.want_mass else None
+    mass = None
+    if request.want_mass:
+        # The scores were kept: once the softmax sum is known they are probabilities without another product.
+        probs = jnp.exp(seen - jnp.where(empty, jnp.inf, lse)[..., None])
+        mass = jnp.sum(jnp.mean(probs, axis=3, dtype=jnp.float32), axis=3)
+        mass = layout.from_blocks(mass[..., None], False)[..., 0]
     return ungrouped(out), ungrouped(lse), mass
+
+
+class _Walk:
+    """The blocks of slots that a block of queries can reach, and the scores in them."""
+
+    def __init__(self, request: Request):
+        view = request.view
+        query = grouped(request.query, view.num_kv_heads)
+        self.request = request
+        self.shape = query.shape[:4]
+        self.rows = query.reshape(*query.shape[:2], -1, query.shape[-1])
+        self.acc = accumulator(query.dtype, *(x.dtype for x in view.keys.values()))
+        near = jnp.any(request.mask.reachable(request.positions, view.positions), axis=(1, 2, 3))
+        self.first = jnp.argmax(near).astype(jnp.int32)
+        end = view.layout.num_blocks - jnp.argmax(near[::-1]).astype(jnp.int32)
+        self.last = jnp.where(jnp.any(near), end, self.first)
+
+    def scores(self, i) -> tuple[Array, Array]:
+        """Scores [B, K, G, T, R] against block i, -inf where masked, and the positions [B, 1 or K, R] it holds."""
+        request, view = self.request, self.request.view
+        keys, kv_positions = _block((view.keys, view.positions), i)
+        scores = view.codec.scores(self.rows, keys, view.layout.transposed_keys).astype(self.acc)
+        scores = adjust(scores.reshape(*self.shape, -1), request, request.positions, kv_positions)
+        allowed = request.mask.allowed(request.positions, kv_positions)[:, :, None]
+        # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
+        return jnp.where(allowed, scores, -jnp.inf), kv_positions
 
 
 def _block(arrays, i):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), arrays)
 
 
-def _mass(request: Request, scores_of, lse: Array, first: Array, last: Array) -> Array:
-    """The probability each slot received: a second walk, now that the softmax sum is known."""
-    layout = request.view.layout
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a row that attends to nothing gives no mass
+def measure(request: Request, lse: Array, function) -> Any:
+    """A statistic of the probabilities of several new tokens, once their softmax sum is known.
 
-    def step(i, mass):
-        probs = jnp.exp(scores_of(i)[0] - lse[..., None])
-        return jax.lax.dynamic_update_index_in_dim(mass, jnp.sum(probs, axis=(2, 3), dtype=jnp.float32), i, 0)
+    Args:
+        request: the call.
+        lse: [B, T, N], the logarithm of the whole softmax sum, over this view and any other.
+        function: called with probs float32 [B, K, T, R] (mean over the query heads of a group), q_positions [B, T] and
+            kv_positions [B, 1 or K, R]; returns a tree of arrays [B, K, R, ...], which are added up over blocks of
+            queries.
 
-    shape = (layout.num_blocks, lse.shape[0], lse.shape[1], layout.rows)
-    mass = jax.lax.fori_loop(first, last, step, jnp.zeros(shape, jnp.float32))
-    return layout.from_blocks(mass[..., None], False)[..., 0]
+    Returns:
+        the tree with arrays [B, K, S, ...].
+    """
+    view = request.view
+    layout = view.layout
+    size, blocks = _query_blocks(request)
+    by_block = _blocked(size, blocks)
+    pieces = by_block(request.query), by_block(request.positions, -1), by_block(lse, jnp.inf)
+
+    def at(i, walk, block_lse):
+        scores, kv_positions = walk.scores(i)
+        block_lse = grouped(block_lse[..., None], view.num_kv_heads)
+        probs = jnp.exp(scores - jnp.where(jnp.isneginf(block_lse), jnp.inf, block_lse))
+        return function(jnp.mean(probs, axis=2, dtype=jnp.float32), walk.request.positions, kv_positions)
+
+    def one(piece):
+        query, positions, block_lse = piece
+        walk = _Walk(dataclasses.replace(request, query=query, positions=positions))
+        shapes = jax.eval_shape(lambda i: at(i, walk, block_lse), walk.first)
+        empty = jax.tree.map(lambda x: jnp.zeros((layout.num_blocks, *x.shape), x.dtype), shapes)
+
+        def step(i, total):
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return jax.tree.map(lambda whole, part: put(whole, part), total, at(i, walk, block_lse))
+
+        return jax.lax.fori_loop(walk.first, walk.last, step, empty)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, one(piece)), None
+
+    start = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
+    )
+    total, _ = jax.lax.scan(add, start, pieces)
+    return jax.tree.map(lambda x: _slots(layout, x), total)
+
+
+def _slots(layout, x: Array) -> Array:
+    """[blocks, B, K, R, ...] to [B, K, C, ...]."""
+    flat = layout.from_blocks(x.reshape(*x.shape[:4], -1), False)
+    return flat.reshape(*flat.shape[:3], *x.shape[4:])

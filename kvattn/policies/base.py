@@ -6,10 +6,9 @@ remember between steps is its state, a pytree that the cache carries along.
 
 One step of the cache asks, in this order::
 
-    fits      may these tokens be appended at all?
-    place     in which slots do they go?            (one new token: before attending)
-    absorb    the same, knowing the attention mass  (several new tokens: after attending)
-    observe   look at the attention mass, evict
+    fits             may these tokens be appended at all?
+    place, observe   one new token: its slot, before attending; then what it attended to: score, evict
+    measure, absorb  several new tokens: what they attended to; then score, evict, and their slots
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from kvattn import _checks
 from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError
-from kvattn.masks import Mask
+from kvattn.masks import EMPTY, Mask
 
 NOWHERE = -1
 """The slot of a token that is not kept."""
@@ -33,11 +32,11 @@ class Policy:
     """Base of the policies. Subclasses override what differs from keeping everything.
 
     In every method: `lengths` int32 [B] are the tokens seen so far, `num_new` int32 [B] the real
-    tokens among the `num_tokens` that come, `num_slots` is C.
+    tokens among the T that come, `num_slots` is C, `token_ids` int32 [B, T] or None.
     """
 
     needs_mass: ClassVar[bool] = False
-    """Whether `absorb` and `observe` want the attention each slot received."""
+    """Whether `absorb` and `observe` want the attention that slots received."""
 
     per_head: ClassVar[bool] = False
     """Whether key/value heads keep different tokens: slots and positions then carry a K axis."""
@@ -53,9 +52,21 @@ class Policy:
         return _checks.integer("capacity", capacity, 1)
 
     def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
-        """The state of an empty cache; its arrays have B as their first axis."""
+        """The state of an empty cache; its arrays have B as their first axis, then K where heads differ."""
         del batch_size, num_kv_heads, num_slots
         return ()
+
+    def sink_positions(self, positions: Array) -> tuple[int, Array] | None:
+        """For policies whose first tokens are seen from another distance than their true one.
+
+        Args:
+            positions: int32 [B, T], the true positions of the queries.
+
+        Returns:
+            None, or (n, positions): to the first n tokens of the sequence the query is at these positions.
+        """
+        del positions
+        return None
 
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """bool [B]: whether the tokens can be appended without losing one that is still needed."""
@@ -68,6 +79,54 @@ class Policy:
         t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
         return jnp.where(t < num_new[:, None], lengths[:, None] + t, NOWHERE)
 
+    def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
+        """The state once one new token (T = 1) lies in its slot, before it is attended to."""
+        del slots, lengths, num_new
+        return state
+
+    def observe(
+        self,
+        state: State,
+        slots: Array,
+        lengths: Array,
+        num_new: Array,
+        num_slots: int,
+        mass: Array | None,
+        token_ids: Array | None,
+    ) -> State:
+        """After one new token (T = 1) was written and attended; may evict.
+
+        Args:
+            state: as `enter` left it.
+            slots: where the token went, as `place` said.
+            lengths: int32 [B], without it.
+            num_new: int32 [B], 0 or 1.
+            num_slots: C.
+            mass: float32 [B, K, C], the mean attention each slot received over the query heads of its group; None
+                unless `needs_mass`.
+            token_ids: int32 [B, 1] or None.
+        """
+        del slots, lengths, num_new, num_slots, mass, token_ids
+        return state
+
+    def measure(self, probs: Array, q_positions: Array, kv_positions: Array, lengths: Array, num_new: Array) -> Any:
+        """What `absorb` wants to know of the attention of several new tokens; only if `needs_mass`.
+
+        Called for blocks of queries and slots; results of query blocks are added up.
+
+        Args:
+            probs: float32 [B, K, T, R], probabilities, mean over the query heads of the group; 0 for pads.
+            q_positions: int32 [B, T], EMPTY for pads.
+            kv_positions: int32 [B, 1 or K, R].
+            lengths: int32 [B], before the new tokens.
+            num_new: int32 [B].
+
+        Returns:
+            a tree of arrays [B, K, R, ...].
+        """
+        del q_positions, kv_positions, lengths, num_new
+        return jnp.sum(probs, axis=2)
+
     def absorb(
         self,
         state: State,
@@ -75,36 +134,33 @@ class Policy:
         num_new: Array,
         num_tokens: int,
         num_slots: int,
-        kept_mass: Array | None,
-        new_mass: Array | None,
+        kept: Any,
+        new: Any,
+        token_ids: Array | None,
     ) -> tuple[State, Array]:
-        """`place` for several tokens at once, after attending; may evict.
+        """`place` and `observe` for several tokens at once, after they attended; may evict.
 
         Args:
-            state: the state before the tokens came.
-            lengths: int32 [B].
+            state: before the tokens came.
+            lengths: int32 [B], without them.
             num_new: int32 [B].
             num_tokens: T.
             num_slots: C.
-            kept_mass: float32 [B, K, C], attention the kept tokens received from the new queries, or None.
-            new_mass: float32 [B, K, T], attention the new tokens received, or None.
+            kept: `measure` of the slots, [B, K, C, ...]; None unless `needs_mass`.
+            new: `measure` of the new tokens, [B, K, T, ...]; None unless `needs_mass`.
+            token_ids: int32 [B, T] or None.
 
         Returns:
-            the new state and the slots, as `place`.
+            the new state, and the slots as `place`.
         """
-        del kept_mass, new_mass
+        del kept, new, token_ids
         return state, self.place(state, lengths, num_new, num_tokens, num_slots)
-
-    def observe(self, state: State, lengths: Array, num_new: Array, num_slots: int, mass: Array | None) -> State:
-        """After one new token: `mass` float32 [B, K, C] is the attention each slot received from it."""
-        del lengths, num_new, num_slots, mass
-        return state
 
     def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
         """int32 [B, C] (or [B, K, C]): the position of the token each slot holds, EMPTY if none."""
         del state
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
-        return jnp.where(slot < lengths[:, None], slot, -1)
+        return jnp.where(slot < lengths[:, None], slot, EMPTY)
 
     def kept(self, state: State, lengths: Array, num_slots: int) -> Array:
         """int32 [B] (or [B, K]): tokens kept."""

@@ -1,0 +1,254 @@
+"""One decode step on CPU, beside what a user would otherwise run.
+
+Every figure is a ratio of two medians taken in turns in one process, after the values were checked. The floor is reading
+the K/V bytes once (a sum). Shape: B8 N32 K8 H128, 4096 slots. Writes ``benchmarks/results/decode_cpu.json`` and a picture.
+
+    python benchmarks/decode_cpu.py [--repeats 31] [--no-save]
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import kvattn
+from kvattn.codecs.plain import widen_float16
+
+B, N, K, H, S = 8, 32, 8, 128, 4096
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class Clock:
+    """Medians of calls that are timed in turns, so that a busy moment of the machine hits all alike."""
+
+    def __init__(self, repeats: int, title: str):
+        self.repeats, self.title, self.calls = repeats, title, {}
+
+    def add(self, name: str, call) -> None:
+        """Registers a call; it returns what to wait for."""
+        self.calls[name] = call
+
+    def run(self) -> dict[str, float]:
+        """Seconds per call."""
+        times = {name: [] for name in self.calls}
+        for i in tqdm(range(self.repeats + 2), desc=self.title, leave=False):
+            for name, call in self.calls.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                if i >= 2:
+                    times[name].append(time.perf_counter() - start)
+        return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def random_cache(dtype) -> kvattn.KVCache:
+    """A cache with every slot filled."""
+    cache = kvattn.KVCache.create(B, K, H, capacity=S, dtype=dtype)
+    keys = iter(jax.random.split(jax.random.key(0), 2))
+    fill = lambda tree, key: jax.tree.map(lambda x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), tree)
+    return dataclasses.replace(cache, keys=fill(cache.keys, next(keys)), values=fill(cache.values, next(keys)))
+
+
+def with_lengths(cache: kvattn.KVCache, length: int) -> kvattn.KVCache:
+    """The same cache, said to hold `length` tokens per row."""
+    return dataclasses.replace(cache, lengths=jnp.full((B,), length, jnp.int32))
+
+
+def core(dtype, repeats: int) -> dict:
+    """The bare step against `jax.nn.dot_product_attention` and against reading the bytes."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (B, 1, heads, H), jnp.float32).astype(dtype)
+        for i, heads in ((1, N), (2, K), (3, K))
+    )
+    box = [random_cache(dtype)]
+    dense = tuple(x.transpose(0, 2, 1, 3) for x in box[0].dense())  # [B, S, K, H], what jax.nn takes
+    step = kvattn.jit(kvattn.cached_attention)
+    peer = jax.jit(jax.nn.dot_product_attention)
+    read = jax.jit(lambda cache: [jnp.sum(widen_float16(x).astype(jnp.float32)) for x in jax.tree.leaves(cache)[:2]])
+    wide = jnp.float32 if dtype == jnp.float16 else dtype
+
+    def decode(length: int):
+        out, box[0] = step(q, k, v, with_lengths(box[0], length - 1))
+        return out
+
+    @kvattn.jit
+    def append(k, v, cache):
+        slots = cache.policy.place(cache.state, cache.lengths, jnp.ones_like(cache.lengths), 1, cache.num_slots)
+        return cache.write(slots, k, v)
+
+    def append_one():
+        box[0] = append(k, v, with_lengths(box[0], S - 1))
+        return box[0].lengths
+
+    expected = jax.nn.dot_product_attention(
+        q.astype(jnp.float32),
+        dense[0].at[:, S - 1].set(k[:, 0]).astype(jnp.float32),
+        dense[1].at[:, S - 1].set(v[:, 0]).astype(jnp.float32),
+    )
+    error = float(jnp.max(jnp.abs(decode(S).astype(jnp.float32) - expected)))
+    assert error < (1e-5 if dtype == jnp.float32 else 1e-2), error
+
+    clock = Clock(repeats, f"step, {jnp.dtype(dtype).name}")
+    clock.add("read", lambda: read(box[0]))
+    clock.add("step", lambda: decode(S))
+    clock.add("step_512", lambda: decode(512))
+    clock.add("append", append_one)
+    clock.add("jax_nn", lambda: peer(q.astype(wide), dense[0].astype(wide), dense[1].astype(wide)))
+    if dtype == jnp.float16:
+        del clock.calls["jax_nn"]  # raises on CPUs: XLA has no float16 product there
+    times = clock.run()
+    compiled = step.lower(q, k, v, box[0]).compile().memory_analysis()
+    kv_bytes = 2 * B * K * S * H * jnp.dtype(dtype).itemsize
+    return {
+        **{f"{name}_ms": round(t * 1e3, 3) for name, t in times.items()},
+        "max_error": error,
+        "gb_per_s": round(kv_bytes / times["step"] / 1e9, 1),
+        "fraction_of_read_bandwidth": round(times["read"] / times["step"], 3),
+        "times_faster_than_jax_nn": round(times["jax_nn"] / times["step"], 2) if "jax_nn" in times else None,
+        "cost_of_512_of_4096_tokens": round(times["step_512"] / times["step"], 3),
+        "append_share": round(times["append"] / times["step"], 4),
+        "cache_bytes": box[0].nbytes,
+        "alias_bytes": compiled.alias_size_in_bytes,
+        "temp_bytes": compiled.temp_size_in_bytes,
+    }
+
+
+def layer(repeats: int) -> dict:
+    """A whole NNX layer, projections included, against `flax.nnx.MultiHeadAttention` with its own cache."""
+    features = N * H // 4
+    settings = {"num_heads": N, "in_features": features, "qkv_features": N * H, "num_kv_heads": K}
+    theirs = nnx.MultiHeadAttention(**settings, decode=True, rngs=nnx.Rngs(0))
+    ours = kvattn.layers.GroupedQueryAttention(**settings, rngs=nnx.Rngs(0))
+    theirs.init_cache((B, S, features))
+    theirs.cache_index[...] = jnp.int32(S - 40 - 2 * repeats)
+    x = jax.random.normal(jax.random.key(1), (B, 1, features))
+    apply, weights = kvattn.layers.stateless(ours)
+    step = kvattn.jit(lambda weights, x, cache: apply(weights, x, cache=cache))
+    box = [ours.make_cache(B, S, dtype=jnp.float32)]
+    graph, state = nnx.split(theirs)
+
+    @jax.jit
+    def flax_step(state, x):
+        module = nnx.merge(graph, state)
+        return module(x), nnx.state(module)
+
+    donated = jax.jit(flax_step, donate_argnums=0)
+    flax_box = [state]
+
+    def run_theirs():
+        out, flax_box[0] = donated(flax_box[0], x)
+        return out
+
+    def run_ours():
+        out, box[0] = step(weights, x, with_lengths(box[0], S - 1))
+        return out
+
+    clock = Clock(max(repeats // 3, 5), "layer")
+    clock.add("flax", run_theirs)
+    clock.add("kvattn", run_ours)
+    times = clock.run()
+    return {
+        "flax_ms": round(times["flax"] * 1e3, 2),
+        "kvattn_ms": round(times["kvattn"] * 1e3, 2),
+        "times_faster": round(times["flax"] / times["kvattn"], 2),
+    }
+
+
+def dispatch(repeats: int, num_layers: int = 32) -> dict:
+    """Host time of a decode step of 32 tiny layers: flat leaves against the same through `kvattn.layers`."""
+    layers = nnx.List(
+        [kvattn.layers.GroupedQueryAttention(4, 16, num_kv_heads=2, rngs=nnx.Rngs(i)) for i in range(num_layers)]
+    )
+    caches = tuple(layer.make_cache(1, 8) for layer in layers)
+    x = jnp.ones((1, 1, 16))
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = layers
+
+        def __call__(self, x, caches):
+            new = []
+            for layer, cache in zip(self.layers, caches, strict=True):
+                y, cache = layer(x, cache=cache)
+                x = x + y
+                new.append(cache)
+            return x, tuple(new)
+
+    model = Stack()
+    apply, weights = kvattn.layers.stateless(model)
+    leaves, tree = jax.tree.flatten(caches)
+
+    @jax.jit
+    def flat(weights, x, leaves):
+        out, new = apply(weights, x, jax.tree.unflatten(tree, leaves))
+        return out, jax.tree.leaves(new)
+
+    ours = jax.jit(apply)
+    with_nnx = nnx.jit(lambda model, x, caches: model(x, caches))
+    clock = Clock(repeats, "dispatch")
+    clock.add("flat_leaves", lambda: flat(weights, x, leaves))
+    clock.add("stateless", lambda: ours(weights, x, caches))
+    clock.add("nnx_jit", lambda: with_nnx(model, x, caches))
+    times = clock.run()
+    return {
+        **{f"{name}_ms": round(t * 1e3, 3) for name, t in times.items()},
+        "stateless_over_flat": round(times["stateless"] / times["flat_leaves"], 3),
+    }
+
+
+def picture(report: dict, path: pathlib.Path) -> None:
+    """A bar per way of taking the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for ax, name in zip(axes, ("float32", "bfloat16"), strict=True):
+        row = report["step"][name]
+        labels = ["jax.nn", "kvattn", "kvattn, 512 tokens", "reading K and V once"]
+        values = [row["jax_nn_ms"], row["step_ms"], row["step_512_ms"], row["read_ms"]]
+        bars = ax.barh(labels[::-1], values[::-1], color=["#999999", "#9ecae1", "#3182bd", "#e6550d"])
+        ax.bar_label(bars, fmt=" %.1f")
+        ax.set_title(name)
+        ax.set_xlabel("ms per step")
+        ax.set_xlim(0, max(values) * 1.15)
+    figure.suptitle(f"Decode step, B{B} N{N} K{K} H{H}, {S} slots, {report['machine']['cores']} CPU cores")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Runs, prints, saves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    report = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "kvattn": kvattn.__version__},
+        "date": datetime.date.today().isoformat(),
+        "shape": {"B": B, "N": N, "K": K, "H": H, "S": S},
+        "step": {name: core(jnp.dtype(name).type, args.repeats) for name in ("float32", "bfloat16", "float16")},
+        "layer": layer(args.repeats),
+        "dispatch_32_layers": dispatch(args.repeats),
+    }
+    print(json.dumps(report, indent=2))
+    if not args.no_save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "decode_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        picture(report, RESULTS / "decode_cpu.png")
+
+
+if __name__ == "__main__":
+    main()
