@@ -1,12 +1,9 @@
 """Flax attention layers. NNX here; the Linen twins are in `kvattn.layers.linen`."""
 
-from kvattn.layers.attention import (
-    GroupedQueryAttention,
-    MultiHeadAttention,
-    MultiQueryAttention,
-    SlidingWindowAttention,
-)
+from kvattn.layers.attention import MultiHeadAttention
 from kvattn.layers.attention_fn import dot_product_attention
+from kvattn.layers.functional import stateless
+from kvattn.layers.variants import GroupedQueryAttention, MultiQueryAttention, SlidingWindowAttention
 
 __all__ = [
     "GroupedQueryAttention",
@@ -14,4 +11,5 @@ __all__ = [
     "MultiQueryAttention",
     "SlidingWindowAttention",
     "dot_product_attention",
+    "stateless",
 ]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -17,14 +16,17 @@ from flax.nnx.nn.linear import default_kernel_init
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.cache import KVCache
 from kvattn.errors import ConfigError, DTypeError, ShapeError
-from kvattn.layers import full, placement, settings
+from kvattn.layers import caching, full, placement, settings
 from kvattn.layers.attention_fn import check_additions, dot_product_attention, resolve, takes
+from kvattn.layers.module_caches import ArgumentCache, ModuleCache
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+ZEROS = nnx.initializers.zeros_init()
 
 
-class MultiHeadAttention(nnx.MultiHeadAttention):
+class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -86,7 +88,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         precision: Any = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         out_kernel_init: Callable[..., Any] | None = None,
-        bias_init: Callable[..., Any] = nnx.initializers.zeros_init(),
+        bias_init: Callable[..., Any] = ZEROS,
         out_bias_init: Callable[..., Any] | None = None,
         use_bias: bool = True,
         attention_fn: Callable[..., Array] = dot_product_attention,
@@ -252,36 +254,75 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         input_positions: Array | None = None,
+        cache: KVCache | None = None,
+        num_new: Any = None,
+        padding: str = "right",
+        token_ids: Array | None = None,
     ) -> Any:
-        """Attends `inputs_q` to `inputs_k` and `inputs_v`.
+        """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
         Args:
-            inputs_q: [..., T, D], any number of batch axes.
+            inputs_q: [..., T, D], any number of batch axes; [B, T, D] with `cache`.
             inputs_k: [..., S, D]; `inputs_q` if None (self-attention).
             inputs_v: [..., S, D]; `inputs_k` if None.
-            mask: True where attending is allowed, broadcastable to [..., N, T, S].
+            mask: True where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in decode).
             deterministic: no dropout. The call's value wins over the constructor's.
             rngs: where dropout draws from, instead of the layer's own stream.
-            sow_weights: keep the weights [..., N, T, S] as `nnx.Intermediate` "attention_weights"; the output stays the same.
-            decode: append to Flax's cache (see `init_cache`). The call's value wins over the constructor's.
-            is_causal: query t sees the keys 0 to t. (In decode this holds anyway.)
+            sow_weights: keep the weights [..., N, T, S] as `nnx.Intermediate` "attention_weights"; the output stays
+                the same.
+            decode: append to Flax's cache (see `init_cache`); T may be more than 1. The call's value wins over the
+                constructor's; None in both means False.
+            is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
             out_sharding: how the output is split over an Explicit mesh; worked out if None.
             qkv_sharding: the same for queries, keys and values.
-            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of 0, 1, 2, ...
+            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
+            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`), which the new tokens are added to.
+            num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
+            padding: on which side the others lie, "right" or "left".
+            token_ids: int32 [B, T], for policies that look at tokens.
 
         Returns:
-            [..., T, out_features].
+            [..., T, out_features]; with `cache` also the new cache.
 
         Raises:
-            ShapeError: inputs that do not fit the layer or each other.
-            ConfigError: arguments that contradict each other.
+            ShapeError: inputs that do not fit the layer, the cache or each other.
+            ConfigError: arguments that contradict each other; decode before `init_cache`.
+            CapacityError: tokens that do not fit into the cache. Inside `jax.jit` they are dropped, their rows are
+                zeros, and `check_cache` or ``cache.check()`` raises.
         """
-        inputs_q, inputs_k, inputs_v = self._inputs(inputs_q, inputs_k, inputs_v)
-        query = self._project(self.query, inputs_q, qkv_sharding, self.query_ln)
-        key = self._project(self.key, inputs_k, qkv_sharding, self.key_ln)
-        value = self._project(self.value, inputs_v, qkv_sharding)
+        if cache is not None:
+            return self._call_with_cache(
+                inputs_q,
+                inputs_k,
+                inputs_v,
+                cache,
+                num_new,
+                padding,
+                token_ids,
+                qkv_sharding,
+                out_sharding,
+                mask=mask,
+                input_positions=input_positions,
+                decode=decode,
+                sow_weights=sow_weights,
+                dropout=self.dropout_rate > 0 and first_given(deterministic, self.deterministic) is False,
+            )
+        if num_new is not None or token_ids is not None:
+            raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
+        decode = bool(first_given(decode, self.decode))
+        cross = decode and caching.is_cross(self, inputs_q, inputs_k, self.alibi_slopes, self._rope())
+        query_given, key_given, value_given = self._inputs(inputs_q, inputs_k, inputs_v)
+        query = self._project(self.query, query_given, qkv_sharding, self.query_ln)
+        key = self._project(self.key, key_given, qkv_sharding, self.key_ln)
+        value = self._project(self.value, value_given, qkv_sharding)
         dropout_rng = self._dropout_rng(deterministic, rngs)
-        query, key = self._rotate(query, input_positions), self._rotate(key, input_positions)
+        fits, window, bias = None, self.window, None
+        if decode and not cross:
+            step = self._append(query, key, value, mask, input_positions)
+            query, key, value, mask, bias, fits = step.query, step.key, step.value, step.mask, step.bias, step.fits
+            window, is_causal, input_positions = None, False, None
+        elif not cross:
+            query, key = (full.rotate(self._rope(), x, input_positions) for x in (query, key))
         x = self._attend(
             query,
             key,
@@ -290,13 +331,23 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dropout_rng=dropout_rng,
             sow_weights=sow_weights,
             is_causal=is_causal,
-            window=self.window,
+            window=window,
+            bias=bias,
             input_positions=input_positions,
         )
-        return self._output(x, out_sharding)
+        y = self._output(x, out_sharding)
+        return y if fits is None else jnp.where(fits, y, 0)
 
-    def _inputs(self, inputs_q: Any, inputs_k: Any, inputs_v: Any) -> tuple[Array, Array, Array]:
-        """Fills in the inputs that were left out, and checks them."""
+    # Parts of a call.
+
+    def _rope(self) -> Any:
+        """The rotary embedding of this layer, its own or that of its `attention_fn`."""
+        return self.rope or resolve(self.attention_fn, self.head_dim)[0]
+
+    def _inputs(
+        self, inputs_q: Any, inputs_k: Any, inputs_v: Any, self_attention: bool = True
+    ) -> tuple[Array, Array, Array]:
+        """Fills in the inputs that were left out, and checks them; without keys unless `self_attention`."""
         if inputs_k is None:
             if inputs_v is not None:
                 raise ConfigError(
@@ -309,7 +360,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         for name, x in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
             if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.number):
                 raise DTypeError(f"{name} must be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}.")
-            wanted = self.in_features if name == "inputs_q" else self.in_kv_features
+            wanted = self.in_kv_features if name != "inputs_q" and self_attention else self.in_features
             if x.ndim < 2 or x.shape[-1] != wanted:
                 raise ShapeError(
                     f"Incompatible input dimension, got {x.shape[-1] if x.ndim else ()} but module expects {wanted}: "
@@ -334,7 +385,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         """A key for dropout, or None where nothing is dropped."""
         if self.dropout_rate == 0.0:
             return None
-        deterministic = self.deterministic if deterministic is None else deterministic
+        deterministic = first_given(deterministic, self.deterministic)
         if deterministic is None:
             raise ConfigError(
                 "No `deterministic` argument was provided to MultiHeadAttention as either a __call__ argument, "
@@ -349,21 +400,6 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 "keep_rngs=False."
             )
         return rngs()
-
-    def _rotate(self, x: Array, positions: Array | None) -> Array:
-        """Applies the rotary embedding to [..., T, heads, H]; `positions` is [..., T] or [T], 0, 1, 2, ... if None."""
-        rope = self.rope or resolve(self.attention_fn, self.head_dim)[0]
-        if rope is None:
-            return x
-        batch, length = x.shape[:-3], x.shape[-3]
-        if positions is None:
-            positions = jnp.arange(length, dtype=jnp.int32)
-        positions = jnp.asarray(positions)
-        if positions.shape not in ((length,), (*batch, length)):
-            raise ShapeError(f"input_positions must be {(*batch, length)} or {(length,)}, got {positions.shape}.")
-        if positions.ndim > 1:
-            positions = full.flatten(positions, batch, 1)
-        return rope(full.flatten(x, batch, 3), positions).reshape(x.shape)
 
     def _attend(
         self,
@@ -412,94 +448,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         )
 
 
-class GroupedQueryAttention(MultiHeadAttention):
-    """`MultiHeadAttention` with fewer key/value heads than query heads: `num_kv_heads` is required.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from kvattn.layers import GroupedQueryAttention
-        >>> layer = GroupedQueryAttention(num_heads=8, in_features=64, num_kv_heads=2, rngs=nnx.Rngs(0))
-        >>> layer.key.kernel.shape
-        (64, 2, 8)
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        qkv_features: int | None = None,
-        out_features: int | None = None,
-        num_kv_heads: int | None = None,
-        in_kv_features: int | None = None,
-        **options: Any,
-    ):
-        if num_kv_heads is None:
-            raise ConfigError("GroupedQueryAttention needs num_kv_heads, the number of key/value heads.")
-        super().__init__(
-            num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features, **options
-        )
-
-
-class MultiQueryAttention(MultiHeadAttention):
-    """`MultiHeadAttention` with one key/value head, shared by all query heads.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from kvattn.layers import MultiQueryAttention
-        >>> layer = MultiQueryAttention(num_heads=8, in_features=64, rngs=nnx.Rngs(0))
-        >>> layer(jnp.ones((1, 10, 64)), is_causal=True).shape
-        (1, 10, 64)
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        qkv_features: int | None = None,
-        out_features: int | None = None,
-        num_kv_heads: int = 1,
-        in_kv_features: int | None = None,
-        **options: Any,
-    ):
-        if num_kv_heads != 1:
-            raise ConfigError(f"MultiQueryAttention has one key/value head, got num_kv_heads={num_kv_heads}.")
-        super().__init__(num_heads, in_features, qkv_features, out_features, 1, in_kv_features, **options)
-
-
-class SlidingWindowAttention(MultiHeadAttention):
-    """`MultiHeadAttention` whose queries see the last `window` tokens, their own included.
-
-    Its caches keep those tokens only (`kvattn.SlidingWindow`) unless another policy is given.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from kvattn.layers import SlidingWindowAttention
-        >>> layer = SlidingWindowAttention(num_heads=8, in_features=64, window=4, rngs=nnx.Rngs(0))
-        >>> layer(jnp.ones((1, 10, 64))).shape
-        (1, 10, 64)
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        in_features: int,
-        qkv_features: int | None = None,
-        out_features: int | None = None,
-        num_kv_heads: int | None = None,
-        in_kv_features: int | None = None,
-        *,
-        window: int,
-        **options: Any,
-    ):
-        if window is None:
-            raise ConfigError("SlidingWindowAttention needs a window: how many tokens a query sees, its own included.")
-        super().__init__(
-            num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features, window=window, **options
-        )
-
-
 def _layer_norm_without_bias(num_features: int, **options: Any) -> nnx.LayerNorm:
     return nnx.LayerNorm(num_features, use_bias=False, **options)
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is not None, or None."""
+    return next((value for value in values if value is not None), None)

@@ -1,4 +1,4 @@
-"""The `attention_fn` of the layers: Flax's calling convention over `kvattn.layers.full`, and what to do with foreign ones."""
+"""The `attention_fn` of the layers: Flax's calling convention over `kvattn.layers.full`, and what foreign ones get."""
 
 import functools
 import inspect
@@ -147,7 +147,9 @@ def check_additions(attention_fn: Attention, head_dim: int, **additions: Any) ->
     """
     _, attention_fn = resolve(attention_fn, head_dim)
     known = accepted_arguments(attention_fn)
-    missing = [name for name, value in additions.items() if value is not None and known is not None and name not in known]
+    if known is None:
+        return
+    missing = [name for name, value in additions.items() if value is not None and name not in known]
     if missing:
         raise ConfigError(
             f"attention_fn has no argument {missing[0]!r}, which this layer needs: leave attention_fn out, "

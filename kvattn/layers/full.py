@@ -3,8 +3,8 @@
 `attend` takes any number of batch axes and returns the weights on request. It has two ways to compute,
 with one meaning: float32 scores and softmax, scores masked by select with a large finite number. The
 fused one is `kvattn.dot_product_attention`; the explicit one is taken where weights are changed on
-their way (dropout), where Linen's einsum overrides ask for it, and for complex numbers. Asking for
-the weights computes them beside the output and never changes it.
+their way (dropout), where Linen's einsum overrides ask for it, for complex numbers, and for values of
+another size than the keys. Asking for the weights computes them beside the output and never changes it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from kvattn._typing import Array
+from kvattn.attend.full import IMPLEMENTATIONS, dot_product_attention
 from kvattn.errors import ShapeError
 from kvattn.layers import placement, settings
 
@@ -55,7 +56,7 @@ def attend(
         scale: multiplies the scores; 1/√H if None.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: float[N], a logit per head that joins the softmax sum only.
-        alibi_slopes: float32[N], adds ``-slope * |t - s|`` to the scores.
+        alibi_slopes: float32[N], adds ``slope * (s - t)`` to the scores.
         dropout_rate: the share of weights set to zero; none without `dropout_rng`.
         dropout_rng: a PRNG key.
         broadcast_dropout: one dropout mask for all batch rows and heads.
@@ -78,7 +79,7 @@ def attend(
     is_causal = is_causal or window is not None
     rules = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
     dropping = dropout_rng is not None and dropout_rate > 0.0
-    explicit = dropping or einsums is not None or jnp.iscomplexobj(q)
+    explicit = dropping or einsums is not None or jnp.iscomplexobj(q) or v.shape[-1] != q.shape[-1]
 
     weights = None
     if explicit or return_weights:
@@ -97,8 +98,16 @@ def attend(
     else:
         local = None if window is None else (window - 1, 0)
         with matmul_precision(precision):
-            out = _fused(
-                q, k, v, bias, mask, is_causal=is_causal, local_window_size=local, implementation=implementation, **rules
+            out = dot_product_attention(
+                q,
+                k,
+                v,
+                bias,
+                mask,
+                is_causal=is_causal,
+                local_window_size=local,
+                implementation=for_full_sequences(implementation),
+                **rules,
             )
     out = out.reshape(*batch, *out.shape[1:])
     return out, None if weights is None or not return_weights else weights.reshape(dropout_shape)
@@ -120,6 +129,23 @@ def check_shapes(query: Array, key: Array, value: Array) -> None:
         raise ShapeError(
             f"the number of query heads ({query.shape[-2]}) must be a multiple of key/value heads ({key.shape[-2]})."
         )
+
+
+def rotate(rope: Any, x: Array, positions: Any) -> Array:
+    """Turns queries or keys [..., T, heads, H] to their positions, int [..., T] or [T]; 0, 1, 2, ... if None.
+
+    Raises:
+        ShapeError: positions of another shape.
+    """
+    if rope is None:
+        return x
+    batch, length = x.shape[:-3], x.shape[-3]
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
+    if positions.shape not in ((length,), (*batch, length)):
+        raise ShapeError(f"input_positions must be {(*batch, length)} or {(length,)}, got {positions.shape}.")
+    if positions.ndim > 1:
+        positions = flatten(positions, batch, 1)
+    return rope(flatten(x, batch, 3), positions).reshape(x.shape)
 
 
 def attention_weights(
@@ -154,20 +180,22 @@ def attention_weights(
         scores = jnp.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
-    ahead = jnp.arange(num_keys)[None, :] - jnp.arange(length)[:, None]
     if alibi_slopes is not None:
-        distance = jnp.abs(ahead).astype(scores.dtype)[None, None]
-        scores = scores - alibi_slopes.astype(scores.dtype)[None, :, None, None] * distance
+        ahead = (jnp.arange(num_keys)[None, :] - jnp.arange(length)[:, None]).astype(scores.dtype)
+        scores = scores + alibi_slopes.astype(scores.dtype)[None, :, None, None] * ahead[None, None]
     if is_causal:
         near = window_mask(length, num_keys, window)[None, None]
         mask = near if mask is None else mask & near
     if mask is not None:
-        lowest = -0.7 * float(jnp.finfo(scores.dtype).max)
+        lowest = -0.7 * float(jnp.finfo(jnp.float32).max)
         scores = jnp.where(mask, scores, jnp.asarray(lowest, scores.dtype))
-    if sinks is None:
-        return jax.nn.softmax(scores, axis=-1)
-    sink = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
-    return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
+        return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None and (softcap is not None or alibi_slopes is not None):
+        return jnp.where(mask, weights, 0)  # a row that sees nothing gives 0, as kvattn.dot_product_attention has it
+    return weights
 
 
 def window_mask(length: int, num_keys: int, window: int | None) -> Array:
@@ -224,27 +252,19 @@ def flatten_scores(x: Array, batch: tuple[int, ...]) -> Array:
     return flatten(jnp.broadcast_to(x, (*batch, *x.shape[-3:])), batch, 3)
 
 
+def for_full_sequences(implementation: Any) -> Any:
+    """Those of a layer's implementations that compute full sequences; None where only decode kernels are named."""
+    if implementation is None:
+        return None
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    return tuple(name for name in names if name in IMPLEMENTATIONS) or None
+
+
 def matmul_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
     """Sets the precision of the matrix products inside; a pair (one per operand) counts by its first."""
     if precision is None:
         return contextlib.nullcontext()
     if isinstance(precision, tuple):
         precision = precision[0]
-    return jax.default_matmul_precision(precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision)
-
-
-def _fused(q: Array, k: Array, v: Array, bias: Any, mask: Any, **rules: Any) -> Array:
-    try:
-        from kvattn.attend.full import dot_product_attention
-    except ImportError:  # until that module is there
-        special = any(rules[name] is not None for name in ("softcap", "sinks", "alibi_slopes"))
-        if special or v.shape[-1] != q.shape[-1]:
-            window = rules["local_window_size"]
-            weights = attention_weights(
-                q, k, bias, mask, window=None if window is None else window[0] + 1,
-                **{name: rules[name] for name in ("is_causal", "scale", "softcap", "sinks", "alibi_slopes")},
-            )  # fmt: skip
-            return weighted_values(weights.astype(v.dtype), v)
-        rules = {name: rules[name] for name in ("is_causal", "local_window_size", "scale")}
-        return jax.nn.dot_product_attention(q, k, v, bias, mask, **rules)
-    return dot_product_attention(q, k, v, bias, mask, **rules)
+    name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
+    return jax.default_matmul_precision(name)

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
+from kvattn.errors import ShardingError
 
 
 def explicit_spec(x: Any) -> PartitionSpec | None:
@@ -43,6 +44,30 @@ def head_axis(kernel: Array) -> Any:
         sharding = kernel.sharding
         spec = sharding.spec if isinstance(sharding, NamedSharding) else None
     return spec[-2] if spec is not None and len(spec) == kernel.ndim else None
+
+
+def cache_metadata(given: Any, kernel: Array, rank: int) -> dict[str, Any]:
+    """The `nnx.Cache` metadata that splits a cache [..., L, K, H] as `given`, or as the key kernel splits its heads."""
+    mesh = None
+    if isinstance(given, NamedSharding):
+        given, mesh = given.spec, given.mesh
+    if given is None:
+        axis = head_axis(kernel)
+        if axis is None:
+            return {}
+        given = PartitionSpec(*(None,) * (rank - 2), axis, None)
+    if len(given) > rank:
+        raise ShardingError(f"cache_sharding {given} has more entries than the cache has axes ({rank}).")
+    if jax.sharding.get_abstract_mesh().empty:
+        if mesh is None and not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
+            mesh = kernel.sharding.mesh
+        if mesh is None:
+            raise ShardingError(
+                f"cache_sharding {given} names the axes of no mesh: call inside jax.set_mesh(mesh), "
+                "or give a jax.NamedSharding."
+            )
+        return {"out_sharding": given, "mesh": mesh}
+    return {"out_sharding": given}
 
 
 def like(x: Array, reference: Array) -> Array:

@@ -1,0 +1,414 @@
+"""Linen attention layers: drop-in for those of `flax.linen`, with groups, windows, rotary positions and caches.
+
+The twins of the NNX layers, under Flax's Linen names. Parameters, their initialisation and the decode
+protocol (the collection `cache`) are Flax's. What this module adds to Flax's has the same meaning as in
+`kvattn.layers.MultiHeadAttention`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from kvattn import _checks
+from kvattn._typing import Array
+from kvattn.cache import KVCache
+from kvattn.errors import ConfigError, ShapeError
+from kvattn.layers import caching, full, linen_parts, settings
+
+__all__ = [
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "MultiQueryAttention",
+    "SelfAttention",
+    "SlidingWindowAttention",
+]
+
+
+class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True):
+    """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
+
+    Has every field of `flax.linen.MultiHeadDotProductAttention` in its order. Scores and softmax are always
+    float32 (`force_fp32_for_softmax` decides the dtype of sown weights only). Below are the additions.
+
+    Attributes:
+        num_kv_heads: K; must divide N.
+        head_dim: H, where it is not qkv_features / N.
+        value_head_dim: the size of a value head, where it is not H.
+        window: a query sees the last `window` tokens, its own included. Implies causality.
+        rope: a `kvattn.RoPE`, applied to queries and keys at their true positions.
+        alibi: True for the usual ALiBi slopes, or a tuple of N slopes.
+        scale: multiplies the scores; 1/√H if None.
+        softcap: caps the scores by ``softcap * tanh(score / softcap)``.
+        sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
+        qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
+        qk_norm_epsilon: the epsilon of that norm.
+        kv_kernel_init: of the key and value kernels, where it differs from `kernel_init` (its partitioning, say).
+        kv_bias_init: the same for their biases.
+        cache_sharding: names of mesh axes, one per axis of Flax's cache [..., L, K, H].
+        policy: which tokens `make_cache` keeps by default.
+        codec: in how many bits `make_cache` keeps them by default.
+        implementation: who reads the cache, as in `kvattn.cached_attention`.
+
+    Raises:
+        ConfigError: head counts that do not divide, contradicting sizes.
+        RangeError: a window, scale, soft cap or dropout rate outside its range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from kvattn.layers.linen import MultiHeadDotProductAttention
+        >>> layer = MultiHeadDotProductAttention(num_heads=8, num_kv_heads=2)
+        >>> x = jnp.ones((1, 10, 64))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> layer.apply(variables, x, is_causal=True).shape
+        (1, 10, 64)
+        >>> cache = layer.make_cache(1, capacity=16, in_features=64)
+        >>> y, cache = layer.apply(variables, x, cache=cache)
+        >>> cache.lengths.tolist()
+        [10]
+    """
+
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    window: int | None = None
+    rope: Any = None
+    alibi: bool | Sequence[float] = False
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: str | None = None
+    qk_norm_epsilon: float = 1e-6
+    kv_kernel_init: Callable[..., Any] | None = None
+    kv_bias_init: Callable[..., Any] | None = None
+    cache_sharding: Any = None
+    policy: Any = None
+    codec: Any = None
+    implementation: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.head_counts(self.num_heads, self._num_kv_heads)
+        settings.scores(self.scale, self.softcap, self.window)
+        settings.dropout_rate(self.dropout_rate)
+        settings.qk_norm(self.qk_norm, self.normalize_qk)
+        settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_k: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        inputs_kv: Array | None = None,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        is_causal: bool = False,
+        input_positions: Array | None = None,
+        cache: KVCache | None = None,
+        num_new: Any = None,
+        padding: str = "right",
+        token_ids: Array | None = None,
+    ) -> Any:
+        """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
+
+        Args:
+            inputs_q: [..., T, D], any number of batch axes; [B, T, D] with `cache`.
+            inputs_k: [..., S, D']; `inputs_q` if None (self-attention).
+            inputs_v: [..., S, D']; `inputs_k` if None.
+            inputs_kv: deprecated: both of the above.
+            mask: True where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in decode).
+            deterministic: no dropout. Given here or as a field, not both.
+            dropout_rng: a key for dropout; the stream "dropout" if None.
+            sow_weights: sow the weights [..., N, T, S] as "attention_weights" in "intermediates"; the output stays
+                the same.
+            is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
+            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
+            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`), which the new tokens are added to.
+            num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
+            padding: on which side the others lie, "right" or "left".
+            token_ids: int32 [B, T], for policies that look at tokens.
+
+        Returns:
+            [..., T, out_features]; with `cache` also the new cache.
+
+        Raises:
+            ShapeError: inputs that do not fit the cache or each other.
+            ConfigError: arguments that contradict each other.
+            CapacityError: tokens that do not fit into the cache. Inside `jax.jit` they are dropped and their rows are
+                zeros; `cache_index` beyond the cache's length, or ``cache.check()``, tells.
+        """
+        only_encode = isinstance(cache, _Encode)
+        cross_cache = isinstance(cache, KVCache) and cache.is_static
+        key_given = inputs_k is not None or inputs_kv is not None
+        is_cross = self._is_cross(inputs_q, inputs_k if inputs_kv is None else inputs_kv) if cache is None else False
+        inputs_k, inputs_v = linen_parts.key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
+        size, value_size = self._head_dims(inputs_q, only_encode)
+
+        project = linen_parts.Projections(self)
+        key = value = None
+        if not cross_cache:
+            # Linen draws parameters by name, so the order of these calls does not matter.
+            key, value = project.heads("key", inputs_k, size), project.heads("value", inputs_v, value_size)
+            key = project.norm("key_ln", key)
+        if only_encode:
+            return KVCache.from_encoder(key, value, cache.lengths)
+        query = project.norm("query_ln", project.heads("query", inputs_q, size))
+        sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype) if self.sinks else None
+
+        if cache is not None:
+            caching.check_call(
+                inputs_q,
+                mask=mask,
+                input_positions=input_positions,
+                sow_weights=sow_weights,
+                attention_fn=self.attention_fn is not nn.dot_product_attention,
+                inputs_k=cross_cache and key_given,
+                dropout=self.dropout_rate > 0 and (self.deterministic is False or deterministic is False),
+            )
+            if cross_cache:
+                caching.check_cross(self, self._slopes, self.rope)
+            x, cache = caching.attend(
+                self,
+                query,
+                key,
+                value,
+                cache,
+                num_new=num_new,
+                padding=padding,
+                token_ids=token_ids,
+                sinks=sinks,
+                alibi_slopes=self._slopes,
+                rope=self.rope,
+            )
+            return project.out(x, inputs_q.shape[-1]), cache
+        if num_new is not None or token_ids is not None:
+            raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
+
+        step = None
+        if self.decode and not is_cross:
+            step = linen_parts.decode_step(self, query, key, value, mask, input_positions, self._slopes)
+        rules = {"is_causal": is_causal, "window": self.window, "alibi_slopes": settings.slopes_array(self._slopes)}
+        if step is not None:
+            query, key, value, mask = step.query, step.key, step.value, step.mask
+            rules = {"is_causal": False, "bias": step.bias}
+        elif not is_cross:
+            query, key = (full.rotate(self.rope, x, input_positions) for x in (query, key))
+        rules |= {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
+        x = self._attend(query, key, value, mask, deterministic, dropout_rng, sow_weights, rules)
+        y = project.out(x, inputs_q.shape[-1])
+        return y if step is None else jnp.where(step.fits, y, 0)
+
+    def make_cache(
+        self,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        policy: Any = None,
+        codec: Any = None,
+        dtype: Any = None,
+        in_features: int | None = None,
+    ) -> KVCache:
+        """An empty cache for ``y, cache = layer.apply(variables, x, cache=cache)``.
+
+        Args:
+            batch_size: B, sequences.
+            capacity: most tokens to keep of a sequence; policies that bound it themselves need none.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
+            codec: in how many bits; the layer's own if None.
+            dtype: of what is stored without a codec; the layer's own if None.
+            in_features: D, needed where neither `qkv_features` nor `head_dim` is set.
+
+        Raises:
+            ConfigError: no capacity where one is needed, or an unknown head dim.
+        """
+        if self.head_dim is None and self.qkv_features is None and in_features is None:
+            raise ConfigError("the size of a head follows from the inputs here: pass in_features, or set head_dim.")
+        features = settings.qkv_features(self.num_heads, self.qkv_features, in_features or 0, self.head_dim)
+        size = settings.head_dim(self.num_heads, features, self.head_dim)
+        return caching.create(
+            self,
+            batch_size,
+            self._num_kv_heads,
+            size,
+            self.value_head_dim or size,
+            capacity=capacity,
+            policy=policy,
+            codec=codec,
+            dtype=dtype,
+        )
+
+    def make_cross_cache(self, encoder_out: Array, lengths: Any = None) -> KVCache:
+        """Projects an encoder's output once: ``layer.apply(variables, encoder_out, method="make_cross_cache")``.
+
+        Args:
+            encoder_out: [B, S, D'].
+            lengths: int32 [B], how many of the S tokens are real; all if None.
+
+        Returns:
+            A cache for ``layer.apply(variables, x, cache=cache)``.
+
+        Raises:
+            ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
+            ShapeError: `encoder_out` is not [B, S, D'].
+        """
+        caching.check_cross(self, self._slopes, self.rope)
+        if getattr(encoder_out, "ndim", None) != 3:
+            raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
+        return self(encoder_out, cache=_Encode(lengths))
+
+    @property
+    def _num_kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def _slopes(self) -> tuple[float, ...] | None:
+        return settings.alibi_slopes(self.alibi, self.num_heads)
+
+    def _head_dims(self, inputs_q: Array, only_encode: bool) -> tuple[int, int]:
+        """H and Hv. An encoder's features say nothing about them, there the parameters do."""
+        if only_encode and self.head_dim is None and self.qkv_features is None and self.has_variable("params", "key"):
+            kernel = nn.meta.unbox(self.get_variable("params", "key"))["kernel"]
+            return kernel.shape[-1], self.value_head_dim or kernel.shape[-1]
+        features = settings.qkv_features(self.num_heads, self.qkv_features, inputs_q.shape[-1], self.head_dim)
+        size = settings.head_dim(self.num_heads, features, self.head_dim)
+        settings.finite_rope(self.rope, size)
+        return size, self.value_head_dim or size
+
+    def _is_cross(self, inputs_q: Array, inputs_k: Array | None) -> bool:
+        """Whether this decode call brings an encoder's tokens; a call that creates the cache is none."""
+        if not self.decode or not self.has_variable("cache", "cached_key"):
+            return False
+        return caching.is_cross(self, inputs_q, inputs_k, self._slopes, self.rope)
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: Array | None,
+        deterministic: bool | None,
+        dropout_rng: Array | None,
+        sow_weights: bool,
+        rules: dict[str, Any],
+    ) -> Array:
+        """Attends with `attention_fn`, or with kvattn's own where that is Flax's default."""
+        dropping = False
+        if self.dropout_rate > 0.0:
+            dropping = not nn.merge_param("deterministic", self.deterministic, deterministic)
+            if dropping and dropout_rng is None:
+                dropout_rng = self.make_rng("dropout")
+        einsums = linen_parts.einsums(self)
+        if self.attention_fn is not nn.dot_product_attention:
+            given = {
+                "mask": mask,
+                "dropout_rng": dropout_rng,
+                "dropout_rate": self.dropout_rate,
+                "broadcast_dropout": self.broadcast_dropout,
+                "deterministic": not dropping,
+                "dtype": self.dtype,
+                "precision": self.precision,
+                "force_fp32_for_softmax": self.force_fp32_for_softmax,
+                "qk_attn_weights_einsum": einsums and einsums[0],
+                "attn_weights_value_einsum": einsums and einsums[1],
+            }
+            given |= {"module": self} if sow_weights else {}
+            return linen_parts.call_foreign(self.attention_fn, query, key, value, given, rules)
+        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        x, weights = full.attend(
+            query,
+            key,
+            value,
+            mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+            dropout_rate=self.dropout_rate,
+            dropout_rng=dropout_rng if dropping else None,
+            broadcast_dropout=self.broadcast_dropout,
+            precision=self.precision,
+            einsums=einsums,
+            return_weights=sow_weights,
+            implementation=self.implementation,
+            **rules,
+        )
+        if weights is not None:
+            weights = weights if self.force_fp32_for_softmax else weights.astype(query.dtype)
+            self.sow("intermediates", "attention_weights", weights)
+        return x
+
+
+class MultiHeadAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` under a shorter name (which Linen also uses for its parameters)."""
+
+
+class SelfAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` of one input. Deprecated in Flax, and here."""
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        inputs_q: Array,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        **additions: Any,
+    ) -> Any:
+        """As `MultiHeadDotProductAttention` with `inputs_q` only."""
+        warnings.warn(
+            "SelfAttention will be deprecated soon. Use `MultiHeadDotProductAttention.__call__(inputs_q)` instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return super().__call__(
+            inputs_q,
+            mask=mask,
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
+            sow_weights=sow_weights,
+            **additions,
+        )
+
+
+class GroupedQueryAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` with fewer key/value heads than query heads: `num_kv_heads` is required."""
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            raise ConfigError("GroupedQueryAttention needs num_kv_heads, the number of key/value heads.")
+        super().__post_init__()
+
+
+class MultiQueryAttention(MultiHeadDotProductAttention, kw_only=True):
+    """`MultiHeadDotProductAttention` with one key/value head, shared by all query heads."""
+
+    num_kv_heads: int | None = 1
+
+    def __post_init__(self):
+        if self.num_kv_heads != 1:
+            raise ConfigError(f"MultiQueryAttention has one key/value head, got num_kv_heads={self.num_kv_heads}.")
+        super().__post_init__()
+
+
+class SlidingWindowAttention(MultiHeadDotProductAttention):
+    """`MultiHeadDotProductAttention` whose queries see the last `window` tokens: `window` is required.
+
+    Its caches keep those tokens only (`kvattn.SlidingWindow`) unless another policy is given.
+    """
+
+    def __post_init__(self):
+        if self.window is None:
+            raise ConfigError("SlidingWindowAttention needs a window: how many tokens a query sees, its own included.")
+        super().__post_init__()
+
+
+class _Encode:
+    """Stands in for a cache that is to be made from an encoder's output."""
+
+    def __init__(self, lengths: Any):
+        self.lengths = lengths
