@@ -215,7 +215,7 @@ class RoPE:
             ShapeError: shapes that do not fit each other or `head_dim`.
             DTypeError, RangeError: as `cos_sin`; DTypeError also if `x` is not floating.
         """
-        if not jnp.issubdtype(getattr(x, "dtype", np.asarray(x).dtype), jnp.floating):
+        if not jnp.issubdtype(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype, jnp.floating):
             raise DTypeError(f"x must have a real floating dtype, got {getattr(x, 'dtype', type(x).__name__)}.")
         x = jnp.asarray(x)
         if x.ndim < 3 or x.shape[-1] != self.head_dim:
