@@ -12,8 +12,10 @@ from kvattn.attend.state import merge_states as merge_states
 from kvattn.attend.step import cached_attention as cached_attention
 from kvattn.cache import KVCache as KVCache
 from kvattn.cache.donation import jit as jit
+from kvattn.policies import H2O as H2O
 from kvattn.policies import Full as Full
 from kvattn.policies import SlidingWindow as SlidingWindow
+from kvattn.policies import StreamingLLM as StreamingLLM
 from kvattn.positions import RoPE as RoPE
 from kvattn.positions import alibi_slopes as alibi_slopes
 

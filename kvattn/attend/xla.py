@@ -135,7 +135,7 @@ def _query_block(request: Request):
     mass = None
     if request.want_mass:
         # The scores were kept: once the softmax sum is known they are probabilities without another product.
-        probs = jnp.exp(seen - jnp.where(empty, jnp.inf, lse)[..., None])
+        probs = jnp.exp(seen - jnp.where(empty, jnp.inf, lse)[None, ..., None])
         mass = jnp.sum(jnp.mean(probs, axis=3, dtype=jnp.float32), axis=3)
         mass = layout.from_blocks(mass[..., None], False)[..., 0]
     return ungrouped(out), ungrouped(lse), mass
