@@ -195,11 +195,7 @@ class RoPE:
             DTypeError: positions are not integers.
             RangeError: a position that can be looked at is negative, no int32, or not below `max_positions`.
         """
-        positions = _checked_positions(positions, self.max_positions)
-        double = jnp.dtype(dtype) == jnp.float64
-        cos, sin = _cos_sin64(self, positions) if double else _cos_sin32(self, positions)
-        factor = self.attention_factor
-        return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+        return _cos_sin(self, _checked_positions(positions, self.max_positions), jnp.dtype(dtype))
 
     def __call__(self, x: Any, positions: Any) -> jax.Array:
         """Turns queries or keys to their positions.
@@ -227,22 +223,7 @@ class RoPE:
                 f"positions must have shape {tokens} or {tokens[-1:]} for x of shape {x.shape}, got {shape}."
             )
 
-        compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        cos, sin = self.cos_sin(positions, compute)
-        heads = (1,) * (len(tokens) - len(shape)) + shape + (1, self.num_pairs)
-        cos, sin = cos.reshape(heads), sin.reshape(heads)
-
-        turning = x[..., : self.rotary_dim].astype(compute)
-        if self.interleaved:
-            a, b = turning[..., 0::2], turning[..., 1::2]
-            turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
-        else:
-            a, b = jnp.split(turning, 2, axis=-1)
-            turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        turned = turned.astype(x.dtype)
-        if self.rotary_dim == self.head_dim:
-            return turned
-        return jnp.concatenate([turned, x[..., self.rotary_dim :]], axis=-1)
+        return _turned(self, x, _checked_positions(positions, self.max_positions))
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:
@@ -451,6 +432,33 @@ def _checked_positions(positions: Any, max_positions: int | None) -> jax.Array:
         if max_positions is not None and high >= max_positions:
             raise RangeError(f"positions must be below max_positions ({max_positions}), got {high}.")
     return jnp.asarray(values.astype(np.int32))
+
+
+# jit: outside of one, a rotation would be forty small programs instead of one.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _cos_sin(rope: RoPE, positions: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    cos, sin = (_cos_sin64 if dtype == jnp.float64 else _cos_sin32)(rope, positions)
+    factor = rope.attention_factor
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _turned(rope: RoPE, x: jax.Array, positions: jax.Array) -> jax.Array:
+    compute = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    # Over heads, and over rows where positions have none: [.., T, 1, pairs].
+    shape = (1,) * (x.ndim - 2 - positions.ndim) + positions.shape + (1, rope.num_pairs)
+    cos, sin = (a.reshape(shape) for a in _cos_sin(rope, positions, compute))
+
+    size = 2 * rope.num_pairs
+    turning = x[..., :size].astype(compute)
+    if rope.interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
+    else:
+        a, b = jnp.split(turning, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if size == rope.head_dim else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
 def _magnitude(positions: jax.Array) -> jax.Array:
