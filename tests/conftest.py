@@ -2,14 +2,38 @@
 
 Nothing here imports kvattn. The platform and the device count are set before JAX initialises.
 
-    KVATTN_TEST_PLATFORM=cuda pytest -m gpu        run the accelerator tests on the accelerator
-    pytest --shapes                                check every shape annotation of kvattn at run time
+    KVATTN_TEST_PLATFORM=cuda pytest -m gpu    run the accelerator tests on the accelerator
+    KVATTN_TEST_CACHE=0 pytest                 compile everything anew
+    pytest --shapes                            check every shape annotation of kvattn at run time
 """
 
+import hashlib
 import os
+import pathlib
+import platform
 
 PLATFORM = os.environ.get("KVATTN_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
+
+
+def _cpu() -> str:
+    """Compiled programs are for one kind of CPU."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return hashlib.sha256(flags.encode()).hexdigest()[:12]
+
+
+# Most of the time of these tests is compiling. JAX keeps compiled programs on disk, by program, version and options;
+# an entry that cannot be read (another worker is writing it) is a warning, ignored in pyproject.toml, and compiled
+# again. By environment, so that the processes tests start do the same.
+if PLATFORM == "cpu" and os.environ.get("KVATTN_TEST_CACHE", "1") != "0":
+    _folder = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax" / _cpu()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -43,9 +67,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Skip what needs hardware that is not there; never by accident, always with the reason."""
     for item in items:
-        for marker, platform in (("gpu", "cuda"), ("tpu", "tpu")):
-            if item.get_closest_marker(marker) and platform != PLATFORM:
-                item.add_marker(pytest.mark.skip(reason=f"needs KVATTN_TEST_PLATFORM={platform}, got {PLATFORM}"))
+        for marker, wanted in (("gpu", "cuda"), ("tpu", "tpu")):
+            if item.get_closest_marker(marker) and wanted != PLATFORM:
+                item.add_marker(pytest.mark.skip(reason=f"needs KVATTN_TEST_PLATFORM={wanted}, got {PLATFORM}"))
 
 
 def pytest_sessionstart(session):

@@ -1,0 +1,104 @@
+"""What the documentation shows is run: code blocks of the pages, and the examples in docstrings.
+
+All ```python blocks of a page share one namespace and run in order, so a page reads like a session.
+"""
+
+import doctest
+import importlib
+import pathlib
+import re
+import types
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.exists()]
+FENCE = re.compile(r"^(?P<indent> *)```python *$\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text):
+    """The (line number, code) of each ```python block; a block inside a list is moved to the left."""
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("code"))
+        yield line, re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+
+
+def run_page(path):
+    page = types.ModuleType(path.stem)
+    for line, code in blocks(path.read_text()):
+        exec(compile("\n" * line + code, str(path), "exec"), page.__dict__)  # a traceback names the line of the page
+
+
+def run_docstrings(module):
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder().find(module):
+        runner.run(test)
+    return runner.summarize(verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """Examples are run as a reader would: without the strict promotion of the other tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def with_code(pages):
+    return [path for path in pages if any(blocks(path.read_text()))]
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", with_code(PAGES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_page(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(path)
+
+
+MODULES = [path for path in sorted(ROOT.glob("kvattn/**/*.py")) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_docstrings(path, capsys):
+    failed, attempted = run_docstrings(importlib.import_module(module_name(path)))
+    assert attempted > 0
+    assert failed == 0, capsys.readouterr().out
+
+
+def test_the_pages_with_code_are_found():
+    names = {path.name for path in with_code(PAGES)}
+    assert {"index.md", "notation.md", "layouts.md", "choose_a_cache.md"} <= names
+
+
+def test_a_wrong_page_fails_at_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n\n```python\nx = 1\n```\n\n```bash\nfalse\n```\n\n- item\n\n  ```python\n  assert x == 2\n  ```\n"
+    )
+    with pytest.raises(AssertionError) as failure:
+        run_page(page)
+    assert failure.traceback[-1].lineno + 1 == 14
+
+
+def test_a_wrong_docstring_fails():
+    module = types.ModuleType("wrong", ">>> 1 + 1\n3\n")
+    assert run_docstrings(module) == (1, 1)
+
+
+def test_every_public_name_is_documented():
+    import kvattn
+    from kvattn.codecs.base import Codec
+    from kvattn.policies.base import Policy
+
+    text = "".join(path.read_text() for path in ROOT.glob("docs/api/*.md"))
+    documented = set(re.findall(r"kvattn\.(\w+)", text))
+    for base in (Policy, Codec):
+        if f"<!-- every public {base.__name__} -->" in text:  # docs/conf.py lists them
+            documented |= {n for n, x in vars(kvattn).items() if isinstance(x, type) and issubclass(x, base)}
+    public = {name for name in dir(kvattn) if not name.startswith("_") and name not in ("importlib", "TYPE_CHECKING")}
+    # Modules are documented by the names in them.
+    public -= {name for name in public if isinstance(vars(kvattn).get(name), types.ModuleType) and name != "errors"}
+    assert not public - documented, "add them to a page of docs/api"
