@@ -13,7 +13,9 @@ from kvattn.attend.step import cached_attention as cached_attention
 from kvattn.cache import KVCache as KVCache
 from kvattn.cache.donation import jit as jit
 from kvattn.policies import H2O as H2O
+from kvattn.policies import FastGen as FastGen
 from kvattn.policies import Full as Full
+from kvattn.policies import Scissorhands as Scissorhands
 from kvattn.policies import SlidingWindow as SlidingWindow
 from kvattn.policies import StreamingLLM as StreamingLLM
 from kvattn.positions import RoPE as RoPE

@@ -184,7 +184,7 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sin
     if policy.needs_mass:
 
         def measured(requests):
-            function = lambda probs, q, kv: policy.measure(probs, q, kv, lengths, new)
+            function = lambda probs, q, kv: policy.measure(cache.state, probs, q, kv, lengths, new)
             parts = [_xla.measure(request, lse, function) for request in requests]
             return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 

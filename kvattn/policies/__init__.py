@@ -2,10 +2,12 @@
 
 from kvattn.policies.base import NOWHERE as NOWHERE
 from kvattn.policies.base import Policy as Policy
+from kvattn.policies.fastgen import FastGen as FastGen
 from kvattn.policies.full import Full as Full
 from kvattn.policies.h2o import H2O as H2O
+from kvattn.policies.scissorhands import Scissorhands as Scissorhands
 from kvattn.policies.streaming import StreamingLLM as StreamingLLM
 from kvattn.policies.window import SlidingWindow as SlidingWindow
 
-ALL = (Full, SlidingWindow, StreamingLLM, H2O)
+ALL = (Full, SlidingWindow, StreamingLLM, H2O, Scissorhands, FastGen)
 """Every policy, for the shared test suite."""

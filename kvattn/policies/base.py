@@ -109,12 +109,21 @@ class Policy:
         del slots, lengths, num_new, num_slots, mass, token_ids
         return state
 
-    def measure(self, probs: Array, q_positions: Array, kv_positions: Array, lengths: Array, num_new: Array) -> Any:
+    def measure(
+        self,
+        state: State,
+        probs: Array,
+        q_positions: Array,
+        kv_positions: Array,
+        lengths: Array,
+        num_new: Array,
+    ) -> Any:
         """What `absorb` wants to know of the attention of several new tokens; only if `needs_mass`.
 
         Called for blocks of queries and slots; results of query blocks are added up.
 
         Args:
+            state: before the tokens came.
             probs: float32 [B, K, T, R], probabilities, mean over the query heads of the group; 0 for pads.
             q_positions: int32 [B, T], EMPTY for pads.
             kv_positions: int32 [B, 1 or K, R].
@@ -124,7 +133,7 @@ class Policy:
         Returns:
             a tree of arrays [B, K, R, ...].
         """
-        del q_positions, kv_positions, lengths, num_new
+        del state, q_positions, kv_positions, lengths, num_new
         return jnp.sum(probs, axis=2)
 
     def absorb(

@@ -16,10 +16,10 @@ from kvattn.policies.base import Policy, State
 class H2O(Policy):
     """Keeps the `num_recent` last tokens and the `num_heavy` older ones that received most attention so far.
 
-    One new token: it is appended and attends to all that is kept, num_heavy + num_recent + 1 tokens at most; every kept
-    token's score grows by the attention it received (its own included); then the one of lowest score leaves, the recent
-    ones excepted. Of equal scores the lowest position leaves. Several new tokens attend densely, to what was kept and to
-    each other, their attention is added up, and the best of all stay.
+    One new token: it is appended and attends to all that is kept, num_heavy + num_recent + 1 tokens at most; every
+    kept token's score grows by the attention it received (its own included); then the one of lowest score leaves, the
+    recent ones excepted. Of equal scores the lowest position leaves. Several new tokens attend densely, to what was
+    kept and to each other, their attention is added up, and the best of all stay.
 
     Scores are float32 sums of probabilities, taken over the query heads of the group, per key/value head. Keys keep
     their true positions. Per layer and head, as in the authors' `H2OLlamaAttention`; unlike there, rows of a batch do
@@ -102,18 +102,13 @@ class H2O(Policy):
         positions = jnp.concatenate([state.positions, here], axis=-1)
         there = positions >= 0
         recent = there & (positions > (lengths + num_new - 1 - self.num_recent)[:, None, None])
-        # Fewer recent tokens than their share (all of them recent) leave their slots to nobody: nothing else is there.
         stay = recent | scored.best(scores, positions, there & ~recent, self.num_heavy)
         # While the budget is not used up nobody leaves.
         few = jnp.sum(there, axis=-1, keepdims=True) <= self.budget
         stay = jnp.where(few, there, stay)
-        return scored.settle(
-            scored.Slots(state.positions, scores[..., :num_slots]),
-            stay[..., :num_slots],
-            stay[..., num_slots:],
-            chunk,
-            new,
-        )
+        move, where = scored.settle(stay[..., :num_slots], stay[..., num_slots:])
+        state = scored.Slots(move(state.positions, here, -1), move(scores[..., :num_slots], new, 0))
+        return state, where
 
     def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
         """Only by nothing: scores cannot be taken back."""

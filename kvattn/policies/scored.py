@@ -67,18 +67,16 @@ def best(scores: Array, positions: Array, candidates: Array, count: Array | int)
     return candidates & (rank >= scores.shape[-1] - count)
 
 
-def settle(slots: Slots, keep: Array, new_keep: Array, new_positions: Array, new_scores: Array) -> tuple[Slots, Array]:
+def settle(keep: Array, new_keep: Array):
     """Frees slots and gives them to new tokens, in order.
 
     Args:
-        slots: before.
         keep: bool [B, K, C], old tokens that stay.
         new_keep: bool [B, K, T], new tokens that stay; no more than there are free slots.
-        new_positions: int32 [B, T].
-        new_scores: float32 [B, K, T].
 
     Returns:
-        the new slots, and int32 [B, K, T], where each new token goes (NOWHERE if it does not stay).
+        move: a function (old [B, K, C, ...], new [B, K, T, ...], empty) that applies the same to an array of the slots;
+        int32 [B, K, T]: where each new token goes, NOWHERE if it does not stay.
     """
     num_slots = keep.shape[-1]
     free_first = jnp.argsort(keep, axis=-1, stable=True).astype(jnp.int32)
@@ -89,11 +87,11 @@ def settle(slots: Slots, keep: Array, new_keep: Array, new_positions: Array, new
     k = jnp.arange(keep.shape[1], dtype=jnp.int32)[None, :, None]
     target = jnp.where(where < 0, num_slots, where)  # past the end: dropped
 
-    def put(old: Array, new: Array) -> Array:
-        return old.at[b, k, target].set(new, mode="drop")
+    def move(old: Array, new: Array, empty) -> Array:
+        stays = keep.reshape(keep.shape + (1,) * (old.ndim - 3))
+        return jnp.where(stays, old, empty).at[b, k, target].set(new.astype(old.dtype), mode="drop")
 
-    positions = put(jnp.where(keep, slots.positions, EMPTY), jnp.broadcast_to(new_positions[:, None], where.shape))
-    return Slots(positions, put(jnp.where(keep, slots.scores, 0), new_scores)), where
+    return move, where
 
 
 def chunk_positions(lengths: Array, num_new: Array, num_tokens: int) -> Array:

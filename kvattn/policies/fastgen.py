@@ -1,0 +1,230 @@
+"""`FastGen`: each head keeps what its own prompt shows that it needs (Ge et al., arXiv:2310.01801)."""
+
+import dataclasses
+import math
+import typing
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from kvattn import _checks
+from kvattn._typing import Array
+from kvattn.errors import ConfigError, DTypeError, RangeError
+from kvattn.masks import EMPTY
+from kvattn.policies import scored
+from kvattn.policies.base import Policy, State
+
+SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
+"""What a head keeps, cheapest first; each keeps all that the one before it keeps."""
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What each head keeps, and what lies in its slots.
+
+    Attributes:
+        positions: int32 [B, K, C], EMPTY where free.
+        scores: float32 [B, K, C], attention received so far.
+        kinds: int32 [B, K, C]: 2 for a special token, 1 for punctuation, 0 for others.
+        choice: int32 [B, K]: SPECIAL ... FULL; EMPTY before the prompt.
+        prompt: int32 [B]: tokens of the prompt.
+    """
+
+    positions: Array
+    scores: Array
+    kinds: Array
+    choice: Array
+    prompt: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FastGen(Policy):
+    """Chooses, per row and key/value head, the cheapest of five nested ways to keep the prompt's attention.
+
+    1. special tokens; 2. and punctuation; 3. and the `frequent` share of the prompt that received most attention; 4.
+    and the `local` share that comes last; 5. everything. The first tokens appended to an empty row are its prompt: they
+    attend densely, and the choice falls on the first way that keeps at least `recovery` of the attention, averaged over
+    the prompt's queries and the query heads of the group. (The L1 distance of a renormalised row is twice the attention
+    lost, so this bounds the paper's criterion.) When nothing else reaches it, everything is kept.
+
+    Afterwards a head takes a new token if its way admits it, and lets go of the least attended one where that exceeds
+    its share: shares are those of the prompt's length, rounded down. A token attends to itself in any case.
+
+    Memory is set aside for `capacity` tokens per head; what a head does not keep is skipped, not returned.
+
+    Args:
+        recovery: share of the attention to keep, 0 < recovery <= 1; at 1 everything is kept.
+        special_tokens: ids that every head keeps. Empty: way 1 is skipped.
+        punctuation_tokens: ids of punctuation.
+        frequent: share of the prompt, 0 to 1.
+        local: share of the prompt, 0 to 1.
+    """
+
+    recovery: float = 0.95
+    special_tokens: tuple[int, ...] = ()
+    punctuation_tokens: tuple[int, ...] = ()
+    frequent: float = 0.3
+    local: float = 0.3
+
+    needs_mass: ClassVar[bool] = True
+    per_head: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.recovery) and 0 < self.recovery <= 1):
+            raise RangeError(f"recovery must lie in (0, 1], got {self.recovery}.")
+        for name in ("frequent", "local"):
+            share = getattr(self, name)
+            if not (math.isfinite(share) and 0 <= share <= 1):
+                raise RangeError(f"{name} must lie in [0, 1], got {share}.")
+        for name in ("special_tokens", "punctuation_tokens"):
+            ids = tuple(getattr(self, name))
+            if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in ids):
+                raise DTypeError(f"{name} must hold ints, got {ids}.")
+            object.__setattr__(self, name, tuple(int(i) for i in ids))
+
+    def num_slots(self, capacity: int | None) -> int:
+        """C: the capacity, which a head that keeps everything needs."""
+        if capacity is None:
+            raise ConfigError("under FastGen a head may keep everything: give the cache a capacity.")
+        return _checks.integer("capacity", capacity, 1)
+
+    def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
+        """Nothing kept, nothing chosen."""
+        shape = (batch_size, num_kv_heads, num_slots)
+        return Profile(
+            jnp.full(shape, EMPTY, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.full(shape[:2], EMPTY, jnp.int32),
+            jnp.zeros(shape[:1], jnp.int32),
+        )
+
+    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
+        """As remembered."""
+        del lengths, num_slots
+        return state.positions
+
+    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
+        """A free slot; there is one while fewer tokens than slots were seen."""
+        del lengths, num_tokens, num_slots
+        return scored.first_free(state.positions, num_new)
+
+    def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
+        """The new token starts without a score."""
+        del num_new
+        return dataclasses.replace(
+            state,
+            positions=scored.enter(state.positions, slots, lengths[:, None]),
+            scores=scored.enter(state.scores, slots, jnp.zeros_like(lengths, jnp.float32)[:, None]),
+        )
+
+    def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
+        """Adds the attention received; lets go of the new token, or of the least attended one."""
+        del num_slots
+        kinds = scored.enter(state.kinds, slots, self._kinds(token_ids, lengths[:, None]))
+        came = (num_new > 0)[:, None, None]
+        there = state.positions >= 0
+        scores = jnp.where(there & came, state.scores + mass, state.scores)
+        # A row that starts with a single token has nothing to profile: all its heads keep everything.
+        first = (num_new > 0) & (lengths == 0)
+        choice = jnp.where(first[:, None], FULL, state.choice)
+        prompt = jnp.where(first, num_new, state.prompt)
+        last = lengths + num_new - 1
+        bound = self._bound(kinds, state.positions, choice, prompt, last) & there
+        limit = jnp.where(choice >= FREQUENT, self._share(self.frequent, prompt)[:, None], 0)
+        leaves = scored.lowest(scores, state.positions, bound)
+        leaves &= came & (jnp.sum(bound, axis=-1) > limit)[..., None]
+        return Profile(jnp.where(leaves, EMPTY, state.positions), scores, kinds, choice, prompt)
+
+    def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):
+        """Attention received, and the part of it that came from near by."""
+        prompt = jnp.where(lengths == 0, num_new, state.prompt)
+        near = kv_positions[:, :, None, :] > (q_positions - self._share(self.local, prompt)[:, None])[:, None, :, None]
+        return jnp.stack([jnp.sum(probs, axis=2), jnp.sum(jnp.where(near, probs, 0), axis=2)], axis=-1)
+
+    def absorb(self, state, lengths, num_new, num_tokens, num_slots, kept, new, token_ids):
+        """Profiles rows that were empty; keeps what the heads' ways keep."""
+        chunk = scored.chunk_positions(lengths, num_new, num_tokens)
+        here = jnp.broadcast_to(chunk[:, None], new.shape[:3])
+        kinds_new = jnp.broadcast_to(self._kinds(token_ids, chunk)[:, None], here.shape)
+        positions = jnp.concatenate([state.positions, here], axis=-1)
+        kinds = jnp.concatenate([state.kinds, kinds_new], axis=-1)
+        scores = jnp.concatenate([state.scores + kept[..., 0], new[..., 0]], axis=-1)
+        near = jnp.concatenate([kept[..., 1], new[..., 1]], axis=-1)
+        there = positions >= 0
+        last = lengths + num_new - 1
+
+        first = (num_new > 0) & (lengths == 0)
+        prompt = jnp.where(first, num_new, state.prompt)
+        frequent = scored.best(scores, positions, there, self._share(self.frequent, prompt)[:, None, None])
+        chosen = self._choose(scores, near, kinds, frequent, there, prompt)
+        choice = jnp.where(first[:, None], chosen, state.choice)
+
+        bound = self._bound(kinds, positions, choice, prompt, last)
+        keep = there & (~bound | (frequent & (choice >= FREQUENT)[..., None]))
+        move, where = scored.settle(keep[..., :num_slots], keep[..., num_slots:])
+        state = Profile(
+            move(state.positions, here, EMPTY),
+            move(scores[..., :num_slots], new[..., 0], 0),
+            move(state.kinds, kinds_new, 0),
+            choice,
+            prompt,
+        )
+        return state, where
+
+    def can_trim(self, state, lengths, num_tokens, num_slots):
+        """Only by nothing: profiles and scores cannot be taken back."""
+        del state, num_slots, lengths
+        return num_tokens == 0
+
+    def _choose(self, scores, near, kinds, frequent, there, prompt) -> Array:
+        """int32 [B, K]: the first way that keeps enough of the prompt's attention."""
+        total = jnp.maximum(prompt, 1).astype(jnp.float32)[:, None]
+        special, punctuation = kinds == 2, kinds >= 1
+        common = punctuation | frequent
+
+        def share(kept: Array, amount: Array) -> Array:
+            return jnp.sum(jnp.where(kept & there, amount, 0), axis=-1) / total
+
+        kept = jnp.stack(
+            [
+                share(special, scores) if self.special_tokens else jnp.full_like(scores[..., 0], -1),
+                share(punctuation, scores),
+                share(common, scores),
+                share(common, scores - near) + share(there, near),
+                jnp.full_like(scores[..., 0], jnp.inf),
+            ],
+            axis=-1,
+        )
+        enough = kept >= self.recovery if self.recovery < 1 else jnp.isposinf(kept)
+        return jnp.argmax(enough, axis=-1).astype(jnp.int32)
+
+    def _bound(self, kinds, positions, choice, prompt, last) -> Array:
+        """bool [B, K, S]: tokens that a head keeps only as far as its share of frequent ones goes."""
+        choice = choice[..., None]
+        ordinary = jnp.where(choice == SPECIAL, kinds < 2, kinds < 1)
+        recent = positions > (last - self._share(self.local, prompt))[:, None, None]
+        return ordinary & (choice != FULL) & ~(recent & (choice == LOCAL))
+
+    def _kinds(self, token_ids: Array | None, like: Array) -> Array:
+        """int32 of like's shape [B, T]: 2 special, 1 punctuation, 0 others."""
+        kinds = jnp.zeros_like(like, jnp.int32)
+        if token_ids is None:
+            if self.special_tokens or self.punctuation_tokens:
+                raise ConfigError(
+                    "FastGen with special_tokens or punctuation_tokens looks at tokens: pass token_ids int32 [B, T] to "
+                    "cached_attention (models do it by themselves)."
+                )
+            return kinds
+        for kind, ids in ((1, self.punctuation_tokens), (2, self.special_tokens)):
+            if ids:
+                known = jnp.asarray(ids, jnp.int32)[None, None]
+                kinds = jnp.where(jnp.any(token_ids[..., None] == known, axis=-1), kind, kinds)
+        return kinds
+
+    def _share(self, share: float, prompt: Array) -> Array:
+        """int32 [B]: a share of the prompt, rounded down (a hair's breadth is forgiven to float32)."""
+        return jnp.floor(prompt.astype(jnp.float32) * share + 1e-4).astype(jnp.int32)
