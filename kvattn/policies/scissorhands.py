@@ -124,7 +124,7 @@ class Scissorhands(Policy):
         count = jnp.sum(taken, axis=-1, keepdims=True)
         unimportant = taken & (mass * count.astype(mass.dtype) < 1)
         bit = self._bits(lengths)[:, None, None]
-        low = jnp.where(came[..., None], self._record(state.low, bit, unimportant[..., None] * bit), state.low)
+        low = jnp.where(came[..., None], self._record(state.low, bit, jnp.where(unimportant[..., None], bit, 0)), state.low)
         over = count > self.budget
 
         def shrink(positions: Array) -> Array:
