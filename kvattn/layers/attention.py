@@ -344,10 +344,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         """The rotary embedding of this layer, its own or that of its `attention_fn`."""
         return self.rope or resolve(self.attention_fn, self.head_dim)[0]
 
-    def _inputs(
-        self, inputs_q: Any, inputs_k: Any, inputs_v: Any, self_attention: bool = True
-    ) -> tuple[Array, Array, Array]:
-        """Fills in the inputs that were left out, and checks them; without keys unless `self_attention`."""
+    def _inputs(self, inputs_q: Any, inputs_k: Any, inputs_v: Any, keys: bool = True) -> tuple[Array, Array, Array]:
+        """Fills in the inputs that were left out, and checks those that are used: without `keys` the queries only."""
         if inputs_k is None:
             if inputs_v is not None:
                 raise ConfigError(
@@ -360,7 +358,9 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         for name, x in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
             if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.number):
                 raise DTypeError(f"{name} must be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}.")
-            wanted = self.in_kv_features if name != "inputs_q" and self_attention else self.in_features
+            if name != "inputs_q" and not keys:
+                continue
+            wanted = self.in_features if name == "inputs_q" else self.in_kv_features
             if x.ndim < 2 or x.shape[-1] != wanted:
                 raise ShapeError(
                     f"Incompatible input dimension, got {x.shape[-1] if x.ndim else ()} but module expects {wanted}: "

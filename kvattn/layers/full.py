@@ -75,6 +75,7 @@ def attend(
     batch = query.shape[:-3]
     dropout_shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
     q, k, v = (flatten(x, batch, 3) for x in (query, key, value))
+    k, v = placement.spread_heads(q, k, v)
     bias, mask = (None if x is None else flatten_scores(x, batch) for x in (bias, mask))
     is_causal = is_causal or window is not None
     rules = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
@@ -170,11 +171,11 @@ def attention_weights(
     if einsum is not None:
         key = jnp.repeat(key, num_heads // num_kv_heads, axis=2)
         scores = einsum("...qhd,...khd->...hqk", query * jnp.asarray(factor, query.dtype), key)
-        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        scores = scores.astype(_wide(scores.dtype))
     else:
-        wide = jnp.promote_types(query.dtype, jnp.float32)
-        q, k = grouped(query, key)
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=wide)
+        wide = _wide(query.dtype)
+        blocks = rearrange(query, "b t (k g) h -> b t k g h", k=num_kv_heads)
+        scores = jnp.einsum("btkgh,bskh->bkgts", blocks, key, precision=precision, preferred_element_type=wide)
         scores = scores.reshape(scores.shape[0], num_heads, length, num_keys) * jnp.asarray(factor, wide)
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
@@ -211,22 +212,9 @@ def weighted_values(
     groups = weights.shape[1] // value.shape[2]
     if einsum is not None:
         return einsum("...hqk,...khd->...qhd", weights, jnp.repeat(value, groups, axis=2))
-    if placement.explicit_spec(value) is not None:
-        return jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, groups, axis=2), precision=precision)
     split = rearrange(weights, "b (k g) t s -> b k g t s", g=groups)
     out = jnp.einsum("bkgts,bskh->btkgh", split, value, precision=precision)
     return rearrange(out, "b t k g h -> b t (k g) h")
-
-
-def grouped(query: Array, key: Array) -> tuple[Array, Array]:
-    """Splits the query heads into [B, T, K, G, H], one block per key head.
-
-    In an Explicit mesh, where a split head axis cannot always be cut in two, the key heads are repeated instead.
-    """
-    groups = query.shape[2] // key.shape[2]
-    if placement.explicit_spec(query) is not None:
-        return query[:, :, :, None, :], jnp.repeat(key, groups, axis=2)
-    return rearrange(query, "b t (k g) h -> b t k g h", g=groups), key
 
 
 def flatten(x: Array, batch: tuple[int, ...], kept: int) -> Array:
@@ -268,3 +256,8 @@ def matmul_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
         precision = precision[0]
     name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
     return jax.default_matmul_precision(name)
+
+
+def _wide(dtype: Any) -> Any:
+    """What scores of inputs of `dtype` are computed in: float32 at least."""
+    return dtype if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64 else jnp.dtype(jnp.float32)

@@ -92,7 +92,7 @@ class ArgumentCache:
     ) -> tuple[Array, KVCache]:
         foreign = resolve(self.attention_fn, self.head_dim)[1] is not dot_product_attention
         refused |= {"attention_fn": foreign, "inputs_k": cache.is_static and inputs_k is not None}
-        inputs = self._inputs(inputs_q, inputs_k, inputs_v, self_attention=not cache.is_static)
+        inputs = self._inputs(inputs_q, inputs_k, inputs_v, keys=not cache.is_static)
         caching.check_call(inputs[0], **refused)
         query = self._project(self.query, inputs[0], qkv_sharding, self.query_ln)
         key = value = None

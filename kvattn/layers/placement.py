@@ -6,9 +6,11 @@ as the kernel has them), so the layers work it out where the caller says nothing
 in an Auto mesh, every function here returns None.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
@@ -35,6 +37,28 @@ def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> Partition
     if not clash and not any(entry is not None for entry in contracted):
         return None
     return PartitionSpec(*batch, *(None if taken.intersection(_names(entry)) else entry for entry in features))
+
+
+def spread_heads(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """Repeats key/value heads [B, S, K, H] until they divide like the query heads [B, T, N, H] of an Explicit mesh.
+
+    Each device then holds the heads its queries read. One key/value head for 32 query heads on 4 devices becomes 4.
+    """
+    spec = explicit_spec(query)
+    if spec is None or spec[2] is None:
+        return key, value
+    shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(spec[2]))
+    repeats = math.lcm(key.shape[2], shards) // key.shape[2]
+
+    def spread(x: Array) -> Array:
+        own = explicit_spec(x)
+        if own is None or (repeats == 1 and own[2] == spec[2]):
+            return x
+        if repeats > 1:
+            x = jnp.repeat(jax.reshard(x, PartitionSpec(*own[:2], None, own[3])), repeats, axis=2)
+        return jax.reshard(x, PartitionSpec(*own[:2], spec[2], own[3]))
+
+    return spread(key), spread(value)
 
 
 def head_axis(kernel: Array) -> Any:
