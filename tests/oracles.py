@@ -9,15 +9,15 @@ G = N // K, H head dim, Hv value head dim.
 import numpy as np
 
 
-def seen_from(position, window=None):
-    """The positions a query at `position` attends to: itself and before, `window` tokens in all."""
+def seen_from(position, window=None, num_sinks=0):
+    """The positions a query at `position` attends to: the last `window` with itself, and the first `num_sinks`."""
     first = 0 if window is None else max(0, position - window + 1)
-    return set(range(first, position + 1))
+    return set(range(first, position + 1)) | set(range(min(num_sinks, position + 1)))
 
 
-def kept_after(num_tokens, window=None):
+def kept_after(num_tokens, window=None, num_sinks=0):
     """The positions a policy still holds after `num_tokens` tokens."""
-    return set() if num_tokens == 0 else seen_from(num_tokens - 1, window)
+    return set() if num_tokens == 0 else seen_from(num_tokens - 1, window, num_sinks)
 
 
 def narrower(*windows):
@@ -85,7 +85,8 @@ class TokenLists:
 
     Args:
         batch_size: B.
-        keeps: tokens the policy keeps and lets a query see, its own included; None for all.
+        keeps: last tokens the policy keeps and lets a query see, its own included; None for all.
+        num_sinks: first tokens that it keeps and lets a query see besides.
         window: a further window of the call.
         limit: most tokens a sequence may ever have; a chunk past it is dropped whole.
         rope_theta: rotate queries and keys at their positions.
@@ -94,11 +95,20 @@ class TokenLists:
     """
 
     def __init__(
-        self, batch_size, *, keeps=None, window=None, limit=None, rope_theta=None, dtype=np.float64, **rules
+        self,
+        batch_size,
+        *,
+        keeps=None,
+        num_sinks=0,
+        window=None,
+        limit=None,
+        rope_theta=None,
+        dtype=np.float64,
+        **rules,
     ):
         self.rows = [[] for _ in range(batch_size)]
         self.overflowed = [False] * batch_size
-        self.keeps = keeps
+        self.keeps, self.num_sinks = keeps, num_sinks
         self.window = narrower(keeps, window)
         self.limit = limit
         self.rope_theta = rope_theta
@@ -110,7 +120,7 @@ class TokenLists:
 
     def kept(self, row):
         """Positions the policy holds for one row."""
-        return kept_after(len(self.rows[row]), self.keeps)
+        return kept_after(len(self.rows[row]), self.keeps, self.num_sinks)
 
     def append(self, query, key, value, num_new=None, padding="right"):
         """Appends and attends.
@@ -139,7 +149,7 @@ class TokenLists:
             for t in range(first, first + num_new[b]):
                 p = len(row)
                 row.append((self._turn(key[b, t], p), np.array(value[b, t])))
-                seen = sorted(seen_from(p, self.window))
+                seen = sorted(seen_from(p, self.window, self.num_sinks))
                 out[b, t], lse[b, t] = attend_token(
                     self._turn(query[b, t], p),
                     [row[j][0] for j in seen],

@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import kvattn
 import suites
-from kvattn import codecs, masks, policies
-from kvattn.attend import api, reference, xla
-from kvattn.cache import KVCache, Layout
 from suites import CODECS, IMPLEMENTATIONS, POLICIES, STEPS, Steps, by_id
 
+import kvattn
+from kvattn import codecs, masks, policies
+from kvattn.attend import api, reference, step, xla
+from kvattn.cache import KVCache, Layout
+
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-each_policy = pytest.mark.parametrize("case", POLICIES, ids=lambda c: c.id)
+each_policy = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.quick else pytest.mark.slow) for c in POLICIES], ids=lambda c: c.id
+)
 each_codec = pytest.mark.parametrize("case", CODECS, ids=lambda c: c.id)
 
 
@@ -40,9 +42,10 @@ def test_every_variant_has_a_line():
 @each_implementation
 @each_policy
 def test_policy_suite(case, implementation):
-    looked_at = sum(suites.check_attendance(case, implementation, seed=seed) for seed in range(6))
-    assert looked_at >= 1000
-    for check in suites.POLICY_CHECKS[1:]:
+    if case.by_position:
+        assert sum(suites.check_attendance(case, implementation, seed=seed) for seed in range(6)) >= 1000
+        suites.check_oracle(case, implementation)
+    for check in suites.POLICY_CHECKS:
         check(case, implementation)
 
 
@@ -65,7 +68,6 @@ def test_true_positions(case, implementation):
 def test_rules_of_a_call(implementation):
     case = by_id(POLICIES, "ring6-window2")[0]
     suites.check_oracle(case, implementation, scale=0.6, softcap=1.5, sinks=(0.5, -1.0, 3.0, -np.inf))
-    suites.check_oracle(case, implementation, scale=0.0)
 
 
 @each_implementation
@@ -114,13 +116,17 @@ def test_codec_suite(case):
 @each_codec
 def test_accuracy(case, implementation):
     suites.check_accuracy(case, implementation)
-    suites.check_large_scores(case, implementation)
 
 
 @each_implementation
+@pytest.mark.parametrize("case", by_id(CODECS, "float16"), ids=lambda c: c.id)
+def test_scores_beyond_the_storage_dtype(case, implementation):
+    suites.check_large_scores(case, implementation)
+
+
 @pytest.mark.parametrize("case", by_id(POLICIES, "full", "ring5"), ids=lambda c: c.id)
-def test_cache_is_a_value(case, implementation):
-    suites.check_explicit(case, implementation)
+def test_cache_is_a_value(case):
+    suites.check_explicit(case, "reference")
 
 
 @pytest.mark.parametrize("case", by_id(POLICIES, "full", "ring5"), ids=lambda c: c.id)
@@ -326,8 +332,6 @@ def rows_of_pads_not_written(patch):
 
 @fault(3, suites.check_oracle, RING62, "xla", scale=0.6, softcap=1.5, sinks=(0.5, -1.0, 3.0, -np.inf))
 def sinks_left_out_of_the_sum(patch):
-    import kvattn.attend.step as step
-
     patch.setattr(step, "add_sinks", lambda out, lse, sinks: (out, lse))
 
 
@@ -470,23 +474,18 @@ def one_token_of_many_left_out(patch):
 @fault(7, suites.check_chunking, kvattn.SlidingWindow(8), None, "xla", ways=[[97], [13] * 7 + [6]])
 def ring_written_before_it_is_read(patch):
     """The chunk takes its slots first, and the old tokens are read from what is left of them."""
-    import kvattn.attend.step as step
 
     def attend(original, request, implementation):
         view = request.view
         written = jnp.sum(request.positions >= 0, axis=1).astype(jnp.int32)
         first = jnp.max(request.positions, axis=1) - written + 1
-        is_cache = view.positions.shape[0] * view.layout.rows != request.positions.shape[1] and (
-            request.positions.shape[1] > 1
-        )
-        if is_cache:
+        if view.layout.num_slots == suites.PROMPT_WINDOW and request.positions.shape[1] > 1:
             # A kept token is gone if a token of the chunk went to its slot.
             kept = view.positions
             gone = (kept >= 0) & (kept + view.layout.num_slots < (first + written)[None, :, None, None])
             view = dataclasses.replace(view, positions=jnp.where(gone, -1, kept))
         return original(dataclasses.replace(request, view=view), implementation)
 
-    del step
     around_attend(patch, attend)
 
 
@@ -502,8 +501,6 @@ def long_chunk_keeps_its_first_tokens(patch):
 
 @fault(7, suites.check_chunking, kvattn.Full(), 8, "xla", ways=[[97], [13] * 7 + [6]])
 def cache_and_chunk_averaged(patch):
-    import kvattn.attend.step as step
-
     def merge(original, out_a, lse_a, out_b, lse_b):
         _, lse = original(out_a, lse_a, out_b, lse_b)
         return (out_a + out_b) / 2, lse
@@ -513,8 +510,6 @@ def cache_and_chunk_averaged(patch):
 
 @fault(7, suites.check_oracle, FULL, "xla", padding="left")
 def left_padding_taken_for_right(patch):
-    import kvattn.attend.step as step
-
     patch.setattr(step, "_shift_left", lambda x, by: x)
 
 
@@ -545,25 +540,25 @@ def rows_written_at_the_first_rows_slots(patch):
 # 9. The cache is an argument and a result.
 
 
-@fault(9, suites.check_explicit, FULL, "xla")
+@fault(9, suites.check_explicit, FULL, "reference", lengths=(1,))
 def the_given_cache_is_changed(patch):
-    def advance(original, cache, *args):
-        new = original(cache, *args)
-        for leaf in GIVEN:
-            object.__setattr__(leaf, "lengths", new.lengths)
-        return new
-
-    GIVEN = []
+    given = []
 
     def remember(original, cache, *args):
-        GIVEN.append(cache)
+        given.append(cache)
         return original(cache, *args)
+
+    def advance(original, cache, *args):
+        new = original(cache, *args)
+        for old in given:
+            object.__setattr__(old, "lengths", new.lengths)
+        return new
 
     around(patch, KVCache, "refuse_overflow", remember)
     around(patch, KVCache, "advance", advance)
 
 
-@fault(9, suites.check_explicit, RING5, "xla")
+@fault(9, suites.check_explicit, FULL, "reference", lengths=(1,))
 def something_is_remembered_between_calls(patch):
     last = []
 
@@ -593,11 +588,10 @@ def nothing_donated(patch):
 
 
 @fault(10, suites.check_compiled_memory, kvattn.Full(), jnp.bfloat16, "xla")
-def whole_cache_widened(patch):
+def whole_cache_computed_anew(patch):
     def view(original, cache):
         view = original(cache)
-        wide = {n: jnp.sin(x.astype(jnp.float32)) for n, x in view.keys.items()}
-        return dataclasses.replace(view, keys=wide)
+        return dataclasses.replace(view, keys={n: jnp.tanh(x) for n, x in view.keys.items()})
 
     around(patch, KVCache, "view", view)
 
@@ -615,7 +609,7 @@ def test_planted_fault(fault, monkeypatch):
     fault.check(STEPS)
     fault.plant(monkeypatch)
     with pytest.raises(AssertionError):
-        fault.check(Steps())
+        fault.check(Steps(optimized=False))
 
 
 def test_every_meaning_has_a_fault():
