@@ -1,0 +1,330 @@
+"""Decodes with grouped-query attention and a key/value cache.
+
+python examples/decode_gqa.py
+    text, with the byte model of examples/weights: speed, cache sizes as MHA, GQA and MQA, cached decoding
+    against the full forward pass, and the layer's step beside flax.nnx.MultiHeadAttention's
+
+python examples/decode_gqa.py --random --heads 32 --kv-heads 8 --head-dim 128 --batch 8 --context 4096
+    the bare decode step at the shapes of a real model: time, bandwidth, per cent of a copy in the same run
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import corpus
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import kvattn
+from kvattn.layers import GroupedQueryAttention, stateless
+
+WEIGHTS = Path(__file__).parent / "weights" / "bytes.safetensors"
+console = Console(highlight=False, width=min(Console().width, 120) if Console().is_terminal else 100)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=int, default=0)
+    text = p.add_argument_group("text")
+    text.add_argument("--weights", type=Path, default=WEIGHTS)
+    text.add_argument("--prompt", help="default: the beginning of a page the model was not trained on")
+    text.add_argument("--max-new-tokens", type=int, default=400)
+    text.add_argument("--temperature", type=float, default=0.4)
+    bare = p.add_argument_group("the bare step")
+    bare.add_argument("--random", action="store_true", help="random queries, keys and values; no model")
+    bare.add_argument("--heads", type=int, default=32)
+    bare.add_argument("--kv-heads", type=int, default=8)
+    bare.add_argument("--head-dim", type=int, default=128)
+    bare.add_argument("--batch", type=int, default=8)
+    bare.add_argument("--context", type=int, help="tokens in the cache (default 4096)")
+    bare.add_argument("--window", type=int, help="keep and attend to the last tokens only")
+    bare.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    bare.add_argument("--implementation", nargs="+", help="one or more, timed one after the other; default: the best")
+    bare.add_argument("--repeats", type=int, default=15, help="timings; the median counts")
+    return p.parse_args()
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call that waits for its result. The first calls, which compile, do not count."""
+    for _ in range(2):
+        run()
+    times = []
+    with console.status("measuring ..."):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def filled(cache: kvattn.KVCache, key: jax.Array, value: jax.Array, length: int) -> kvattn.KVCache:
+    """A cache that has seen `length` tokens and holds the given ones [B, S, K, H] in its first slots: no prefill."""
+    slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape[:2])
+    return dataclasses.replace(cache.write(slots, key, value), lengths=jnp.full(key.shape[:1], length, jnp.int32))
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def text_demo(args: argparse.Namespace) -> None:
+    if not args.weights.exists():
+        raise SystemExit(f"{args.weights} is not there: run examples/train_bytes.py first.")
+    model = kvattn.models.load(args.weights, dtype=jnp.float32)
+    config = model.config
+    prompt = args.prompt.encode() if args.prompt else default_prompt()
+
+    def decode() -> list[int]:
+        return kvattn.generate(
+            model, [prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed
+        )[0]  # fmt: skip
+
+    start = time.perf_counter()
+    with console.status("compiling and decoding ..."):
+        new = decode()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    decode()
+    again = time.perf_counter() - start
+
+    console.rule("prompt", align="left")
+    console.print(Text(prompt.decode(errors="replace"), style="dim"))
+    console.rule(f"decoded, temperature {args.temperature}", align="left")
+    console.print(Text(bytes(new).decode(errors="replace"), style="bold"))
+    console.rule("numbers", align="left")
+
+    rows = {
+        "model": f"{config.num_layers} layers, {config.num_heads} query heads, {config.num_kv_heads} key/value heads "
+        f"of {config.head_dim}, {sum(x.size for x in jax.tree.leaves(nnx.state(model))):,} parameters",
+        "speed": f"{len(new) / again:,.0f} tokens/s, prompt of {len(prompt)} included ({first:.1f} s with compiling)",
+    }
+    capacity = len(prompt) + len(new)
+    for name, kv_heads in (("MHA", config.num_heads), ("GQA", config.num_kv_heads), ("MQA", 1)):
+        caches = jax.eval_shape(
+            lambda kv_heads=kv_heads: [
+                kvattn.KVCache.create(1, kv_heads, config.head_dim, capacity=capacity) for _ in range(config.num_layers)
+            ]
+        )
+        rows[f"cache as {name}"] = f"{size(sum(c.nbytes for c in caches))}  ({capacity} tokens, bfloat16)"
+    rows["cached - full"] = cached_against_full(model, [*prompt, *new])
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim)
+    rows["this layer's step"] = beside_flax(8, args.context or 4096, *heads, repeats=40)
+    rows["a larger layer's"] = beside_flax(8, args.context or 4096, 32, 8, 128, 256, repeats=5)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+
+
+def default_prompt() -> bytes:
+    """The first paragraphs of a held-out page."""
+    _, valid = corpus.split()
+    text = valid.tobytes()
+    return text[text.index(b"Comparisons\n***") :][:520].rsplit(b"\n", 1)[0] + b"\n"
+
+
+def cached_against_full(model: kvattn.models.Decoder, tokens: list[int]) -> str:
+    """The largest difference of the logits, token by token through the cache and all tokens at once."""
+    tokens = jnp.asarray([tokens], jnp.int32)
+    apply, weights = stateless(model)
+    full, _ = jax.jit(apply)(weights, tokens)
+    step = jax.jit(apply, donate_argnames="cache")
+    cache = model.make_cache(1, tokens.shape[1])
+    worst = 0.0
+    with console.status("comparing with the full forward pass ..."):
+        for t in range(tokens.shape[1]):
+            logits, cache = step(weights, tokens[:, t : t + 1], cache=cache)
+            worst = max(worst, float(jnp.max(jnp.abs(logits[:, 0] - full[:, t]))))
+    return f"{worst:.1e} at most, over {tokens.shape[1]} x {full.shape[-1]} logits of spread {float(jnp.std(full)):.1f}"
+
+
+def beside_flax(
+    batch: int, context: int, num_heads: int, num_kv_heads: int, head_dim: int, features: int, repeats: int
+) -> str:
+    """Step times of Flax's layer and of kvattn's with the same weights and tokens, and how far apart they are.
+
+    Both run as plain `jax.jit` programs with a donated cache, which is the fastest way to run Flax's.
+    """
+    options = {"num_kv_heads": num_kv_heads, "qkv_features": num_heads * head_dim, "use_bias": False}
+    theirs = nnx.MultiHeadAttention(num_heads, features, **options, decode=True, rngs=nnx.Rngs(0))
+    ours = GroupedQueryAttention(num_heads, features, **options, rngs=nnx.Rngs(0))
+    past, x = (jax.random.normal(jax.random.key(n), (batch, n, features)) for n in (context - repeats - 3, 1))
+
+    theirs.init_cache((batch, context, features))
+    keys, values = theirs.key(past), theirs.value(past)
+    theirs.cached_key[...] = theirs.cached_key[...].at[:, : past.shape[1]].set(keys)
+    theirs.cached_value[...] = theirs.cached_value[...].at[:, : past.shape[1]].set(values)
+    theirs.cache_index[...] = jnp.int32(past.shape[1])
+    graph, flax_cache, flax_weights = nnx.split(theirs, nnx.Cache, ...)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def flax_step(cache, weights, x):
+        layer = nnx.merge(graph, cache, weights)
+        return layer(x), nnx.state(layer, nnx.Cache)
+
+    apply, weights = stateless(ours)
+    kvattn_step = jax.jit(apply, donate_argnames="cache")
+    cache = filled(ours.make_cache(batch, context), keys, values, past.shape[1])
+
+    flax_times, times = [], []
+    with console.status("measuring beside flax.nnx.MultiHeadAttention ..."):
+        for _ in range(repeats + 3):
+            start = time.perf_counter()
+            y, flax_cache = flax_step(flax_cache, flax_weights, x)
+            y.block_until_ready()
+            middle = time.perf_counter()
+            z, cache = kvattn_step(weights, x, cache=cache)
+            z.block_until_ready()
+            flax_times.append(middle - start)
+            times.append(time.perf_counter() - middle)
+    cache.check()
+    step, flax = statistics.median(times[3:]), statistics.median(flax_times[3:])
+    return (
+        f"{step * 1e3:.2f} ms, flax.nnx.MultiHeadAttention {flax * 1e3:.2f} ms: {flax / step:.1f} times; "
+        f"largest difference {float(jnp.max(jnp.abs(y - z))):.0e} (batch {batch}, {context} tokens, "
+        f"{num_heads} heads on {num_kv_heads} of {head_dim}, float32)"
+    )
+
+
+# The bare step ------------------------------------------------------------------------------------
+
+
+def bare_demo(args: argparse.Namespace) -> None:
+    dtype, context = jnp.dtype(args.dtype), args.context or 4096
+    keys = jax.random.split(jax.random.key(args.seed), 5)
+    shape = (args.batch, context, args.kv_heads, args.head_dim)
+    query = jax.random.normal(keys[0], (args.batch, 1, args.heads, args.head_dim), dtype)
+    token = [jax.random.normal(k, (args.batch, 1, *shape[2:]), dtype) for k in keys[1:3]]
+
+    @jax.jit
+    def fresh() -> kvattn.KVCache:
+        policy = kvattn.SlidingWindow(args.window) if args.window else kvattn.Full()
+        cache = kvattn.KVCache.create(args.batch, *shape[2:], capacity=context, policy=policy, dtype=dtype)
+        tokens = [jax.random.normal(k, (args.batch, cache.num_slots, *shape[2:]), dtype) for k in keys[3:]]
+        return filled(cache, *tokens, context - 1)
+
+    with console.status("filling the cache ..."):
+        cache = jax.block_until_ready(fresh())
+    tokens_read = min(context, cache.num_slots)
+    read = 2 * args.batch * tokens_read * args.kv_heads * args.head_dim * dtype.itemsize
+    console.print(
+        f"{jax.devices()[0].device_kind}: batch {args.batch}, {args.heads} query heads, {args.kv_heads} key/value "
+        f"heads of {args.head_dim}, {tokens_read} of {context} tokens, {dtype}: {size(read)} of keys and values"
+    )
+
+    inner = steps_per_call(read)
+    copied = copy_bandwidth(max(read, 2**28), args.repeats)
+    table = Table("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error", box=None)
+    unsupported = []
+    reference, _ = bare_step("reference")(query, *token, fresh())
+    for implementation in args.implementation or [None]:
+        step = bare_step(implementation)
+        try:
+            out, cache = step(query, *token, cache)
+        except kvattn.errors.UnsupportedError as error:
+            unsupported.append(str(error))
+            continue
+        error = float(jnp.max(jnp.abs(out.astype(jnp.float32) - reference.astype(jnp.float32))))
+        alone = StepLoop(step, query, token, cache)
+        looped = StepLoop(bare_step(implementation, inner), query, token, alone.cache)
+        each = seconds(alone, args.repeats)
+        looped.cache = alone.cache
+        per_step = seconds(looped, args.repeats) / inner
+        cache = looped.cache
+        rate = read / per_step
+        table.add_row(
+            implementation or "best", f"{per_step * 1e6:,.1f}", f"{each * 1e6:,.1f}", f"{rate / 1e9:,.1f}",
+            f"{100 * rate / copied:.0f}", f"{error:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    for reason in unsupported:
+        console.print(f"not run: {reason}")
+    console.print(
+        f"µs/step: in a compiled loop of {inner}; µs alone: one step called from Python. Medians of {args.repeats}, "
+        f"the cache donated. GB/s: of keys and values; a copy reads and writes {copied / 1e9:,.1f} GB/s. "
+        'error: the largest difference from implementation="reference".'
+    )
+
+
+@functools.cache
+def bare_step(implementation: str | None, inner: int = 1) -> Callable:
+    """`inner` steps of `kvattn.cached_attention`, one after the other, each at the full context."""
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def steps(query, key, value, cache):
+        def one(_, carry):
+            out, cache = carry
+            # The queries depend on what came before, so no step can be left out.
+            out, cache = kvattn.cached_attention(query + 0 * out, key, value, cache, implementation=implementation)
+            return out, rewound(cache)
+
+        return one(0, (query, cache)) if inner == 1 else jax.lax.fori_loop(0, inner, one, (query, cache))
+
+    return steps
+
+
+def rewound(cache: kvattn.KVCache) -> kvattn.KVCache:
+    """The same cache without its last token, so that every step sees the same context. A ring just turns."""
+    return cache if isinstance(cache.policy, kvattn.SlidingWindow) else cache.trim(1)
+
+
+@dataclasses.dataclass
+class StepLoop:
+    """A step that hands its donated cache on to its next call."""
+
+    step: Callable
+    query: jax.Array
+    token: list[jax.Array]
+    cache: kvattn.KVCache
+
+    def __call__(self) -> None:
+        """One call, waited for."""
+        out, self.cache = self.step(self.query, *self.token, self.cache)
+        out.block_until_ready()
+
+
+def steps_per_call(read: int) -> int:
+    """Enough steps in one call for its launch not to count: about 20 ms of work."""
+    bandwidth = 10e9 if jax.default_backend() == "cpu" else 2e12
+    return int(np.clip(0.02 * bandwidth / read, 1, 1000))
+
+
+def copy_bandwidth(count: int, repeats: int) -> float:
+    """Bytes per second, read and written together, of copying `count` bytes."""
+    x, inner = jnp.zeros((count // 4096, 1024), jnp.float32), steps_per_call(2 * count)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def copy(x):
+        return jax.lax.fori_loop(0, inner, lambda _, x: x + 1, x)
+
+    def run():
+        nonlocal x
+        x = copy(x)
+        x.block_until_ready()
+
+    return 2 * x.nbytes * inner / seconds(run, repeats)
+
+
+def main() -> None:
+    args = arguments()
+    if args.random:
+        bare_demo(args)
+    else:
+        text_demo(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Trains the byte-level GQA model of the demos on the documentation text that every CPython carries.
+
+    python examples/train_bytes.py                       # the committed weights
+    python examples/train_bytes.py --steps 20 --out /tmp/try/bytes.safetensors
+
+Writes the weights with the lowest validation loss (bfloat16), their settings, a log and a plot of it.
+The text is contiguous, without markers between windows, at the context the cache studies need.
+"""
+
+import argparse
+import csv
+import functools
+import math
+import time
+from pathlib import Path
+
+import corpus
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from einops import rearrange
+from flax import nnx
+from tqdm import tqdm
+
+import kvattn.models
+from kvattn.models import Decoder, DecoderConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLOCK = 128
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "bytes.safetensors")
+    p.add_argument("--steps", type=int, default=2800)
+    p.add_argument(
+        "--minutes", type=float, default=math.inf, help="a shorter run: the learning rate falls by the clock"
+    )
+    p.add_argument("--batch", type=int, default=2)
+    p.add_argument("--context", type=int, default=1024)
+    p.add_argument("--learning-rate", type=float, default=2e-3)
+    p.add_argument("--weight-decay", type=float, default=0.1)
+    p.add_argument("--eval-every", type=int, default=100)
+    p.add_argument("--seed", type=int, default=0)
+    for name, default in (
+        ("layers", 4),
+        ("model-dim", 256),
+        ("heads", 8),
+        ("kv-heads", 2),
+        ("head-dim", 32),
+        ("mlp-dim", 384),
+    ):
+        p.add_argument(f"--{name}", type=int, default=default)
+    return p.parse_args()
+
+
+def causal_attention(query, key, value, *, is_causal, **rest):
+    """Causal attention for training on a CPU: blocks of queries see only the keys up to their end.
+
+    Half the work of a full score matrix, and a block's scores stay in the processor's cache: forward and
+    backward took 74 ms where one array of scores took 410 (1 core, B2 T1024 N6 K2 H32).
+    """
+    assert is_causal and rest.get("mask") is None
+    length, head_dim = query.shape[1], query.shape[3]
+
+    @functools.partial(jax.checkpoint, static_argnums=3)
+    def block(q, k, v, start):
+        rows = q.reshape(-1, head_dim) / math.sqrt(head_dim)  # [T G, H]
+        position = start + jnp.arange(rows.shape[0]) // q.shape[1]
+        scores = jnp.where(position[:, None] >= jnp.arange(k.shape[0])[None], rows @ k.T, -jnp.inf)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True)))
+        return (weights @ v / jnp.sum(weights, axis=1, keepdims=True)).reshape(q.shape)
+
+    def one_kv_head(qkv):
+        q, k, v = qkv  # [T, G, H], [T, H], [T, H]
+        starts = range(0, length, BLOCK)
+        return jnp.concatenate([block(q[i : i + BLOCK], k[: i + BLOCK], v[: i + BLOCK], i) for i in starts])
+
+    q = rearrange(query, "b t (k g) h -> (b k) t g h", k=key.shape[2])
+    k, v = (rearrange(x, "b t k h -> (b k) t h") for x in (key, value))
+    return rearrange(jax.lax.map(one_kv_head, (q, k, v)), "(b k) t g h -> b t (k g) h", k=key.shape[2])
+
+
+def learning_rate(peak: float, step: int, done: float) -> float:
+    """Linear warmup over 100 steps, then a cosine down to a twentieth; `done` is in [0, 1]."""
+    return peak * min(1.0, step / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def bits(model: Decoder, windows: jax.Array) -> jax.Array:
+    """Mean bits per byte of [B, T + 1] bytes: each of the last T given those before it."""
+    logits, _ = model(windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean() / math.log(2)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name in ("train", "valid"):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    axes.set(xlabel="step", ylabel="bits per byte", title=path.stem)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = arguments()
+    train, valid = corpus.split()
+    config = DecoderConfig(
+        vocab_size=256,
+        model_dim=args.model_dim,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        mlp_dim=args.mlp_dim,
+    )
+    model = Decoder(config, attention_fn=causal_attention, rngs=nnx.Rngs(args.seed))
+    graph, weights = nnx.split(model)
+    count = sum(x.size for x in jax.tree.leaves(weights))
+    print(f"{count:,} parameters; {len(train):,} bytes to learn from, {len(valid):,} to validate on")
+
+    def adamw(learning_rate):
+        decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(learning_rate, b2=0.98, weight_decay=args.weight_decay, mask=decayed),
+        )
+
+    optimizer = optax.inject_hyperparams(adamw)(learning_rate=0.0)
+    state = optimizer.init(weights)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def learn(weights, state, windows):
+        loss, gradients = jax.value_and_grad(lambda w: bits(nnx.merge(graph, w), windows))(weights)
+        updates, state = optimizer.update(gradients, state, weights)
+        return optax.apply_updates(weights, updates), state, loss
+
+    @jax.jit
+    def evaluate(weights, windows):
+        return bits(nnx.merge(graph, weights), windows)
+
+    span = np.arange(args.context + 1)
+    starts = np.arange(0, len(valid) - args.context - 1, args.context)
+    valid_windows = [jnp.asarray(valid[start + span][None], jnp.int32) for start in starts]
+    draw = np.random.default_rng(args.seed)
+    rows, recent, best, began = [], [], math.inf, time.monotonic()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.with_suffix(".csv").open("w", newline="") as file, tqdm(total=args.steps, unit="step") as bar:
+        log = csv.DictWriter(file, ["step", "bytes", "seconds", "learning_rate", "train", "valid"])
+        log.writeheader()
+        for step in range(1, args.steps + 1):
+            done = min(1.0, max(step / args.steps, (time.monotonic() - began) / 60 / args.minutes))
+            rate = learning_rate(args.learning_rate, step, done)
+            state.hyperparams["learning_rate"] = jnp.asarray(rate)
+            start = draw.integers(0, len(train) - args.context, args.batch)
+            windows = jnp.asarray(train[start[:, None] + span[None]], jnp.int32)
+            weights, state, loss = learn(weights, state, windows)
+            recent.append(float(loss))
+            bar.update()
+            if step % args.eval_every and done < 1:
+                continue
+            loss = float(np.mean([evaluate(weights, window) for window in valid_windows]))
+            rows.append(
+                {
+                    "step": step,
+                    "bytes": step * args.batch * args.context,
+                    "seconds": round(time.monotonic() - began),
+                    "learning_rate": float(f"{rate:.3g}"),
+                    "train": round(float(np.mean(recent)), 4),
+                    "valid": round(loss, 4),
+                }
+            )
+            recent.clear()
+            log.writerow(rows[-1])
+            file.flush()
+            bar.set_postfix(train=rows[-1]["train"], valid=rows[-1]["valid"])
+            if loss < best:
+                best = loss
+                kvattn.models.save(nnx.merge(graph, weights), args.out, dtype=jnp.bfloat16)
+            plot(rows, args.out.with_suffix(".png"))
+            if done >= 1:
+                break
+    print(f"best validation: {best:.4f} bits per byte; weights in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Checkpoints of a `Decoder`: a safetensors file and, beside it, its settings as JSON. Nothing is ever unpickled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvattn.errors import CacheCorruptionError, CacheVersionError, ConfigError
+from kvattn.models.config import DecoderConfig
+from kvattn.models.decoder import Decoder
+
+FORMAT = "kvattn-decoder"
+"""What the settings name themselves."""
+
+
+def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> Path:
+    """Writes ``path`` (safetensors) and the settings beside it (the same name ending in ``.json``).
+
+    Both are written under another name and then moved, so a reader never meets half a file.
+
+    Args:
+        model: the decoder.
+        path: ends in ``.safetensors``.
+        dtype: what the parameters are stored in. None: as they are.
+
+    Returns:
+        `path`.
+    """
+    from safetensors.numpy import save_file
+
+    path = _checked(path)
+    tensors = {name: np.asarray(x if dtype is None else x.astype(dtype)) for name, x in _parameters(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial, metadata={"format": FORMAT})
+    settings = json.dumps({"format": FORMAT, **model.config.to_json()}, indent=2) + "\n"
+    partial_settings = path.with_suffix(".json.partial")
+    partial_settings.write_text(settings)
+    partial.replace(path)
+    partial_settings.replace(path.with_suffix(".json"))
+    return path
+
+
+def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the ``.safetensors`` file.
+        dtype: what the parameters become. None: as they are stored.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        CacheCorruptionError: a file that cannot be read.
+        ConfigError: settings that are not those of a decoder.
+        CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
+    """
+    path = _checked(path)
+    config = _read_settings(path.with_suffix(".json"))
+    tensors = _read_tensors(path)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    expected = _parameters(model)
+
+    problems = [f"missing: {name} {expected[name].shape}" for name in sorted(set(expected) - set(tensors))]
+    problems += [f"left over: {name} {tensors[name].shape}" for name in sorted(set(tensors) - set(expected))]
+    for name in sorted(set(tensors) & set(expected)):
+        given, wanted = tensors[name], expected[name]
+        if given.shape != wanted.shape:
+            problems.append(f"shape: {name} is {given.shape}, the settings make it {wanted.shape}")
+        elif not jnp.issubdtype(given.dtype, jnp.floating):
+            problems.append(f"kind: {name} holds {given.dtype}, not floats")
+    if problems:
+        raise CacheVersionError(f"{path} does not fit {path.with_suffix('.json').name}:\n  " + "\n  ".join(problems))
+
+    kinds = {x.dtype for x in tensors.values()}
+    param_dtype = dtype if dtype is not None else max(kinds, key=lambda kind: kind.itemsize)
+    model = nnx.eval_shape(lambda: Decoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    flat = [(keys, _filled(leaf, tensors[_name(keys)], param_dtype)) for keys, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
+    return leaf.replace(jnp.asarray(tensor, dtype))
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return ".".join(map(str, keys))
+
+
+def _parameters(model: Decoder) -> dict[str, Any]:
+    """The parameters by name, such as ``layers.0.attention.query.kernel``."""
+    return {_name(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"a checkpoint ends in .safetensors, got {path}.")
+    return path
+
+
+def _read_settings(path: Path) -> DecoderConfig:
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CacheCorruptionError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise ConfigError(f"{path} does not hold the settings of a decoder saved by kvattn (format {FORMAT!r}).")
+    try:
+        return DecoderConfig.from_json(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CacheCorruptionError(f"{path} is damaged: {error}.") from error

@@ -1,0 +1,352 @@
+"""The decoder: cached calls against the whole forward pass, checkpoints, generation."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import kvattn
+from kvattn.errors import (
+    CacheCorruptionError,
+    CacheVersionError,
+    CapacityError,
+    ConfigError,
+    DTypeError,
+    KVAttnError,
+    RangeError,
+    ShapeError,
+)
+from kvattn.layers import stateless
+from kvattn.models import Decoder, DecoderConfig, generate, load, save
+
+TINY = DecoderConfig(vocab_size=61, model_dim=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=40)
+CONFIGS = {
+    "gqa": TINY,
+    "mha": dataclasses.replace(TINY, num_kv_heads=6),
+    "mqa": dataclasses.replace(TINY, num_kv_heads=1),
+    "windows": dataclasses.replace(TINY, windows=(5, None)),
+    "caps, own head": dataclasses.replace(TINY, softcap=5.0, logit_softcap=3.0, tie_embeddings=False),
+    "scaled rope": dataclasses.replace(TINY, rope_theta=500.0, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+}
+
+
+def decoder(config=TINY, **options):
+    """A model whose every parameter matters: larger than Flax initialises them, norms that are not one."""
+    model = Decoder(config, rngs=nnx.Rngs(0), **options)
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + (0.2 * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+
+def random_tokens(batch, length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, TINY.vocab_size)
+
+
+CHUNKS = ([1] * 17, [17], [1, 7, 1, 8])
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"),
+    [("windows", chunks) for chunks in CHUNKS] + [(name, CHUNKS[2]) for name in CONFIGS if name != "windows"],
+    ids=str,
+)
+def test_cached_is_the_full_forward_pass(name, chunks):
+    model, tokens = decoder(CONFIGS[name]), random_tokens(2, 17)
+    full, none = model(tokens)
+    assert none is None and full.shape == (2, 17, TINY.vocab_size) and full.dtype == jnp.float32
+    cache, out, start = model.make_cache(2, 32), [], 0
+    for size in chunks:
+        logits, cache = model(tokens[:, start : start + size], cache)
+        out.append(logits)
+        start += size
+    chex.assert_trees_all_close(jnp.concatenate(out, axis=1), full, atol=1e-5 * float(jnp.std(full)), rtol=1e-5)
+
+
+def test_every_parameter_and_token_matters():
+    model, tokens = decoder(CONFIGS["caps, own head"]), random_tokens(1, 9)
+    graph, state = nnx.split(model)
+    gradients = jax.grad(lambda state: jnp.sum(jnp.sin(nnx.merge(graph, state)(tokens)[0])))(state)
+    for path, x in jax.tree.leaves_with_path(gradients):
+        assert float(jnp.max(jnp.abs(x))) > 1e-6, path
+    logits, _ = model(tokens)
+    other, _ = model(tokens.at[0, 4].add(1).astype(jnp.int32) % TINY.vocab_size)
+    changed = jnp.max(jnp.abs(logits - other), axis=(0, 2)) > 0
+    assert changed.tolist() == [False] * 4 + [True] * 5  # causal
+
+
+def test_ragged_rows_are_as_alone():
+    model, lengths = decoder(CONFIGS["windows"]), [9, 1, 4]
+    tokens = random_tokens(3, 9)
+    cache = model.make_cache(3, 16)
+    first, cache = model(tokens, cache, jnp.asarray(lengths, jnp.int32))
+    second, cache = model(tokens[:, :2], cache, jnp.asarray([0, 2, 1], jnp.int32))
+    assert [layer.lengths.tolist() for layer in cache] == [[9, 3, 5]] * 2
+    for row, (length, more) in enumerate(zip(lengths, [0, 2, 1], strict=True)):
+        alone = jnp.concatenate([tokens[row, :length], tokens[row, :more]])[None]
+        expected, _ = model(alone)
+        got = jnp.concatenate([first[row, :length], second[row, :more]])
+        chex.assert_trees_all_close(got, expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_a_window_keep_a_small_cache():
+    cache = decoder(CONFIGS["windows"]).make_cache(2, 32)
+    assert [layer.num_slots for layer in cache] == [5, 32]
+    assert cache[0].policy == kvattn.SlidingWindow(5)
+    assert all(layer.dtype == jnp.float32 for layer in cache)
+    assert decoder().make_cache(1, 8, dtype=jnp.bfloat16)[0].dtype == jnp.bfloat16
+
+
+def test_a_decode_loop_compiles_once_and_works_in_place():
+    model = decoder()
+    apply, weights = stateless(model)
+    step = jax.jit(chex.assert_max_traces(apply, n=1), donate_argnames="cache")
+    cache = model.make_cache(2, 40)
+    token = random_tokens(2, 1)
+    for _ in range(40):
+        given = cache
+        logits, cache = step(weights, token, cache=cache)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        assert all(x.is_deleted() for x in jax.tree.leaves([layer.keys for layer in given]))
+    for layer in cache:
+        assert layer.check().lengths.tolist() == [40, 40]
+
+
+def test_compute_and_parameter_dtypes(tmp_path):
+    tokens = random_tokens(1, 6)
+    full, _ = decoder()(tokens)
+    computed = Decoder(TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(computed, nnx.state(decoder()))
+    stored = load(save(decoder(), tmp_path / "model.safetensors", dtype=jnp.bfloat16))
+    for model in (computed, stored):
+        logits, _ = model(tokens)
+        assert logits.dtype == jnp.float32
+        assert model.make_cache(1, 8)[0].dtype == jnp.bfloat16
+        cached, _ = model(tokens, model.make_cache(1, 8))
+        for other in (full, cached):
+            assert 0 < float(jnp.std(logits - other)) < 0.1 * float(jnp.std(full))
+
+
+# Generation ---------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_argmax_of_full_passes():
+    model = decoder()
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    new = generate(model, prompts, 6)
+    apply, weights = stateless(model)
+    full = jax.jit(apply)
+    for prompt, got in zip(prompts, new, strict=True):
+        tokens = list(prompt)
+        for _ in range(6):
+            padded = jnp.asarray([tokens + [0] * (16 - len(tokens))], jnp.int32)
+            tokens.append(int(jnp.argmax(full(weights, padded)[0][0, len(tokens) - 1])))
+        assert got == tokens[len(prompt) :]
+    assert kvattn.generate is generate
+    assert generate(model, [bytes([8])], 6) == [new[1]]
+
+
+def test_draws_depend_on_seed_and_row_only():
+    model = decoder()
+    new = generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=3)
+    assert new == generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=3)
+    assert new != generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=4)
+    assert new[0] == generate(model, [[1, 2, 3], [5, 6, 7, 8]], 12, temperature=1.0, seed=3)[0]
+    cold = generate(model, [[1, 2, 3], [4]], 12, temperature=1e-4, seed=3)
+    assert cold == generate(model, [[1, 2, 3], [4]], 12)
+
+
+def test_draws_follow_the_probabilities():
+    model = decoder(dataclasses.replace(TINY, vocab_size=5, num_layers=1))
+    prompts = [[1, 2]] * 500
+    drawn = np.bincount(np.ravel(generate(model, prompts, 1, temperature=2.0)), minlength=5) / 500
+    logits, _ = model(jnp.asarray([[1, 2]], jnp.int32))
+    np.testing.assert_allclose(drawn, jax.nn.softmax(logits[0, -1] / 2), atol=0.08)
+
+
+def test_generation_compiles_two_programs():
+    from kvattn.models import generate as function
+    from kvattn.models.generate import _program
+
+    model = decoder(dataclasses.replace(TINY, norm_epsilon=1e-5))
+    before = _program.cache_info().misses
+    function(model, [[1, 2, 3]], 30, capacity=128)
+    function(model, [[4] * 20], 9, capacity=128)
+    assert _program.cache_info().misses == before + 1
+    graph, state = nnx.split(model)
+    assert _program(graph, jax.tree.structure(state), True)._cache_size() == 2  # the prompt and the step
+
+
+def test_policies_and_capacity():
+    model = decoder()
+    wide = generate(model, [[1, 2, 3, 4]], 8, policy=kvattn.SlidingWindow(64))
+    assert wide == generate(model, [[1, 2, 3, 4]], 8, capacity=11)  # the last token is not appended
+    assert len(generate(model, [[1, 2, 3, 4]], 40, policy=kvattn.SlidingWindow(4))[0]) == 40
+    with pytest.raises(CapacityError, match="11"):
+        generate(model, [[1, 2, 3, 4]], 8, capacity=10)
+    assert generate(model, [], 5) == [] and generate(model, [[1], [2]], 0) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (dict(prompts=[[]]), ShapeError),
+        (dict(prompts=[[[1]]]), ShapeError),
+        (dict(prompts=[[1.5]]), DTypeError),
+        (dict(prompts=[[True]]), DTypeError),
+        (dict(prompts=["text"]), (ShapeError, DTypeError)),
+        (dict(prompts=[[61]]), RangeError),
+        (dict(prompts=[[-1]]), RangeError),
+        (dict(max_new_tokens=-1), RangeError),
+        (dict(max_new_tokens=2.0), DTypeError),
+        (dict(temperature=-0.1), RangeError),
+        (dict(temperature=float("nan")), RangeError),
+        (dict(temperature="hot"), DTypeError),
+        (dict(seed=-1), RangeError),
+        (dict(seed=0.5), DTypeError),
+        (dict(capacity=0), ConfigError),
+    ],
+    ids=str,
+)
+def test_generation_refuses(arguments, error):
+    with pytest.raises(error):
+        generate(decoder(), **{"prompts": [[1]], "max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error"),
+    [
+        (np.zeros((1, 2), np.float32), DTypeError),
+        (np.zeros((2,), np.int32), ShapeError),
+        (np.full((1, 2), 61, np.int32), RangeError),
+        (np.full((1, 2), -1, np.int32), RangeError),
+    ],
+    ids=["floats", "rank", "too large", "negative"],
+)
+def test_the_decoder_refuses(tokens, error):
+    with pytest.raises(error):
+        decoder()(tokens)
+
+
+def test_the_decoder_refuses_a_wrong_number_of_caches():
+    model = decoder()
+    with pytest.raises(ShapeError, match="2 layers"):
+        model(random_tokens(1, 1), model.make_cache(1, 4)[:1])
+
+
+# Settings and checkpoints -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (dict(vocab_size=0), ConfigError),
+        (dict(num_layers=1.0), DTypeError),
+        (dict(num_kv_heads=4), ConfigError),
+        (dict(head_dim=None, model_dim=25), ConfigError),
+        (dict(head_dim=7), ConfigError),  # odd: RoPE turns pairs
+        (dict(windows=(1, 2, 3)), ConfigError),
+        (dict(windows=0), RangeError),
+        (dict(norm_epsilon=float("nan")), RangeError),
+        (dict(norm_epsilon="small"), DTypeError),
+        (dict(tie_embeddings=1), DTypeError),
+        (dict(softcap=0.0), RangeError),
+        (dict(logit_softcap=-1.0), RangeError),
+        (dict(rope_scaling={"rope_type": "unheard"}), ConfigError),
+    ],
+    ids=str,
+)
+def test_settings_refuse(change, error):
+    with pytest.raises(error):
+        dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpoint_comes_back(name, tmp_path):
+    model = decoder(CONFIGS[name])
+    again = load(save(model, tmp_path / "new folder" / "model.safetensors"))
+    assert again.config == model.config and hash(again.config) == hash(model.config)
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))
+    chex.assert_trees_all_equal(again(random_tokens(1, 5))[0], model(random_tokens(1, 5))[0])
+    assert sorted(x.name for x in (tmp_path / "new folder").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_checkpoint_changes_dtype(tmp_path):
+    path = save(decoder(), tmp_path / "model.safetensors", dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(load(path)))} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(load(path, dtype=jnp.float32)))} == {jnp.dtype(jnp.float32)}
+    assert load(path).make_cache(1, 4)[0].dtype == jnp.bfloat16
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save(decoder(), tmp_path / "model.safetensors")
+
+
+def test_all_tensors_that_do_not_fit_are_named(checkpoint):
+    tensors = load_file(checkpoint)
+    del tensors["norm.scale"], tensors["layers.1.mlp.up.kernel"]
+    tensors["layers.2.mlp.up.kernel"] = np.zeros((3, 4), np.float32)
+    tensors["embed.embedding"] = np.zeros((60, 24), np.float32)
+    tensors["layers.0.mlp.up.kernel"] = np.zeros((24, 40), np.int32)
+    save_file(tensors, checkpoint)
+    with pytest.raises(CacheVersionError) as caught:
+        load(checkpoint)
+    for part in (
+        "missing: layers.1.mlp.up.kernel (24, 40)",
+        "missing: norm.scale (24,)",
+        "left over: layers.2.mlp.up.kernel (3, 4)",
+        "shape: embed.embedding is (60, 24), the settings make it (61, 24)",
+        "kind: layers.0.mlp.up.kernel holds int32",
+    ):
+        assert part in str(caught.value)
+    assert str(caught.value).count("\n") == 5
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_a_cut_file_is_refused(checkpoint, keep):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    with pytest.raises(CacheCorruptionError, match=r"model\.safetensors"):
+        load(checkpoint)
+
+
+def _without(name):
+    return lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != name})
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "part"),
+    [
+        (lambda text: text[:20], CacheCorruptionError, "JSON"),
+        (lambda text: "[]", ConfigError, "format"),
+        (_without("format"), ConfigError, "format"),
+        (_without("model_dim"), ConfigError, "model_dim"),
+        (lambda text: text.replace('"softcap"', '"hardcap"', 1), ConfigError, "hardcap"),
+        (lambda text: text.replace('"num_heads": 6', '"num_heads": "six"'), ConfigError, "num_heads"),
+        (lambda text: text.replace('"num_layers": 2', '"num_layers": 0'), ConfigError, "num_layers"),
+        (lambda text: text.replace('"windows": null', '"windows": [3]'), ConfigError, "windows"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(checkpoint, edit, error, part):
+    settings = checkpoint.with_suffix(".json")
+    settings.write_text(edit(settings.read_text()))
+    with pytest.raises(error, match=part):
+        load(checkpoint)
+
+
+def test_files_that_are_not_there(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="safetensors"):
+        load(tmp_path / "model.pickle")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "other.safetensors")
+    checkpoint.unlink()
+    with pytest.raises(FileNotFoundError):
+        load(checkpoint)
+    assert issubclass(CacheVersionError, KVAttnError)
