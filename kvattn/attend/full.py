@@ -8,11 +8,12 @@ A plain call goes to `jax.nn`. What `jax.nn` cannot do (the extras, or scores to
 computed here, in blocks of queries, so a prompt of 32k tokens needs no T x S array, nor do gradients.
 """
 
+import dataclasses
 import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,19 +117,19 @@ def dot_product_attention(
     if not batched:
         query, key, value = query[None], key[None], value[None]
     call = _Call(
-        query,
-        key,
-        value,
-        _broadcastable("bias", bias, query, key),
-        _broadcastable("mask", mask, query, key),
-        _scale(scale, query.shape[-1]),
-        _static_bool("is_causal", is_causal),
-        _lengths("query_seq_lengths", query_seq_lengths, query.shape[0], query.shape[1]),
-        _lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0], key.shape[1]),
-        _window(local_window_size),
-        _softcap(softcap),
-        _per_head("sinks", sinks, query.shape[2]),
-        _per_head("alibi_slopes", alibi_slopes, query.shape[2]),
+        query=query,
+        key=key,
+        value=value,
+        bias=_broadcastable("bias", bias, query, key),
+        mask=_broadcastable("mask", mask, query, key),
+        scale=_scale(scale, query.shape[-1]),
+        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, query.shape[0], query.shape[1]),
+        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0], key.shape[1]),
+        sinks=_per_head("sinks", sinks, query.shape[2]),
+        slopes=_per_head("alibi_slopes", alibi_slopes, query.shape[2]),
+        is_causal=_static_bool("is_causal", is_causal),
+        window=_window(local_window_size),
+        softcap=_softcap(softcap),
     )
     _check_shapes(call)
 
@@ -138,7 +139,9 @@ def dot_product_attention(
     return out if lse is None else (out, lse)
 
 
-class _Call(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Call:
     """The checked arguments of one call, with a batch axis."""
 
     query: jax.Array
@@ -147,13 +150,20 @@ class _Call(NamedTuple):
     bias: jax.Array | None  # 4 axes, each 1 or that of [B, N, T, S]
     mask: jax.Array | None
     scale: Any
-    is_causal: bool
     query_lengths: jax.Array | None
     kv_lengths: jax.Array | None
-    window: tuple[int, int] | None
-    softcap: float | None
     sinks: jax.Array | None
     slopes: jax.Array | None
+    is_causal: bool = dataclasses.field(metadata={"static": True})
+    window: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(metadata={"static": True})
+
+    def cast(self, dtype: Any) -> "_Call":
+        """The same with queries, keys and values of another dtype."""
+        return self.replace(**{n: getattr(self, n).astype(dtype) for n in ("query", "key", "value")})
+
+    def replace(self, **changes: Any) -> "_Call":
+        return dataclasses.replace(self, **changes)
 
     @property
     def has_extras(self) -> bool:
@@ -206,15 +216,25 @@ def _run(name: str, call: _Call, with_lse: bool) -> tuple[jax.Array, jax.Array |
     if call.query.size == 0 or call.key.shape[1] == 0:
         out = jnp.zeros_like(call.query)
         return out, jnp.full(out.shape[:-1], -jnp.inf, out.dtype) if with_lse else None
+    limits = (_MAX_SCORES, _BLOCK_SCORES)
     if name == "reference":
-        return _own(call, with_lse, exact=True)
+        return _own(call, with_lse, True, limits)
     # XLA has float16 products with float32 sums on GPUs only; elsewhere jax.nn raises for float16.
     dtype = call.query.dtype
     if dtype == jnp.float16 and jax.default_backend() != "gpu":
-        call = call._replace(**{n: getattr(call, n).astype(jnp.float32) for n in ("query", "key", "value")})
-    large = call.num_scores > _MAX_SCORES
-    out, lse = _own(call, with_lse, exact=False) if call.has_extras or large else _jax_nn(call, with_lse, "xla")
+        call = call.cast(jnp.float32)
+    by_jax_nn = not call.has_extras and call.num_scores <= _MAX_SCORES and _differentiable_by_jax_nn(call.query.dtype)
+    out, lse = _jax_nn(call, with_lse, "xla") if by_jax_nn else _own(call, with_lse, False, limits)
     return out.astype(dtype), None if lse is None else lse.astype(dtype)
+
+
+def _differentiable_by_jax_nn(dtype: Any) -> bool:
+    """Gradients of `jax.nn` multiply 16-bit with 32-bit floats, which fails to compile under strict promotion."""
+    try:
+        jnp.promote_types(dtype, jnp.float32)
+    except ValueError:
+        return dtype == jnp.float64
+    return True
 
 
 def _cudnn(call: _Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
@@ -256,24 +276,30 @@ def _jax_nn(call: _Call, with_lse: bool, implementation: Any) -> tuple[jax.Array
 # The computation ----------------------------------------------------------------------------------
 
 
-def _own(call: _Call, with_lse: bool, exact: bool) -> tuple[jax.Array, jax.Array | None]:
-    """All of the above in plain JAX; `exact` computes everything in float32 at the highest precision."""
+# jit: without one, every call outside of one would trace and compile its blocks again.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _own(call: _Call, with_lse: bool, exact: bool, limits: tuple[int, int]) -> tuple[jax.Array, jax.Array | None]:
+    """All of the above in plain JAX; `exact` computes everything in float32 at the highest precision.
+
+    `limits` are `_MAX_SCORES` and `_BLOCK_SCORES`.
+    """
+    max_scores, block_scores = limits
     dtype = call.query.dtype
     wide = jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
     if exact:
-        call = call._replace(**{n: getattr(call, n).astype(wide) for n in ("query", "key", "value")})
+        call = call.cast(wide)
     if call.kv_lengths is not None and call.has_extras:
         # Padding may hold NaN, and 0 * NaN would bring it back, into outputs and gradients alike.
         live = jnp.arange(call.key.shape[1])[None, :, None, None] < call.kv_lengths[:, None, None, None]
-        call = call._replace(**{n: jnp.where(live, getattr(call, n), 0) for n in ("key", "value")})
+        call = call.replace(**{n: jnp.where(live, getattr(call, n), 0) for n in ("key", "value")})
     rows = functools.partial(_rows, call=call, wide=wide, precision=lax.Precision.HIGHEST if exact else None)
 
     batch, num_queries, num_heads, _ = call.query.shape
-    if call.num_scores <= _MAX_SCORES:
+    if call.num_scores <= max_scores:
         out, lse = rows(jnp.int32(0), call.query, call.bias, call.mask)
     else:
         span = _span(call, num_queries)
-        size = max(min(_BLOCK_SCORES // max(batch * num_heads * span, 1), num_queries), 8)
+        size = max(min(block_scores // max(batch * num_heads * span, 1), num_queries), 8)
         span = _span(call, size)
         count = -(-num_queries // size)
 
