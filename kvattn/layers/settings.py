@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import _checks
+from kvattn import _checks, positions
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 
 
@@ -80,9 +81,8 @@ def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[f
     if alibi is None or alibi is False:
         return None
     if alibi is True:
-        from kvattn.positions import alibi_slopes as default_slopes
-
-        alibi = default_slopes(num_heads)
+        with jax.ensure_compile_time_eval():  # numbers, also where the layer is made inside a trace
+            alibi = positions.alibi_slopes(num_heads)
     try:
         slopes = np.asarray(alibi, dtype=np.float32)
     except (TypeError, ValueError) as error:
