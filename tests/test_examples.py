@@ -1,0 +1,119 @@
+"""The examples run, as a user runs them: another process, small settings."""
+
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvattn.models import load
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+WEIGHTS = EXAMPLES / "weights" / "bytes.safetensors"
+
+
+def run(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
+    return subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+
+
+def read_log(weights):
+    return list(csv.DictReader(weights.with_suffix(".csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    small = {"batch": 2, "context": 64, "layers": 1, "model-dim": 32, "heads": 4, "kv-heads": 2, "head-dim": 8}
+    small |= {"mlp-dim": 32, "steps": 2, "eval-every": 1}
+    done = run("train_bytes.py", "--out", path, *[word for name, x in small.items() for word in (f"--{name}", x)])
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_training_writes_weights_log_and_plot(trained):
+    path, done = trained
+    assert "bits per byte" in done.stdout and "100%" in done.stderr
+    assert load(path).config.num_kv_heads == 2
+    rows = read_log(path)
+    assert [row["step"] for row in rows] == ["1", "2"]
+    # Untrained: about one of 256 bytes.
+    assert all(6 < float(row[name]) < 9 for row in rows for name in ("train", "valid"))
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text(trained):
+    path, _ = trained
+    done = run(
+        "decode_gqa.py", "--weights", path, "--max-new-tokens", 8, "--context", 64, "--prompt", "Comparisons are"
+    )
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "Comparisons are",
+        "tokens/s",
+        "cache as MHA",
+        "cache as GQA",
+        "cache as MQA",
+        "flax.nnx.MultiHeadAtt",
+    ):
+        assert part in done.stdout
+    difference = next(line for line in done.stdout.splitlines() if line.startswith("cached - full"))
+    assert float(difference.split()[3]) < 1e-4
+
+
+def test_text_without_weights(tmp_path):
+    done = run("decode_gqa.py", "--weights", tmp_path / "none.safetensors")
+    assert done.returncode != 0 and "train_bytes.py" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--window", 16]], ids=["full", "window"])
+def test_bare_step(more):
+    done = run(
+        *("decode_gqa.py", "--random", "--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--batch", 2, "--context", 64),
+        *("--dtype", "float32", "--repeats", 1, "--implementation", "xla", "mosaic_gpu", *more),
+    )
+    assert done.returncode == 0, done.stderr
+    row = next(line.split() for line in done.stdout.splitlines() if line.strip().startswith("xla"))
+    assert float(row[-1]) < 1e-5 and all(float(x.replace(",", "")) >= 0 for x in row[1:])
+    assert "not run: 'mosaic_gpu'" in done.stdout
+    assert f"{16 if more else 64} of 64 tokens" in done.stdout
+
+
+def test_training_attention_is_attention(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_bytes import causal_attention
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 300, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    # The example is not written for strict promotion; the arithmetic is the same.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        got = jax.jit(functools.partial(causal_attention, is_causal=True))(q, k, v)
+    np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=2e-5)
+
+
+def test_the_committed_model():
+    """Within its limits, and better than the frequencies of bytes: it has learnt something."""
+    assert WEIGHTS.stat().st_size <= 4_000_000
+    rows = read_log(WEIGHTS)
+    assert min(float(row["valid"]) for row in rows) < 2.6
+    assert json.loads(WEIGHTS.with_suffix(".json").read_text())["vocab_size"] == 256
+    model = load(WEIGHTS, dtype=jnp.float32)
+    text = jnp.asarray([list(b"The expression is evaluated and the result is a tuple of the ")], jnp.int32)
+    logits, _ = model(text[:, :-1])
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), text[:, 1:, None], axis=2)
+    assert float(-jnp.mean(picked) / np.log(2)) < 3.0
