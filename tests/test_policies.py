@@ -1,0 +1,399 @@
+"""StreamingLLM, H2O, Scissorhands and FastGen against brute force over lists of tokens."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import policy_oracles as oracles
+import pytest
+
+import kvattn
+from kvattn.policies import scored
+
+B, T, N, K, H = 8, 30, 4, 2, 8
+F32 = 1e-5
+
+
+def tokens(seed, sharp=1.5, batch=B, length=T, heads=(N, K)):
+    """Random queries, keys and values; `sharp` spreads the scores."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(batch, length, h, H)) for h in (heads[0], heads[1], heads[1]))
+    return q * sharp, k * sharp, v
+
+
+@functools.cache
+def step(implementation="xla", rope=None):
+    """One jitted step per setting, shared by the tests."""
+    call = functools.partial(kvattn.cached_attention, implementation=implementation, rope=rope)
+    return jax.jit(call, donate_argnums=3, static_argnames=())
+
+
+def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, slopes=None, capacity=None):
+    """Feeds the tokens in chunks; returns outputs and the cache."""
+    cache = kvattn.KVCache.create(len(q), k.shape[2], H, capacity=capacity, policy=policy, dtype=jnp.float32)
+    outs, i = [], 0
+    for n in chunks:
+        new = (jnp.asarray(x[:, i : i + n], jnp.float32) for x in (q, k, v))
+        more = {} if ids is None else {"token_ids": jnp.asarray(ids[:, i : i + n])}
+        more |= {} if slopes is None else {"alibi_slopes": jnp.asarray(slopes, jnp.float32)}
+        out, cache = step(implementation, rope)(*new, cache, **more)
+        outs.append(np.asarray(out))
+        i += n
+    return np.concatenate(outs, 1), cache.check()
+
+
+def kept(cache, row):
+    """The set of positions each head keeps."""
+    positions = np.asarray(cache.positions)[row]
+    positions = np.broadcast_to(positions, (cache.num_kv_heads, positions.shape[-1]))
+    return [set(p[p >= 0].tolist()) for p in positions]
+
+
+def check_rows(policy, oracle, prompt, seed, *, implementation="xla", ids=None, capacity=None, sharp=1.5):
+    """Every row of a batch against brute force: outputs and kept sets."""
+    q, k, v = tokens(seed, sharp)
+    chunks = ([prompt] if prompt else []) + [1] * (T - prompt)
+    out, cache = run(policy, q, k, v, chunks, implementation=implementation, ids=ids, capacity=capacity)
+    for row in range(B):
+        expected, sets, *choices = oracle(q[row], k[row], v[row], prompt, *(() if ids is None else (ids[row],)))
+        assert kept(cache, row) == sets, (policy, prompt, row)
+        np.testing.assert_allclose(out[row], expected, atol=F32)
+        if choices:
+            assert np.asarray(cache.state.choice)[row].tolist() == choices[0]
+    return cache
+
+
+def cases(quick, slow, seeds=10):
+    """(settings, prompt, seed): the quick ones with one seed, the rest, and all with more seeds, marked slow."""
+    every = [(*case, seed) for seed in range(seeds) for case in quick + slow]
+    mark = lambda case: () if case[-1] == 0 and case[:-1] in quick else pytest.mark.slow
+    return [pytest.param(*case, marks=mark(case)) for case in every]
+
+
+H2OS = cases([((5, 4), 0), ((5, 4), 25), ((0, 5), 7)], [((6, 0), 25), ((1, 1), 1), ((6, 0), 0), ((5, 4), 1)])
+SCISSORS = cases(
+    [((8, 3, 5, 4), 25), ((7, 2, 17, 3), 0), ((6, 4, 24, None), 9)],
+    [((10, 0, 8, 1), 1), ((10, 0, 8, 1), 25), ((1, 0, 3, None), 9), ((1, 0, 3, None), 0), ((8, 3, 5, 4), 0)],
+)
+FASTGENS = cases([(0.3, 9), (0.6, 25)], [(0.6, 9), (0.9, 25)])
+
+
+@pytest.mark.parametrize(("sizes", "prompt", "seed"), H2OS)
+def test_h2o_keeps_what_brute_force_keeps(sizes, prompt, seed):
+    check_rows(kvattn.H2O(*sizes), lambda *a: oracles.h2o(*a, *sizes), prompt, seed)
+
+
+def test_h2o_by_the_reference():
+    check_rows(kvattn.H2O(5, 4), lambda *a: oracles.h2o(*a, 5, 4), 7, 3, implementation="reference")
+
+
+@pytest.mark.parametrize(("sizes", "prompt", "seed"), SCISSORS)
+def test_scissorhands_keeps_what_brute_force_keeps(sizes, prompt, seed):
+    budget, recent, history, drop = sizes
+    policy = kvattn.Scissorhands(budget, recent, history, drop)
+    drop = max(budget // 2, 1) if drop is None else drop
+    cache = check_rows(policy, lambda *a: oracles.scissorhands(*a, budget, recent, history, drop), prompt, seed)
+    assert np.all(np.asarray(cache.kept) <= budget)
+    assert np.all(np.asarray(cache.kept) >= budget + 1 - drop)
+
+
+@pytest.mark.parametrize(("recovery", "prompt", "seed"), FASTGENS)
+def test_fastgen_chooses_and_keeps_what_brute_force_does(recovery, prompt, seed):
+    ids = np.random.default_rng(seed).integers(0, 6, size=(B, T))
+    policy = kvattn.FastGen(recovery, special_tokens=(1,), punctuation_tokens=(2, 3))
+    oracle = lambda q, k, v, prompt, ids: oracles.fastgen(q, k, v, prompt, ids, recovery, (1,), (2, 3), 0.3, 0.3)
+    for sharp in (1.0, 2.5):
+        check_rows(policy, oracle, prompt, seed, ids=ids, capacity=T, sharp=sharp)
+
+
+def test_fastgen_without_special_tokens_skips_their_way():
+    ids = np.zeros((B, T), np.int64)
+    policy = kvattn.FastGen(0.01, frequent=0.0, local=0.0)
+    cache = check_rows(
+        policy, lambda q, k, v, p, i: oracles.fastgen(q, k, v, p, i, 0.01, (), (), 0.0, 0.0), 9, 0, ids=ids, capacity=T
+    )
+    assert np.all(np.asarray(cache.state.choice) == 4), "nothing qualifies: everything is kept"
+
+
+def test_fastgen_at_full_recovery_is_full_attention():
+    q, k, v = tokens(1)
+    chunks = [20] + [1] * (T - 20)
+    out, cache = run(kvattn.FastGen(1.0), q, k, v, chunks, capacity=T)
+    full, _ = run(kvattn.Full(), q, k, v, chunks, capacity=T)
+    np.testing.assert_allclose(out, full, atol=F32)
+    assert np.all(np.asarray(cache.kept) == T)
+
+
+def test_fastgen_synthetic_heads():
+    """A head on the first token, one on punctuation, one on its neighbours, one on all: the ways they should take."""
+    length, features = 30, 16
+    ids = np.zeros((1, length), np.int64)
+    ids[0, 0], ids[0, 5::6] = 1, 2
+    q, k = np.zeros((1, length, 4, features)), np.zeros((1, length, 4, features))
+    q[..., 0] = 12.0
+    k[0, 0, 0, 0] = 12.0  # head 0: the first token
+    k[0, ids[0] == 2, 1, 0], k[0, 0, 1, 0] = 12.0, 12.0  # head 1: punctuation, the first token before there is any
+    angle = np.arange(length) * 0.2
+    q[0, :, 2] = k[0, :, 2] = 0
+    q[0, :, 2, :2] = 40 * np.stack([np.cos(angle), np.sin(angle)], -1)  # head 2: near by
+    k[0, :, 2, :2] = 40 * np.stack([np.cos(angle), np.sin(angle)], -1)
+    cache = kvattn.KVCache.create(
+        1, 4, features, capacity=40, policy=kvattn.FastGen(0.95, (1,), (2,), frequent=0.1), dtype=jnp.float32
+    )
+    q, k = (jnp.asarray(x, jnp.float32) for x in (q, k))
+    _, cache = kvattn.cached_attention(q, k, k, cache, token_ids=jnp.asarray(ids))
+    assert np.asarray(cache.state.choice)[0].tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunks"),
+    [
+        ((2, 6), [1] * T),
+        ((2, 6), [17, 1, 1, 11]),
+        ((0, 5), [T]),
+        *(pytest.param(s, [9, 1, 20], marks=pytest.mark.slow) for s in [(2, 6), (0, 5), (4, 1), (3, 40)]),
+    ],
+)
+def test_streaming_sees_positions_in_the_cache(sizes, chunks):
+    q, k, v = (x[:3] for x in tokens(5))
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625])
+    rope = kvattn.RoPE(H)
+    for kwargs, expect in (
+        ({"rope": rope}, {}),
+        ({"slopes": slopes}, {"slopes": slopes, "rotated": False}),
+    ):
+        out, cache = run(kvattn.StreamingLLM(*sizes), q, k, v, chunks, **kwargs)
+        for row in range(3):
+            expected, sets = oracles.streaming(q[row], k[row], v[row], *sizes, **expect)
+            np.testing.assert_allclose(out[row], expected, atol=F32)
+            assert kept(cache, row) == sets
+    out, _ = run(kvattn.StreamingLLM(*sizes, positions_in="original"), q, k, v, chunks, rope=rope)
+    expected = np.stack([oracles.streaming(q[r], k[r], v[r], *sizes, in_cache=False)[0] for r in range(3)])
+    np.testing.assert_allclose(out, expected, atol=F32)
+
+
+def test_the_oracles_can_tell():
+    """Positive control: the wrong variant of each method is further away than the tolerance."""
+    q, k, v = (x[0] for x in tokens(5))
+    right, _ = oracles.streaming(q, k, v, 2, 6)
+    assert np.abs(right - oracles.streaming(q, k, v, 2, 6, in_cache=False)[0]).max() > 1e-2
+    assert np.abs(right - oracles.streaming(q, k, v, 2, 7)[0]).max() > 1e-2
+    assert oracles.h2o(q, k, v, 7, 5, 4)[1] != oracles.h2o(q, k, v, 7, 4, 5)[1]
+    assert oracles.scissorhands(q, k, v, 7, 8, 3, 5, 4)[1] != oracles.scissorhands(q, k, v, 7, 8, 3, 50, 4)[1]
+
+
+BUDGETED = [
+    kvattn.StreamingLLM(4, T),
+    kvattn.H2O(T // 2, T // 2),
+    kvattn.Scissorhands(T),
+    kvattn.FastGen(1.0),
+    kvattn.SlidingWindow(T),
+]
+
+
+@pytest.mark.parametrize("policy", BUDGETED, ids=lambda p: type(p).__name__)
+def test_a_budget_for_all_is_full_attention(policy):
+    q, k, v = tokens(2)
+    capacity = T if isinstance(policy, kvattn.FastGen) else None
+    full, _ = run(kvattn.Full(), q, k, v, [9, *[1] * (T - 9)], capacity=T, rope=kvattn.RoPE(H))
+    out, cache = run(policy, q, k, v, [9, *[1] * (T - 9)], capacity=capacity, rope=kvattn.RoPE(H))
+    np.testing.assert_allclose(out, full, atol=F32)
+    assert np.all(np.asarray(cache.kept) == T)
+
+
+SMALL = [
+    kvattn.StreamingLLM(2, 6),
+    kvattn.H2O(4, 3),
+    kvattn.Scissorhands(8, 2, 9),
+    kvattn.FastGen(0.6),
+    kvattn.SlidingWindow(7),
+]
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "heads", [(4, 2), *(pytest.param(h, marks=pytest.mark.slow) for h in [(2, 2), (4, 1)])], ids=["GQA", "MHA", "MQA"]
+)
+def test_output_is_attention_over_the_kept_tokens(policy, heads):
+    """At every step: float64 attention over exactly the tokens that were kept before, and the new one."""
+    q, k, v = tokens(3, batch=2, length=14, heads=heads)
+    cache = kvattn.KVCache.create(2, heads[1], H, capacity=14, policy=policy, dtype=jnp.float32)
+    group = heads[0] // heads[1]
+    for t in range(14):
+        # The tokens that leave a window or a ring leave before the new one attends.
+        before = [[{*s, t} for s in kept(cache, row)] for row in range(2)]
+        new = (jnp.asarray(x[:, t : t + 1], jnp.float32) for x in (q, k, v))
+        out, cache = step()(*new, cache)
+        if not policy.per_head:
+            before = [kept(cache, row) for row in range(2)]
+        for row in range(2):
+            for n in range(heads[0]):
+                seen = sorted(before[row][n // group])
+                probs = oracles.softmax(k[row, seen, n // group] @ q[row, t, n] / np.sqrt(H))
+                np.testing.assert_allclose(out[row, 0, n], probs @ v[row, seen, n // group], atol=F32)
+        positions = np.asarray(cache.positions)
+        assert all(len(set(p[p >= 0])) == np.sum(p >= 0) for p in positions.reshape(-1, positions.shape[-1]))
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+def test_rows_of_a_batch_do_not_know_each_other(policy):
+    q, k, v = tokens(4)
+    chunks = [9] + [1] * 12
+    out, cache = run(policy, q, k, v, chunks, capacity=T)
+    q2, k2, v2 = (np.where(np.arange(B)[:, None, None, None] == 3, x, np.nan) for x in (q, k, v))
+    out2, cache2 = run(policy, q2, k2, v2, chunks, capacity=T)
+    np.testing.assert_array_equal(out[3], out2[3])
+    np.testing.assert_array_equal(np.asarray(cache.positions)[..., :][3], np.asarray(cache2.positions)[3])
+
+
+@pytest.mark.parametrize("policy", [kvattn.H2O(4, 3), kvattn.Scissorhands(8, 2, 9)], ids=lambda p: type(p).__name__)
+def test_a_heavy_key_never_leaves(policy):
+    q, k, v = tokens(6, sharp=0.5)
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, 2, :, 0] = 8.0
+    _, cache = run(policy, q, k, v, [5] + [1] * (T - 5))
+    assert all(2 in head for row in range(B) for head in kept(cache, row))
+
+
+def test_of_equal_scores_the_lowest_position_leaves():
+    zeros = np.zeros((1, 12, 1, H))
+    # Equal keys and queries: attention is even, the earliest tokens got most of it, the recent ones are protected.
+    q, k, v = (jnp.asarray(zeros, jnp.float32),) * 3
+    scores = jnp.asarray([[[1.0, 0.5, 0.5, jnp.nan, 2.0]]])
+    positions = jnp.asarray([[[4, 3, 1, 7, 0]]], jnp.int32)
+    leaves = scored.lowest(scores, positions, positions >= 0)
+    assert leaves[0, 0].tolist() == [False, False, False, True, False], "NaN leaves first"
+    leaves = scored.lowest(scores, positions, (positions >= 0) & ~jnp.isnan(scores))
+    assert leaves[0, 0].tolist() == [False, False, True, False, False], "of 0.5 and 0.5 position 1"
+    best = scored.best(scores, positions, positions >= 0, 3)
+    assert best[0, 0].tolist() == [True, True, False, False, True]
+    cache = kvattn.KVCache.create(1, 1, H, policy=kvattn.Scissorhands(4, 0, 8, drop=2), dtype=jnp.float32)
+    for t in range(5):
+        _, cache = kvattn.cached_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], cache)
+    assert sorted(p for p in cache.positions[0, 0].tolist() if p >= 0) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+def test_ragged_prompts(policy):
+    """Right and left padded prompts keep what each row keeps alone."""
+    q, k, v = tokens(7)
+    real = np.array([0, 1, 5, 9, 13, 20, 20, 3])
+    pad = lambda x, n: np.concatenate([x[:n], np.full((20 - n, *x.shape[1:]), np.nan)])
+    left = lambda x, n: np.concatenate([np.full((20 - n, *x.shape[1:]), np.nan), x[:n]])
+    whole = lambda how: (jnp.asarray(np.stack([how(x[r], real[r]) for r in range(B)]), jnp.float32) for x in (q, k, v))
+    make = lambda batch: kvattn.KVCache.create(batch, K, H, capacity=T, policy=policy, dtype=jnp.float32)
+    outs, caches = [], []
+    for how, padding in ((pad, "right"), (left, "left")):
+        out, cache = kvattn.cached_attention(*whole(how), make(B), num_new=real.astype(np.int32), padding=padding)
+        outs.append(np.asarray(out))
+        caches.append(cache)
+    for row, n in enumerate(real):
+        np.testing.assert_array_equal(outs[0][row, n:], 0)
+        np.testing.assert_array_equal(outs[1][row, : 20 - n], 0)
+        np.testing.assert_allclose(outs[1][row, 20 - n :], outs[0][row, :n], atol=1e-6)
+        if n in (5, 13, 20):
+            alone = (jnp.asarray(x[row : row + 1, :n], jnp.float32) for x in (q, k, v))
+            out, cache = kvattn.cached_attention(*alone, make(1))
+            np.testing.assert_allclose(outs[0][row, :n], out[0], atol=F32)
+            assert kept(caches[0], row) == kept(caches[1], row) == kept(cache, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [*SMALL[:3], SMALL[4]], ids=lambda p: type(p).__name__)
+def test_twenty_thousand_steps(policy):
+    """Memory is that of the first step, nothing is compiled again, the numbers stay finite."""
+    cache = kvattn.KVCache.create(1, 1, H, policy=policy, dtype=jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1, H)), jnp.float32)
+    traces = []
+
+    @kvattn.jit
+    def thousand(x, cache):
+        traces.append(1)
+
+        def one(cache, i):
+            out, cache = kvattn.cached_attention(x * jnp.cos(i), x * jnp.sin(i), x, cache)
+            return cache, out
+
+        return jax.lax.scan(one, cache, jnp.arange(1000, dtype=jnp.float32))[::-1]
+
+    size = cache.nbytes
+    for _ in range(20):
+        out, cache = thousand(x, cache)
+    assert len(traces) == 1
+    assert cache.check().nbytes == size
+    assert int(cache.lengths[0]) == 20_000
+    assert bool(jnp.all(jnp.isfinite(out)))
+    assert int(jnp.max(cache.kept)) <= cache.num_slots
+
+
+BAD = [
+    (lambda: kvattn.StreamingLLM(-1, 4), kvattn.errors.ConfigError, "num_sinks"),
+    (lambda: kvattn.StreamingLLM(4, 0), kvattn.errors.RangeError, "window"),
+    (lambda: kvattn.StreamingLLM(True, 4), kvattn.errors.DTypeError, "num_sinks"),
+    (lambda: kvattn.StreamingLLM(4, 8, positions_in="text"), kvattn.errors.ConfigError, "positions_in"),
+    (lambda: kvattn.H2O(0, 0), kvattn.errors.RangeError, "must keep something"),
+    (lambda: kvattn.H2O(-1, 5), kvattn.errors.RangeError, "num_heavy"),
+    (lambda: kvattn.KVCache.create(1, 1, 8, capacity=3, policy=kvattn.H2O(2, 2)), kvattn.errors.ConfigError, "budget"),
+    (lambda: kvattn.Scissorhands(0), kvattn.errors.RangeError, "budget"),
+    (lambda: kvattn.Scissorhands(-3), kvattn.errors.RangeError, "budget"),
+    (lambda: kvattn.Scissorhands(4, drop=5), kvattn.errors.RangeError, "drop"),
+    (lambda: kvattn.Scissorhands(4, history=0), kvattn.errors.RangeError, "history"),
+    (lambda: kvattn.FastGen(0.0), kvattn.errors.RangeError, "recovery"),
+    (lambda: kvattn.FastGen(float("nan")), kvattn.errors.RangeError, "recovery"),
+    (lambda: kvattn.FastGen(0.9, frequent=1.2), kvattn.errors.RangeError, "frequent"),
+    (lambda: kvattn.FastGen(0.9, special_tokens=(1.5,)), kvattn.errors.DTypeError, "special_tokens"),
+    (lambda: kvattn.KVCache.create(1, 1, 8, policy=kvattn.FastGen()), kvattn.errors.ConfigError, "capacity"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD)
+def test_bad_settings(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_fastgen_asks_for_token_ids():
+    x = jnp.ones((1, 2, 1, 8), jnp.float32)
+    cache = kvattn.KVCache.create(1, 1, 8, capacity=4, policy=kvattn.FastGen(0.9, (1,)), dtype=jnp.float32)
+    with pytest.raises(kvattn.errors.ConfigError, match="token_ids"):
+        kvattn.cached_attention(x, x, x, cache)
+    out, cache = kvattn.cached_attention(x, x, x, cache, token_ids=jnp.asarray([[1, 99]]))
+    assert out.shape == x.shape
+
+
+@pytest.mark.parametrize("policy", [kvattn.H2O(2, 2), kvattn.Scissorhands(4), kvattn.StreamingLLM(1, 3)], ids=repr)
+def test_trim_needs_what_has_left(policy):
+    x = jnp.ones((1, 1, 1, 8), jnp.float32)
+    cache = kvattn.KVCache.create(1, 1, 8, policy=policy, dtype=jnp.float32)
+    for _ in range(6):
+        _, cache = kvattn.cached_attention(x, x, x, cache)
+    with pytest.raises(kvattn.errors.UnsupportedError, match="let go"):
+        cache.trim(1)
+    trimmed = jax.jit(lambda c: c.trim(1))(cache)
+    assert int(trimmed.lengths[0]) == 6
+    with pytest.raises(kvattn.errors.UnsupportedError):
+        trimmed.check()
+
+
+def test_planted_faults_are_seen(monkeypatch):
+    """Wrong copies of single lines make the comparison fail."""
+    oracle = lambda *a: oracles.h2o(*a, 5, 4)
+    check_rows(kvattn.H2O(5, 4), oracle, 7, 0)
+    faults = {
+        "the newest of equal or lowest leaves": ("lowest", lambda s, p, c: scored_lowest(-s, p, c)),
+        "the best of a prompt are the worst": ("best", lambda s, p, c, n: scored_best(-s, p, c, n)),
+    }
+    scored_lowest, scored_best = scored.lowest, scored.best
+    for name, fault in faults.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(scored, name, fault)
+            step.cache_clear()
+            with pytest.raises(AssertionError):
+                check_rows(kvattn.H2O(5, 4), oracle, 25, 0)
+    step.cache_clear()
+    wrong_window = dataclasses.replace(kvattn.StreamingLLM(2, 6), window=7)
+    q, k, v = (x[:1] for x in tokens(5))
+    out, _ = run(wrong_window, q, k, v, [T], rope=kvattn.RoPE(H))
+    assert np.abs(out[0] - oracles.streaming(q[0], k[0], v[0], 2, 6)[0]).max() > 1e-2
