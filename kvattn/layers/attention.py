@@ -136,7 +136,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.num_kv_heads = num_kv_heads
         self.head_dim = settings.head_dim(num_heads, self.qkv_features, head_dim)
-        self.value_head_dim = settings.head_dim(num_heads, self.qkv_features, value_head_dim or self.head_dim)
+        value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
+        self.value_head_dim = _checks.integer("value_head_dim", value_head_dim, 1)
         settings.finite_rope(rope, self.head_dim)
 
         self.dtype = dtype

@@ -106,7 +106,7 @@ def dot_product_attention(
         return_weights=module is not None,
         implementation=implementation,
     )
-    if module is not None:
+    if module is not None and weights is not None:
         module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
     return out
 

@@ -75,14 +75,15 @@ def attend(
     batch = query.shape[:-3]
     dropout_shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
     q, k, v = (flatten(x, batch, 3) for x in (query, key, value))
-    k, v = placement.spread_heads(q, k, v)
+    k, v = placement.beside(q, k, v)
     bias, mask = (None if x is None else flatten_scores(x, batch) for x in (bias, mask))
     is_causal = is_causal or window is not None
     rules = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    dropping = dropout_rng is not None and dropout_rate > 0.0
-    explicit = dropping or einsums is not None or jnp.iscomplexobj(q) or v.shape[-1] != q.shape[-1]
+    dropped = dropout_rng if dropout_rate > 0.0 else None
+    explicit = dropped is not None or einsums is not None or jnp.iscomplexobj(q) or v.shape[-1] != q.shape[-1]
 
-    weights = None
+    weights: Any = None
+    out: Any
     if explicit or return_weights:
         weights = attention_weights(
             q, k, bias, mask, is_causal=is_causal, window=window, precision=precision, einsum=einsums and einsums[0],
@@ -90,9 +91,9 @@ def attend(
         )  # fmt: skip
     if explicit:
         used = weights.astype(q.dtype)
-        if dropping:
+        if dropped is not None:
             shape = (1,) * (len(dropout_shape) - 2) + dropout_shape[-2:] if broadcast_dropout else dropout_shape
-            kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
+            kept = jax.random.bernoulli(dropped, 1.0 - dropout_rate, shape)
             kept = kept.reshape(1, 1, *shape[-2:]) if broadcast_dropout else kept.reshape(used.shape)
             used = used * (kept.astype(used.dtype) / jnp.asarray(1.0 - dropout_rate, used.dtype))
         out = weighted_values(used, v, precision=precision, einsum=einsums and einsums[1])
@@ -191,8 +192,10 @@ def attention_weights(
         lowest = -0.7 * float(jnp.finfo(jnp.float32).max)
         scores = jnp.where(mask, scores, jnp.asarray(lowest, scores.dtype))
     if sinks is not None:
-        sink = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
-        return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+        sink = sinks.astype(scores.dtype)[None, :, None, None]
+        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+        return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - jax.lax.stop_gradient(top)))
     weights = jax.nn.softmax(scores, axis=-1)
     if mask is not None and (softcap is not None or alibi_slopes is not None):
         return jnp.where(mask, weights, 0)  # a row that sees nothing gives 0, as kvattn.dot_product_attention has it

@@ -95,6 +95,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         _checks.head_counts(self.num_heads, self._num_kv_heads)
         settings.scores(self.scale, self.softcap, self.window)
         settings.dropout_rate(self.dropout_rate)
+        if self.value_head_dim is not None:
+            _checks.integer("value_head_dim", self.value_head_dim, 1)
         settings.qk_norm(self.qk_norm, self.normalize_qk)
         settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
 
@@ -153,7 +155,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         size, value_size = self._head_dims(inputs_q, only_encode)
 
         project = linen_parts.Projections(self)
-        key = value = None
+        key: Any = None
+        value: Any = None
         if not cross_cache:
             # Linen draws parameters by name, so the order of these calls does not matter.
             key, value = project.heads("key", inputs_k, size), project.heads("value", inputs_v, value_size)
@@ -262,7 +265,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         caching.check_cross(self, self._slopes, self.rope)
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
-        return self(encoder_out, cache=_Encode(lengths))
+        return self(encoder_out, cache=_Encode(lengths))  # pyright: ignore[reportArgumentType]
 
     @property
     def _num_kv_heads(self) -> int:

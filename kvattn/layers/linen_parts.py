@@ -96,8 +96,8 @@ class Projections:
         kind = settings.qk_norm(layer.qk_norm, layer.normalize_qk)
         if kind is None:
             return x
-        more = {"use_bias": False} if kind == "layer" else {}
-        module = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+        more: dict[str, Any] = {"use_bias": False} if kind == "layer" else {}
+        module: Any = nn.LayerNorm if kind == "layer" else nn.RMSNorm
         return module(
             name=name,
             parent=layer,

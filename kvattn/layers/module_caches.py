@@ -17,7 +17,40 @@ from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import dot_product_attention, resolve
 
 
-class ArgumentCache:
+class LayerParts:
+    """What the mix-ins below need from the layer they are part of."""
+
+    num_kv_heads: int
+    in_features: int
+    in_kv_features: int
+    head_dim: int
+    value_head_dim: int
+    dtype: Any
+    param_dtype: Any
+    dropout_rate: float
+    attention_fn: Any
+    window: int | None
+    rope: Any
+    alibi_slopes: tuple[float, ...] | None
+    scale: float | None
+    softcap: float | None
+    cache_sharding: Any
+    policy: Any
+    codec: Any
+    implementation: Any
+    query: Any
+    key: Any
+    value: Any
+    query_ln: Any
+    key_ln: Any
+    sinks: Any
+    _inputs: Any
+    _project: Any
+    _output: Any
+    _rope: Any
+
+
+class ArgumentCache(LayerParts):
     """``y, cache = layer(x, cache=cache)``: the cache is an argument and a result."""
 
     def make_cache(
@@ -117,7 +150,7 @@ class ArgumentCache:
         return self._output(x, out_sharding), cache
 
 
-class ModuleCache:
+class ModuleCache(LayerParts):
     """``layer(x, decode=True)``: Flax's protocol, the cache is three variables of the module."""
 
     def init_cache(self, input_shape: Sequence[int], dtype: Any = None) -> None:

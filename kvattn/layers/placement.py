@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
@@ -39,32 +40,33 @@ def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> Partition
     return PartitionSpec(*batch, *(None if taken.intersection(_names(entry)) else entry for entry in features))
 
 
-def spread_heads(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Repeats key/value heads [B, S, K, H] until they divide like the query heads [B, T, N, H] of an Explicit mesh.
+def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """Splits key and value [B, S, K, H] over an Explicit mesh as the query [B, T, N, H] is: rows and heads alike.
 
-    Each device then holds the heads its queries read. One key/value head for 32 query heads on 4 devices becomes 4.
+    Heads that do not divide are repeated until they do; each device then holds the heads its queries read. One
+    key/value head for 32 query heads on 4 devices becomes 4.
     """
     spec = explicit_spec(query)
-    if spec is None or spec[2] is None:
+    if spec is None:
         return key, value
     shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(spec[2]))
     repeats = math.lcm(key.shape[2], shards) // key.shape[2]
 
-    def spread(x: Array) -> Array:
+    def moved(x: Array) -> Array:
         own = explicit_spec(x)
-        if own is None or (repeats == 1 and own[2] == spec[2]):
+        if own is None:
             return x
         if repeats > 1:
-            x = jnp.repeat(jax.reshard(x, PartitionSpec(*own[:2], None, own[3])), repeats, axis=2)
-        return jax.reshard(x, PartitionSpec(*own[:2], spec[2], own[3]))
+            x = jnp.repeat(jax.reshard(x, PartitionSpec(spec[0], own[1], None, own[3])), repeats, axis=2)
+        return jax.reshard(x, PartitionSpec(spec[0], own[1], spec[2], own[3]))
 
-    return spread(key), spread(value)
+    return moved(key), moved(value)
 
 
 def head_axis(kernel: Array) -> Any:
     """The mesh axis over which a key kernel [D, K, H] splits its heads, for the cache to follow; None if whole."""
     spec = explicit_spec(kernel)
-    if spec is None and isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer):
+    if spec is None and isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer):
         sharding = kernel.sharding
         spec = sharding.spec if isinstance(sharding, NamedSharding) else None
     return spec[-2] if spec is not None and len(spec) == kernel.ndim else None
@@ -83,7 +85,7 @@ def cache_metadata(given: Any, kernel: Array, rank: int) -> dict[str, Any]:
     if len(given) > rank:
         raise ShardingError(f"cache_sharding {given} has more entries than the cache has axes ({rank}).")
     if jax.sharding.get_abstract_mesh().empty:
-        if mesh is None and not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
+        if mesh is None and not isinstance(kernel, Tracer) and isinstance(kernel.sharding, NamedSharding):
             mesh = kernel.sharding.mesh
         if mesh is None:
             raise ShardingError(
