@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request, adjust, grouped, ungrouped
-from kvattn.cache.view import View, key_transposed, value_transposed
+from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -19,11 +19,8 @@ def unsupported(request: Request) -> str | None:
 
 def dense(view: View, dtype) -> tuple[Array, Array, Array]:
     """Decodes a view: keys [B, K, S, H], values [B, K, S, Hv], positions [B, 1 or K, S]."""
-    layout, codec = view.layout, view.codec
-    keys = {n: layout.from_blocks(x, key_transposed(layout, codec, n)) for n, x in view.keys.items()}
-    values = {n: layout.from_blocks(x, value_transposed(codec, n)) for n, x in view.values.items()}
-    positions = layout.from_blocks(view.positions[..., None], False)[..., 0]
-    return codec.decode(keys, view.key_head_dim, dtype), codec.decode(values, view.value_head_dim, dtype), positions
+    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
+    return *view.dense(dtype), positions
 
 
 def attend(request: Request) -> tuple[Array, Array, Array | None]:

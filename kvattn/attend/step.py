@@ -16,7 +16,6 @@ from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import KVCache, Layout, View
 from kvattn.cache.view import token_view
-from kvattn.codecs import Plain
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.positions import RoPE
@@ -176,7 +175,7 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sin
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize)
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
-    own = token_view(Plain(key.dtype), key, value, positions, layout)
+    own = token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
     old_requests = _requests(call, queries, positions, cache.view(), slopes)
     own_requests = _requests(call, queries, positions, own, slopes)
     out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)

@@ -113,9 +113,9 @@ def _query_block(request: Request):
         shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
         keep = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
-        values = _block(view.values, i)
+        values = view.value_block(i)
         mixed = view.codec.mix(weights.reshape(*walk.rows.shape[:3], -1), values, kv_positions >= 0)
-        mixed = mixed.astype(walk.acc).reshape(*shape, -1)
+        mixed = mixed[..., : view.value_head_dim].astype(walk.acc).reshape(*shape, -1)
         if request.want_mass:
             seen = jax.lax.dynamic_update_index_in_dim(seen, scores, i, 0)
         return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + mixed, seen
@@ -159,16 +159,12 @@ class _Walk:
     def scores(self, i) -> tuple[Array, Array]:
         """Scores [B, K, G, T, R] against block i, -inf where masked, and the positions [B, 1 or K, R] it holds."""
         request, view = self.request, self.request.view
-        keys, kv_positions = _block((view.keys, view.positions), i)
-        scores = view.codec.scores(self.rows, keys, view.layout.transposed_keys).astype(self.acc)
+        kv_positions = jax.lax.dynamic_index_in_dim(view.positions, i, 0, keepdims=False)
+        scores = view.codec.scores(self.rows, view.key_block(i), view.layout.transposed_keys).astype(self.acc)
         scores = adjust(scores.reshape(*self.shape, -1), request, request.positions, kv_positions)
         allowed = request.mask.allowed(request.positions, kv_positions)[:, :, None]
         # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
         return jnp.where(allowed, scores, -jnp.inf), kv_positions
-
-
-def _block(arrays, i):
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), arrays)
 
 
 def measure(request: Request, lse: Array, function) -> Any:

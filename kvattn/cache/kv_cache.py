@@ -16,10 +16,11 @@ from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.layout import Layout
-from kvattn.cache.view import View, block_positions, key_transposed, value_transposed
+from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Full, Policy
+from kvattn.policies.base import NOWHERE
 
 
 @typing.no_type_check
@@ -91,6 +92,7 @@ class KVCache:
         Raises:
             ConfigError: a size below its minimum, a missing capacity, something that is no policy or codec.
             DTypeError: a size that is no int, a dtype that is not floating.
+            UnsupportedError: a policy and a codec that do not go together.
         """
         _checks.integer("batch_size", batch_size, 0)
         _checks.integer("num_kv_heads", num_kv_heads, 1)
@@ -105,21 +107,13 @@ class KVCache:
         codec = Plain(dtype) if codec is None else codec
         num_slots = policy.num_slots(capacity)
 
-        def token(features: int) -> Encoded:
-            return jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((batch_size, num_kv_heads, features), dtype))
-
-        if layout is None:
-            token_bytes = sum(_nbytes(jax.ShapeDtypeStruct(x.shape[-1:], x.dtype)) for x in token(head_dim).values())
-            layout = Layout.best(num_slots, token_bytes)
-        else:
-            layout = dataclasses.replace(layout, num_slots=num_slots)
-
-        def empty(x: Array, transposed: bool) -> Array:
-            return layout.zeros(batch_size, num_kv_heads, x.shape[-1], x.dtype, transposed)
-
+        reason = codec.refuses(_in_order(policy))
+        if reason is not None:
+            raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
+        layout = _layout(layout, codec, num_slots, head_dim, dtype)
         return cls(
-            keys={n: empty(x, key_transposed(layout, codec, n)) for n, x in token(head_dim).items()},
-            values={n: empty(x, value_transposed(codec, n)) for n, x in token(value_head_dim).items()},
+            keys=codec.empty(layout, "keys", batch_size, num_kv_heads, head_dim, dtype),
+            values=codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype),
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),
             status=jnp.zeros((batch_size,), jnp.int32),
@@ -165,7 +159,7 @@ class KVCache:
         lengths = length if lengths is None else lengths
         lengths = _checks.counts("lengths", lengths, batch, 0, length)
         t = jnp.arange(length, dtype=jnp.int32)[None]
-        filled = empty.write(jnp.broadcast_to(t, (batch, length)), key, value)
+        filled = empty.write(jnp.where(t < lengths[:, None], t, NOWHERE), key, value)
         return dataclasses.replace(filled, lengths=lengths, is_static=True)
 
     # What it holds.
@@ -217,12 +211,7 @@ class KVCache:
 
     def dense(self) -> tuple[Array, Array]:
         """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot. For looking at, not for decoding."""
-        keys = {n: self.layout.from_blocks(x, key_transposed(self.layout, self.codec, n)) for n, x in self.keys.items()}
-        values = {n: self.layout.from_blocks(x, value_transposed(self.codec, n)) for n, x in self.values.items()}
-        return (
-            self.codec.decode(keys, self.key_head_dim, self.dtype),
-            self.codec.decode(values, self.value_head_dim, self.dtype),
-        )
+        return self.view().dense(self.dtype)
 
     # What one does with it.
 
@@ -233,26 +222,39 @@ class KVCache:
             slots: int32 [B, T] or [B, K, T]; negative: not stored.
             key: [B, T, K, H].
             value: [B, T, K, Hv].
+
+        Raises:
+            RangeError: NaN or infinity that the codec cannot encode. Under jit: status bit; the token reads as NaN.
         """
-        keys, values = self.codec.encode(key.swapaxes(1, 2)), self.codec.encode(value.swapaxes(1, 2))
+        codec, layout = self.codec, self.layout
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         return dataclasses.replace(
             self,
-            keys={
-                n: self.layout.write(x, slots, keys[n], key_transposed(self.layout, self.codec, n))
-                for n, x in self.keys.items()
-            },
-            values={
-                n: self.layout.write(x, slots, values[n], value_transposed(self.codec, n))
-                for n, x in self.values.items()
-            },
+            keys=codec.write(self.keys, layout, "keys", slots, key),
+            values=codec.write(self.values, layout, "values", slots, value),
+            status=bits.mark(self.status, self._unfit(slots, key, value), bits.NONFINITE),
         )
+
+    def _unfit(self, slots: Array, key: Array, value: Array) -> Array:
+        """bool [B]: rows with tokens [B, K, T, H] that the codec cannot encode; an error if they can be seen."""
+        unfit = [x for x in (self.codec.unfit(key), self.codec.unfit(value)) if x is not None]
+        stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0
+        rows = jnp.zeros((key.shape[0],), bool)
+        for x in unfit:
+            rows |= jnp.any(x & stored, axis=(1, 2))
+        if unfit and _checks.is_concrete(rows) and np.any(rows):
+            raise RangeError(
+                f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have keys or values that are NaN or infinite, which "
+                f"{self.codec} cannot encode. Nothing was written."
+            )
+        return rows
 
     def check(self) -> "KVCache":
         """Raises what a jitted step could only record; returns the cache if all is well.
 
         Raises:
             CapacityError: an append did not fit.
-            RangeError: a count or row number was out of range.
+            RangeError: a count or row number was out of range, or a value that is not finite was to be encoded.
             UnsupportedError: a trim reached back too far.
             StaleCacheError: the cache was donated.
         """
@@ -274,7 +276,8 @@ class KVCache:
         num_tokens = _checks.counts("num_tokens", num_tokens, self.batch_size, 0, None)
         in_range = (num_tokens >= 0) & (num_tokens <= self.lengths)
         there = self.policy.can_trim(self.state, self.lengths, num_tokens, self.num_slots)
-        if _checks.is_concrete(in_range, there):
+        encoded = self.codec.can_trim(self.lengths, num_tokens)
+        if _checks.is_concrete(in_range, there, encoded):
             if not np.all(in_range):
                 raise RangeError(
                     f"cannot trim {np.asarray(num_tokens).tolist()} tokens of sequences of lengths "
@@ -285,6 +288,12 @@ class KVCache:
                     f"{self.policy} has let go of tokens that would be needed again: rows "
                     f"{np.nonzero(~np.asarray(there))[0].tolist()}. Trim before the cache is full, or use Full()."
                 )
+            if not np.all(encoded):
+                raise UnsupportedError(
+                    f"{self.codec} has encoded tokens for good that would be needed as they were: rows "
+                    f"{np.nonzero(~np.asarray(encoded))[0].tolist()}. Trim less, or use a codec of single tokens (Int4)."
+                )
+        there = there & encoded
         status = bits.mark(self.status, ~in_range, bits.BAD_COUNT)
         status = bits.mark(status, in_range & ~there, bits.LOST)
         num_tokens = jnp.where(in_range & there, num_tokens, 0)
@@ -370,6 +379,22 @@ class KVCache:
             f"KVCache(batch_size={leaf.shape[1] if leaf.ndim == 5 else '?'}, num_kv_heads={leaf.shape[-3]}, "
             f"head_dim={self.key_head_dim}, num_slots={self.num_slots}, policy={self.policy}, codec={self.codec})"
         )
+
+
+def _in_order(policy: Policy) -> bool:
+    """Whether slot s holds the token of position s for ever: what `Policy` itself does."""
+    kind = type(policy)
+    return kind.place is Policy.place and kind.positions is Policy.positions and kind.absorb is Policy.absorb
+
+
+def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: Any) -> Layout:
+    """The given layout or the best one, with the rows the codec needs."""
+    if layout is None:
+        token_bytes = 0 if codec.rows else sum(
+            _nbytes(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
+        )
+        layout = Layout.best(num_slots, token_bytes)
+    return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)
 
 
 def _storage_dtype(dtype: Any) -> Any:

@@ -14,11 +14,14 @@ BAD_COUNT = 2
 """A count (`num_new`, tokens to trim) or a row number was out of range; the row was left as it was."""
 LOST = 4
 """A trim needed tokens that the policy had already let go; the row was left as it was."""
+NONFINITE = 8
+"""A token that a codec cannot encode, NaN or infinity, was stored. It reads as NaN."""
 
 _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
     BAD_COUNT: (RangeError, "num_new, a number of tokens to trim, or a row number was out of range; nothing was done"),
-    LOST: (UnsupportedError, "a trim reached back to tokens that the policy no longer keeps; nothing was done"),
+    LOST: (UnsupportedError, "a trim reached back to tokens that the policy or the codec no longer keeps; nothing was done"),
+    NONFINITE: (RangeError, "keys or values that are NaN or infinite were given to a codec, which cannot encode them"),
 }
 
 

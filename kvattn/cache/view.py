@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class View:
     """A table of slots to attend over. It does not say which policy, cache class or mesh is behind it.
 
     Attributes:
-        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`).
+        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`), or as the codec has it.
         values: encoded values, likewise.
         positions: int32 [blocks, B, 1 or K, R]: the position of the token in each slot, -1 if empty.
         counts: int32 [B] or [B, K]: all slots from this number on are empty.
@@ -42,15 +43,21 @@ class View:
         """K."""
         return next(iter(self.keys.values())).shape[2]
 
+    def key_block(self, i: Array) -> Encoded:
+        """The keys of block i, for `Codec.scores`."""
+        return self.codec.block(self.keys, "keys", i, self.counts)
 
-def key_transposed(layout: Layout, codec: Codec, name: str) -> bool:
-    """Whether the array `name` of the encoded keys lies with tokens along the last axis."""
-    return layout.transposed_keys or name in codec.token_minor
+    def value_block(self, i: Array) -> Encoded:
+        """The values of block i, for `Codec.mix`."""
+        return self.codec.block(self.values, "values", i, self.counts)
 
-
-def value_transposed(codec: Codec, name: str) -> bool:
-    """Whether the array `name` of the encoded values lies with tokens along the last axis."""
-    return name in codec.token_minor
+    def dense(self, dtype: Any) -> tuple[Array, Array]:
+        """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot."""
+        codec, layout = self.codec, self.layout
+        return (
+            codec.dense(self.keys, layout, "keys", self.key_head_dim, self.counts, dtype),
+            codec.dense(self.values, layout, "values", self.value_head_dim, self.counts, dtype),
+        )
 
 
 def block_positions(layout: Layout, positions: Array) -> Array:
@@ -70,14 +77,8 @@ def token_view(codec: Codec, key: Array, value: Array, positions: Array, layout:
         positions: int32 [B, S], -1 for pads.
         layout: with `num_slots` S.
     """
-    keys = {
-        name: layout.to_blocks(x, key_transposed(layout, codec, name))
-        for name, x in codec.encode(key.swapaxes(1, 2)).items()
-    }
-    values = {
-        name: layout.to_blocks(x, value_transposed(codec, name))
-        for name, x in codec.encode(value.swapaxes(1, 2)).items()
-    }
+    keys = codec.lay_out(layout, "keys", key.swapaxes(1, 2))
+    values = codec.lay_out(layout, "values", value.swapaxes(1, 2))
     counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     where = block_positions(layout, positions)
     return View(keys, values, where, counts, layout, codec, key.shape[-1], value.shape[-1])

@@ -29,6 +29,10 @@ class Plain(Codec):
         del head_dim
         return encoded["data"].astype(dtype)
 
+    def for_chunk(self, dtype: Any) -> "Plain":
+        """As they come."""
+        return Plain(jnp.dtype(dtype))
+
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
         """One matrix product."""
         return product("bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr", query, keys["data"])
