@@ -12,6 +12,7 @@ CORE := $(filter-out tests/test_docs.py tests/test_examples.py tests/test_import
 
 VENV := .venv$(if $(JAX_VERSION),-$(JAX_VERSION))
 JAX_PIN := $(if $(JAX_VERSION),"jax==$(JAX_VERSION)" "jaxlib==$(JAX_VERSION)")
+GROUP := $(if $(JAX_VERSION),test,dev)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -35,7 +36,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --upgrade "pip>=25.1"
-	$(PIP) install --quiet --editable . --group dev $(JAX_PIN)
+	$(PIP) install --quiet --editable . --group $(GROUP) $(JAX_PIN)
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
