@@ -78,3 +78,10 @@ def pytest_sessionstart(session):
         devices = jax.devices()
         if len(devices) != NUM_CPU_DEVICES or devices[0].platform != "cpu":
             raise pytest.UsageError(f"expected {NUM_CPU_DEVICES} CPU devices, got {devices}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs():
+    """Each compiled program takes memory maps, and a process has 65530: none outlives its module."""
+    yield
+    jax.clear_caches()
