@@ -1,8 +1,9 @@
 """A module as a function of a flat list of arrays: what a jitted step should cross the boundary with.
 
-The host pays for every level of the structure it hands to a compiled function. A model of 32 layers
-costs about 20 ms per call as an argument of `nnx.jit`, 6 ms as an `nnx.State`, 2.6 ms as a flat list;
-a decode step may take less than that. The list is made once, the module is rebuilt inside the trace.
+The host pays for every level of the structure it hands to a compiled function. A decode step of 32 small
+layers (256 weights, 128 cache arrays) took, on a 2-core CPU: as a module under `nnx.jit` 35 ms, as a module
+under `jax.jit` 3.3 ms, as an `nnx.State` 1.9 ms, as a flat list 1.2 ms. The list is made once, the module is
+rebuilt inside the trace.
 """
 
 from collections.abc import Callable
