@@ -49,7 +49,8 @@ def attend_token(
         sinks: [N] logits that join the sum.
         alibi_slopes: [N].
         dtype: float64 for the truth. A storage dtype for the honest low-precision computation that the accuracy rule
-            compares with: inputs in that dtype, scores and softmax in float32, probabilities and output rounded to it.
+            compares with: inputs in that dtype, sums term by term and softmax in float32, probabilities and output
+            rounded to it.
 
     Returns:
         out [N, Hv] and lse [N] in float64.
@@ -66,7 +67,7 @@ def attend_token(
     group = num_heads // keys.shape[1]
     for n in range(num_heads):
         k = n // group
-        scores = (keys[:, k] @ query[n]) * wide(1 / np.sqrt(head_dim) if scale is None else scale)
+        scores = _sum(keys[:, k] * query[n], 1) * wide(1 / np.sqrt(head_dim) if scale is None else scale)
         if softcap is not None:
             scores = wide(softcap) * np.tanh(scores / wide(softcap))
         if alibi_slopes is not None:
@@ -75,9 +76,14 @@ def attend_token(
         weights = np.exp(scores - top)
         total = weights.sum() + (0 if sinks is None else np.exp(wide(sinks[n]) - top))
         probs = (weights / total).astype(dtype).astype(wide)
-        out[n] = (probs @ values[:, k]).astype(dtype).astype(np.float64)
+        out[n] = _sum(probs[:, None] * values[:, k], 0).astype(dtype).astype(np.float64)
         lse[n] = top + np.log(total)
     return out, lse
+
+
+def _sum(terms, axis):
+    """A sum in float64; of float32 terms a plain loop in float32, which is what a product may do."""
+    return terms.sum(axis) if terms.dtype == np.float64 else np.cumsum(terms, axis, dtype=np.float32).take(-1, axis)
 
 
 class TokenLists:

@@ -569,7 +569,7 @@ def check_true_positions(case, implementation, steps=STEPS, seed=5):
 
 
 def check_empty_rows(implementation, steps=STEPS):
-    """A row that may attend to nothing gives output 0 and logsumexp -inf, bit for bit, and rows beside it notice nothing."""
+    """A row that may attend to nothing gives output 0 and logsumexp -inf, bit for bit; rows beside it do not notice."""
     case = by_id(POLICIES, "full")[0]
     new = tokens(11, CHUNK)
     counts = np.asarray([0, 3, 0, 7, 1, 5])
@@ -622,7 +622,8 @@ def check_lse(implementation):
 
 
 def check_accuracy(codec_case, implementation, steps=STEPS, length=270, size=16, spread=4):
-    """A prompt and a decoding step of 270 tokens by the accuracy rule, in the dtype of the case; scores ~ N(0, spread)."""
+    """A prompt and a decoding step of 270 tokens by the accuracy rule, in the dtype of the case."""
+    # Scores are about N(0, spread).
     dtype = np.dtype(codec_case.dtype)
     # Enough heads that the largest of the decoding step's few errors is not luck.
     shape = {"batch_size": 1, "num_heads": 8, "num_kv_heads": 4, "value_head_dim": 2 * size, "head_dim": size}

@@ -209,10 +209,10 @@ def test_planted_fault(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_many_random_operations(case):
-    @hypothesis.settings(max_examples=1500)
+    @hypothesis.settings(max_examples=400)
     @hypothesis.given(st.lists(operations, min_size=1, max_size=25))
     def check(sequence):
         run(case, sequence)

@@ -82,8 +82,15 @@ def test_ring_wraps_at_every_phase(implementation):
     suites.check_ring_phases(implementation)
 
 
-@each_implementation
-@pytest.mark.parametrize("policy, window", [(kvattn.SlidingWindow(8), None), (kvattn.Full(), 8)], ids=["ring", "full"])
+@pytest.mark.parametrize(
+    "policy, window, implementation",
+    [
+        (kvattn.SlidingWindow(8), None, "xla"),
+        (kvattn.SlidingWindow(8), None, "reference"),
+        (kvattn.Full(), 8, "xla"),
+        pytest.param(kvattn.Full(), 8, "reference", marks=pytest.mark.slow),
+    ],
+)
 def test_every_chunking(policy, window, implementation):
     suites.check_chunking(policy, window, implementation)
 
@@ -124,9 +131,9 @@ def test_scores_beyond_the_storage_dtype(case, implementation):
     suites.check_large_scores(case, implementation)
 
 
-@pytest.mark.parametrize("case", by_id(POLICIES, "full", "ring5"), ids=lambda c: c.id)
-def test_cache_is_a_value(case):
-    suites.check_explicit(case, "reference")
+@pytest.mark.parametrize("case, length", [("full", 1), ("ring5", suites.CHUNK)])
+def test_cache_is_a_value(case, length):
+    suites.check_explicit(by_id(POLICIES, case)[0], "reference", lengths=(length,))
 
 
 @pytest.mark.parametrize("case", by_id(POLICIES, "full", "ring5"), ids=lambda c: c.id)
@@ -416,7 +423,7 @@ def record_of_overflow_forgotten(patch):
     around(patch, KVCache, "advance", advance)
 
 
-@fault(5, suites.check_overflow, FULL, "xla")
+@fault(5, suites.check_overflow, FULL, "reference", length=1)
 def overflow_outside_jit_not_raised(patch):
     patch.setattr(KVCache, "refuse_overflow", lambda self, fits, num_new: None)
 

@@ -1,4 +1,4 @@
-"""What one does with a cache besides appending: trim, select, reset, cross-attention, merge; and JAX's transformations."""
+"""What one does with a cache besides appending: trim, select, reset, cross-attention, merge; JAX's transformations."""
 
 import dataclasses
 
@@ -189,6 +189,15 @@ def test_select_takes_the_record_along():
     _, cache = STEPS(*tokens(0, 1), cache, implementation=IMPLEMENTATION)
     status = np.asarray(cache.select([1, 0, 0]).status)
     assert (status != 0).tolist() == [False, True, True]
+
+
+def test_select_of_unknown_rows_takes_no_record_along():
+    """A row that is not there is not row 0: what happened to row 0 is not its business."""
+    cache, _ = start(FULL, [24, 3, 0, 0, 0, 0])
+    _, cache = STEPS(*tokens(0, 1), cache, implementation=IMPLEMENTATION)
+    after = jit_select(cache, np.asarray([1, 2, 6, 3, 4, 5]))
+    with pytest.raises(errors.RangeError, match=r"rows \[2\]"):
+        after.check()
 
 
 @pytest.mark.parametrize("case", [FULL, RING], ids=lambda c: c.id)
