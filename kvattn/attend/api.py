@@ -26,7 +26,8 @@ def candidates(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order; None means the best that works, which always ends at "xla"."""
     if implementation is None:
         return _BEST
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
+    names = tuple(implementation) if several else (implementation,)
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
         raise ConfigError(

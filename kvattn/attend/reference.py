@@ -28,6 +28,9 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     query = request.query
     acc = accumulator(query.dtype, *(x.dtype for x in request.view.keys.values()))
     keys, values, kv_positions = dense(request.view, acc)
+    # Unused slots are selected away before the products too: their NaN would reach the derivatives.
+    filled = (kv_positions >= 0)[..., None]
+    keys, values = jnp.where(filled, keys, 0), jnp.where(filled, values, 0)
     query = grouped(query, request.view.num_kv_heads).astype(acc)
     scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, precision=HIGHEST)
     scores = adjust(scores, request, request.positions, kv_positions)
@@ -40,7 +43,6 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0
     probs = weights / jnp.where(empty, 1, total)
-    values = jnp.where((kv_positions >= 0)[..., None], values, 0)
     out = jnp.einsum("bkgts,bksh->bkgth", probs, values, precision=HIGHEST)
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top)[..., 0]
     mass = jnp.sum(jnp.mean(probs, axis=2), axis=2).astype(jnp.float32) if request.want_mass else None

@@ -9,6 +9,7 @@ this one operation.
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.codecs.base import wider
 from kvattn.errors import ShapeError
 
 
@@ -37,8 +38,8 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
             "expected out [..., H] and lse [...] of equal leading shape, got "
             f"{out_a.shape}, {lse_a.shape} and {out_b.shape}, {lse_b.shape}."
         )
-    dtype = jnp.promote_types(out_a.dtype, out_b.dtype)
-    acc = jnp.promote_types(jnp.promote_types(lse_a.dtype, lse_b.dtype), jnp.promote_types(dtype, jnp.float32))
+    dtype = wider(out_a.dtype, out_b.dtype)
+    acc = wider(lse_a.dtype, lse_b.dtype, dtype, jnp.float32)
     lse_a, lse_b = lse_a.astype(acc), lse_b.astype(acc)
     top = jnp.maximum(lse_a, lse_b)
     # The maximum of two empty sides is -inf, and -inf - -inf is NaN: subtract something finite instead.

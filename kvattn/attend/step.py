@@ -110,7 +110,7 @@ def cached_attention(
         step = _cross
     else:
         key, value = _new_tokens(key, value, query, cache)
-        fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
+        fits = _fits(cache, given)
         cache.refuse_overflow(fits, given)
         step = _decode if length == 1 else _chunk
     if length == 0 or batch == 0:
@@ -241,16 +241,24 @@ def _place_in_time(call: _Call, query, key, cache: KVCache, given):
         queries: [(query, None)], and (query, (n, positions)) for the first n tokens where the policy wants it;
         key; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
     """
-    fits = cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
+    fits = _fits(cache, given)
     new = jnp.where(fits, given, 0)
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    true_positions = cache.lengths[:, None] + t
+    # Pads take no position: 0 stands for theirs, and nothing comes of it.
+    true_positions = jnp.where(t < new[:, None], cache.lengths[:, None] + t, 0)
     rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
     queries = [(rotated(query, true_positions), None)]
     elsewhere = cache.policy.sink_positions(true_positions)
     if elsewhere is not None:
         queries.append((rotated(query, elsewhere[1]), elsewhere))
-    return queries, rotated(key, true_positions), jnp.where(t < new[:, None], true_positions, EMPTY), new, fits
+    positions = jnp.where(t < new[:, None], true_positions, EMPTY)
+    return queries, rotated(key, true_positions), positions, new, fits
+
+
+def _fits(cache: KVCache, given: Array) -> Array:
+    """bool [B]: whether the tokens can be appended; lengths are int32 and must not wrap."""
+    room = cache.lengths <= _checks.INT32_MAX - given
+    return room & cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
 
 
 def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:

@@ -140,6 +140,10 @@ class KVCache:
 
         Returns:
             a cache with ``is_static``; `kvattn.cached_attention` takes it with key and value None.
+
+        Raises:
+            ShapeError, DTypeError: keys and values that do not fit each other.
+            RangeError: a length outside [0, S]. Under jit: an empty row with its status bit set.
         """
         key, value = _checks.floating("key", key), _checks.floating("value", value)
         if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
@@ -158,9 +162,12 @@ class KVCache:
         )
         lengths = length if lengths is None else lengths
         lengths = _checks.counts("lengths", lengths, batch, 0, length)
+        bad = (lengths < 0) | (lengths > length)
+        lengths = jnp.where(bad, 0, lengths)
         t = jnp.arange(length, dtype=jnp.int32)[None]
         filled = empty.write(jnp.where(t < lengths[:, None], t, NOWHERE), key, value)
-        return dataclasses.replace(filled, lengths=lengths, is_static=True)
+        status = bits.mark(filled.status, bad, bits.BAD_COUNT)
+        return dataclasses.replace(filled, lengths=lengths, status=status, is_static=True)
 
     # What it holds.
 
@@ -309,6 +316,7 @@ class KVCache:
         Raises:
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
+        _checks.not_donated("this cache", self)
         dtype = getattr(rows, "dtype", None)
         rows = rows if dtype is not None else np.asarray(rows)
         if rows.size == 0:
@@ -334,11 +342,12 @@ class KVCache:
             values=jax.tree.map(take(1), self.values),
             lengths=jnp.where(known, take(0)(self.lengths), 0),
             state=jax.tree.map(take(0), self.state),
-            status=bits.mark(take(0)(self.status), ~known, bits.BAD_COUNT),
+            status=jnp.where(known, take(0)(self.status), bits.BAD_COUNT),
         )
 
     def reset(self, rows: Any = None) -> "KVCache":
         """Forgets sequences, so that their rows can take new ones. `rows`: bool [B]; None: all."""
+        self._mutable("reset")
         rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
         if rows.dtype != bool or rows.shape != (self.batch_size,):
             raise ShapeError(f"rows must be bool [{self.batch_size}], got {rows.dtype} {rows.shape}.")
@@ -370,6 +379,7 @@ class KVCache:
             )
 
     def _mutable(self, verb: str) -> None:
+        _checks.not_donated("this cache", self)
         if self.is_static:
             raise UnsupportedError(f"cannot {verb} a static cache: it holds the keys and values of an encoder.")
 
@@ -390,8 +400,12 @@ def _in_order(policy: Policy) -> bool:
 def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: Any) -> Layout:
     """The given layout or the best one, with the rows the codec needs."""
     if layout is None:
-        token_bytes = 0 if codec.rows else sum(
-            _nbytes(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
+        token_bytes = (
+            0
+            if codec.rows
+            else sum(
+                _nbytes(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
+            )
         )
         layout = Layout.best(num_slots, token_bytes)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)

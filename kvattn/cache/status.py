@@ -20,7 +20,10 @@ NONFINITE = 8
 _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
     BAD_COUNT: (RangeError, "num_new, a number of tokens to trim, or a row number was out of range; nothing was done"),
-    LOST: (UnsupportedError, "a trim reached back to tokens that the policy or the codec no longer keeps; nothing was done"),
+    LOST: (
+        UnsupportedError,
+        "a trim reached back to tokens that the policy or the codec no longer keeps; nothing was done",
+    ),
     NONFINITE: (RangeError, "keys or values that are NaN or infinite were given to a codec, which cannot encode them"),
 }
 

@@ -9,6 +9,7 @@ whose tokens share a scale (`kvattn.codecs.kivi`) also says how its store is mad
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -117,9 +118,7 @@ class Codec:
             x: [B, K, T, H].
         """
         encoded = self.encode(x)
-        return {
-            n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()
-        }
+        return {n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()}
 
     def block(self, store: Encoded, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
         """Block i of a store: its arrays without their first axis, and what else `scores` or `mix` must know.
@@ -140,9 +139,15 @@ class Codec:
         return self.decode(slots, head_dim, dtype)
 
 
+def wider(*dtypes: Any) -> Any:
+    """The dtype that holds all of them, whatever `jax_numpy_dtype_promotion` says: the casts are written out."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
+
+
 def accumulator(*dtypes: Any) -> Any:
     """The dtype sums are kept in: float32, or float64 where an operand is float64."""
-    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.dtype(d) == jnp.float64))
+    return wider(jnp.float32, *(d for d in dtypes if jnp.dtype(d) == jnp.float64))
 
 
 def not_finite(x: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
-from kvattn.codecs.base import Codec, accumulator
+from kvattn.codecs.base import Codec, accumulator, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,6 @@ class Plain(Codec):
         del head_dim
         return encoded["data"].astype(dtype)
 
-    def for_chunk(self, dtype: Any) -> "Plain":
-        """As they come."""
-        return Plain(jnp.dtype(dtype))
-
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
         """One matrix product."""
         return product("bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr", query, keys["data"])
@@ -50,7 +46,7 @@ def product(spec: str, a: Array, b: Array) -> Array:
     if jnp.float16 in (a.dtype, b.dtype) and jax.default_backend() == "cpu":
         # XLA has no float16 product on CPUs, and its conversion there goes one number at a time.
         a, b = widen_float16(a), widen_float16(b)
-    wide = jnp.promote_types(a.dtype, b.dtype)
+    wide = wider(a.dtype, b.dtype)
     return jnp.einsum(spec, a.astype(wide), b.astype(wide), preferred_element_type=acc)
 
 
