@@ -1,7 +1,8 @@
 """One decode step on CPU, beside what a user would otherwise run.
 
-Every figure is a ratio of two medians taken in turns in one process, after the values were checked. The floor is reading
-the K/V bytes once (a sum). Shape: B8 N32 K8 H128, 4096 slots. Writes ``benchmarks/results/decode_cpu.json`` and a picture.
+Every figure is a ratio of two medians taken in turns in one process, after the values were checked. The floor is
+reading the K/V bytes once (a sum). Shape: B8 N32 K8 H128, 4096 slots. Writes ``benchmarks/results/decode_cpu.json`` and
+a picture.
 
     python benchmarks/decode_cpu.py [--repeats 31] [--no-save]
 """
@@ -23,7 +24,6 @@ from flax import nnx
 from tqdm import tqdm
 
 import kvattn
-from kvattn.codecs.plain import widen_float16
 
 B, N, K, H, S = 8, 32, 8, 128, 4096
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -35,17 +35,18 @@ class Clock:
     def __init__(self, repeats: int, title: str):
         self.repeats, self.title, self.calls = repeats, title, {}
 
-    def add(self, name: str, call) -> None:
-        """Registers a call; it returns what to wait for."""
-        self.calls[name] = call
+    def add(self, name: str, call, before=lambda: ()) -> None:
+        """Registers a call; it takes what the untimed `before` returns, and returns what to wait for."""
+        self.calls[name] = before, call
 
     def run(self) -> dict[str, float]:
         """Seconds per call."""
         times = {name: [] for name in self.calls}
-        for i in tqdm(range(self.repeats + 2), desc=self.title, leave=False):
-            for name, call in self.calls.items():
+        for i in tqdm(range(self.repeats + 2), desc=self.title, leave=False, disable=None):
+            for name, (before, call) in self.calls.items():
+                given = jax.block_until_ready(before())
                 start = time.perf_counter()
-                jax.block_until_ready(call())
+                jax.block_until_ready(call(*given))
                 if i >= 2:
                     times[name].append(time.perf_counter() - start)
         return {name: float(np.median(t)) for name, t in times.items()}
@@ -74,20 +75,27 @@ def core(dtype, repeats: int) -> dict:
     dense = tuple(x.transpose(0, 2, 1, 3) for x in box[0].dense())  # [B, S, K, H], what jax.nn takes
     step = kvattn.jit(kvattn.cached_attention)
     peer = jax.jit(jax.nn.dot_product_attention)
-    read = jax.jit(lambda cache: [jnp.sum(widen_float16(x).astype(jnp.float32)) for x in jax.tree.leaves(cache)[:2]])
-    wide = jnp.float32 if dtype == jnp.float16 else dtype
 
-    def decode(length: int):
-        out, box[0] = step(q, k, v, with_lengths(box[0], length - 1))
+    def read_sum(x):
+        if x.dtype == jnp.float16:  # XLA converts float16 one number at a time on CPUs: read the bits instead
+            return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
+        return jnp.sum(x.astype(jnp.float32))
+
+    read = jax.jit(lambda cache: [read_sum(x) for x in jax.tree.leaves(cache)[:2]])
+
+    def decode(cache):
+        out, box[0] = step(q, k, v, cache)
         return out
+
+    holding = lambda length: lambda: (with_lengths(box[0], length - 1),)
 
     @kvattn.jit
     def append(k, v, cache):
         slots = cache.policy.place(cache.state, cache.lengths, jnp.ones_like(cache.lengths), 1, cache.num_slots)
         return cache.write(slots, k, v)
 
-    def append_one():
-        box[0] = append(k, v, with_lengths(box[0], S - 1))
+    def append_one(cache):
+        box[0] = append(k, v, cache)
         return box[0].lengths
 
     expected = jax.nn.dot_product_attention(
@@ -95,17 +103,16 @@ def core(dtype, repeats: int) -> dict:
         dense[0].at[:, S - 1].set(k[:, 0]).astype(jnp.float32),
         dense[1].at[:, S - 1].set(v[:, 0]).astype(jnp.float32),
     )
-    error = float(jnp.max(jnp.abs(decode(S).astype(jnp.float32) - expected)))
+    error = float(jnp.max(jnp.abs(decode(*holding(S)()).astype(jnp.float32) - expected)))
     assert error < (1e-5 if dtype == jnp.float32 else 1e-2), error
 
     clock = Clock(repeats, f"step, {jnp.dtype(dtype).name}")
     clock.add("read", lambda: read(box[0]))
-    clock.add("step", lambda: decode(S))
-    clock.add("step_512", lambda: decode(512))
-    clock.add("append", append_one)
-    clock.add("jax_nn", lambda: peer(q.astype(wide), dense[0].astype(wide), dense[1].astype(wide)))
-    if dtype == jnp.float16:
-        del clock.calls["jax_nn"]  # raises on CPUs: XLA has no float16 product there
+    clock.add("step", decode, holding(S))
+    clock.add("step_512", decode, holding(512))
+    clock.add("append", append_one, holding(S))
+    if dtype != jnp.float16:  # there it raises: XLA has no float16 product on CPUs
+        clock.add("jax_nn", lambda: peer(q, *dense))
     times = clock.run()
     compiled = step.lower(q, k, v, box[0]).compile().memory_analysis()
     kv_bytes = 2 * B * K * S * H * jnp.dtype(dtype).itemsize
@@ -149,13 +156,13 @@ def layer(repeats: int) -> dict:
         out, flax_box[0] = donated(flax_box[0], x)
         return out
 
-    def run_ours():
-        out, box[0] = step(weights, x, with_lengths(box[0], S - 1))
+    def run_ours(cache):
+        out, box[0] = step(weights, x, cache)
         return out
 
     clock = Clock(max(repeats // 3, 5), "layer")
     clock.add("flax", run_theirs)
-    clock.add("kvattn", run_ours)
+    clock.add("kvattn", run_ours, lambda: (with_lengths(box[0], S - 1),))
     times = clock.run()
     return {
         "flax_ms": round(times["flax"] * 1e3, 2),
