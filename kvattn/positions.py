@@ -88,8 +88,8 @@ class RoPE:
     what transformers does. But keys rotated in an earlier, shorter call keep their earlier frequencies
     (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
     tokens count. `for_length` removes this: it fixes the length once, and with it the frequencies.
-    Its phases inside a call are float32-accurate only relative to the phase (about ``3e-7 * position``
-    rad); `for_length` is as exact as the other kinds.
+    Its phases inside a call are float32-accurate only relative to the phase (within 1e-6 of it, for
+    stretches up to 10^5); `for_length` is as exact as the other kinds.
 
     Raises:
         ConfigError: a size that cannot work, an unknown kind, a field that is missing or unknown.

@@ -440,6 +440,12 @@ def test_alibi_is_a_bias_and_sinks_are_a_key_with_no_value(path):
     np.testing.assert_allclose(call(q, k, v, sinks=sinks), want, atol=2e-6)
 
 
+def test_the_residual_has_no_gradient(path):
+    args = [normal(s, i) for i, s in enumerate([(1, T, N, H), (1, S, K, H), (1, S, K, H)])]
+    call = functools.partial(dot_product_attention, softcap=4.0, implementation=path, return_residual=True)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda q: call(q, *args[1:])[1].sum()))(args[0]), 0)
+
+
 # Long sequences -----------------------------------------------------------------------------------
 
 

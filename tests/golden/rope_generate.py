@@ -45,6 +45,8 @@ CASES = {
         5,
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 0.8},
     ),
+    # Both ends of the correction range lie outside the pairs there are.
+    "yarn_clamped": (16, 3.0, 600, 5, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150}),
     "llama3": (
         128,
         500000.0,
