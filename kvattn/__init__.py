@@ -12,6 +12,10 @@ from kvattn.attend.state import merge_states as merge_states
 from kvattn.attend.step import cached_attention as cached_attention
 from kvattn.cache import KVCache as KVCache
 from kvattn.cache.donation import jit as jit
+from kvattn.codecs import KIVI as KIVI
+from kvattn.codecs import Float8 as Float8
+from kvattn.codecs import Int4 as Int4
+from kvattn.codecs import Int8 as Int8
 from kvattn.policies import H2O as H2O
 from kvattn.policies import FastGen as FastGen
 from kvattn.policies import Full as Full

@@ -298,7 +298,7 @@ class KVCache:
             if not np.all(encoded):
                 raise UnsupportedError(
                     f"{self.codec} has encoded tokens for good that would be needed as they were: rows "
-                    f"{np.nonzero(~np.asarray(encoded))[0].tolist()}. Trim less, or use a codec of single tokens (Int4)."
+                    f"{np.nonzero(~np.asarray(encoded))[0].tolist()}. Trim less, or use another codec."
                 )
         there = there & encoded
         status = bits.mark(self.status, ~in_range, bits.BAD_COUNT)

@@ -19,7 +19,7 @@ class View:
     """A table of slots to attend over. It does not say which policy, cache class or mesh is behind it.
 
     Attributes:
-        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`), or as the codec has it.
+        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`).
         values: encoded values, likewise.
         positions: int32 [blocks, B, 1 or K, R]: the position of the token in each slot, -1 if empty.
         counts: int32 [B] or [B, K]: all slots from this number on are empty.

@@ -26,8 +26,8 @@ class Codec:
     """Base of the codecs. Frozen and hashable: a static part of the cache.
 
     The cache lays out each named array in blocks, [blocks, B, K, R, F] (`kvattn.cache.layout`, the `layout` of the
-    methods below). Arrays named in `token_minor` (scales) lie with tokens along the last axis, [blocks, B, K, F, R], and
-    so does the data of the keys where the backend likes that; `scores` is told by `transposed`.
+    methods below). Arrays named in `token_minor` (scales) lie with tokens along the last axis, [blocks, B, K, F, R],
+    and so does the data of the keys where the backend likes that; `scores` is told by `transposed`.
     """
 
     token_minor: ClassVar[tuple[str, ...]] = ()

@@ -1,0 +1,253 @@
+"""`KIVI`: 2 or 4 bits, keys per channel, values per token, the last ones as they are (Liu et al., arXiv:2402.02750)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from kvattn import _checks
+from kvattn._typing import Array, Encoded, Rows
+from kvattn.codecs import grouped
+from kvattn.codecs.base import Codec, Role, accumulator, not_finite
+from kvattn.codecs.plain import Plain, product
+from kvattn.codecs.scaled import factors
+from kvattn.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class KIVI(Codec):
+    """Keys in groups of `group_size` tokens of one channel, values in groups of `group_size` channels of one token.
+
+    Of n tokens, n % residual keys and up to `residual` values are kept as they came. When that many keys are together
+    all of them are encoded together; each new value pushes the oldest of its ring into the encoded ones. A number is
+    minimum + scale * code, off by scale/2 at most. bits + 32/group_size bits per number (3 for 2 bits and groups of
+    32), besides the residual.
+
+    The step that fills the residual already reads it encoded; the paper's code reads it once more as it was. New tokens
+    of one chunk see each other as they are, as in the paper, so outputs (the cache never) depend on the chunking.
+
+    It needs a policy under which slot s holds the token of position s for ever (`Full`): a group of keys shares its
+    scales, so single slots cannot be given to other tokens.
+
+    Derivatives reach queries; keys and values are rounded, so no useful ones reach them.
+
+    Args:
+        bits: 2, 4 or 8.
+        group_size: tokens (keys) or channels (values) that share a scale and a minimum.
+        residual: R, tokens kept as they are; a multiple of group_size.
+
+    Raises:
+        ConfigError: other bits, a residual that groups do not divide.
+    """
+
+    bits: int = 2
+    group_size: int = 32
+    residual: int = 128
+
+    token_minor: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        if _checks.integer("bits", self.bits, 1) not in (2, 4, 8):
+            raise ConfigError(f"bits must be 2, 4 or 8, got {self.bits}.")
+        _checks.integer("group_size", self.group_size, 1)
+        _checks.integer("residual", self.residual, 1)
+        if self.residual % self.group_size:
+            raise ConfigError(
+                f"residual ({self.residual}) must be a multiple of group_size ({self.group_size}): it is encoded in "
+                "whole groups."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Blocks are as long as the residual: one is encoded at a time, and row p % R is position p's in both."""
+        return self.residual
+
+    def refuses(self, in_order: bool) -> str | None:
+        """Policies that reuse single slots."""
+        if in_order:
+            return None
+        return (
+            f"{self.group_size} neighbouring keys share their scales, so the slot of one token cannot go to another. "
+            "Use kvattn.Full(), or a codec of single tokens such as kvattn.Int4()."
+        )
+
+    def can_trim(self, lengths: Array, num_tokens: Array) -> Rows:
+        """While nothing was encoded: what left the residual is not known as it was."""
+        return (num_tokens == 0) | (lengths < self.residual)
+
+    def for_chunk(self, dtype: Any) -> Codec:
+        """As they come."""
+        return Plain(jnp.dtype(dtype))
+
+    def unfit(self, x: Array) -> Array:
+        """Tokens that are not finite."""
+        return not_finite(x)
+
+    # The store: codes, and the residual [1, B, K, R, H], where position p lies in row p % R.
+
+    def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
+        """Codes [blocks, B, K, R, F] (keys [.., F, R] where those lie transposed), scales, minima and residual."""
+        lead = (layout.num_blocks, batch_size, num_kv_heads)
+        block = jax.eval_shape(
+            lambda x: self._encode_block(x, layout, role), jax.ShapeDtypeStruct((self.residual, head_dim), dtype)
+        )
+        store = {name: jnp.zeros((*lead, *x.shape), x.dtype) for name, x in block.items()}
+        return {**store, "residual": jnp.zeros((1, batch_size, num_kv_heads, self.residual, head_dim), dtype)}
+
+    def write(self, store: Encoded, layout: Any, role: Role, slots: Array, x: Array) -> Encoded:
+        """Appends tokens; `slots` are their positions, neighbours from the first one on, then negative ones."""
+        ring = dataclasses.replace(layout, num_slots=self.residual)
+        count = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        start = jnp.maximum(slots[:, 0], 0)
+        append = self._append_keys if role == "keys" else self._append_values
+        old = store["residual"][0]
+        encoded = append({n: e for n, e in store.items() if n != "residual"}, layout, old, x, start, count)
+        t = jnp.arange(x.shape[2], dtype=jnp.int32)[None]
+        stays = (slots >= 0) & (t >= count[:, None] - self.residual)
+        rows = jnp.where(stays, slots % self.residual, -1)
+        return {**encoded, "residual": ring.write(store["residual"], rows, x, False)}
+
+    def _append_keys(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
+        """Encodes the blocks that become whole."""
+        size, length = self.residual, x.shape[2]
+        most = (size - 1 + length) // size
+        if most == 0:
+            return store
+        first, end = start // size, (start + count) // size
+        # [B, most * R]: positions of the blocks from the one that `start` lies in.
+        position = first[:, None] * size + jnp.arange(most * size, dtype=jnp.int32)[None]
+        from_old = position < start[:, None]
+        new = jnp.take_along_axis(x, _column(position - start[:, None], length), axis=2)
+        whole = jnp.where(from_old[:, None, :, None], _column_of(old, position % size), new.astype(old.dtype))
+        blocks = whole.reshape(*whole.shape[:2], most, size, whole.shape[3])
+        index = first[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
+        index = jnp.where(index < end[:, None], index, layout.num_blocks)  # past the end: dropped
+        encode = lambda: self._encode_block(blocks, layout, "keys")
+        if most == 1:
+            shapes = jax.eval_shape(encode)
+            nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            encoded = jax.lax.cond(jnp.any(end > first), encode, nothing)
+        else:
+            encoded = encode()
+        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+        return {n: e.at[index, row].set(encoded[n].swapaxes(1, 2), mode="drop") for n, e in store.items()}
+
+    def _append_values(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
+        """Encodes the values that the new ones push out of the ring."""
+        size, length = self.residual, x.shape[2]
+        t = jnp.arange(length, dtype=jnp.int32)[None]
+        leaving = start[:, None] - size + t
+        slots = jnp.where((t < count[:, None]) & (leaving >= 0), leaving, -1)
+        near = min(length, size)
+        values = _column_of(old, (start[:, None] + t[:, :near]) % size)
+        values = jnp.concatenate([values, x[:, :, : length - near].astype(old.dtype)], axis=2)
+        encoded = self._encode_block(values, layout, "values")
+        return {
+            "data": layout.write(store["data"], slots, encoded["data"], False),
+            "scale": layout.write(store["scale"], slots, encoded["scale"].swapaxes(-1, -2), True),
+            "minimum": layout.write(store["minimum"], slots, encoded["minimum"].swapaxes(-1, -2), True),
+        }
+
+    def block(self, store: Encoded, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+        """The arrays of block i; `exact` bool [B, R]: the tokens to be read from the residual."""
+        encoded = {
+            n: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for n, x in store.items() if n != "residual"
+        }
+        counts = counts[:, None]
+        position = i * self.residual + jnp.arange(self.residual, dtype=jnp.int32)[None]
+        first = counts // self.residual * self.residual if role == "keys" else counts - self.residual
+        exact = (position >= first) & (position < counts)
+        return {**encoded, "residual": store["residual"][0], "exact": exact}
+
+    def dense(self, store: Encoded, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
+        """Block after block."""
+
+        def one(i: Array) -> Array:
+            block = self.block(store, role, i, counts)
+            wide = accumulator(dtype)
+            coded = self._decode_block(block, layout, role, head_dim).astype(wide)
+            return jnp.where(block["exact"][:, None, :, None], block["residual"].astype(wide), coded).astype(dtype)
+
+        return layout.from_blocks(jax.lax.map(one, jnp.arange(layout.num_blocks, dtype=jnp.int32)), False)
+
+    # One block.
+
+    def _encode_block(self, x: Array, layout: Any, role: Role) -> dict[str, Array]:
+        """Tokens [..., R, H] (values: any number of tokens)."""
+        if role == "values":
+            codes, scale, minimum = grouped.quantise(x, self.bits, self.group_size)
+            return {
+                "data": grouped.pack(codes, self.bits),
+                "scale": scale.swapaxes(-1, -2),
+                "minimum": minimum.swapaxes(-1, -2),
+            }
+        codes, scale, minimum = grouped.quantise(x.swapaxes(-1, -2), self.bits, self.group_size)
+        data = grouped.pack(codes.swapaxes(-1, -2), self.bits)
+        return {
+            "data": data.swapaxes(-1, -2) if layout.transposed_keys else data,
+            "scale": scale,
+            "minimum": minimum,
+        }
+
+    def _decode_block(self, block: Encoded, layout: Any, role: Role, head_dim: int) -> Array:
+        """float32 [..., R, H]."""
+        scale, minimum = block["scale"], block["minimum"]
+        if role == "values":
+            codes = grouped.unpack(block["data"], self.bits)[..., :head_dim]
+            return grouped.dequantise(codes, scale.swapaxes(-1, -2), minimum.swapaxes(-1, -2), self.group_size)
+        data = block["data"].swapaxes(-1, -2) if layout.transposed_keys else block["data"]
+        codes = grouped.unpack(data, self.bits)[..., :head_dim].swapaxes(-1, -2)
+        return grouped.dequantise(codes, scale, minimum, self.group_size).swapaxes(-1, -2)
+
+    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+        """The keys of a block are widened channel by channel where they are used: scales differ along both axes."""
+        exact = keys["exact"][:, None, None, :]
+        coded = self._coded_scores(query, keys, transposed)
+        # Whole blocks are exact or not, row by row; most blocks are exact in none.
+        read = lambda: product("bkmh,bkrh->bkmr", query, keys["residual"]).astype(coded.dtype)
+        raw = jax.lax.cond(jnp.any(keys["exact"]), read, lambda: jnp.zeros_like(coded))
+        return jnp.where(exact, raw, coded)
+
+    def _coded_scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+        head_dim, rows = query.shape[-1], self.residual
+        step, low = grouped.pair_once(keys["scale"], keys["minimum"])  # [B, K, H, R / group_size]
+        data = keys["data"] if transposed else keys["data"].swapaxes(-1, -2)
+        width, total = data.shape[-2], 0
+        for p in range(8 // self.bits):
+            first, end = p * width, min((p + 1) * width, head_dim)
+            if first >= end:
+                break
+            codes = grouped.plane(data[..., : end - first, :], self.bits, p).astype(step.dtype)
+            codes = codes.reshape(*codes.shape[:-1], rows // self.group_size, self.group_size)
+            part = codes * step[..., first:end, :, None]
+            part = part.reshape(*part.shape[:-2], rows)
+            total = total + factors("bkmh,bkhr->bkmr", query[..., first:end], part)
+        acc = total.dtype
+        lows = jnp.einsum("bkmh,bkhg->bkmg", query.astype(acc), low.astype(acc))
+        return total + jnp.repeat(lows, self.group_size, axis=-1)
+
+    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+        """Per group: (probs * scale) . codes + probs . minimum, and the residual as it is."""
+        exact = values["exact"][:, None]
+        coded = filled & ~exact
+        scale, minimum = (jnp.where(coded[:, :, None], values[n], jnp.uint16(0)) for n in ("scale", "minimum"))
+        mixed = grouped.mix(probs, values["data"], scale, minimum, self.bits, self.group_size)
+
+        def read() -> Array:
+            residual = jnp.where((filled & exact)[..., None], values["residual"], 0)
+            raw = product("bkmr,bkrh->bkmh", probs, residual).astype(mixed.dtype)
+            return jnp.pad(raw, [(0, 0)] * 3 + [(0, mixed.shape[-1] - raw.shape[-1])])
+
+        return mixed + jax.lax.cond(jnp.any(values["exact"]), read, lambda: jnp.zeros_like(mixed))
+
+
+def _column(index: Array, length: int) -> Array:
+    """int32 [B, S] as an index into the third axis of [B, K, length, H], clipped."""
+    return jnp.clip(index, 0, length - 1)[:, None, :, None]
+
+
+def _column_of(x: Array, index: Array) -> Array:
+    """x [B, K, R, H] at int32 [B, S] of its third axis."""
+    return jnp.take_along_axis(x, index[:, None, :, None], axis=2)

@@ -1,0 +1,39 @@
+"""What the codecs share that keep one scale per token and key/value head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn._typing import Array, Encoded
+from kvattn.codecs.base import accumulator
+
+SMALLEST = np.finfo(np.float32).tiny
+"""The least scale. Smaller ones would be subnormal, which many devices take for 0."""
+
+
+def scale_for(x: Array, top: float) -> Array:
+    """float32 [..., 1]: max|x| / top over the last axis. Never 0; NaN where x is not finite."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    # top * scale must not overflow where max|x| is the largest float32.
+    highest = np.float32(np.finfo(np.float32).max / top * (1 - 1e-6))
+    scale = jnp.clip(largest * np.float32(1 / top), SMALLEST, highest)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
+def factors(spec: str, rows: Array, codes: Array) -> Array:
+    """An einsum of float rows with codes, which every float dtype holds exactly; float32 or wider.
+
+    The codes are widened one block at a time: to the dtype of the rows, on CPUs to float32 at least.
+    """
+    acc = accumulator(rows.dtype)
+    wide = acc if jax.default_backend() == "cpu" else rows.dtype
+    return jnp.einsum(spec, rows.astype(wide), codes.astype(wide), preferred_element_type=acc)
+
+
+def mix_scaled(probs: Array, values: Encoded, filled: Array) -> Array:
+    """(probs * scale) . data, with nothing of what lies in slots that are not filled."""
+    scale = jnp.where(filled[:, :, None], values["scale"], 0)
+    data = values["data"]
+    if jnp.issubdtype(data.dtype, jnp.floating):
+        data = jnp.where(filled[..., None], data, 0)
+    return factors("bkmr,bkrh->bkmh", probs * scale.astype(probs.dtype), data)
