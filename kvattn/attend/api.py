@@ -1,6 +1,7 @@
 """Which implementation attends: the names, the choice, and the fall back."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -26,8 +27,9 @@ def candidates(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order; None means the best that works, which always ends at "xla"."""
     if implementation is None:
         return _BEST
-    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
-    names = tuple(implementation) if several else (implementation,)
+    names: tuple[Any, ...] = (implementation,)
+    if isinstance(implementation, Sequence) and not isinstance(implementation, str):
+        names = tuple(implementation)
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
         raise ConfigError(

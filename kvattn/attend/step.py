@@ -161,7 +161,7 @@ def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, si
     requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
     out, lse, mass = _attend_all(call, requests, sinks)
     if policy.needs_mass and (sinks is not None or len(requests) > 1):
-        mass = sum(_xla.measure(request, lse, _total) for request in requests)
+        mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
     return out, dataclasses.replace(written, state=state).advance(new, ~fits, bad_count)
 
@@ -247,7 +247,7 @@ def _place_in_time(call: _Call, query, key, cache: KVCache, given):
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
     true_positions = jnp.where(t < new[:, None], cache.lengths[:, None] + t, 0)
     rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
-    queries = [(rotated(query, true_positions), None)]
+    queries: list[Any] = [(rotated(query, true_positions), None)]
     elsewhere = cache.policy.sink_positions(true_positions)
     if elsewhere is not None:
         queries.append((rotated(query, elsewhere[1]), elsewhere))

@@ -82,7 +82,7 @@ def _query_blocks(request: Request) -> tuple[int, int]:
 def _blocked(size: int, blocks: int):
     """Cuts [B, T, ...] into [blocks, B, size, ...]; the last block is filled up."""
 
-    def cut(x: Array, fill=0) -> Array:
+    def cut(x: Array, fill: float = 0) -> Array:
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, blocks * size - x.shape[1])
         x = jnp.pad(x, padding, constant_values=fill)

@@ -8,6 +8,7 @@ gives runs of neighbours (planes) and needs no interleaving.
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,9 @@ def pack(codes: Array, bits: int) -> Array:
     size = -(-codes.shape[-1] // per_byte)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, size * per_byte - codes.shape[-1])]
     planes = jnp.pad(codes, padding).reshape(*codes.shape[:-1], per_byte, size)
-    return sum(planes[..., p, :] << jnp.uint8(p * bits) for p in range(per_byte)).astype(jnp.uint8)
+    # The planes have no bit in common, so their sum is their union.
+    shift = jnp.arange(per_byte, dtype=jnp.uint8).reshape((1,) * (planes.ndim - 2) + (-1, 1)) * jnp.uint8(bits)
+    return jnp.sum(planes << shift, axis=-2, dtype=jnp.uint8)
 
 
 def unpack(data: Array, bits: int, axis: int = -1) -> Array:
@@ -168,7 +171,7 @@ def scores(query: Array, data: Array, scale: Array, minimum: Array, bits: int, s
     spec, axis = ("bkmh,bkhr->bkmr", -2) if transposed else ("bkmh,bkrh->bkmr", -1)
     step, low = pair_once(scale, minimum)
     width = data.shape[axis]
-    total = 0
+    total: Any = 0
     for index, group, first, end in segments(query.shape[-1], bits, size):
         part = jax.lax.slice_in_dim(data, first - index * width, end - index * width, axis=axis)
         rows = query[..., first:end]

@@ -214,7 +214,8 @@ class KIVI(Codec):
         head_dim, rows = query.shape[-1], self.residual
         step, low = grouped.pair_once(keys["scale"], keys["minimum"])  # [B, K, H, R / group_size]
         data = keys["data"] if transposed else keys["data"].swapaxes(-1, -2)
-        width, total = data.shape[-2], 0
+        width = data.shape[-2]
+        total: Any = 0
         for p in range(8 // self.bits):
             first, end = p * width, min((p + 1) * width, head_dim)
             if first >= end:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ class Scissorhands(Policy):
         low = jnp.where((index == slots)[..., None], jnp.uint8(0), state.low)
         return Record(scored.enter(state.positions, slots, lengths[:, None]), low)
 
-    def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
+    def observe(self, state, slots, lengths, num_new, num_slots, mass: Any, token_ids) -> State:
         """Records one query; when the budget is exceeded, drops (the only sort, once per `drop` steps)."""
         del slots, token_ids, num_slots
         came = (num_new > 0)[:, None, None]
@@ -124,7 +124,9 @@ class Scissorhands(Policy):
         count = jnp.sum(taken, axis=-1, keepdims=True)
         unimportant = taken & (mass * count.astype(mass.dtype) < 1)
         bit = self._bits(lengths)[:, None, None]
-        low = jnp.where(came[..., None], self._record(state.low, bit, jnp.where(unimportant[..., None], bit, 0)), state.low)
+        low = jnp.where(
+            came[..., None], self._record(state.low, bit, jnp.where(unimportant[..., None], bit, 0)), state.low
+        )
         over = count > self.budget
 
         def shrink(positions: Array) -> Array:
