@@ -367,18 +367,13 @@ def scores_masked_by_adding(patch):
     masked_by_arithmetic(patch, xla, scores=True)
 
 
-@fault(4, suites.check_dirty_memory, FULL, "reference", poisons=("nan",))
-def scores_of_the_reference_masked_by_adding(patch):
-    masked_by_arithmetic(patch, reference, scores=True)
-
-
 @fault(4, suites.check_dirty_memory, FULL, "xla", poisons=("inf",))
 def values_masked_by_multiplying(patch):
     masked_by_arithmetic(patch, codecs.plain, values=True)
 
 
 @fault(4, suites.check_dirty_memory, FULL, "reference", poisons=("nan",))
-def values_of_the_reference_masked_by_multiplying(patch):
+def tokens_of_the_reference_masked_by_multiplying(patch):
     masked_by_arithmetic(patch, reference, values=True)
 
 
