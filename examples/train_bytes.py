@@ -5,7 +5,7 @@
     python examples/train_bytes.py --steps 20 --out try/bytes.safetensors
 
 Writes the weights with the lowest validation loss (bfloat16), their settings, a log and a plot of it.
-The text is contiguous, without markers between windows, at the context the cache studies need.
+Every window of the text starts with `corpus.START`, so that the model learns to rest its attention there.
 """
 
 import argparse
@@ -145,9 +145,12 @@ def main() -> None:
     def evaluate(weights, windows):
         return bits(nnx.merge(graph, weights), windows)
 
-    span = np.arange(args.context + 1)
-    starts = np.arange(0, len(valid) - args.context - 1, args.context)
-    valid_windows = [jnp.asarray(valid[start + span][None], jnp.int32) for start in starts]
+    def windows_at(text: np.ndarray, starts: np.ndarray) -> jax.Array:
+        """int32 [B, context + 1], START first."""
+        windows = text[np.asarray(starts)[:, None] + np.arange(args.context)[None]]
+        return jnp.asarray(np.pad(windows, ((0, 0), (1, 0)), constant_values=corpus.START), jnp.int32)
+
+    valid_windows = [windows_at(valid, [start]) for start in range(0, len(valid) - args.context, args.context)]
     draw = np.random.default_rng(args.seed)
     rows, recent, best, began = [], [], math.inf, time.monotonic()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +161,7 @@ def main() -> None:
             done = min(1.0, max(step / args.steps, (time.monotonic() - began) / 60 / args.minutes))
             rate = learning_rate(args.learning_rate, step, done)
             state.hyperparams["learning_rate"] = jnp.asarray(rate)
-            start = draw.integers(0, len(train) - args.context, args.batch)
-            windows = jnp.asarray(train[start[:, None] + span[None]], jnp.int32)
+            windows = windows_at(train, draw.integers(0, len(train) - args.context, args.batch))
             weights, state, loss = learn(weights, state, windows)
             recent.append(float(loss))
             bar.update()

@@ -25,8 +25,8 @@ def rotate(x, position, theta=10000.0):
 class Attention:
     """Attends one token over a list of positions and reports the mean attention of each head group."""
 
-    def __init__(self, q, k, v):
-        self.q, self.k, self.v = q, k, v
+    def __init__(self, q, k, v, in_cache=False, slopes=None):
+        self.q, self.k, self.v, self.in_cache, self.slopes = q, k, v, in_cache, slopes
         self.group = q.shape[1] // k.shape[1]
         self.out = np.zeros((*q.shape[:2], v.shape[-1]))
 
@@ -34,7 +34,12 @@ class Attention:
         """Attention of the token t of the query heads of `head` over `tokens`, mean over those query heads."""
         mean = np.zeros(len(tokens))
         for n in range(head * self.group, (head + 1) * self.group):
-            probs = softmax(self.k[tokens, head] @ self.q[t, n] / np.sqrt(self.q.shape[-1]))
+            keys, query = self.k[tokens, head], self.q[t, n]
+            distance = np.arange(len(tokens)) - (len(tokens) - 1)  # in the cache, where tokens lie in order
+            if self.in_cache and self.slopes is None:
+                keys = np.stack([rotate(key, place) for key, place in zip(keys, distance, strict=True)])
+            bias = 0 if self.slopes is None else self.slopes[n] * distance
+            probs = softmax(keys @ query / np.sqrt(self.q.shape[-1]) + bias)
             self.out[t, n] = probs @ self.v[tokens, head]
             mean += probs / self.group
         return mean
@@ -61,36 +66,33 @@ def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated
     return out, [set(tokens)] * k.shape[1]
 
 
-def h2o(q, k, v, prompt, num_heavy, num_recent):
-    """H2O as in the authors' real-drop code, per key/value head."""
-    attend, kept = Attention(q, k, v), []
+def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
+    """H2O as in the authors' real-drop code, per key/value head.
+
+    chunks: the length of the prompt, or of several chunks; each attends to what was kept and to itself.
+    """
+    chunks = [chunks] if isinstance(chunks, int) else list(chunks)
+    chunks += [1] * (len(q) - sum(chunks))
+    attend, kept = Attention(q, k, v, in_cache, slopes), []
     for head in range(k.shape[1]):
-        score = dict.fromkeys(range(prompt), 0.0)
-        for t in range(prompt):
-            for j, p in enumerate(attend(t, head, list(range(t + 1)))):
-                score[j] += p
-        tokens = list(range(prompt))
-
-        def evict(t, tokens=tokens, score=score):
-            old = [j for j in tokens if j <= t - num_recent]
-            tokens.remove(min(old, key=lambda j: (score[j], j)))
-
-        while len(tokens) > num_heavy + num_recent:
-            evict(prompt - 1)
-        for t in range(prompt, len(q)):
-            tokens.append(t)
-            score[t] = 0.0
-            for j, p in zip(tokens, attend(t, head, list(tokens)), strict=True):
-                score[j] += p
-            if len(tokens) > num_heavy + num_recent:
-                evict(t)
+        tokens, score, t = [], {}, 0
+        for size in chunks:
+            for t in range(t, t + size):
+                tokens.append(t)
+                score[t] = 0.0
+                for j, p in zip(tokens, attend(t, head, list(tokens)), strict=True):
+                    score[j] += p
+            while len(tokens) > num_heavy + num_recent:
+                old = [j for j in tokens if j <= t - num_recent]
+                tokens.remove(min(old, key=lambda j: (score[j], j)))
+            t += size > 0
         kept.append(set(tokens))
     return attend.out, kept
 
 
-def scissorhands(q, k, v, prompt, budget, num_recent, history, drop):
+def scissorhands(q, k, v, prompt, budget, num_recent, history, drop, in_cache=False):
     """Scissorhands, recorded variant, with a dict of the queries that found each token unimportant."""
-    attend, kept = Attention(q, k, v), []
+    attend, kept = Attention(q, k, v, in_cache), []
     num_recent = min(num_recent, budget + 1 - drop)
     for head in range(k.shape[1]):
         low = {}

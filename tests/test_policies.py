@@ -30,7 +30,7 @@ def step(implementation="xla", rope=None):
     return jax.jit(call, donate_argnums=3, static_argnames=())
 
 
-def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, slopes=None, capacity=None):
+def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, slopes=None, capacity=None, check=True):
     """Feeds the tokens in chunks; returns outputs and the cache."""
     cache = kvattn.KVCache.create(len(q), k.shape[2], H, capacity=capacity, policy=policy, dtype=jnp.float32)
     outs, i = [], 0
@@ -41,7 +41,7 @@ def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, s
         out, cache = step(implementation, rope)(*new, cache, **more)
         outs.append(np.asarray(out))
         i += n
-    return np.concatenate(outs, 1), cache.check()
+    return np.concatenate(outs, 1), cache.check() if check else cache
 
 
 def kept(cache, row):
@@ -51,11 +51,12 @@ def kept(cache, row):
     return [set(p[p >= 0].tolist()) for p in positions]
 
 
-def check_rows(policy, oracle, prompt, seed, *, implementation="xla", ids=None, capacity=None, sharp=1.5):
-    """Every row of a batch against brute force: outputs and kept sets."""
+def check_rows(policy, oracle, prompt, seed, *, ids=None, sharp=1.5, **how):
+    """Every row of a batch against brute force: outputs and kept sets. `prompt`: its length, or those of chunks."""
     q, k, v = tokens(seed, sharp)
-    chunks = ([prompt] if prompt else []) + [1] * (T - prompt)
-    out, cache = run(policy, q, k, v, chunks, implementation=implementation, ids=ids, capacity=capacity)
+    chunks = [prompt] if isinstance(prompt, int) else prompt
+    chunks = [n for n in chunks if n] + [1] * (T - sum(chunks))
+    out, cache = run(policy, q, k, v, chunks, ids=ids, **how)
     for row in range(B):
         expected, sets, *choices = oracle(q[row], k[row], v[row], prompt, *(() if ids is None else (ids[row],)))
         assert kept(cache, row) == sets, (policy, prompt, row)
@@ -97,6 +98,48 @@ def test_scissorhands_keeps_what_brute_force_keeps(sizes, prompt, seed):
     cache = check_rows(policy, lambda *a: oracles.scissorhands(*a, budget, recent, history, drop), prompt, seed)
     assert np.all(np.asarray(cache.kept) <= budget)
     assert np.all(np.asarray(cache.kept) >= budget + 1 - drop)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "how"),
+    [
+        (7, {}),
+        ([12, 5, 1, 6], {}),
+        pytest.param([12, 5, 1, 6], {"implementation": "reference"}, marks=pytest.mark.slow),
+        pytest.param(0, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_h2o_by_places_in_the_cache(prompt, how):
+    oracle = lambda *a: oracles.h2o(*a, 5, 4, in_cache=True)
+    policy = kvattn.H2O(5, 4, positions_in="cache")
+    check_rows(policy, oracle, prompt, 1, rope=kvattn.RoPE(H), **how)
+    slopes = np.array([1.0, 0.5, 0.25, 0.125])
+    oracle = lambda *a: oracles.h2o(*a, 5, 4, in_cache=True, slopes=slopes)
+    check_rows(policy, oracle, prompt, 1, slopes=slopes, **how)
+
+
+@pytest.mark.parametrize(("sizes", "prompt"), [((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)])
+def test_scissorhands_by_places_in_the_cache(sizes, prompt):
+    policy = kvattn.Scissorhands(*sizes, positions_in="cache")
+    oracle = lambda *a: oracles.scissorhands(*a, *sizes, in_cache=True)
+    check_rows(policy, oracle, prompt, 2, rope=kvattn.RoPE(H))
+
+
+def test_places_in_the_cache_combine():
+    """Codecs store unrotated keys; a window, which goes by true positions, is refused."""
+    q, k, v = tokens(3, batch=2)
+    for policy in (kvattn.H2O(5, 4, positions_in="cache"), kvattn.Scissorhands(9, 2, 9, positions_in="cache")):
+        cache = kvattn.KVCache.create(2, K, H, policy=policy, codec=kvattn.Int8(), dtype=jnp.float32)
+        plain = kvattn.KVCache.create(2, K, H, policy=policy, dtype=jnp.float32)
+        for part in (slice(0, 9), slice(9, 10), slice(10, 14)):
+            new = [jnp.asarray(x[:, part], jnp.float32) for x in (q, k, v)]
+            out, cache = step("xla", kvattn.RoPE(H))(*new, cache)
+            expected, plain = step("xla", kvattn.RoPE(H))(*new, plain)
+            np.testing.assert_allclose(out, expected, atol=0.15)
+        with pytest.raises(kvattn.errors.UnsupportedError, match="true positions"):
+            kvattn.cached_attention(*new, plain, window=4)
+        with pytest.raises(kvattn.errors.ConfigError, match="positions_in"):
+            dataclasses.replace(policy, positions_in="text")
 
 
 @pytest.mark.parametrize(("recovery", "prompt", "seed"), FASTGENS)
@@ -243,9 +286,25 @@ def test_rows_of_a_batch_do_not_know_each_other(policy):
     chunks = [9] + [1] * 12
     out, cache = run(policy, q, k, v, chunks, capacity=T)
     q2, k2, v2 = (np.where(np.arange(B)[:, None, None, None] == 3, x, np.nan) for x in (q, k, v))
-    out2, cache2 = run(policy, q2, k2, v2, chunks, capacity=T)
+    out2, cache2 = run(policy, q2, k2, v2, chunks, capacity=T, check=False)
     np.testing.assert_array_equal(out[3], out2[3])
     np.testing.assert_array_equal(np.asarray(cache.positions)[..., :][3], np.asarray(cache2.positions)[3])
+
+
+@pytest.mark.parametrize("policy", [kvattn.H2O(4, 3), kvattn.Scissorhands(8, 2, 9)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_attention_that_is_nan(policy, chunk):
+    """Refused at once; under jit recorded, the neighbours as they were."""
+    q, k, v = (jnp.asarray(x[:2, :chunk], jnp.float32) for x in tokens(6))
+    broken = q.at[1, -1, 0, 0].set(jnp.nan)
+    cache = kvattn.KVCache.create(2, K, H, policy=policy, dtype=jnp.float32)
+    with pytest.raises(kvattn.errors.RangeError, match=r"rows \[1\].*NaN"):
+        kvattn.cached_attention(broken, k, v, cache)
+    out, after = step()(broken, k, v, jax.tree.map(jnp.copy, cache))
+    with pytest.raises(kvattn.errors.RangeError, match=r"rows \[1\].*score"):
+        after.check()
+    clean, _ = step()(q, k, v, cache)
+    np.testing.assert_array_equal(out[0], clean[0])
 
 
 @pytest.mark.parametrize("policy", [kvattn.H2O(4, 3), kvattn.Scissorhands(8, 2, 9)], ids=lambda p: type(p).__name__)

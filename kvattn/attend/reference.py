@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array
-from kvattn.attend.request import Request, adjust, grouped, ungrouped
+from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
 
@@ -31,6 +31,8 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     # Unused slots are selected away before the products too: their NaN would reach the derivatives.
     filled = (kv_positions >= 0)[..., None]
     keys, values = jnp.where(filled, keys, 0), jnp.where(filled, values, 0)
+    if request.key_rope is not None:
+        keys = rotated(keys, request.key_rope, kv_positions)
     query = grouped(query, request.view.num_kv_heads).astype(acc)
     scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, precision=HIGHEST)
     scores = adjust(scores, request, request.positions, kv_positions)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kvattn._typing import Array
 from kvattn.cache.view import View
 from kvattn.masks import Mask
+from kvattn.positions import RoPE
 
 
 @typing.no_type_check
@@ -30,6 +31,7 @@ class Request:
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
         want_mass: whether the attention per slot is wanted.
+        key_rope: rotates the keys of the view by their positions; None: they are as they shall be.
     """
 
     query: Array
@@ -40,6 +42,14 @@ class Request:
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
+    key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def rotated(keys: Array, rope: RoPE, kv_positions: Array) -> Array:
+    """Keys [B, K, R, H] turned to int32 [B, 1 or K, R]; those of empty slots anyhow."""
+    batch, heads, rows, features = keys.shape
+    where = jnp.broadcast_to(jnp.maximum(kv_positions, 0), (batch, heads, rows)).reshape(batch * heads, rows)
+    return rope(keys.reshape(batch * heads, rows, 1, features), where).reshape(keys.shape)
 
 
 def grouped(query: Array, num_kv_heads: int) -> Array:

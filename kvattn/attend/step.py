@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -15,9 +16,11 @@ from kvattn.attend import xla as _xla
 from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import KVCache, Layout, View
-from kvattn.cache.view import token_view
-from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
+from kvattn.cache import status as bits
+from kvattn.cache.view import block_positions, token_view
+from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import EMPTY, Mask
+from kvattn.policies import Policy
 from kvattn.positions import RoPE
 
 CHUNK_ROWS = 128
@@ -93,13 +96,19 @@ def cached_attention(
     alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
+    if window is not None and cache.policy.places(cache.state) is not None:
+        raise UnsupportedError(
+            f"window= goes by true positions, {cache.policy} by those in the cache: leave window out, or use "
+            'positions_in="original".'
+        )
     if token_ids is not None:
         token_ids = _token_ids(token_ids, query)
     if scale is not None and not _checks.is_concrete(scale):
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    call = _Call(
-        mask, 1 / math.sqrt(head_dim) if scale is None else float(scale), softcap, padding, rope, implementation
-    )
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    # A key that will move in the cache is stored as it is, and rotated when it is read.
+    key_rope = None if cache.policy.places(cache.state) is None else rope
+    call = _Call(mask, scale, softcap, padding, rope, implementation, key_rope)
 
     given, bad_count = _real_tokens(num_new, batch, length)
     if cache.is_static:
@@ -131,9 +140,10 @@ class _Call:
     padding: str
     rope: RoPE | None
     implementation: api.Implementation
+    key_rope: RoPE | None = None
 
     def request(self, query: Array, positions: Array, view: View, slopes: Array | None, **more: Any) -> Request:
-        settings = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, **more}
+        settings = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "key_rope": self.key_rope, **more}
         return Request(query, positions, view, slopes, **settings)
 
 
@@ -158,12 +168,14 @@ def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, si
     written = cache.write(slots, key, value)
     seen = policy.enter(cache.state, slots, lengths, new)
     view = dataclasses.replace(written, lengths=lengths + new, state=seen).view()
+    view = _as_seen(view, policy.places(seen))
     requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
     out, lse, mass = _attend_all(call, requests, sinks)
     if policy.needs_mass and (sinks is not None or len(requests) > 1):
         mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
-    return out, dataclasses.replace(written, state=state).advance(new, ~fits, bad_count)
+    written = dataclasses.replace(written, state=state, status=_scorable(policy, written.status, lse))
+    return out, written.advance(new, ~fits, bad_count)
 
 
 def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
@@ -176,21 +188,42 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sin
     layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize)
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
     own = token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
-    old_requests = _requests(call, queries, positions, cache.view(), slopes)
+    places = policy.places(cache.state)
+    old_requests = _requests(call, queries, positions, _as_seen(cache.view(), places), slopes)
     own_requests = _requests(call, queries, positions, own, slopes)
     out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
     kept = fresh = None
     if policy.needs_mass:
 
+        # What was left out before the chunk, if it was attended to by places in the cache.
+        gone = jnp.zeros_like(lengths) if places is None else lengths - _count(places)
+
+        def true(where):
+            return jnp.where(where < 0, EMPTY, where + gone.reshape(-1, *(1,) * (where.ndim - 1)))
+
         def measured(requests):
-            function = lambda probs, q, kv: policy.measure(cache.state, probs, q, kv, lengths, new)
+            function = lambda probs, q, kv: policy.measure(cache.state, probs, true(q), true(kv), lengths, new)
             parts = [_xla.measure(request, lse, function) for request in requests]
             return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 
         kept, fresh = measured(old_requests), measured(own_requests)
     state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
-    cache = dataclasses.replace(cache.write(slots, key, value), state=state)
+    cache = cache.write(slots, key, value)
+    cache = dataclasses.replace(cache, state=state, status=_scorable(policy, cache.status, lse))
     return out, cache.advance(new, ~fits, bad_count)
+
+
+def _scorable(policy: Policy, status: Array, lse: Array) -> Array:
+    """The status once attention was looked at: rows whose tokens cannot be scored are refused or marked."""
+    if not policy.needs_mass:
+        return status
+    rows = jnp.any(jnp.isnan(lse), axis=(1, 2))
+    if _checks.is_concrete(rows) and bool(jnp.any(rows)):
+        raise RangeError(
+            f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have queries or keys that are NaN, so {policy} cannot "
+            "tell what they attend to. Nothing was written."
+        )
+    return bits.mark(status, rows, bits.NONFINITE)
 
 
 def _cross(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
@@ -219,6 +252,16 @@ def _requests(call: _Call, queries, positions, view: View, slopes, want_mass: bo
     ]
 
 
+def _as_seen(view: View, places: Array | None) -> View:
+    """The view with every token where the policy says that it stands."""
+    return view if places is None else dataclasses.replace(view, positions=block_positions(view.layout, places))
+
+
+def _count(places: Array) -> Array:
+    """int32 [B]: tokens kept."""
+    return jnp.max(places, axis=(1, 2)) + 1
+
+
 def _attend_all(call: _Call, requests: list[Request], sinks) -> tuple[Array, Array, Array | None]:
     """Attention over the union of what the requests see."""
     (out, lse, mass), *others = [api.attend(request, call.implementation) for request in requests]
@@ -235,24 +278,26 @@ def _total(probs, q_positions, kv_positions):
 
 
 def _place_in_time(call: _Call, query, key, cache: KVCache, given):
-    """Positions of the new tokens, rotation by them, and which rows can take their tokens at all.
+    """Positions the new tokens are seen at, rotation by them, and which rows can take their tokens at all.
 
     Returns:
         queries: [(query, None)], and (query, (n, positions)) for the first n tokens where the policy wants it;
-        key; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
+        key, as it is stored; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
     """
     fits = _fits(cache, given)
     new = jnp.where(fits, given, 0)
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
-    true_positions = jnp.where(t < new[:, None], cache.lengths[:, None] + t, 0)
+    places = cache.policy.places(cache.state)
+    before = cache.lengths if places is None else _count(places)
+    seen_at = jnp.where(t < new[:, None], before[:, None] + t, 0)
     rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
-    queries: list[Any] = [(rotated(query, true_positions), None)]
-    elsewhere = cache.policy.sink_positions(true_positions)
+    queries: list[Any] = [(rotated(query, seen_at), None)]
+    elsewhere = cache.policy.sink_positions(seen_at)
     if elsewhere is not None:
         queries.append((rotated(query, elsewhere[1]), elsewhere))
-    positions = jnp.where(t < new[:, None], true_positions, EMPTY)
-    return queries, rotated(key, true_positions), positions, new, fits
+    positions = jnp.where(t < new[:, None], seen_at, EMPTY)
+    return queries, rotated(key, seen_at) if call.key_rope is None else key, positions, new, fits
 
 
 def _fits(cache: KVCache, given: Array) -> Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array
 from kvattn.attend import reference
-from kvattn.attend.request import Request, adjust, grouped, ungrouped
+from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.codecs.base import accumulator
 
 QUERY_ROWS = 512
@@ -160,7 +160,13 @@ class _Walk:
         """Scores [B, K, G, T, R] against block i, -inf where masked, and the positions [B, 1 or K, R] it holds."""
         request, view = self.request, self.request.view
         kv_positions = jax.lax.dynamic_index_in_dim(view.positions, i, 0, keepdims=False)
-        scores = view.codec.scores(self.rows, view.key_block(i), view.layout.transposed_keys).astype(self.acc)
+        keys, transposed = view.key_block(i), view.layout.transposed_keys
+        if request.key_rope is None:
+            scores = view.codec.scores(self.rows, keys, transposed).astype(self.acc)
+        else:
+            keys = view.codec.keys(keys, view.key_head_dim, transposed, self.acc)
+            keys = rotated(keys, request.key_rope, kv_positions)
+            scores = jnp.einsum("bkmh,bkrh->bkmr", self.rows.astype(self.acc), keys)
         scores = adjust(scores.reshape(*self.shape, -1), request, request.positions, kv_positions)
         allowed = request.mask.allowed(request.positions, kv_positions)[:, :, None]
         # Masked by selecting, never by adding: what lies in an unused slot may be NaN.

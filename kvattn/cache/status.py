@@ -15,7 +15,8 @@ BAD_COUNT = 2
 LOST = 4
 """A trim needed tokens that the policy had already let go; the row was left as it was."""
 NONFINITE = 8
-"""A token that a codec cannot encode, NaN or infinity, was stored. It reads as NaN."""
+"""A token that a codec cannot encode, NaN or infinity, was stored (it reads as NaN); or one that is NaN came to a policy
+that goes by attention, for which such attention counts as the least."""
 
 _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
@@ -24,7 +25,11 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
         UnsupportedError,
         "a trim reached back to tokens that the policy or the codec no longer keeps; nothing was done",
     ),
-    NONFINITE: (RangeError, "keys or values that are NaN or infinite were given to a codec, which cannot encode them"),
+    NONFINITE: (
+        RangeError,
+        "queries, keys or values that are NaN or infinite were given to a codec, which cannot encode them, or to a "
+        "policy, which cannot score by them",
+    ),
 }
 
 

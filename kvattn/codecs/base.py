@@ -61,6 +61,11 @@ class Codec:
         """
         raise NotImplementedError
 
+    def keys(self, block: Encoded, head_dim: int, transposed: bool, dtype: Any) -> Array:
+        """Decodes the keys of one block: [B, K, R, H] of `dtype`."""
+        slots = {n: x.swapaxes(-1, -2) if transposed or n in self.token_minor else x for n, x in block.items()}
+        return self.decode(slots, head_dim, dtype)
+
     # A whole store.
 
     @property

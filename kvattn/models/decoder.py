@@ -72,13 +72,15 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, param_dtype=options["param_dtype"])
         self.mlp = MLP(config, **options)
 
-    def __call__(self, x: Array, cache: KVCache | None, num_new: Array | None) -> tuple[Array, KVCache | None]:
-        """[B, T, D] and this layer's cache -> the same."""
+    def __call__(
+        self, x: Array, cache: KVCache | None, num_new: Array | None, tokens: Array
+    ) -> tuple[Array, KVCache | None]:
+        """[B, T, D] and this layer's cache -> the same; `tokens` [B, T] are for policies that look at them."""
         y = self.attention_norm(x)
         if cache is None:
             y = self.attention(y, is_causal=True)
         else:
-            y, cache = self.attention(y, cache=cache, num_new=num_new)
+            y, cache = self.attention(y, cache=cache, num_new=num_new, token_ids=tokens)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -156,7 +158,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         caches = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, None if cache is None else cache[i], num_new)
+            x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens)
             caches.append(layer_cache)
         return self._logits(self.norm(x)), None if cache is None else tuple(caches)
 

@@ -68,6 +68,16 @@ class Policy:
         del positions
         return None
 
+    def places(self, state: State) -> Array | None:
+        """For policies whose tokens are all seen from where they stand in the cache.
+
+        Returns:
+            None; or int32 [B, K, C]: how many kept tokens come before that of each slot, EMPTY where there is none.
+            All heads of a row keep equally many.
+        """
+        del state
+        return None
+
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """bool [B]: whether the tokens can be appended without losing one that is still needed."""
         del state

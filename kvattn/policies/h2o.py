@@ -21,17 +21,22 @@ class H2O(Policy):
     recent ones excepted. Of equal scores the lowest position leaves. Several new tokens attend densely, to what was
     kept and to each other, their attention is added up, and the best of all stay.
 
-    Scores are float32 sums of probabilities, taken over the query heads of the group, per key/value head. Keys keep
-    their true positions. Per layer and head, as in the authors' `H2OLlamaAttention`; unlike there, rows of a batch do
-    not share their scores.
+    Scores are float32 sums of probabilities, taken over the query heads of the group, per key/value head. Per layer and
+    head, as in the authors' code; unlike there, rows of a batch do not share their scores.
+
+    Positions are true ones, as in the authors' `H2OLlamaAttention`; with ``positions_in="cache"`` those in the cache, as
+    in their `H2OLlamaAttention_streaming`: the n kept tokens stand at 0 ... n - 1. Keys are then stored as they come and
+    rotated whenever they are read, which costs more than a step without.
 
     Args:
         num_heavy: heavy hitters kept, >= 0.
         num_recent: recent tokens kept, >= 0; at least one of both.
+        positions_in: "original" or "cache".
     """
 
     num_heavy: int
     num_recent: int
+    positions_in: str = dataclasses.field(default="original", kw_only=True)
 
     needs_mass: ClassVar[bool] = True
     per_head: ClassVar[bool] = True
@@ -39,6 +44,7 @@ class H2O(Policy):
     def __post_init__(self):
         _checks.integer("num_heavy", self.num_heavy, 0, RangeError)
         _checks.integer("num_recent", self.num_recent, 0, RangeError)
+        _checks.one_of("positions_in", self.positions_in, ("original", "cache"))
         if self.budget < 1:
             raise RangeError("H2O must keep something: num_heavy + num_recent must be >= 1, got 0.")
 
@@ -58,7 +64,11 @@ class H2O(Policy):
 
     def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
         """All slots free."""
-        return scored.Slots.empty(batch_size, num_kv_heads, num_slots)
+        return scored.Slots.empty(batch_size, num_kv_heads, num_slots, places=self.positions_in == "cache")
+
+    def places(self, state: State) -> Array | None:
+        """As remembered."""
+        return state.places
 
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """Always."""
@@ -81,6 +91,7 @@ class H2O(Policy):
         return scored.Slots(
             scored.enter(state.positions, slots, lengths[:, None]),
             scored.enter(state.scores, slots, jnp.zeros_like(lengths, jnp.float32)[:, None]),
+            None if state.places is None else scored.enter_last(state.places, slots),
         )
 
     def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
@@ -91,7 +102,11 @@ class H2O(Policy):
         full = jnp.all(taken, axis=-1, keepdims=True)
         old = state.positions <= (lengths + num_new - 1 - self.num_recent)[:, None, None]
         leaves = scored.lowest(scores, state.positions, taken & old) & full
-        return scored.Slots(jnp.where(leaves, -1, state.positions), jnp.where(leaves, 0, scores))
+        return scored.Slots(
+            jnp.where(leaves, -1, state.positions),
+            jnp.where(leaves, 0, scores),
+            None if state.places is None else scored.close_up(state.places, leaves),
+        )
 
     def absorb(self, state, lengths, num_new, num_tokens, num_slots, kept, new, token_ids):
         """Adds the attention received; keeps the recent tokens and the best of the others."""
@@ -107,8 +122,9 @@ class H2O(Policy):
         few = jnp.sum(there, axis=-1, keepdims=True) <= self.budget
         stay = jnp.where(few, there, stay)
         move, where = scored.settle(stay[..., :num_slots], stay[..., num_slots:])
-        state = scored.Slots(move(state.positions, here, -1), move(scores[..., :num_slots], new, 0))
-        return state, where
+        positions = move(state.positions, here, -1)
+        places = None if state.places is None else scored.places(positions)
+        return scored.Slots(positions, move(scores[..., :num_slots], new, 0), places), where
 
     def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
         """Only by nothing: scores cannot be taken back."""

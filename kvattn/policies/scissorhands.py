@@ -25,10 +25,12 @@ class Record:
         positions: int32 [B, K, C], EMPTY where free.
         low: uint8 [B, K, C, history / 8]: bit t % history is set if the query of position t gave the token less than
             its even share.
+        places: int32 [B, K, C], how many kept tokens come before; None where that is not needed.
     """
 
     positions: Array
     low: Array
+    places: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Scissorhands(Policy):
         num_recent: last tokens that never leave; at most budget + 1 - drop of them are protected.
         history: queries looked back at, >= 1.
         drop: tokens dropped at once, 1 <= drop <= budget. None: half the budget.
+        positions_in: "original", or "cache": the n kept tokens stand at 0 ... n - 1, as in `H2O`.
     """
 
     budget: int
     num_recent: int = 10
     history: int = 400
     drop: int | None = None
+    positions_in: str = dataclasses.field(default="original", kw_only=True)
 
     needs_mass: ClassVar[bool] = True
     per_head: ClassVar[bool] = True
@@ -65,6 +69,7 @@ class Scissorhands(Policy):
         _checks.integer("budget", self.budget, 1, RangeError)
         _checks.integer("num_recent", self.num_recent, 0, RangeError)
         _checks.integer("history", self.history, 1, RangeError)
+        _checks.one_of("positions_in", self.positions_in, ("original", "cache"))
         if self.drop is not None:
             _checks.integer("drop", self.drop, 1, RangeError)
             if self.drop > self.budget:
@@ -92,7 +97,13 @@ class Scissorhands(Policy):
     def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
         """All slots free."""
         shape = (batch_size, num_kv_heads, num_slots)
-        return Record(jnp.full(shape, EMPTY, jnp.int32), jnp.zeros((*shape, -(-self.history // 8)), jnp.uint8))
+        free = jnp.full(shape, EMPTY, jnp.int32)
+        places = jnp.copy(free) if self.positions_in == "cache" else None
+        return Record(free, jnp.zeros((*shape, -(-self.history // 8)), jnp.uint8), places)
+
+    def places(self, state: State) -> Array | None:
+        """As remembered."""
+        return state.places
 
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """Always."""
@@ -114,7 +125,8 @@ class Scissorhands(Policy):
         del num_new
         index = jnp.arange(state.positions.shape[-1], dtype=jnp.int32)[None, None]
         low = jnp.where((index == slots)[..., None], jnp.uint8(0), state.low)
-        return Record(scored.enter(state.positions, slots, lengths[:, None]), low)
+        places = None if state.places is None else scored.enter_last(state.places, slots)
+        return Record(scored.enter(state.positions, slots, lengths[:, None]), low, places)
 
     def observe(self, state, slots, lengths, num_new, num_slots, mass: Any, token_ids) -> State:
         """Records one query; when the budget is exceeded, drops (the only sort, once per `drop` steps)."""
@@ -129,12 +141,15 @@ class Scissorhands(Policy):
         )
         over = count > self.budget
 
-        def shrink(positions: Array) -> Array:
+        def shrink(positions: Array, places: Array | None) -> tuple[Array, Array | None]:
             keep = self._survivors(positions, low, lengths + num_new - 1)
-            return jnp.where(over & ~keep, EMPTY, positions)
+            positions = jnp.where(over & ~keep, EMPTY, positions)
+            return positions, None if places is None else scored.places(positions)
 
-        positions = jax.lax.cond(jnp.any(over), shrink, lambda p: p, state.positions)
-        return Record(positions, low)
+        positions, places = jax.lax.cond(
+            jnp.any(over), shrink, lambda *same: same, state.positions, state.places
+        )
+        return Record(positions, low, places)
 
     def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):
         """The bits of the last `history` new queries, packed."""
@@ -162,7 +177,9 @@ class Scissorhands(Policy):
         there = positions >= 0
         keep = jnp.where(jnp.sum(there, axis=-1, keepdims=True) > self.budget, keep, there)
         move, where = scored.settle(keep[..., :num_slots], keep[..., num_slots:])
-        return Record(move(state.positions, here, EMPTY), move(low, new, jnp.uint8(0))), where
+        positions = move(state.positions, here, EMPTY)
+        places = None if state.places is None else scored.places(positions)
+        return Record(positions, move(low, new, jnp.uint8(0)), places), where
 
     def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
         """Only by nothing: records cannot be taken back."""

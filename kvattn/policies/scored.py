@@ -20,16 +20,19 @@ class Slots:
     Attributes:
         positions: int32 [B, K, C], EMPTY where free.
         scores: float32 [B, K, C], meaning left to the policy.
+        places: int32 [B, K, C], how many kept tokens come before; None where that is not needed.
     """
 
     positions: Array
     scores: Array
+    places: Array | None = None
 
     @classmethod
-    def empty(cls, batch_size: int, num_kv_heads: int, num_slots: int) -> "Slots":
+    def empty(cls, batch_size: int, num_kv_heads: int, num_slots: int, *, places: bool = False) -> "Slots":
         """All slots free."""
         shape = (batch_size, num_kv_heads, num_slots)
-        return cls(jnp.full(shape, EMPTY, jnp.int32), jnp.zeros(shape, jnp.float32))
+        free = jnp.full(shape, EMPTY, jnp.int32)
+        return cls(free, jnp.zeros(shape, jnp.float32), jnp.copy(free) if places else None)
 
 
 def first_free(positions: Array, num_new: Array) -> Array:
@@ -44,6 +47,25 @@ def enter(values: Array, slots: Array, new: Array) -> Array:
     """Puts new [B, 1 or K] into the slots int32 [B, K, 1] of [B, K, C]; negative slots are left alone."""
     index = jnp.arange(values.shape[-1], dtype=jnp.int32)[None, None]
     return jnp.where(index == slots, new[..., None].astype(values.dtype), values)
+
+
+def places(positions: Array) -> Array:
+    """int32 [B, K, C]: how many kept tokens come before each one, EMPTY where free. Sorts: not for decode steps."""
+    there = positions >= 0
+    order = jnp.argsort(jnp.where(there, positions, jnp.iinfo(jnp.int32).max), axis=-1)
+    return jnp.where(there, jnp.argsort(order, axis=-1).astype(jnp.int32), EMPTY)
+
+
+def enter_last(places: Array, slots: Array) -> Array:
+    """`places` once a new token lies in its slot: it stands behind all others."""
+    return enter(places, slots, jnp.max(places, axis=-1) + 1)
+
+
+def close_up(places: Array, leaves: Array) -> Array:
+    """`places` once the token of at most one slot per head (bool [B, K, C]) has left."""
+    last = jnp.iinfo(jnp.int32).max
+    gap = jnp.min(jnp.where(leaves, places, last), axis=-1, keepdims=True)
+    return jnp.where(leaves, EMPTY, jnp.where(places > gap, places - 1, places))
 
 
 def lowest(scores: Array, positions: Array, candidates: Array) -> Array:
