@@ -200,9 +200,7 @@ def rounded(reader: Reader, text: np.ndarray, keys: str, values: str) -> np.ndar
     """
 
     def attention(query, key, value, **_):
-        return kvattn.dot_product_attention(
-            query, round_groups(key, keys), round_groups(value, values), is_causal=True
-        )
+        return kvattn.dot_product_attention(query, round_groups(key, keys), round_groups(value, values), is_causal=True)
 
     apply, _ = stateless(kvattn.models.Decoder(reader.model.config, attention_fn=attention, rngs=nnx.Rngs(0)))
 
@@ -283,7 +281,10 @@ def plot(report: dict, path: Path) -> None:
         middle.plot(row["position"], row["perplexity"], label=row["policy"])
     middle.axvline(report["context"], color="grey", linestyle=":", label="training context")
     middle.set(
-        xlabel="position", ylabel="perplexity per byte", yscale="log", title=f"Long text, {report['stream_budget']} kept"
+        xlabel="position",
+        ylabel="perplexity per byte",
+        yscale="log",
+        title=f"Long text, {report['stream_budget']} kept",
     )
     for row in report["bits"]:
         codec = row.get("codec")

@@ -1,6 +1,5 @@
 """Argument checks shared by the public functions. Each names the argument, the value and the remedy."""
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError, ShapeError, StaleCacheError
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def is_concrete(*arrays: Any) -> bool:
@@ -48,8 +49,8 @@ def finite_scale(scale: Any) -> None:
     """Checks a softmax scale. Zero is allowed: a uniform average."""
     if isinstance(scale, jax.core.Tracer):
         return
-    if scale is not None and not math.isfinite(float(scale)):
-        raise RangeError(f"scale must be finite, got {scale}.")
+    if scale is not None and not abs(float(scale)) <= FLOAT32_MAX:
+        raise RangeError(f"scale must be finite in float32, got {scale}.")
 
 
 def positive_softcap(softcap: Any) -> None:
@@ -58,8 +59,10 @@ def positive_softcap(softcap: Any) -> None:
         return
     if isinstance(softcap, jax.core.Tracer):
         raise ConfigError("softcap must be known when the program is traced: pass a Python float.")
-    if not (math.isfinite(float(softcap)) and float(softcap) > 0):
-        raise RangeError(f"softcap must be finite and > 0, got {softcap}; leave it None for no cap.")
+    if not FLOAT32_TINY <= float(softcap) <= FLOAT32_MAX:
+        raise RangeError(
+            f"softcap must be finite and > 0 (normal in float32), got {softcap}; leave it None for no cap."
+        )
 
 
 def window(value: Any) -> int | None:

@@ -77,9 +77,7 @@ def test_layers_are_the_functional_step(policy, codec, heads):
     caches = (
         layer.make_cache(B, capacity),
         twin.make_cache(B, capacity),
-        kvattn.KVCache.create(
-            B, KV_HEADS[heads], H, capacity=capacity, policy=policy, codec=codec, dtype=jnp.float32
-        ),
+        kvattn.KVCache.create(B, KV_HEADS[heads], H, capacity=capacity, policy=policy, codec=codec, dtype=jnp.float32),
     )
 
     @jax.jit

@@ -118,7 +118,9 @@ def test_h2o_by_places_in_the_cache(prompt, how):
     check_rows(policy, oracle, prompt, 1, slopes=slopes, **how)
 
 
-@pytest.mark.parametrize(("sizes", "prompt"), [((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("sizes", "prompt"), [((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)]
+)
 def test_scissorhands_by_places_in_the_cache(sizes, prompt):
     policy = kvattn.Scissorhands(*sizes, positions_in="cache")
     oracle = lambda *a: oracles.scissorhands(*a, *sizes, in_cache=True)

@@ -194,7 +194,6 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sin
     out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
     kept = fresh = None
     if policy.needs_mass:
-
         # What was left out before the chunk, if it was attended to by places in the cache.
         gone = jnp.zeros_like(lengths) if places is None else lengths - _count(places)
 
@@ -327,12 +326,16 @@ def _new_tokens(key, value, query, cache: KVCache) -> tuple[Array, Array]:
 
 
 def _token_ids(token_ids: Any, query: Array) -> Array:
-    token_ids = jnp.asarray(token_ids)
+    token_ids = token_ids if hasattr(token_ids, "dtype") else np.asarray(token_ids)
     if not jnp.issubdtype(token_ids.dtype, jnp.integer):
         raise DTypeError(f"token_ids must hold integers, got {token_ids.dtype}.")
     if token_ids.shape != query.shape[:2]:
         raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
-    return token_ids.astype(jnp.int32)
+    if token_ids.size and _checks.is_concrete(token_ids):
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < -_checks.INT32_MAX or high > _checks.INT32_MAX:
+            raise RangeError(f"token_ids must fit in int32, got {low} to {high}.")
+    return jnp.asarray(token_ids.astype(jnp.int32))
 
 
 def _per_head(name: str, x: Any, num_heads: int) -> Array | None:

@@ -220,6 +220,7 @@ class FastGen(Policy):
                 )
             return kinds
         for kind, ids in ((1, self.punctuation_tokens), (2, self.special_tokens)):
+            ids = [i for i in ids if abs(i) <= _checks.INT32_MAX]  # token ids are int32: others match none
             if ids:
                 known = jnp.asarray(ids, jnp.int32)[None, None]
                 kinds = jnp.where(jnp.any(token_ids[..., None] == known, axis=-1), kind, kinds)

@@ -134,7 +134,7 @@ class Scissorhands(Policy):
         came = (num_new > 0)[:, None, None]
         taken = state.positions >= 0
         count = jnp.sum(taken, axis=-1, keepdims=True)
-        unimportant = taken & (mass * count.astype(mass.dtype) < 1)
+        unimportant = taken & ~(mass * count.astype(mass.dtype) >= 1)  # NaN counts as unimportant
         bit = self._bits(lengths)[:, None, None]
         low = jnp.where(
             came[..., None], self._record(state.low, bit, jnp.where(unimportant[..., None], bit, 0)), state.low
@@ -146,9 +146,7 @@ class Scissorhands(Policy):
             positions = jnp.where(over & ~keep, EMPTY, positions)
             return positions, None if places is None else scored.places(positions)
 
-        positions, places = jax.lax.cond(
-            jnp.any(over), shrink, lambda *same: same, state.positions, state.places
-        )
+        positions, places = jax.lax.cond(jnp.any(over), shrink, lambda *same: same, state.positions, state.places)
         return Record(positions, low, places)
 
     def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):
@@ -156,7 +154,7 @@ class Scissorhands(Policy):
         before = jnp.sum(state.positions >= 0, axis=-1)[:, :, None, None]
         count = before + (q_positions - lengths[:, None] + 1)[:, None, :, None]
         q, kv = q_positions[:, None, :, None], kv_positions[:, :, None, :]
-        unimportant = (kv >= 0) & (kv <= q) & (probs * count.astype(probs.dtype) < 1)
+        unimportant = (kv >= 0) & (kv <= q) & ~(probs * count.astype(probs.dtype) >= 1)
         remembered = (q_positions >= 0) & (q_positions >= (lengths + num_new - self.history)[:, None])
         bits = jnp.where(remembered[..., None], self._bits(q_positions), jnp.uint8(0))
         # Different queries have different bits, so the sums are exact and cannot carry.

@@ -20,14 +20,14 @@ class StreamingLLM(Policy):
 
     Positions are those in the cache, as in the paper: once tokens have left, a sink is seen from the distance it has in
     the cache, not in the text. Keys stay rotated at their true positions and the query is rotated twice, which is the
-    same by the relativity of RoPE; distances for ALiBi follow. With ``positions="original"`` true positions are used.
+    same by the relativity of RoPE; distances for ALiBi follow. With ``positions_in="original"`` true positions are used.
 
     It does not extend the context: what has left the cache is gone.
 
     Args:
         num_sinks: first tokens kept, >= 0.
         window: last tokens kept, the query's own included, >= 1.
-        positions: "cache" or "original".
+        positions_in: "cache" or "original".
     """
 
     num_sinks: int = 4
