@@ -58,6 +58,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="tokens scored after each prompt (default: half the context)")
     p.add_argument("--stream", type=int, default=8, help="length of the long texts, in contexts")
     p.add_argument("--stream-budget", type=int, default=256, help="tokens kept there")
+    p.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="shares of the context kept")
+    p.add_argument("--recoveries", type=float, nargs="+", default=RECOVERIES, help="of FastGen")
+    p.add_argument("--out", type=Path, default=RESULTS, help="where the figures go, and a picture beside them")
     p.add_argument("--no-save", action="store_true")
     return p.parse_args()
 
@@ -69,6 +72,7 @@ def policies(budget: int) -> dict[str, kvattn.policies.Policy]:
         "SlidingWindow": kvattn.SlidingWindow(budget),
         "StreamingLLM": kvattn.StreamingLLM(4, budget - 4),
         "H2O": kvattn.H2O(heavy, budget - heavy),
+        "H2O, in-cache positions": kvattn.H2O(heavy, budget - heavy, positions_in="cache"),
         "Scissorhands": kvattn.Scissorhands(budget, drop=max(budget // 8, 1)),
     }
 
@@ -122,8 +126,9 @@ def perplexity(bits: np.ndarray) -> float:
 # The three studies --------------------------------------------------------------------------------
 
 
-def budget_study(reader: Reader, text: np.ndarray, context: int, bar: tqdm) -> list[dict]:
+def budget_study(reader: Reader, text: np.ndarray, args: argparse.Namespace, bar: tqdm) -> list[dict]:
     """Perplexity of the second half of the context, by policy and budget."""
+    context = args.context
     rows = []
 
     def measure(name: str, policy, capacity=None) -> None:
@@ -134,11 +139,11 @@ def budget_study(reader: Reader, text: np.ndarray, context: int, bar: tqdm) -> l
         bar.update()
 
     measure("Full", kvattn.Full(), context + 1)
-    for share in BUDGETS:
+    for share in args.budgets:
         for name, policy in policies(max(round(share * context), 8)).items():
             measure(name, policy)
             rows[-1]["budget"] = share
-    for recovery in RECOVERIES:
+    for recovery in args.recoveries:
         fastgen = kvattn.FastGen(recovery, SPECIAL, PUNCTUATION, frequent=0.3, local=0.1)
         measure("FastGen", fastgen, context + 1)
         rows[-1]["recovery"] = recovery
@@ -216,11 +221,11 @@ def round_groups(x: jax.Array, axis: str) -> jax.Array:
     """[B, T, K, H] rounded to BITS between the least and the greatest of each GROUP of numbers.
 
     Args:
-        x: keys or values, T and H multiples of GROUP.
+        x: keys or values; T a multiple of GROUP, H too or smaller.
         axis: "channel": a group is one channel of GROUP tokens. "token": GROUP channels of one token.
     """
     pattern = {"channel": "b (t g) k h -> b t g k h", "token": "b t k (h g) -> b t g k h"}[axis]
-    groups = rearrange(x, pattern, g=GROUP)
+    groups = rearrange(x, pattern, g=GROUP if axis == "channel" else min(GROUP, x.shape[3]))
     low, high = jnp.min(groups, axis=2, keepdims=True), jnp.max(groups, axis=2, keepdims=True)
     step = (high - low) / (2**BITS - 1)
     codes = jnp.round((groups - low) / jnp.where(step > 0, step, 1))
@@ -309,13 +314,13 @@ def main() -> None:
     reader = Reader(args.weights)
     _, valid = corpus.split()
     context, steps = args.context, args.steps or args.context // 2
-    length = context // 2 - 1 + steps
+    length = context // 2 + steps
     starts = np.linspace(0, len(valid) - length - 1, args.windows).astype(int)
     texts = valid[starts[:, None] + np.arange(length)[None]]
     long = min(args.stream * context, len(valid) // 2)
     streams = valid[: len(valid) // long * long].reshape(-1, long)
 
-    num_cases = 1 + len(BUDGETS) * len(policies(8)) + len(RECOVERIES) + 1 + len(policies(8)) + 6 + 4
+    num_cases = 1 + len(args.budgets) * len(policies(8)) + len(args.recoveries) + 1 + len(policies(8)) + 6 + 4
     report = {
         "date": datetime.date.today().isoformat(),
         "versions": {"jax": jax.__version__, "kvattn": kvattn.__version__},
@@ -326,16 +331,16 @@ def main() -> None:
         "stream_budget": args.stream_budget,
     }
     with tqdm(total=num_cases, unit="case") as bar:
-        report["budget"] = budget_study(reader, texts, context, bar)
-        report["stream"] = stream_study(reader, streams, context, args.stream_budget, bar)
         report["bits"] = bits_study(reader, texts, context, bar)
+        report["stream"] = stream_study(reader, streams, context, args.stream_budget, bar)
+        report["budget"] = budget_study(reader, texts, args, bar)
     console = Console(highlight=False)
     for table in tables(report):
         console.print(table)
     if not args.no_save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        plot(report, RESULTS.with_suffix(".png"))
-        console.print(f"saved: {RESULTS} and .png")
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        plot(report, args.out.with_suffix(".png"))
+        console.print(f"saved: {args.out.name} and .png")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def text_demo(args: argparse.Namespace) -> None:
     model = kvattn.models.load(args.weights, dtype=jnp.float32)
     config = model.config
     prompt = args.prompt.encode() if args.prompt else default_prompt()
+    prompt = bytes([corpus.START]) + prompt
 
     def decode() -> list[int]:
         return kvattn.generate(
@@ -101,7 +102,7 @@ def text_demo(args: argparse.Namespace) -> None:
     again = time.perf_counter() - start
 
     console.rule("prompt", align="left")
-    console.print(Text(prompt.decode(errors="replace"), style="dim"))
+    console.print(Text(prompt[1:].decode(errors="replace"), style="dim"))
     console.rule(f"decoded, temperature {args.temperature}", align="left")
     console.print(Text(bytes(new).decode(errors="replace"), style="bold"))
     console.rule("numbers", align="left")

@@ -76,6 +76,29 @@ def test_text(trained):
     assert float(difference.split()[3]) < 1e-4
 
 
+@pytest.mark.slow
+def test_study_of_smaller_caches(trained, tmp_path):
+    """Nothing is learnt from two steps of training; but at a budget for all, and in 32 bits, everybody is as `Full`."""
+    out = tmp_path / "study.json"
+    small = {"context": 64, "windows": 1, "steps": 32, "stream": 2, "stream-budget": 64, "recoveries": 1, "out": out}
+    words = [word for name, x in small.items() for word in (f"--{name}", x)]
+    done = run("compress_cache.py", "--weights", trained[0], *words, "--budgets", 1.1, 0.25)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity per byte, by storage" in done.stdout and "StreamingLLM" in done.stdout
+    study = json.loads(out.read_text())
+    full, *rows = study["budget"]
+    assert {row["policy"] for row in rows} > {"SlidingWindow", "StreamingLLM", "H2O", "Scissorhands", "FastGen"}
+    for row in rows:
+        if row.get("budget") != 0.25:
+            assert abs(row["perplexity"] - full["perplexity"]) < 2e-3, row
+            assert row["kept"] == 1
+        else:
+            assert 0.1 < row["kept"] < 0.27
+    assert study["bits"][0]["perplexity"] == full["perplexity"]
+    assert study["bits"][0]["bits"] == 32
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_text_without_weights(tmp_path):
     done = run("decode_gqa.py", "--weights", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "train_bytes.py" in done.stderr
