@@ -1,8 +1,8 @@
 """Where the slots of a paged cache lie: in pages of a pool that all sequences share.
 
-Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wanted along the last axis (scales): R tokens
-of page p of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F = 1, are
-``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
+Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wanted along the last axis (scales): the R
+tokens of a page of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F =
+1, are ``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
 """
 
 import dataclasses

@@ -51,7 +51,7 @@ class View:
     @property
     def num_kv_heads(self) -> int:
         """K."""
-        return next(iter(self.keys.values())).shape[2]
+        return next(iter(self.keys.values())).shape[2 if self.page_table is None else 0]
 
     def key_block(self, i: Array) -> Encoded:
         """The keys of block i, for `Codec.scores`."""

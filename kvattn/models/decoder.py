@@ -73,8 +73,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **options)
 
     def __call__(
-        self, x: Array, cache: KVCache | None, num_new: Array | None, tokens: Array
-    ) -> tuple[Array, KVCache | None]:
+        self, x: Array, cache: Cache | None, num_new: Array | None, tokens: Array
+    ) -> tuple[Array, Cache | None]:
         """[B, T, D] and this layer's cache -> the same; `tokens` [B, T] are for policies that look at them."""
         y = self.attention_norm(x)
         if cache is None:
