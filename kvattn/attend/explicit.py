@@ -18,18 +18,18 @@ from kvattn.cache import Cache, PagedKVCache
 from kvattn.errors import ShardingError
 
 
-def by_shard(
-    step: Callable[..., tuple[Array, Cache]],
+def by_shard[C: Cache](
+    step: Callable[..., tuple[Array, C]],
     query: Array,
     key: Array | None,
     value: Array | None,
-    cache: Cache,
+    cache: C,
     given: Array,
     bad_count: Array,
     sinks: Array | None,
     alibi_slopes: Array | None,
     token_ids: Array | None,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, C]:
     """Runs `step` on these arguments, once per shard where they lie on an Explicit mesh.
 
     Rows split as those of `query`, heads as those of `key` and `query`. The cache is brought to that placement,
@@ -82,7 +82,7 @@ def by_shard(
 
 def _specs(cache: Cache, rows: Any, kv_heads: Any) -> Any:
     """The cache's tree of placements."""
-    specs = jax.tree.map(lambda _: P(rows), cache)
+    specs: Any = jax.tree.map(lambda _: P(rows), cache)
     if isinstance(cache, PagedKVCache):
         if rows is not None:
             raise ShardingError(

@@ -126,9 +126,8 @@ def cached_attention[C: Cache](
     if length == 0 or batch == 0:
         return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
 
-    return explicit.by_shard(
-        functools.partial(_step, step, call), query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids
-    )
+    step = functools.partial(_step, step, call)
+    return explicit.by_shard(step, query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ class _Call:
         return Request(query, positions, view, slopes, **settings)
 
 
-def _step(step, call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+def _step(step: Any, call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids) -> Any:
     """The step itself, on arrays that fit together; under an Explicit mesh once per device."""
     length, dtype = query.shape[1], query.dtype
     if call.padding == "left":
@@ -168,14 +167,14 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     slots = policy.place(cache.state, lengths, new, 1, num_slots)
     written = cache.write(slots, key, value)
     seen = policy.enter(cache.state, slots, lengths, new)
-    view = dataclasses.replace(written, lengths=lengths + new, state=seen).view()
+    view = written.replace(lengths=lengths + new, state=seen).view()
     view = _as_seen(view, policy.places(seen))
     requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
     out, lse, mass = _attend_all(call, requests, sinks)
     if policy.needs_mass and (sinks is not None or len(requests) > 1):
         mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
-    written = dataclasses.replace(written, state=state, status=_scorable(policy, written.status, lse))
+    written = written.replace(state=state, status=_scorable(policy, written.status, lse))
     return out, written.advance(new, ~fits, bad_count)
 
 
@@ -209,7 +208,7 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
         kept, fresh = measured(old_requests), measured(own_requests)
     state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
     cache = cache.write(slots, key, value)
-    cache = dataclasses.replace(cache, state=state, status=_scorable(policy, cache.status, lse))
+    cache = cache.replace(state=state, status=_scorable(policy, cache.status, lse))
     return out, cache.advance(new, ~fits, bad_count)
 
 

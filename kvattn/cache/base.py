@@ -1,7 +1,7 @@
 """What contiguous and paged caches have in common: everything that does not depend on where slots lie."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ class Cache:
     value_head_dim: int
     dtype: Any
     is_static: bool
+
+    def replace(self, **changes: Any) -> Self:
+        """The same cache with other fields."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     @property
     def batch_size(self) -> int:
@@ -76,7 +80,7 @@ class Cache:
 
     # What a step does with it.
 
-    def write(self, slots: Array, key: Array, value: Array) -> Any:
+    def write(self, slots: Array, key: Array, value: Array) -> Self:
         """Encodes tokens and stores them; lengths and state stay.
 
         Args:
@@ -89,8 +93,7 @@ class Cache:
         """
         codec, store = self.codec, self.store
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        return dataclasses.replace(
-            self,  # type: ignore[type-var]
+        return self.replace(
             keys=codec.write(self.keys, store, "keys", slots, key),
             values=codec.write(self.values, store, "values", slots, value),
             status=bits.mark(self.status, self._unfit(slots, key, value), bits.NONFINITE),
@@ -110,7 +113,7 @@ class Cache:
             )
         return rows
 
-    def vouched(self, num_new: Array) -> tuple[Any, Array]:
+    def vouched(self, num_new: Array) -> tuple[Self, Array]:
         """The cache, and how many of the int32 [B] new tokens may be appended, as far as where they would go is known.
 
         Raises:
@@ -118,10 +121,10 @@ class Cache:
         """
         return self, num_new
 
-    def advance(self, num_new: Array, too_many: Array, bad_count: Array) -> Any:
+    def advance(self, num_new: Array, too_many: Array, bad_count: Array) -> Self:
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""
         status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
-        return dataclasses.replace(self, lengths=self.lengths + num_new, status=status)
+        return self.replace(lengths=self.lengths + num_new, status=status)
 
     def refuse_overflow(self, fits: Array, num_new: Array) -> None:
         """Raises `CapacityError` for rows that can be seen not to fit."""
@@ -137,7 +140,7 @@ class Cache:
 
     # What a user does with it.
 
-    def check(self) -> Any:
+    def check(self) -> Self:
         """Raises what a jitted step could only record; returns the cache if all is well.
 
         Raises:
@@ -150,7 +153,7 @@ class Cache:
         bits.raise_for(self.status)
         return self
 
-    def trim(self, num_tokens: Any) -> Any:
+    def trim(self, num_tokens: Any) -> Self:
         """Takes back the last tokens, as if they had never come (speculative decoding).
 
         Args:
@@ -186,9 +189,9 @@ class Cache:
         status = bits.mark(status, in_range & ~there, bits.LOST)
         num_tokens = jnp.where(in_range & there, num_tokens, 0)
         state = self.policy.trim(self.state, self.lengths, num_tokens, self.num_slots)
-        return dataclasses.replace(self, lengths=self.lengths - num_tokens, state=state, status=status)
+        return self.replace(lengths=self.lengths - num_tokens, state=state, status=status)
 
-    def reset(self, rows: Any = None) -> Any:
+    def reset(self, rows: Any = None) -> Self:
         """Forgets sequences, so that their rows can take new ones. `rows`: bool [B]; None: all."""
         self._mutable("reset")
         rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
@@ -199,8 +202,7 @@ class Cache:
         def pick(new, old):
             return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
 
-        return dataclasses.replace(
-            self,
+        return self.replace(
             lengths=jnp.where(rows, 0, self.lengths),
             state=jax.tree.map(pick, fresh, self.state),
             status=jnp.where(rows, 0, self.status),

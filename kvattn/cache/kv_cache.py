@@ -253,5 +253,3 @@ def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, 
         )
         layout = Layout.best(num_slots, token_bytes)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)
-
-

@@ -102,8 +102,10 @@ class PagedKVCache(Cache):
         Raises:
             ConfigError: a size below its minimum, something that is no codec, pages of another size than it needs.
             DTypeError: a size that is no int, a dtype that is not floating.
+            RangeError: more pages than int32 counts.
         """
-        _checks.integer("num_pages", num_pages, 1)
+        if _checks.integer("num_pages", num_pages, 1) > _checks.INT32_MAX:
+            raise RangeError(f"num_pages must fit in int32, which tables hold, got {num_pages}.")
         _checks.integer("page_size", page_size, 1)
         _checks.integer("num_kv_heads", num_kv_heads, 1)
         _checks.integer("head_dim", head_dim, 1)
@@ -195,10 +197,10 @@ class PagedKVCache(Cache):
         Raises:
             ShapeError: another shape.
             DTypeError: not integers.
-            RangeError: a negative length, more tokens than the table has room for, a page that is not in the pool. Under
-                jit: status bits, and 0 tokens for such a row.
-            UnsupportedError: tokens that share scales (KIVI) and a row that would hold others than it did: its last ones
-                are not in pages.
+            RangeError: a negative length, more tokens than the table has room for, a page that is not in the pool.
+                Under jit: status bits, and 0 tokens for such a row.
+            UnsupportedError: tokens that share scales (KIVI) and a row that would hold others than it did: its last
+                ones are not in pages.
         """
         _checks.not_donated("this cache", self)
         table = _integers("page_table", page_table)
@@ -223,8 +225,8 @@ class PagedKVCache(Cache):
             if _checks.is_concrete(lost) and np.any(lost):
                 raise UnsupportedError(
                     f"{self.codec} keeps the last tokens of a row outside pages, so rows "
-                    f"{np.nonzero(np.asarray(lost))[0].tolist()} cannot take over the tokens of others: start them at 0, "
-                    "or use a codec of single tokens."
+                    f"{np.nonzero(np.asarray(lost))[0].tolist()} cannot take over the tokens of others: start them at "
+                    "0, or use a codec of single tokens."
                 )
         status = bits.mark(bits.mark(self.status, bad_count, bits.BAD_COUNT), lost, bits.LOST)
         cache = dataclasses.replace(
@@ -233,7 +235,7 @@ class PagedKVCache(Cache):
         return cache.vouched(jnp.zeros_like(lengths))[0]
 
     def vouched(self, num_new: Array) -> tuple["PagedKVCache", Array]:
-        """See `Cache.vouched`: every page that holds a token or will take one must exist."""
+        """Every page that holds a token or will take one must exist; see `Cache.vouched`."""
         used = -(-jnp.minimum(self.lengths + num_new, self.num_slots) // self.page_size)
         wanted = jnp.arange(self.max_pages, dtype=jnp.int32)[None] < used[:, None]
         unknown = wanted & ((self.page_table < 0) | (self.page_table >= self.num_pages))
@@ -244,8 +246,24 @@ class PagedKVCache(Cache):
                 f"page_table names page {int(self.page_table[row, column])} for the tokens from "
                 f"{column * self.page_size} on of row {row}; the pool has pages 0 to {self.num_pages - 1}."
             )
+        if _checks.is_concrete(self.page_table, self.lengths, num_new):
+            self._refuse_shared_writes(np.asarray(num_new))
         status = bits.mark(self.status, bad, bits.BAD_PAGE)
         return dataclasses.replace(self, status=status), jnp.where(bad, 0, num_new)
+
+    def _refuse_shared_writes(self, num_new: np.ndarray) -> None:
+        """Raises for two rows whose new tokens would go to one page; under jit nobody looks."""
+        table, lengths, writer = np.asarray(self.page_table), np.asarray(self.lengths), {}
+        for row, (start, count) in enumerate(zip(lengths.tolist(), num_new.tolist(), strict=True)):
+            last = min(start + count, self.num_slots) - 1
+            for column in range(start // self.page_size, last // self.page_size + 1 if count else 0):
+                page = int(table[row, column])
+                if page in writer and writer[page] != row:
+                    raise RangeError(
+                        f"rows {writer[page]} and {row} would both write to page {page}: copy it for one of them first "
+                        "(copy_pages)."
+                    )
+                writer[page] = row
 
     def copy_pages(self, sources: Any, targets: Any) -> "PagedKVCache":
         """Copies whole pages, scales included, before somebody writes to a shared one.
@@ -261,7 +279,9 @@ class PagedKVCache(Cache):
         _checks.not_donated("this cache", self)
         sources, targets = _integers("sources", sources), _integers("targets", targets)
         if sources.ndim != 1 or sources.shape != targets.shape:
-            raise ShapeError(f"sources and targets must be vectors of one length, got {sources.shape}, {targets.shape}.")
+            raise ShapeError(
+                f"sources and targets must be vectors of one length, got {sources.shape}, {targets.shape}."
+            )
         skipped = sources < 0
         bad = ~skipped & ((sources >= self.num_pages) | (targets < 0) | (targets >= self.num_pages))
         if _checks.is_concrete(bad) and np.any(bad):
