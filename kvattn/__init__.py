@@ -11,6 +11,7 @@ from kvattn.attend.full import dot_product_attention as dot_product_attention
 from kvattn.attend.state import merge_states as merge_states
 from kvattn.attend.step import cached_attention as cached_attention
 from kvattn.cache import KVCache as KVCache
+from kvattn.cache import PagedKVCache as PagedKVCache
 from kvattn.cache.donation import jit as jit
 from kvattn.codecs import KIVI as KIVI
 from kvattn.codecs import Float8 as Float8

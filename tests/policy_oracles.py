@@ -75,9 +75,9 @@ def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
     chunks += [1] * (len(q) - sum(chunks))
     attend, kept = Attention(q, k, v, in_cache, slopes), []
     for head in range(k.shape[1]):
-        tokens, score, t = [], {}, 0
+        tokens, score, start, t = [], {}, 0, -1
         for size in chunks:
-            for t in range(t, t + size):
+            for t in range(start, start + size):
                 tokens.append(t)
                 score[t] = 0.0
                 for j, p in zip(tokens, attend(t, head, list(tokens)), strict=True):
@@ -85,7 +85,7 @@ def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
             while len(tokens) > num_heavy + num_recent:
                 old = [j for j in tokens if j <= t - num_recent]
                 tokens.remove(min(old, key=lambda j: (score[j], j)))
-            t += size > 0
+            start += size
         kept.append(set(tokens))
     return attend.out, kept
 

@@ -14,22 +14,22 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from kvattn._typing import Array
-from kvattn.cache import KVCache
+from kvattn.cache import Cache, PagedKVCache
 from kvattn.errors import ShardingError
 
 
-def by_shard(
-    step: Callable[..., tuple[Array, KVCache]],
+def by_shard[C: Cache](
+    step: Callable[..., tuple[Array, C]],
     query: Array,
     key: Array | None,
     value: Array | None,
-    cache: KVCache,
+    cache: C,
     given: Array,
     bad_count: Array,
     sinks: Array | None,
     alibi_slopes: Array | None,
     token_ids: Array | None,
-) -> tuple[Array, KVCache]:
+) -> tuple[Array, C]:
     """Runs `step` on these arguments, once per shard where they lie on an Explicit mesh.
 
     Rows split as those of `query`, heads as those of `key` and `query`. The cache is brought to that placement,
@@ -39,13 +39,15 @@ def by_shard(
         ShardingError: query heads are split and the key/value heads cannot be.
     """
     args = (query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
-    mesh, rows, q_heads = _placement(query)
+    leaf, row_axis, head_axis = next(iter(cache.keys.values())), 1, 2
+    if isinstance(cache, PagedKVCache):
+        row_axis, head_axis = None, 0
+    mesh, rows, q_heads = _placement(query, 0, 2)
     if mesh is None:
-        mesh, rows, _ = _placement(next(iter(cache.keys.values())).swapaxes(0, 1))
+        mesh, rows, _ = _placement(leaf, row_axis, head_axis)
         if mesh is None:
             return step(*args)
-    leaf = next(iter(cache.keys.values()))
-    kv_heads = _axes(leaf, 2) if key is None else _axes(key, 2)
+    kv_heads = _axes(leaf, head_axis) if key is None else _axes(key, 2)
     shards = _size(mesh, q_heads)
     num_kv_heads = cache.num_kv_heads
     if q_heads != kv_heads and num_kv_heads > 1:
@@ -60,14 +62,7 @@ def by_shard(
         kv_heads = None
 
     tokens = P(rows, None, kv_heads, None)
-    state = lambda x: P(rows, kv_heads) if cache.policy.per_head and x.ndim > 1 else P(rows)
-    blocks = P(None, rows, kv_heads, None, None)
-    cache_specs = dataclasses.replace(
-        jax.tree.map(lambda _: P(rows), cache),
-        keys=jax.tree.map(lambda _: blocks, cache.keys),
-        values=jax.tree.map(lambda _: blocks, cache.values),
-        state=jax.tree.map(state, cache.state),
-    )
+    cache_specs = _specs(cache, rows, kv_heads)
     q_spec = P(rows, None, q_heads, None)
     specs = (
         q_spec,
@@ -85,18 +80,39 @@ def by_shard(
     return mapped(*args)
 
 
-def _placement(x: Array) -> tuple[Any, Any, Any]:
-    """The Explicit mesh of [B, T, N, H] and the axes its rows and heads are split by; (None, ...) if there is none."""
+def _specs(cache: Cache, rows: Any, kv_heads: Any) -> Any:
+    """The cache's tree of placements."""
+    specs: Any = jax.tree.map(lambda _: P(rows), cache)
+    if isinstance(cache, PagedKVCache):
+        if rows is not None:
+            raise ShardingError(
+                f"the rows of the queries are split over {rows}, but the sequences of a PagedKVCache share one pool: "
+                "split by heads, or give every device a pool and its rows."
+            )
+        store = lambda tree: {n: P(None, rows, kv_heads) if n == "residual" else P(kv_heads) for n in tree}
+        return dataclasses.replace(specs, keys=store(cache.keys), values=store(cache.values))
+    state = lambda x: P(rows, kv_heads) if cache.policy.per_head and x.ndim > 1 else P(rows)
+    blocks = P(None, rows, kv_heads, None, None)
+    return dataclasses.replace(
+        specs,
+        keys=jax.tree.map(lambda _: blocks, cache.keys),
+        values=jax.tree.map(lambda _: blocks, cache.values),
+        state=jax.tree.map(state, cache.state),
+    )
+
+
+def _placement(x: Array, row_axis: int | None, head_axis: int) -> tuple[Any, Any, Any]:
+    """The Explicit mesh of an array and the axes its rows and heads are split by; (None, ...) if there is none."""
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
     if mesh.empty or not mesh.are_all_axes_explicit or all(axes is None for axes in sharding.spec):
         return None, None, None
-    return mesh, _axes(x, 0), _axes(x, 2)
+    return mesh, _axes(x, row_axis), _axes(x, head_axis)
 
 
-def _axes(x: Array, axis: int) -> Any:
+def _axes(x: Array, axis: int | None) -> Any:
     spec = jax.typeof(x).sharding.spec
-    return spec[axis] if axis < len(spec) else None
+    return None if axis is None or axis >= len(spec) else spec[axis]
 
 
 def _size(mesh: Any, axes: Any) -> int:

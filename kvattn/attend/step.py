@@ -15,7 +15,7 @@ from kvattn.attend import api, explicit
 from kvattn.attend import xla as _xla
 from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
-from kvattn.cache import KVCache, Layout, View
+from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
 from kvattn.cache.view import block_positions, token_view
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
@@ -27,11 +27,11 @@ CHUNK_ROWS = 128
 """Rows per block when a chunk of new tokens attends to itself."""
 
 
-def cached_attention(
+def cached_attention[C: Cache](
     query: Array,
     key: Array | None,
     value: Array | None,
-    cache: KVCache,
+    cache: C,
     *,
     num_new: Any = None,
     padding: str = "right",
@@ -43,7 +43,7 @@ def cached_attention(
     alibi_slopes: Array | None = None,
     token_ids: Array | None = None,
     implementation: api.Implementation = None,
-) -> tuple[Array, KVCache]:
+) -> tuple[Array, C]:
     """Appends T new tokens to a cache and attends: T = 1 is decoding, T > 1 a prompt or a chunk of one.
 
     Every new token attends to the tokens the cache keeps and to those of the chunk up to itself, at their true
@@ -55,7 +55,7 @@ def cached_attention(
         key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`, for a
             static cache (`KVCache.from_encoder`): nothing is appended, every query attends to all its tokens.
         value: float [B, T, K, Hv].
-        cache: what was kept so far.
+        cache: what was kept so far, a `KVCache` or a `PagedKVCache`.
         num_new: int32 [B], how many of the T tokens are real. None: all.
         padding: where the other tokens lie, "right" (after the real ones) or "left". Pads are not appended, take no
             position, and come out as zeros.
@@ -119,15 +119,15 @@ def cached_attention(
         step = _cross
     else:
         key, value = _new_tokens(key, value, query, cache)
+        cache, given = cache.vouched(given)
         fits = _fits(cache, given)
         cache.refuse_overflow(fits, given)
         step = _decode if length == 1 else _chunk
     if length == 0 or batch == 0:
         return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
 
-    return explicit.by_shard(
-        functools.partial(_step, step, call), query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids
-    )
+    step = functools.partial(_step, step, call)
+    return explicit.by_shard(step, query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Call:
         return Request(query, positions, view, slopes, **settings)
 
 
-def _step(step, call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
+def _step(step: Any, call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids) -> Any:
     """The step itself, on arrays that fit together; under an Explicit mesh once per device."""
     length, dtype = query.shape[1], query.dtype
     if call.padding == "left":
@@ -160,25 +160,25 @@ def _step(step, call: _Call, query, key, value, cache: KVCache, given, bad_count
     return _shift_left(out, given - length) if call.padding == "left" else out, cache
 
 
-def _decode(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
+def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
     """One new token: write it, attend to all that is kept, let the policy look."""
     policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     slots = policy.place(cache.state, lengths, new, 1, num_slots)
     written = cache.write(slots, key, value)
     seen = policy.enter(cache.state, slots, lengths, new)
-    view = dataclasses.replace(written, lengths=lengths + new, state=seen).view()
+    view = written.replace(lengths=lengths + new, state=seen).view()
     view = _as_seen(view, policy.places(seen))
     requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
     out, lse, mass = _attend_all(call, requests, sinks)
     if policy.needs_mass and (sinks is not None or len(requests) > 1):
         mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
-    written = dataclasses.replace(written, state=state, status=_scorable(policy, written.status, lse))
+    written = written.replace(state=state, status=_scorable(policy, written.status, lse))
     return out, written.advance(new, ~fits, bad_count)
 
 
-def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
+def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
     """Several new tokens: attend to what is kept and to the chunk, and only then let them take slots.
 
     Writing first would overwrite what the first tokens of the chunk still attend to.
@@ -208,7 +208,7 @@ def _chunk(call: _Call, query, key, value, cache: KVCache, given, bad_count, sin
         kept, fresh = measured(old_requests), measured(own_requests)
     state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
     cache = cache.write(slots, key, value)
-    cache = dataclasses.replace(cache, state=state, status=_scorable(policy, cache.status, lse))
+    cache = cache.replace(state=state, status=_scorable(policy, cache.status, lse))
     return out, cache.advance(new, ~fits, bad_count)
 
 
@@ -225,7 +225,7 @@ def _scorable(policy: Policy, status: Array, lse: Array) -> Array:
     return bits.mark(status, rows, bits.NONFINITE)
 
 
-def _cross(call: _Call, query, key, value, cache: KVCache, given, bad_count, sinks, slopes, token_ids):
+def _cross(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
     """Cross-attention: every real query attends to every token of the encoder."""
     del key, value, token_ids
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -276,7 +276,7 @@ def _total(probs, q_positions, kv_positions):
     return jnp.sum(probs, axis=2)
 
 
-def _place_in_time(call: _Call, query, key, cache: KVCache, given):
+def _place_in_time(call: _Call, query, key, cache: Cache, given):
     """Positions the new tokens are seen at, rotation by them, and which rows can take their tokens at all.
 
     Returns:
@@ -299,7 +299,7 @@ def _place_in_time(call: _Call, query, key, cache: KVCache, given):
     return queries, rotated(key, seen_at) if call.key_rope is None else key, positions, new, fits
 
 
-def _fits(cache: KVCache, given: Array) -> Array:
+def _fits(cache: Cache, given: Array) -> Array:
     """bool [B]: whether the tokens can be appended; lengths are int32 and must not wrap."""
     room = cache.lengths <= _checks.INT32_MAX - given
     return room & cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
@@ -312,7 +312,7 @@ def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:
     return jnp.where(bad, 0, given), bad
 
 
-def _new_tokens(key, value, query, cache: KVCache) -> tuple[Array, Array]:
+def _new_tokens(key, value, query, cache: Cache) -> tuple[Array, Array]:
     if key is None or value is None:
         raise ConfigError("key and value are needed; only a static cache (KVCache.from_encoder) goes without.")
     key, value = _checks.floating("key", key), _checks.floating("value", value)

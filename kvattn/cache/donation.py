@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from kvattn import _checks
-from kvattn.cache.kv_cache import KVCache
+from kvattn.cache.base import Cache
 from kvattn.errors import StaleCacheError
 
 
@@ -54,8 +54,8 @@ def jit(step: Callable[..., Any], *, donate: str | tuple[str, ...] = "cache", **
 def _explain(name: str, arguments: Any, error: Exception) -> None:
     """Raises `StaleCacheError` if a cache among the arguments explains the failure."""
     seen: dict[int, Any] = {}
-    for cache in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, KVCache)):
-        if not isinstance(cache, KVCache):
+    for cache in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Cache)):
+        if not isinstance(cache, Cache):
             continue
         for leaf in jax.tree.leaves(cache):
             if not isinstance(leaf, jax.Array) or not _checks.is_concrete(leaf):

@@ -10,15 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
+from kvattn.cache.base import Cache, known_rows, nbytes_of, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
-from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import ConfigError, ShapeError, UnsupportedError
 from kvattn.policies import Full, Policy
 from kvattn.policies.base import NOWHERE
 
@@ -26,7 +26,7 @@ from kvattn.policies.base import NOWHERE
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(Cache):
     """Keys and values of B sequences in C slots each.
 
     A cache is a value: every operation returns a new one. Donate the old one to a jitted step
@@ -103,7 +103,7 @@ class KVCache:
             raise ConfigError(f"policy must be a policy such as kvattn.Full(), got {policy!r}.")
         if codec is not None and not isinstance(codec, Codec):
             raise ConfigError(f"codec must be a codec or None, got {codec!r}.")
-        dtype = _storage_dtype(dtype)
+        dtype = storage_dtype(dtype)
         codec = Plain(dtype) if codec is None else codec
         num_slots = policy.num_slots(capacity)
 
@@ -172,11 +172,6 @@ class KVCache:
     # What it holds.
 
     @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.lengths.shape[0]
-
-    @property
     def num_kv_heads(self) -> int:
         """K."""
         return next(iter(self.keys.values())).shape[2]
@@ -187,19 +182,9 @@ class KVCache:
         return self.layout.num_slots
 
     @property
-    def positions(self) -> Array:
-        """int32 [B, C], or [B, K, C] where heads keep different tokens: the position in each slot, -1 if empty."""
-        return self.policy.positions(self.state, self.lengths, self.num_slots)
-
-    @property
-    def kept(self) -> Array:
-        """int32 [B], or [B, K]: tokens kept."""
-        return self.policy.kept(self.state, self.lengths, self.num_slots)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its arrays, as the device stores them (two 4-bit numbers to a byte)."""
-        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self))
+    def store(self) -> Layout:
+        """Where the arrays have their slots."""
+        return self.layout
 
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
@@ -216,96 +201,7 @@ class KVCache:
             self.value_head_dim,
         )
 
-    def dense(self) -> tuple[Array, Array]:
-        """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot. For looking at, not for decoding."""
-        return self.view().dense(self.dtype)
-
     # What one does with it.
-
-    def write(self, slots: Array, key: Array, value: Array) -> "KVCache":
-        """Encodes tokens and stores them; lengths and state stay.
-
-        Args:
-            slots: int32 [B, T] or [B, K, T]; negative: not stored.
-            key: [B, T, K, H].
-            value: [B, T, K, Hv].
-
-        Raises:
-            RangeError: NaN or infinity that the codec cannot encode. Under jit: status bit; the token reads as NaN.
-        """
-        codec, layout = self.codec, self.layout
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        return dataclasses.replace(
-            self,
-            keys=codec.write(self.keys, layout, "keys", slots, key),
-            values=codec.write(self.values, layout, "values", slots, value),
-            status=bits.mark(self.status, self._unfit(slots, key, value), bits.NONFINITE),
-        )
-
-    def _unfit(self, slots: Array, key: Array, value: Array) -> Array:
-        """bool [B]: rows with tokens [B, K, T, H] that the codec cannot encode; an error if they can be seen."""
-        unfit = [x for x in (self.codec.unfit(key), self.codec.unfit(value)) if x is not None]
-        stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0
-        rows = jnp.zeros((key.shape[0],), bool)
-        for x in unfit:
-            rows |= jnp.any(x & stored, axis=(1, 2))
-        if unfit and _checks.is_concrete(rows) and np.any(rows):
-            raise RangeError(
-                f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have keys or values that are NaN or infinite, which "
-                f"{self.codec} cannot encode. Nothing was written."
-            )
-        return rows
-
-    def check(self) -> "KVCache":
-        """Raises what a jitted step could only record; returns the cache if all is well.
-
-        Raises:
-            CapacityError: an append did not fit.
-            RangeError: a count or row number was out of range, or a value that is not finite was to be encoded.
-            UnsupportedError: a trim reached back too far.
-            StaleCacheError: the cache was donated.
-        """
-        _checks.not_donated("this cache", self)
-        bits.raise_for(self.status)
-        return self
-
-    def trim(self, num_tokens: Any) -> "KVCache":
-        """Takes back the last tokens, as if they had never come (speculative decoding).
-
-        Args:
-            num_tokens: int, or int32 [B]; 0 <= num_tokens <= lengths.
-
-        Raises:
-            RangeError: outside that range. Under jit: status bit, row unchanged.
-            UnsupportedError: the policy has let go of tokens that would be needed again. Under jit: likewise.
-        """
-        self._mutable("trim")
-        num_tokens = _checks.counts("num_tokens", num_tokens, self.batch_size, 0, None)
-        in_range = (num_tokens >= 0) & (num_tokens <= self.lengths)
-        there = self.policy.can_trim(self.state, self.lengths, num_tokens, self.num_slots)
-        encoded = self.codec.can_trim(self.lengths, num_tokens)
-        if _checks.is_concrete(in_range, there, encoded):
-            if not np.all(in_range):
-                raise RangeError(
-                    f"cannot trim {np.asarray(num_tokens).tolist()} tokens of sequences of lengths "
-                    f"{np.asarray(self.lengths).tolist()}."
-                )
-            if not np.all(there):
-                raise UnsupportedError(
-                    f"{self.policy} has let go of tokens that would be needed again: rows "
-                    f"{np.nonzero(~np.asarray(there))[0].tolist()}. Trim before the cache is full, or use Full()."
-                )
-            if not np.all(encoded):
-                raise UnsupportedError(
-                    f"{self.codec} has encoded tokens for good that would be needed as they were: rows "
-                    f"{np.nonzero(~np.asarray(encoded))[0].tolist()}. Trim less, or use another codec."
-                )
-        there = there & encoded
-        status = bits.mark(self.status, ~in_range, bits.BAD_COUNT)
-        status = bits.mark(status, in_range & ~there, bits.LOST)
-        num_tokens = jnp.where(in_range & there, num_tokens, 0)
-        state = self.policy.trim(self.state, self.lengths, num_tokens, self.num_slots)
-        return dataclasses.replace(self, lengths=self.lengths - num_tokens, state=state, status=status)
 
     def select(self, rows: Any) -> "KVCache":
         """The cache of the given rows: reorders, repeats or drops sequences (beams, finished requests).
@@ -317,21 +213,7 @@ class KVCache:
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
         _checks.not_donated("this cache", self)
-        dtype = getattr(rows, "dtype", None)
-        rows = rows if dtype is not None else np.asarray(rows)
-        if rows.size == 0:
-            rows = rows.astype(np.int32)
-        if not jnp.issubdtype(rows.dtype, jnp.integer):
-            raise DTypeError(f"rows must hold integers, got {rows.dtype}.")
-        if rows.ndim != 1:
-            raise ShapeError(f"rows must be a vector of row numbers, got shape {rows.shape}.")
-        if _checks.is_concrete(rows):
-            values = np.asarray(rows)
-            if values.size and (values.min() < 0 or values.max() >= self.batch_size):
-                raise RangeError(f"rows must lie in [0, {self.batch_size}), got {values.tolist()}.")
-        rows = jnp.asarray(rows, jnp.int32)
-        known = (rows >= 0) & (rows < self.batch_size)
-        rows = jnp.where(known, rows, 0)
+        rows, known = known_rows(rows, self.batch_size)
 
         def take(axis: int):
             return lambda x: jnp.take(x, rows, axis=axis, mode="clip")
@@ -344,44 +226,6 @@ class KVCache:
             state=jax.tree.map(take(0), self.state),
             status=jnp.where(known, take(0)(self.status), bits.BAD_COUNT),
         )
-
-    def reset(self, rows: Any = None) -> "KVCache":
-        """Forgets sequences, so that their rows can take new ones. `rows`: bool [B]; None: all."""
-        self._mutable("reset")
-        rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
-        if rows.dtype != bool or rows.shape != (self.batch_size,):
-            raise ShapeError(f"rows must be bool [{self.batch_size}], got {rows.dtype} {rows.shape}.")
-        fresh = self.policy.init(self.batch_size, self.num_kv_heads, self.num_slots)
-
-        def pick(new, old):
-            return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
-
-        return dataclasses.replace(
-            self,
-            lengths=jnp.where(rows, 0, self.lengths),
-            state=jax.tree.map(pick, fresh, self.state),
-            status=jnp.where(rows, 0, self.status),
-        )
-
-    def advance(self, num_new: Array, too_many: Array, bad_count: Array) -> "KVCache":
-        """The cache with `num_new` more tokens seen per row, and refusals recorded."""
-        status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
-        return dataclasses.replace(self, lengths=self.lengths + num_new, status=status)
-
-    def refuse_overflow(self, fits: Array, num_new: Array) -> None:
-        """Raises `CapacityError` for rows that can be seen not to fit."""
-        if _checks.is_concrete(fits) and not np.all(fits):
-            rows = np.nonzero(~np.asarray(fits))[0]
-            raise CapacityError(
-                f"rows {rows.tolist()} of the cache hold {np.asarray(self.lengths)[rows].tolist()} tokens of "
-                f"{self.num_slots}; {np.asarray(num_new)[rows].tolist()} more do not fit. "
-                "Nothing was written. Create the cache with a larger capacity, or with a policy that lets tokens go."
-            )
-
-    def _mutable(self, verb: str) -> None:
-        _checks.not_donated("this cache", self)
-        if self.is_static:
-            raise UnsupportedError(f"cannot {verb} a static cache: it holds the keys and values of an encoder.")
 
     def __repr__(self) -> str:
         leaf = next(iter(self.keys.values()))
@@ -404,27 +248,8 @@ def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, 
             0
             if codec.rows
             else sum(
-                _nbytes(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
+                nbytes_of(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
             )
         )
         layout = Layout.best(num_slots, token_bytes)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)
-
-
-def _storage_dtype(dtype: Any) -> Any:
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
-    except TypeError as error:
-        raise DTypeError(f"dtype must be a floating dtype, got {dtype!r}.") from error
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
-        raise DTypeError(
-            f"dtype must be float32, bfloat16, float16 or float64, got {dtype}: fewer bits are a codec's business."
-        )
-    return dtype
-
-
-def _nbytes(leaf: Any) -> int:
-    """Bytes of an array as devices store it; 4-bit types lie two to a byte."""
-    number = jnp.issubdtype(leaf.dtype, jnp.integer)
-    width = jnp.iinfo(leaf.dtype).bits if number else leaf.dtype.itemsize * 8
-    return -(-int(np.prod(leaf.shape)) * width // 8)

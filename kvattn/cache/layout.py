@@ -62,7 +62,27 @@ class Layout:
     def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
         """An empty array [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed."""
         tail = (features, self.rows) if transposed else (self.rows, features)
-        return jnp.zeros((self.num_blocks, batch_size, num_kv_heads, *tail), dtype)
+        return self.empty(batch_size, num_kv_heads, tail, dtype)
+
+    def empty(self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype) -> Array:
+        """An empty array whose blocks have the shape `block`."""
+        return jnp.zeros((self.num_blocks, batch_size, num_kv_heads, *block), dtype)
+
+    def take(self, blocks: Array, i: Array, transposed: bool) -> Array:
+        """Block i: [B, K, R, F], or [B, K, F, R] if transposed."""
+        del transposed
+        return jax.lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
+
+    def put(self, blocks: Array, index: Array, new: Array) -> Array:
+        """Replaces whole blocks.
+
+        Args:
+            blocks: [blocks, B, K, ...].
+            index: int32 [B, M], the blocks; those past the end are dropped.
+            new: [B, K, M, ...].
+        """
+        row = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
+        return blocks.at[index, row].set(new.swapaxes(1, 2).astype(blocks.dtype), mode="drop")
 
     def to_blocks(self, x: Array, transposed: bool, fill=0) -> Array:
         """Lays out [B, K, S, F], S <= C, padded with `fill`."""

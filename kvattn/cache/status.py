@@ -15,8 +15,11 @@ BAD_COUNT = 2
 LOST = 4
 """A trim needed tokens that the policy had already let go; the row was left as it was."""
 NONFINITE = 8
-"""A token that a codec cannot encode, NaN or infinity, was stored (it reads as NaN); or one that is NaN came to a policy
-that goes by attention, for which such attention counts as the least."""
+"""A token that a codec cannot encode, NaN or infinity, was stored (it reads as NaN); or one that is NaN came to a
+policy that goes by attention, for which such attention counts as the least."""
+
+BAD_PAGE = 16
+"""A page table names a page that does not exist for a token of the row; nothing was done."""
 
 _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
@@ -30,6 +33,7 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
         "queries, keys or values that are NaN or infinite were given to a codec, which cannot encode them, or to a "
         "policy, which cannot score by them",
     ),
+    BAD_PAGE: (RangeError, "the page table names a page that is not in the pool; nothing was done"),
 }
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
 from kvattn.cache.layout import Layout
+from kvattn.cache.pages import Pages
 from kvattn.codecs import Codec
 
 
@@ -19,14 +20,16 @@ class View:
     """A table of slots to attend over. It does not say which policy, cache class or mesh is behind it.
 
     Attributes:
-        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`).
+        keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`), or pages (`Pages`).
         values: encoded values, likewise.
         positions: int32 [blocks, B, 1 or K, R]: the position of the token in each slot, -1 if empty.
         counts: int32 [B] or [B, K]: all slots from this number on are empty.
-        layout: how the blocks lie.
+        layout: the blocks, as `positions` has them.
         codec: how to read them.
         key_head_dim: H.
         value_head_dim: Hv.
+        page_table: int32 [B, pages], whose pages hold the slots; None: the arrays lie in blocks.
+        page_size: slots per page.
     """
 
     keys: Encoded
@@ -37,26 +40,33 @@ class View:
     codec: Codec = dataclasses.field(metadata={"static": True})
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
+    page_table: Array | None = None
+    page_size: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def store(self) -> "Layout | Pages":
+        """Where the arrays have their slots."""
+        return self.layout if self.page_table is None else Pages(self.layout, self.page_size, self.page_table)
 
     @property
     def num_kv_heads(self) -> int:
         """K."""
-        return next(iter(self.keys.values())).shape[2]
+        return next(iter(self.keys.values())).shape[2 if self.page_table is None else 0]
 
     def key_block(self, i: Array) -> Encoded:
         """The keys of block i, for `Codec.scores`."""
-        return self.codec.block(self.keys, "keys", i, self.counts)
+        return self.codec.block(self.keys, self.store, "keys", i, self.counts)
 
     def value_block(self, i: Array) -> Encoded:
         """The values of block i, for `Codec.mix`."""
-        return self.codec.block(self.values, "values", i, self.counts)
+        return self.codec.block(self.values, self.store, "values", i, self.counts)
 
     def dense(self, dtype: Any) -> tuple[Array, Array]:
         """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot."""
-        codec, layout = self.codec, self.layout
+        codec, store = self.codec, self.store
         return (
-            codec.dense(self.keys, layout, "keys", self.key_head_dim, self.counts, dtype),
-            codec.dense(self.values, layout, "values", self.value_head_dim, self.counts, dtype),
+            codec.dense(self.keys, store, "keys", self.key_head_dim, self.counts, dtype),
+            codec.dense(self.values, store, "values", self.value_head_dim, self.counts, dtype),
         )
 
 

@@ -125,17 +125,18 @@ class Codec:
         encoded = self.encode(x)
         return {n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()}
 
-    def block(self, store: Encoded, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
-        """Block i of a store: its arrays without their first axis, and what else `scores` or `mix` must know.
+    def block(self, store: Encoded, layout: Any, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+        """Block i of a store: its arrays [B, K, R, F] or [B, K, F, R], and what else `scores` or `mix` must know.
 
         Args:
             store: the arrays.
+            layout: how they lie.
             role: whose.
             i: the block.
             counts: int32 [B] or [B, K]: slots from this number on are empty.
         """
-        del role, counts
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), dict(store))
+        del counts
+        return {n: layout.take(x, i, self.transposed(layout, role, n)) for n, x in store.items()}
 
     def dense(self, store: Encoded, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
         """Decodes a store slot by slot: [B, K, C, H] of `dtype`."""

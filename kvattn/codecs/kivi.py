@@ -89,16 +89,14 @@ class KIVI(Codec):
 
     def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
         """Codes [blocks, B, K, R, F] (keys [.., F, R] where those lie transposed), scales, minima and residual."""
-        lead = (layout.num_blocks, batch_size, num_kv_heads)
         block = jax.eval_shape(
             lambda x: self._encode_block(x, layout, role), jax.ShapeDtypeStruct((self.residual, head_dim), dtype)
         )
-        store = {name: jnp.zeros((*lead, *x.shape), x.dtype) for name, x in block.items()}
+        store = {name: layout.empty(batch_size, num_kv_heads, x.shape, x.dtype) for name, x in block.items()}
         return {**store, "residual": jnp.zeros((1, batch_size, num_kv_heads, self.residual, head_dim), dtype)}
 
     def write(self, store: Encoded, layout: Any, role: Role, slots: Array, x: Array) -> Encoded:
         """Appends tokens; `slots` are their positions, neighbours from the first one on, then negative ones."""
-        ring = dataclasses.replace(layout, num_slots=self.residual)
         count = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
         start = jnp.maximum(slots[:, 0], 0)
         append = self._append_keys if role == "keys" else self._append_values
@@ -107,7 +105,7 @@ class KIVI(Codec):
         t = jnp.arange(x.shape[2], dtype=jnp.int32)[None]
         stays = (slots >= 0) & (t >= count[:, None] - self.residual)
         rows = jnp.where(stays, slots % self.residual, -1)
-        return {**encoded, "residual": ring.write(store["residual"], rows, x, False)}
+        return {**encoded, "residual": _write_ring(store["residual"], rows, x)}
 
     def _append_keys(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
         """Encodes the blocks that become whole."""
@@ -131,8 +129,7 @@ class KIVI(Codec):
             encoded = jax.lax.cond(jnp.any(end > first), encode, nothing)
         else:
             encoded = encode()
-        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-        return {n: e.at[index, row].set(encoded[n].swapaxes(1, 2), mode="drop") for n, e in store.items()}
+        return {n: layout.put(e, index, encoded[n]) for n, e in store.items()}
 
     def _append_values(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
         """Encodes the values that the new ones push out of the ring."""
@@ -150,11 +147,10 @@ class KIVI(Codec):
             "minimum": layout.write(store["minimum"], slots, encoded["minimum"].swapaxes(-1, -2), True),
         }
 
-    def block(self, store: Encoded, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+    def block(self, store: Encoded, layout: Any, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
         """The arrays of block i; `exact` bool [B, R]: the tokens to be read from the residual."""
-        encoded = {
-            n: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for n, x in store.items() if n != "residual"
-        }
+        transposed = {"data": role == "keys" and layout.transposed_keys, "scale": True, "minimum": True}
+        encoded = {n: layout.take(x, i, transposed[n]) for n, x in store.items() if n != "residual"}
         counts = counts[:, None]
         position = i * self.residual + jnp.arange(self.residual, dtype=jnp.int32)[None]
         first = counts // self.residual * self.residual if role == "keys" else counts - self.residual
@@ -165,7 +161,7 @@ class KIVI(Codec):
         """Block after block."""
 
         def one(i: Array) -> Array:
-            block = self.block(store, role, i, counts)
+            block = self.block(store, layout, role, i, counts)
             wide = accumulator(dtype)
             coded = self._decode_block(block, layout, role, head_dim).astype(wide)
             return jnp.where(block["exact"][:, None, :, None], block["residual"].astype(wide), coded).astype(dtype)
@@ -242,6 +238,13 @@ class KIVI(Codec):
             return jnp.pad(raw, [(0, 0)] * 3 + [(0, mixed.shape[-1] - raw.shape[-1])])
 
         return mixed + jax.lax.cond(jnp.any(values["exact"]), read, lambda: jnp.zeros_like(mixed))
+
+
+def _write_ring(ring: Array, rows: Array, x: Array) -> Array:
+    """[1, B, K, R, H] with x [B, K, T, H] in the rows int32 [B, T], those not negative."""
+    row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+    rows = jnp.where(rows < 0, ring.shape[3], rows)  # past the end: dropped
+    return ring.at[0, row, :, rows].set(x.swapaxes(1, 2).astype(ring.dtype), mode="drop")
 
 
 def _column(index: Array, length: int) -> Array:

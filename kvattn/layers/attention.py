@@ -16,7 +16,7 @@ from flax.nnx.nn.linear import default_kernel_init
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.cache import KVCache
+from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import caching, full, placement, settings
 from kvattn.layers.attention_fn import check_additions, dot_product_attention, resolve, takes
@@ -255,7 +255,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         out_sharding: Any = None,
         qkv_sharding: Any = None,
         input_positions: Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         num_new: Any = None,
         padding: str = "right",
         token_ids: Array | None = None,
@@ -277,7 +277,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             out_sharding: how the output is split over an Explicit mesh; worked out if None.
             qkv_sharding: the same for queries, keys and values.
             input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
-            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`), which the new tokens are added to.
+            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`) or a `kvattn.PagedKVCache`, which the
+                new tokens are added to.
             num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
             padding: on which side the others lie, "right" or "left".
             token_ids: int32 [B, T], for policies that look at tokens.

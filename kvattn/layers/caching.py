@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array
 from kvattn.attend.step import cached_attention
-from kvattn.cache import KVCache
+from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import settings
 from kvattn.policies import SlidingWindow
@@ -67,7 +67,7 @@ def attend(
     query: Array,
     key: Array | None,
     value: Array | None,
-    cache: KVCache,
+    cache: Cache,
     *,
     num_new: Any,
     padding: str,
@@ -75,7 +75,7 @@ def attend(
     sinks: Array | None,
     alibi_slopes: tuple[float, ...] | None,
     rope: Any,
-) -> tuple[Array, KVCache]:
+) -> tuple[Array, Cache]:
     """One step of `layer` with the cache: `kvattn.cached_attention` with the layer's settings."""
     return cached_attention(
         query,

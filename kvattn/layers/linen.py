@@ -15,7 +15,7 @@ from flax.linen.dtypes import promote_dtype
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.cache import KVCache
+from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import caching, full, linen_parts, settings
 
@@ -114,7 +114,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         sow_weights: bool = False,
         is_causal: bool = False,
         input_positions: Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         num_new: Any = None,
         padding: str = "right",
         token_ids: Array | None = None,
@@ -133,7 +133,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
                 the same.
             is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
             input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
-            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`), which the new tokens are added to.
+            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`) or a `kvattn.PagedKVCache`, which the
+                new tokens are added to.
             num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
             padding: on which side the others lie, "right" or "left".
             token_ids: int32 [B, T], for policies that look at tokens.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn._typing import Array
-from kvattn.cache import KVCache
+from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import caching, placement, settings
 from kvattn.layers import decode as decode_protocol
@@ -115,14 +115,14 @@ class ArgumentCache(LayerParts):
         inputs_q: Any,
         inputs_k: Any,
         inputs_v: Any,
-        cache: KVCache,
+        cache: Cache,
         num_new: Any,
         padding: str,
         token_ids: Any,
         qkv_sharding: Any,
         out_sharding: Any,
         **refused: Any,
-    ) -> tuple[Array, KVCache]:
+    ) -> tuple[Array, Cache]:
         foreign = resolve(self.attention_fn, self.head_dim)[1] is not dot_product_attention
         refused |= {"attention_fn": foreign, "inputs_k": cache.is_static and inputs_k is not None}
         inputs = self._inputs(inputs_q, inputs_k, inputs_v, keys=not cache.is_static)

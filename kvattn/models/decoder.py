@@ -13,13 +13,13 @@ from flax import nnx
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.cache import KVCache
+from kvattn.cache import Cache
 from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.layers import GroupedQueryAttention
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.models.config import DecoderConfig
 
-Caches = tuple[KVCache, ...]
+Caches = tuple[Cache, ...]
 
 
 class RMSNorm(nnx.Module):
@@ -73,8 +73,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **options)
 
     def __call__(
-        self, x: Array, cache: KVCache | None, num_new: Array | None, tokens: Array
-    ) -> tuple[Array, KVCache | None]:
+        self, x: Array, cache: Cache | None, num_new: Array | None, tokens: Array
+    ) -> tuple[Array, Cache | None]:
         """[B, T, D] and this layer's cache -> the same; `tokens` [B, T] are for policies that look at them."""
         y = self.attention_norm(x)
         if cache is None:
@@ -129,7 +129,7 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Array, cache: Sequence[KVCache] | None = None, num_new: Array | None = None
+        self, tokens: Array, cache: Sequence[Cache] | None = None, num_new: Array | None = None
     ) -> tuple[Array, Caches | None]:
         """Logits of the next token after each of `tokens`.
 

@@ -24,9 +24,9 @@ class H2O(Policy):
     Scores are float32 sums of probabilities, taken over the query heads of the group, per key/value head. Per layer and
     head, as in the authors' code; unlike there, rows of a batch do not share their scores.
 
-    Positions are true ones, as in the authors' `H2OLlamaAttention`; with ``positions_in="cache"`` those in the cache, as
-    in their `H2OLlamaAttention_streaming`: the n kept tokens stand at 0 ... n - 1. Keys are then stored as they come and
-    rotated whenever they are read, which costs more than a step without.
+    Positions are true ones, as in the authors' `H2OLlamaAttention`; with ``positions_in="cache"`` those in the cache,
+    as in their `H2OLlamaAttention_streaming`: the n kept tokens stand at 0 ... n - 1. Keys are then stored as they come
+    and rotated whenever they are read, which costs time.
 
     Args:
         num_heavy: heavy hitters kept, >= 0.

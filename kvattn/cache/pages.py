@@ -1,0 +1,102 @@
+"""Where the slots of a paged cache lie: in pages of a pool that all sequences share.
+
+Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wanted along the last axis (scales): the R
+tokens of a page of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F =
+1, are ``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.cache.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """A pool and the table into it; to codecs what `Layout` is. Made on the spot: it holds arrays.
+
+    Attributes:
+        layout: slots and blocks of one sequence, a block being one page or several.
+        page_size: R, slots per page.
+        table: int32 [B, pages of a sequence]. Entries outside the pool are read as some page or other (whoever reads
+            masks what lies beyond a sequence's length) and never written.
+        num_pages: P; needed by `empty` only.
+    """
+
+    layout: Layout
+    page_size: int
+    table: Array
+    num_pages: int = 0
+
+    transposed_keys = False
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a sequence."""
+        return self.layout.num_slots
+
+    @property
+    def rows(self) -> int:
+        """Slots per block."""
+        return self.layout.rows
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a sequence."""
+        return self.layout.num_blocks
+
+    def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
+        """An empty pool [K, P, R, F], or [K, P, F, R] if transposed."""
+        tail = (features, self.page_size) if transposed else (self.page_size, features)
+        return self.empty(batch_size, num_kv_heads, tail, dtype)
+
+    def empty(self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype) -> Array:
+        """An empty pool whose pages have the shape `block`."""
+        del batch_size
+        return jnp.zeros((num_kv_heads, self.num_pages, *block), dtype)
+
+    def take(self, pool: Array, i: Array, transposed: bool) -> Array:
+        """Block i of every sequence: [B, K, R, F], or [B, K, F, R] if transposed."""
+        count = self.rows // self.page_size
+        column = i * count + jnp.arange(count, dtype=jnp.int32)
+        pages = jnp.take(self.table, jnp.minimum(column, self.table.shape[1] - 1), axis=1)
+        return self._gather(pool, pages, transposed)
+
+    def put(self, pool: Array, index: Array, new: Array) -> Array:
+        """Replaces whole pages: those that int32 [B, M] names by their column, by new [B, K, M, ...]."""
+        pages = self._page(pool, index, index < self.table.shape[1])
+        return pool.at[:, pages].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
+
+    def from_blocks(self, pool: Array, transposed: bool) -> Array:
+        """The slots of every sequence in order, [B, K, C, F]; of blocks of the layout too."""
+        if pool.ndim == 5:
+            return self.layout.from_blocks(pool, transposed)
+        x = self._gather(pool, self.table, transposed)
+        return x.swapaxes(2, 3) if transposed else x
+
+    def write(self, pool: Array, slots: Array, x: Array, transposed: bool) -> Array:
+        """Writes tokens x [B, K, T, F] into the slots int32 [B, T] of their sequences; negative: not written."""
+        column = slots // self.page_size
+        pages = self._page(pool, column, (slots >= 0) & (slots < self.num_slots))
+        row = slots % self.page_size
+        if transposed:
+            new = x.transpose(0, 2, 1, 3)  # the indices are split by a slice, so their axes come first
+            return pool.at[:, pages, :, row].set(new.astype(pool.dtype), mode="drop")
+        return pool.at[:, pages, row].set(x.swapaxes(0, 1).astype(pool.dtype), mode="drop")
+
+    def _page(self, pool: Array, column: Array, wanted: Array) -> Array:
+        """The pages of columns int32 [B, M]; one past the pool, to be dropped, where bool [B, M] is False."""
+        column = jnp.clip(column, 0, self.table.shape[1] - 1)
+        page = jnp.take_along_axis(self.table, column, axis=1)
+        return jnp.where(wanted & (page >= 0), page, pool.shape[1])
+
+    @staticmethod
+    def _gather(pool: Array, pages: Array, transposed: bool) -> Array:
+        """[B, K, n R, F] (transposed: [B, K, F, n R]) of the n pages of each row of int32 [B, n]."""
+        x = jnp.take(pool, pages, axis=1, mode="clip")  # [K, B, n, R, F] or [K, B, n, F, R]
+        heads, batch, count, *tail = x.shape
+        if transposed:
+            return x.transpose(1, 0, 3, 2, 4).reshape(batch, heads, tail[0], count * tail[1])
+        return x.swapaxes(0, 1).reshape(batch, heads, count * tail[0], tail[1])
