@@ -1,11 +1,19 @@
 """Trains the byte-level GQA model of the demos on the documentation text that every CPython carries.
 
-    python examples/train_bytes.py                       # about an hour on one core
-    python examples/train_bytes.py --minutes 38          # the committed weights (829 steps, on a busy machine)
     python examples/train_bytes.py --steps 20 --out try/bytes.safetensors
 
+The committed weights, about an hour on one core:
+
+    python examples/train_bytes.py --steps 3200 --out first/bytes.safetensors
+    python examples/train_bytes.py --init first/bytes.safetensors --rest 0.2 --steps 800 --learning-rate 1.5e-3
+
+Every window of the text starts with `corpus.START`. The first run reaches 1.721 bits per byte of held-out text, and its
+heads pay no attention to START. Those of large models do: attention that is wanted nowhere rests on the first tokens
+(Xiao et al., arXiv:2309.17453), which is what the cache studies are about. So the second run rewards it (`--rest`) and
+ends at 1.780 bits per byte, with 55 to 99 % of every head's attention on START, whose values have become small: the
+model no longer minds, but it counts on START being there.
+
 Writes the weights with the lowest validation loss (bfloat16), their settings, a log and a plot of it.
-Every window of the text starts with `corpus.START`, so that the model learns to rest its attention there.
 """
 
 import argparse
@@ -37,7 +45,7 @@ BLOCK = 128
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "bytes.safetensors")
-    p.add_argument("--steps", type=int, default=2800)
+    p.add_argument("--steps", type=int, default=3200)
     p.add_argument(
         "--minutes", type=float, default=math.inf, help="a shorter run: the learning rate falls by the clock"
     )
