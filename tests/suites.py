@@ -31,7 +31,7 @@ from oracles import (
 import kvattn
 from kvattn import codecs, errors, policies
 from kvattn.attend import api
-from kvattn.attend.request import Request
+from kvattn.request import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 

@@ -7,7 +7,7 @@ import jax
 
 from kvattn._typing import Array
 from kvattn.attend import reference, xla
-from kvattn.attend.request import Request
+from kvattn.request import Request
 from kvattn.errors import ConfigError, UnsupportedError
 
 NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")

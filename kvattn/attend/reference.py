@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array
-from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
+from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
 

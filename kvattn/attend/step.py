@@ -13,7 +13,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api, explicit
 from kvattn.attend import xla as _xla
-from kvattn.attend.request import Request
+from kvattn.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array
 from kvattn.attend import reference
-from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
+from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.codecs.base import accumulator
 
 QUERY_ROWS = 512

@@ -1,0 +1,1 @@
+"""Kernels for the memory-bound decode step, written in Pallas."""

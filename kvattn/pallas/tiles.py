@@ -1,0 +1,81 @@
+"""Which tiles of a cache a decode step has to read: the plan that a kernel walks along, made on the device.
+
+A tile is a run of slots of one row. Only tiles that hold a token which some query of the row can reach are listed, so a
+step costs what the tokens cost: neither the capacity nor the longest row counts, and nothing is compiled anew for other
+lengths.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.request import Request
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles to read, row by row.
+
+    Attributes:
+        count: int32 [1], how many there are; every row has one at least.
+        row: int32 [B * tiles], the row of each; what follows the first `count` entries means nothing.
+        tile: int32 [B * tiles], which tile of its row.
+        whole: int32 [B * tiles], 1 if every slot of the tile holds a token, for every head.
+        needed: bool [B, tiles], the same as a table.
+    """
+
+    count: Array
+    row: Array
+    tile: Array
+    whole: Array
+    needed: Array
+
+
+def plan(request: Request, positions: Array, rows: int) -> Plan:
+    """Lists the tiles of `rows` slots.
+
+    Args:
+        request: the call.
+        positions: int32 [B, 1 or K, S], S a multiple of `rows`, -1 for empty slots.
+        rows: slots per tile.
+    """
+    batch, heads, slots = positions.shape
+    cut = lambda x: x.reshape(batch, heads, slots // rows, rows)
+    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
+    filled = jnp.all(cut(positions >= 0), axis=(1, 3))
+    # A row that reaches nothing still has its output written.
+    first = jnp.arange(slots // rows, dtype=jnp.int32)[None] == 0
+    needed = near | (first & ~jnp.any(near, axis=1, keepdims=True))
+    flat = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)[0].astype(jnp.int32)
+    row, tile = flat // needed.shape[1], flat % needed.shape[1]
+    whole = filled.reshape(-1)[flat].astype(jnp.int32)
+    return Plan(jnp.sum(needed, dtype=jnp.int32)[None], row, tile, whole, needed)
+
+
+def pages_of(chosen: Plan, table: Array, per_tile: int, num_pages: int) -> Array:
+    """int32 [B * tiles, per_tile]: the page to fetch for each part of a tile.
+
+    A part that holds nothing repeats the page its buffer has already, which costs no copy.
+
+    Args:
+        chosen: the tiles.
+        table: int32 [B, W].
+        per_tile: pages per tile.
+        num_pages: P; what the table says beyond it is not followed.
+    """
+    width = table.shape[1]
+    column = chosen.tile[:, None] * per_tile + jnp.arange(per_tile, dtype=jnp.int32)[None]
+    page = table[chosen.row[:, None], jnp.minimum(column, width - 1)]
+    there = (column < width) & (page >= 0) & (page < num_pages)
+
+    def keep(last: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        page, there = now
+        page = jnp.where(there, page, last)
+        return page, page
+
+    return jax.lax.scan(keep, jnp.zeros((per_tile,), jnp.int32), (page, there))[1]

@@ -1,0 +1,274 @@
+"""`"mosaic_tpu"`: decoding on TPUs, a walk over the tiles that hold something.
+
+The grid is the list of tiles (`kvattn.pallas.tiles`), row after row, so Pallas fetches the next tile while this one is
+worked on, across rows. A tile holds all key/value heads: one strided copy of keys, one of values; in a paged cache one
+of each per page. Scores are [M, R] with M the new tokens times the query heads of a group; the running maximum, sum and
+output of a row stay in VMEM until its last tile.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kvattn._typing import Array
+from kvattn.codecs import Float8, Int8, Plain
+from kvattn.pallas import tiles
+from kvattn.request import Request, grouped, ungrouped
+
+TILE_BYTES = 1 << 20
+"""Keys of one tile, all heads. Two tiles of keys and two of values are in VMEM at a time."""
+MOST_ROWS = 512
+LANES = 128
+MOST_TOKENS = 8
+SMEM_BYTES = 512 << 10
+"""For the plan, which is read from scalar memory."""
+
+
+def unsupported(request: Request) -> str | None:
+    """Why this kernel cannot take the request; None: it can."""
+    view = request.view
+    if request.query.shape[1] > MOST_TOKENS:
+        return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
+    if not isinstance(view.codec, Plain | Int8 | Float8):
+        return f"it does not read {view.codec}"
+    dtypes = {request.query.dtype, *(x.dtype for store in (view.keys, view.values) for x in store.values())}
+    if jnp.dtype(jnp.float16) in dtypes or jnp.dtype(jnp.float64) in dtypes:
+        return "it has neither float16 nor float64"
+    if request.key_rope is not None:
+        return "it does not rotate keys while it reads them"
+    if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
+        return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
+    rows = _rows(view)
+    if view.page_table is not None and rows % view.page_size:
+        return f"pages of {view.page_size} slots do not divide tiles of {rows}"
+    entries = view.positions.shape[1] * -(-view.layout.num_slots // rows)
+    per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
+    if 4 * entries * per_entry > SMEM_BYTES:
+        return f"its plan of {entries} tiles does not fit in scalar memory"
+    return None
+
+
+def attend(request: Request, *, interpret: Any = False) -> tuple[Array, Array, Array | None]:
+    """Attention of a few new tokens; see `Request` for arguments and results.
+
+    Args:
+        request: the call.
+        interpret: as in `jax.experimental.pallas.pallas_call`.
+    """
+    view, mask = request.view, request.mask
+    batch, length = request.query.shape[:2]
+    heads, rows = view.num_kv_heads, _rows(view)
+    query = grouped(request.query, heads)
+    group = query.shape[2]
+    wide = jnp.float32 if jnp.float32 in (request.query.dtype, view.keys["data"].dtype) else jnp.bfloat16
+    # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
+    count = group * length
+    padded = -(-count // 16) * 16
+    query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
+    at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
+    at = jnp.pad(at, ((0, 0), (0, padded - count)), constant_values=-1)
+
+    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
+    slots = -(-positions.shape[2] // rows) * rows
+    positions = jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=-1)
+    chosen = tiles.plan(request, positions, rows)
+    scalars = [chosen.count, chosen.row, chosen.tile, chosen.whole]
+    per_tile = 1
+    if view.page_table is not None:
+        per_tile = rows // view.page_size
+        num_pages = view.keys["data"].shape[1]
+        scalars.append(tiles.pages_of(chosen, view.page_table, per_tile, num_pages).reshape(-1))
+
+    names = list(view.keys)
+    stores = [(store[name], part) for store in (view.keys, view.values) for name in names for part in range(per_tile)]
+    by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
+    kv_heads = positions.shape[1]
+    in_specs = [
+        by_row(heads, padded, query.shape[-1]),
+        by_row(padded, 1),
+        pl.BlockSpec((1, kv_heads, rows), lambda i, n, row, tile, *_: (row[i], 0, tile[i])),
+        *(_store_spec(x, part, rows, per_tile, paged=view.page_table is not None) for x, part in stores),
+    ]
+    inputs = [query.astype(wide), at[..., None], positions, *(x for x, _ in stores)]
+    slopes = request.alibi_slopes
+    if slopes is not None:
+        slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
+        inputs.append(jnp.pad(slopes, ((0, 0), (0, padded - count)))[..., None])
+        in_specs.append(pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0)))
+    out_specs = [by_row(heads, padded, view.value_head_dim), by_row(heads, padded, 1)]
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, heads, padded, view.value_head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, padded, 1), jnp.float32),
+    ]
+    if request.want_mass:
+        out_specs.append(pl.BlockSpec((1, heads, padded, rows), lambda i, n, row, tile, *_: (row[i], 0, 0, tile[i])))
+        out_shape.append(jax.ShapeDtypeStruct((batch, heads, padded, slots), jnp.float32))
+    body = functools.partial(
+        _body,
+        names=names,
+        per_tile=per_tile,
+        rule=mask,
+        scale=request.scale,
+        softcap=request.softcap,
+        alibi=slopes is not None,
+        wide=wide,
+        num_scalars=len(scalars),
+    )
+    out, lse, *scores = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(chosen.count[0],),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[
+                pltpu.VMEM((heads, padded, 1), jnp.float32),
+                pltpu.VMEM((heads, padded, 1), jnp.float32),
+                pltpu.VMEM((heads, padded, view.value_head_dim), jnp.float32),
+            ],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="kvattn_tpu_decode",
+    )(*scalars, *inputs)
+
+    split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
+    out, lse = split(out), split(lse)[..., 0]
+    if not request.want_mass:
+        return out, lse, None
+    (scores,) = scores
+    seen = jnp.repeat(chosen.needed, rows, axis=1)[:, None, None]
+    by_head = grouped(lse[..., None], heads).reshape(batch, heads, count, 1)
+    by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
+    probs = jnp.where(seen, jnp.exp(scores[:, :, :count] - by_head), 0)
+    return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+
+
+def _rows(view: Any) -> int:
+    """Slots per tile: about TILE_BYTES of keys, a multiple of what lies in a register, whole pages."""
+    slots = view.layout.num_slots
+    data = view.keys["data"]
+    token_bytes = view.num_kv_heads * max(data.shape[-1], LANES) * data.dtype.itemsize
+    rows = min(max(TILE_BYTES // token_bytes // LANES * LANES, LANES), MOST_ROWS)
+    if view.page_table is not None:
+        pages = max(1, min(rows // view.page_size, 16, view.page_table.shape[1]))
+        return pages * view.page_size
+    return slots if slots <= rows else rows
+
+
+def _store_spec(x: Array, part: int, rows: int, per_tile: int, *, paged: bool) -> pl.BlockSpec:
+    """How a tile of an encoded array is fetched: data [.., R, F], scales [.., 1, R]."""
+    if paged:  # [K, P, R, F] or [K, P, 1, R]
+        heads, _, *page = x.shape
+        where = lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0)
+        return pl.BlockSpec((heads, 1, *page), where)
+    _, _, heads, first, last = x.shape  # [1, B, K, C, F] or [1, B, K, 1, C]
+    if first == 1 and x.dtype == jnp.float32 and last != 1:
+        return pl.BlockSpec((1, 1, heads, 1, rows), lambda i, n, row, tile, *_: (0, row[i], 0, 0, tile[i]))
+    return pl.BlockSpec((1, 1, heads, rows, last), lambda i, n, row, tile, *_: (0, row[i], 0, tile[i], 0))
+
+
+def _body(*refs, names, per_tile, rule, scale, softcap, alibi, wide, num_scalars):
+    """One tile of one row."""
+    count, row, _, whole, *_ = refs[:num_scalars]
+    query, at, positions, *rest = refs[num_scalars:]
+    stores = {}
+    for role in ("keys", "values"):
+        for name in names:
+            stores[role, name], rest = rest[:per_tile], rest[per_tile:]
+    slopes = rest.pop(0) if alibi else None
+    *outs, top, total, acc = rest
+    out, lse = outs[:2]
+    heads = query.shape[1]
+    i = pl.program_id(0)
+    here = row[i]
+
+    @pl.when((i == 0) | (row[jnp.maximum(i - 1, 0)] != here))
+    def _():
+        top[...] = jnp.full(top.shape, -jnp.inf, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+    def tile(every_slot_is_filled: bool) -> None:
+        q_at = at[0]  # [M, 1]
+        for k in range(heads):
+            kv_at = positions[0, min(k, positions.shape[1] - 1)][None]  # [1, R]
+            keys = _tile_of(stores["keys", "data"], k).astype(wide)
+            precision = jax.lax.Precision.HIGHEST if wide == jnp.float32 else None
+            scores = jax.lax.dot_general(
+                query[0, k], keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            )
+            if "scale" in names:
+                scores = scores * _scales_of(stores["keys", "scale"], k)
+            scores = scores * scale
+            if softcap is not None:
+                scores = jnp.tanh(scores / softcap) * softcap
+            if slopes is not None:
+                scores = scores + slopes[k] * (kv_at - q_at).astype(jnp.float32)
+            allowed = (q_at >= 0) & (kv_at >= rule.begin)
+            if rule.end is not None:
+                allowed &= kv_at < rule.end
+            if rule.causal:
+                allowed &= kv_at <= q_at
+            if rule.window is not None:
+                near = kv_at > q_at - rule.window
+                allowed &= near | (kv_at < rule.num_sinks) if rule.num_sinks else near
+            # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
+            scores = jnp.where(allowed, scores, -jnp.inf)
+            if len(outs) > 2:
+                outs[2][0, k] = scores
+            old = top[k]
+            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            keep, probs = jnp.exp(old - shift), jnp.exp(scores - shift)
+            top[k] = new
+            total[k] = total[k] * keep + jnp.sum(probs, axis=1, keepdims=True)
+            if "scale" in names:
+                factor = _scales_of(stores["values", "scale"], k)
+                probs = probs * (factor if every_slot_is_filled else jnp.where(kv_at >= 0, factor, 0.0))
+            values = _tile_of(stores["values", "data"], k)
+            if not every_slot_is_filled and jnp.issubdtype(values.dtype, jnp.floating):
+                filled = jnp.broadcast_to(jnp.where(kv_at >= 0, 1, 0), (8, kv_at.shape[1])).T[:, :1] > 0
+                values = jnp.where(filled, values.astype(jnp.float32), 0.0)
+            mixed = jax.lax.dot_general(
+                probs.astype(wide),
+                values.astype(wide),
+                (((1,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            acc[k] = acc[k] * keep + mixed
+
+    pl.when(whole[i] == 1)(lambda: tile(True))
+    pl.when(whole[i] == 0)(lambda: tile(False))
+
+    @pl.when((i == count[0] - 1) | (row[jnp.minimum(i + 1, row.shape[0] - 1)] != here))
+    def _():
+        sums = total[...]
+        empty = sums == 0
+        sums = jnp.where(empty, 1.0, sums)
+        out[0] = jnp.where(empty, 0.0, acc[...] / sums)
+        lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
+
+
+def _tile_of(parts: list, k: int) -> Array:
+    """[R, F] of head k; pages one behind the other."""
+    if len(parts[0].shape) == 5:
+        return parts[0][0, 0, k]
+    pages = [part[k, 0] for part in parts]
+    return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=0)
+
+
+def _scales_of(parts: list, k: int) -> Array:
+    """float32 [1, R] of head k."""
+    if len(parts[0].shape) == 5:
+        return parts[0][0, 0, k]
+    pages = [part[k, 0] for part in parts]
+    return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)
+
+
