@@ -29,10 +29,11 @@ from kvattn.positions import alibi_slopes as alibi_slopes
 if TYPE_CHECKING:
     from kvattn import layers as layers
     from kvattn import models as models
+    from kvattn import pallas as pallas
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = {"layers": "kvattn.layers", "models": "kvattn.models"}
+_ON_FIRST_USE = {"layers": "kvattn.layers", "models": "kvattn.models", "pallas": "kvattn.pallas"}
 
 
 def __getattr__(name: str):

@@ -121,3 +121,17 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """Checks a name against the known ones."""
     if value not in known:
         raise ConfigError(f"unknown {name} {value!r}; the known ones are {', '.join(map(repr, known))}.")
+
+
+def per_head(name: str, x: Any, num_heads: int) -> jax.Array | None:
+    """Checks one value per query head; None stays None."""
+    if x is None:
+        return None
+    if isinstance(x, bool):
+        raise DTypeError(f"{name} must be an array [N], got the bool {x}.")
+    x = floating(name, x)
+    if x.shape != (num_heads,):
+        raise ShapeError(f"{name} must have shape ({num_heads},), one value per query head, got {x.shape}.")
+    if is_concrete(x) and bool(jnp.any(jnp.isnan(x))):
+        raise RangeError(f"{name} must not hold NaN.")
+    return x

@@ -31,9 +31,9 @@ from oracles import (
 import kvattn
 from kvattn import codecs, errors, policies
 from kvattn.attend import api
-from kvattn.request import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
+from kvattn.request import Request
 
 B, N, K, H, CAPACITY = 6, 4, 2, 8, 24
 HV = K * CAPACITY

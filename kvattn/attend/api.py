@@ -1,24 +1,28 @@
 """Which implementation attends: the names, the choice, and the fall back."""
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from kvattn._typing import Array
-from kvattn.attend import reference, xla
-from kvattn.request import Request
+from kvattn.attend.derivative import differentiable
 from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.pallas import interpreted
+from kvattn.request import Request
 
 NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 """The names `implementation` may take."""
 
 _NEEDS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
-_ATTEND: dict[str, Callable[[Request], tuple[Array, Array, Array | None]]] = {
-    "reference": reference.attend,
-    "xla": xla.attend,
+_MODULES = {
+    "reference": "kvattn.attend.reference",
+    "xla": "kvattn.attend.xla",
+    "mosaic_tpu": "kvattn.pallas.tpu_decode",
 }
-_BEST = ("xla",)
+"""Loaded when first used."""
+_DIFFERENTIABLE = ("reference", "xla")
 
 Implementation = str | Sequence[str] | None
 
@@ -26,7 +30,7 @@ Implementation = str | Sequence[str] | None
 def candidates(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order; None means the best that works, which always ends at "xla"."""
     if implementation is None:
-        return _BEST
+        return ("mosaic_tpu", "xla") if jax.default_backend() == "tpu" else ("xla",)
     names: tuple[Any, ...] = (implementation,)
     if isinstance(implementation, Sequence) and not isinstance(implementation, str):
         names = tuple(implementation)
@@ -42,10 +46,10 @@ def candidates(implementation: Implementation) -> tuple[str, ...]:
 def unsupported(name: str) -> str | None:
     """Why an implementation cannot run in this process; None: it can."""
     backend = jax.default_backend()
-    if name in _NEEDS and backend != _NEEDS[name]:
-        return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
-    if name not in _ATTEND:
+    if name not in _MODULES:
         return "this version has no such kernel"
+    if name in _NEEDS and backend != _NEEDS[name] and not interpreted():
+        return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
     return None
 
 
@@ -68,6 +72,9 @@ def attend(request: Request, implementation: Implementation = None) -> tuple[Arr
     for name in names:
         reason = unsupported(name)
         if reason is None:
-            return _ATTEND[name](request)
+            module = importlib.import_module(_MODULES[name])
+            reason = module.unsupported(request)
+        if reason is None:
+            return module.attend(request) if name in _DIFFERENTIABLE else differentiable(module.attend)(request)
         reasons.append(f"{name!r}: {reason}")
     raise UnsupportedError(f"{'; '.join(reasons)}. implementation=None takes what works here.")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array
-from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
+from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

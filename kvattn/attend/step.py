@@ -13,7 +13,6 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api, explicit
 from kvattn.attend import xla as _xla
-from kvattn.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
@@ -22,6 +21,7 @@ from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, Unsup
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
+from kvattn.request import Request
 
 CHUNK_ROWS = 128
 """Rows per block when a chunk of new tokens attends to itself."""
@@ -92,8 +92,8 @@ def cached_attention[C: Cache](
         raise ShapeError(f"query has head dim {head_dim}, the keys of the cache {cache.key_head_dim}.")
     _checks.finite_scale(scale)
     _checks.positive_softcap(softcap)
-    sinks = _per_head("sinks", sinks, num_heads)
-    alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
+    sinks = _checks.per_head("sinks", sinks, num_heads)
+    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, num_heads)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
     if window is not None and cache.policy.places(cache.state) is not None:
@@ -336,19 +336,6 @@ def _token_ids(token_ids: Any, query: Array) -> Array:
         if low < -_checks.INT32_MAX or high > _checks.INT32_MAX:
             raise RangeError(f"token_ids must fit in int32, got {low} to {high}.")
     return jnp.asarray(token_ids.astype(jnp.int32))
-
-
-def _per_head(name: str, x: Any, num_heads: int) -> Array | None:
-    if x is None:
-        return None
-    if isinstance(x, bool):
-        raise DTypeError(f"{name} must be an array [N], got the bool {x}.")
-    x = _checks.floating(name, x)
-    if x.shape != (num_heads,):
-        raise ShapeError(f"{name} must have shape ({num_heads},), one value per query head, got {x.shape}.")
-    if _checks.is_concrete(x) and bool(jnp.any(jnp.isnan(x))):
-        raise RangeError(f"{name} must not hold NaN.")
-    return x
 
 
 def _shift_left(x: Array, by: Array) -> Array:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array
-from kvattn.attend import reference
-from kvattn.request import Request, adjust, grouped, rotated, ungrouped
+from kvattn.attend.derivative import differentiable
 from kvattn.codecs.base import accumulator
+from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 
 QUERY_ROWS = 512
 """Rows of the score matrix per key/value head and block: new tokens times query heads per group."""
@@ -27,33 +27,12 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
+@differentiable
 def attend(request: Request) -> tuple[Array, Array, Array | None]:
     """Attention block by block. See `Request` for the meaning of arguments and results.
 
     Differentiable in both modes: derivatives are those of the reference.
     """
-    floats, rest, structure = _split(request)
-    return _attend(structure, rest, floats)
-
-
-def _split(request: Request):
-    """Separates what can be differentiated from what cannot."""
-    leaves, structure = jax.tree.flatten(request)
-    inexact = tuple(jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
-    floats = tuple(x for x, keep in zip(leaves, inexact, strict=True) if keep)
-    rest = tuple(x for x, keep in zip(leaves, inexact, strict=True) if not keep)
-    return floats, rest, (structure, inexact)
-
-
-def _join(structure, rest, floats) -> Request:
-    tree, inexact = structure
-    rest, floats = iter(rest), iter(floats)
-    return jax.tree.unflatten(tree, [next(floats) if keep else next(rest) for keep in inexact])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(structure, rest, floats):
-    request = _join(structure, rest, floats)
     length = request.query.shape[1]
     size, blocks = _query_blocks(request)
     if blocks == 1:
@@ -89,14 +68,6 @@ def _blocked(size: int, blocks: int):
         return x.reshape(x.shape[0], blocks, size, *x.shape[2:]).swapaxes(0, 1)
 
     return cut
-
-
-@_attend.defjvp
-def _attend_jvp(structure, primals, tangents):
-    rest, floats = primals
-    primal = _attend(structure, rest, floats)
-    _, tangent = jax.jvp(lambda *f: reference.attend(_join(structure, rest, f)), floats, tangents[1])
-    return primal, tangent
 
 
 def _query_block(request: Request):

@@ -121,7 +121,7 @@ class PagedKVCache(Cache):
                 f"{codec} encodes {codec.rows} tokens together, a page holds {page_size}: give both the same size."
             )
         table = jnp.full((batch_size, max_pages), -1, jnp.int32)
-        store = Pages(_layout(codec, page_size, max_pages), page_size, table, num_pages)
+        store = Pages(block_layout(page_size, max_pages, codec), page_size, table, num_pages)
         return cls(
             keys=codec.empty(store, "keys", batch_size, num_kv_heads, head_dim, dtype),
             values=codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype),
@@ -161,7 +161,7 @@ class PagedKVCache(Cache):
     @property
     def layout(self) -> Layout:
         """Slots and blocks of one sequence."""
-        return _layout(self.codec, self.page_size, self.max_pages)
+        return block_layout(self.page_size, self.max_pages, self.codec)
 
     @property
     def store(self) -> Pages:
@@ -337,9 +337,10 @@ class PagedKVCache(Cache):
         )
 
 
-def _layout(codec: Codec, page_size: int, max_pages: int) -> Layout:
+def block_layout(page_size: int, max_pages: int, codec: Codec | None = None) -> Layout:
     """Blocks of whole pages; of one where the codec asks for its size."""
-    pages = 1 if codec.rows is not None else max(1, min(BLOCK_SLOTS // page_size, max_pages))
+    alone = codec is not None and codec.rows is not None
+    pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, max_pages))
     return Layout(max_pages * page_size, pages * page_size, False)
 
 

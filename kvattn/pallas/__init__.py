@@ -1,1 +1,50 @@
-"""Kernels for the memory-bound decode step, written in Pallas."""
+"""Kernels for the memory-bound decode step, written in Pallas.
+
+`kvattn.cached_attention` takes them by itself where they run. `decode_attention` and `paged_decode_attention` call them
+on plain arrays.
+"""
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvattn.attend.on_arrays import decode_attention as decode_attention
+    from kvattn.attend.on_arrays import paged_decode_attention as paged_decode_attention
+
+_INTERPRETED: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpret() -> Iterator[None]:
+    """Inside, kernels run on a CPU in JAX's interpreters: slowly, with memory that was not written holding NaN.
+
+    For looking at and testing kernels without their device. What is compiled inside stays interpreted outside, and the
+    other way round: use another `jax.jit` for each.
+    """
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether `interpret` is in force."""
+    return _INTERPRETED.get()
+
+
+_ON_FIRST_USE = ("decode_attention", "paged_decode_attention")
+
+
+def __getattr__(name: str) -> Any:
+    # They choose among all implementations, as `cached_attention` does, so they live with it.
+    if name in _ON_FIRST_USE:
+        return getattr(importlib.import_module("kvattn.attend.on_arrays"), name)
+    raise AttributeError(f"module 'kvattn.pallas' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ON_FIRST_USE])

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
 from kvattn.codecs import Float8, Int8, Plain
-from kvattn.pallas import tiles
+from kvattn.pallas import interpreted, tiles
 from kvattn.request import Request, grouped, ungrouped
 
 TILE_BYTES = 1 << 20
@@ -24,6 +24,7 @@ TILE_BYTES = 1 << 20
 MOST_ROWS = 512
 LANES = 128
 MOST_TOKENS = 8
+INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
 
@@ -52,13 +53,8 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def attend(request: Request, *, interpret: Any = False) -> tuple[Array, Array, Array | None]:
-    """Attention of a few new tokens; see `Request` for arguments and results.
-
-    Args:
-        request: the call.
-        interpret: as in `jax.experimental.pallas.pallas_call`.
-    """
+def attend(request: Request) -> tuple[Array, Array, Array | None]:
+    """Attention of a few new tokens; see `Request` for arguments and results."""
     view, mask = request.view, request.mask
     batch, length = request.query.shape[:2]
     heads, rows = view.num_kv_heads, _rows(view)
@@ -133,7 +129,7 @@ def attend(request: Request, *, interpret: Any = False) -> tuple[Array, Array, A
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        interpret=interpret,
+        interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
 
@@ -270,5 +266,3 @@ def _scales_of(parts: list, k: int) -> Array:
         return parts[0][0, 0, k]
     pages = [part[k, 0] for part in parts]
     return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)
-
-
