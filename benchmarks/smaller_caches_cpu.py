@@ -45,39 +45,40 @@ POLICIES = {
     "StreamingLLM": kvattn.StreamingLLM(4, S - 4),
     "H2O": kvattn.H2O(S // 2, S // 2 - 1),
     "Scissorhands": kvattn.Scissorhands(S - 1),
+    "Scissorhands, dropping": kvattn.Scissorhands(S - 1),
     "FastGen": kvattn.FastGen(1.0),
 }
-"""All hold S tokens while they attend. Scissorhands drops once in S / 2 steps: that time is not in the median."""
+"""All hold S tokens while they attend (Scissorhands S - 1: with one more it drops half, once in S / 2 steps)."""
 
 
 def tokens(length: int, heads: int, dtype, seed: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (B, length, heads, H), jnp.float32).astype(dtype)
 
 
-def filled(codec, dtype, policy) -> kvattn.KVCache:
-    """A cache one token short of full."""
+def filled(codec, dtype, policy, count: int) -> kvattn.KVCache:
+    """A cache that holds `count` tokens."""
     write = jax.jit(lambda cache, slots, k, v: cache.write(slots, k, v), donate_argnums=0)
     needs = isinstance(policy, kvattn.Full | kvattn.FastGen)
     cache = kvattn.KVCache.create(B, K, H, capacity=S if needs else None, policy=policy, codec=codec, dtype=dtype)
-    slots = jnp.broadcast_to(jnp.arange(S - 1, dtype=jnp.int32)[None], (B, S - 1))
-    cache = write(cache, slots, tokens(S - 1, K, dtype, 2), tokens(S - 1, K, dtype, 3))
+    slots = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (B, count))
+    cache = write(cache, slots, tokens(count, K, dtype, 2), tokens(count, K, dtype, 3))
     if policy.per_head:
         held = jnp.arange(S, dtype=jnp.int32)
-        held = jnp.broadcast_to(jnp.where(held < S - 1, held, -1), (B, K, S))
+        held = jnp.broadcast_to(jnp.where(held < count, held, -1), (B, K, S))
         state = dataclasses.replace(cache.state, positions=held)
         if isinstance(policy, kvattn.FastGen):
-            state = dataclasses.replace(state, choice=jnp.full((B, K), FULL), prompt=jnp.full((B,), S - 1, jnp.int32))
+            state = dataclasses.replace(state, choice=jnp.full((B, K), FULL), prompt=jnp.full((B,), count, jnp.int32))
         cache = dataclasses.replace(cache, state=state)
-    return dataclasses.replace(cache, lengths=jnp.full((B,), S - 1, jnp.int32))
+    return dataclasses.replace(cache, lengths=jnp.full((B,), count, jnp.int32))
 
 
 class Decode:
     """The step on one cache, again and again."""
 
-    def __init__(self, codec, dtype, policy=None):
-        policy = kvattn.Full() if policy is None else policy
+    def __init__(self, codec, dtype, policy=None, count: int = S - 1):
+        policy, self.count = kvattn.Full() if policy is None else policy, count
         self.new = tokens(1, N, dtype, 4), tokens(1, K, dtype, 5), tokens(1, K, dtype, 6)
-        self.cache = filled(codec, dtype, policy)
+        self.cache = filled(codec, dtype, policy, count)
         self.step = kvattn.jit(lambda q, k, v, cache: kvattn.cached_attention(q, k, v, cache))
         self.compiled = self.step.lower(*self.new, self.cache).compile().memory_analysis()
         # What lets tokens go goes on; the others take the last one back.
@@ -92,15 +93,15 @@ class Decode:
     def back(self) -> tuple:
         """As full as before, where nothing leaves."""
         if not self.goes_on:
-            lengths = jnp.full((B,), S - 1, jnp.int32)
+            lengths = jnp.full((B,), self.count, jnp.int32)
             self.cache = dataclasses.replace(self.cache, lengths=lengths, state=jax.tree.map(jnp.copy, self.initial))
         return ()
 
     def error(self) -> float:
         """Against plain attention over the decoded cache; a token that left is still there in its bits."""
         out = self()
-        full = dataclasses.replace(self.cache, lengths=jnp.full((B,), S, jnp.int32))
-        keys, values = (x.swapaxes(1, 2).astype(jnp.float32) for x in full.dense())
+        full = dataclasses.replace(self.cache, lengths=jnp.full((B,), self.count + 1, jnp.int32))
+        keys, values = (x.swapaxes(1, 2).astype(jnp.float32)[:, : self.count + 1] for x in full.dense())
         expected = jax.nn.dot_product_attention(self.new[0].astype(jnp.float32), keys, values)
         return float(jnp.max(jnp.abs(out.astype(jnp.float32) - expected)))
 
@@ -113,7 +114,9 @@ def main() -> None:
     args = parser.parse_args()
     codecs = measure({n: Decode(codec, dtype) for n, (codec, dtype) in CODECS.items()}, args.repeats, "codecs")
     cases = {"Full": kvattn.Full(), **POLICIES}
-    policies = measure({n: Decode(None, jnp.float32, p) for n, p in cases.items()}, args.repeats, "policies")
+    counts = {"Scissorhands": S - 2}
+    policies = {n: Decode(None, jnp.float32, p, counts.get(n, S - 1)) for n, p in cases.items()}
+    policies = measure(policies, args.repeats, "policies")
     report = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {"jax": jax.__version__, "kvattn": kvattn.__version__},

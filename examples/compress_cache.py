@@ -275,15 +275,20 @@ def tables(report: dict) -> list[Table]:
 def plot(report: dict, path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     rows = report["budget"]
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["policy"] for row in rows[1:]))}
+    colors["Full"] = "black"
     left.axhline(rows[0]["perplexity"], color="black", linewidth=1, label="Full")
     for name in dict.fromkeys(row["policy"] for row in rows[1:]):
         points = [(100 * row["kept"], row["perplexity"]) for row in rows if row["policy"] == name]
-        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=colors[name])
+    # FastGen's last points, which kept less than the sinks, are far outside.
+    low, high = rows[0]["perplexity"], max(row["perplexity"] for row in rows[1:] if row["policy"] != "FastGen")
     left.set(xscale="log", xlabel="tokens kept, % of the context", ylabel="perplexity per byte", title="Eviction")
+    left.set(xlim=(4, 110), ylim=(low - 0.1 * (high - low), high + 0.1 * (high - low)))
     left.set_xticks([5, 10, 20, 35, 50, 100], ["5", "10", "20", "35", "50", "100"], minor=False)
     left.minorticks_off()
     for row in report["stream"]:
-        middle.plot(row["position"], row["perplexity"], label=row["policy"])
+        middle.plot(row["position"], row["perplexity"], label=row["policy"], color=colors[row["policy"]])
     middle.axvline(report["context"], color="grey", linestyle=":", label="training context")
     middle.set(
         xlabel="position",
@@ -295,7 +300,8 @@ def plot(report: dict, path: Path) -> None:
         codec = row.get("codec")
         name = codec or f"keys/{row['keys']}, values/{row['values']}"
         right.plot(row["bits"], row["perplexity"], "o" if codec else "x", color="C0" if codec else "C3")
-        right.annotate(name, (row["bits"], row["perplexity"]), xytext=(5, 2), textcoords="offset points", fontsize=7)
+        place = {"Int8": (-8, -12), "float32": (-30, 6)}.get(name, (5, 4))
+        right.annotate(name, (row["bits"], row["perplexity"]), xytext=place, textcoords="offset points", fontsize=7)
     right.set(xscale="log", yscale="log", xlabel="bits per number, scales included", title="Storage")
     right.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"], minor=False)
     right.minorticks_off()

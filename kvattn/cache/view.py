@@ -24,7 +24,7 @@ class View:
         values: encoded values, likewise.
         positions: int32 [blocks, B, 1 or K, R]: the position of the token in each slot, -1 if empty.
         counts: int32 [B] or [B, K]: all slots from this number on are empty.
-        layout: the blocks, as `positions` has them.
+        layout: the blocks, in which the positions lie.
         codec: how to read them.
         key_head_dim: H.
         value_head_dim: Hv.

@@ -23,8 +23,8 @@ class Record:
 
     Attributes:
         positions: int32 [B, K, C], EMPTY where free.
-        low: uint8 [B, K, C, history / 8]: bit t % history is set if the query of position t gave the token less than
-            its even share.
+        low: uint8 [B, K, history / 8, C]: bit t % history is set if the query of position t gave the token less than
+            its even share. A step writes one byte of every slot: they lie together.
         places: int32 [B, K, C], how many kept tokens come before; None where that is not needed.
     """
 
@@ -99,7 +99,7 @@ class Scissorhands(Policy):
         shape = (batch_size, num_kv_heads, num_slots)
         free = jnp.full(shape, EMPTY, jnp.int32)
         places = jnp.copy(free) if self.positions_in == "cache" else None
-        return Record(free, jnp.zeros((*shape, -(-self.history // 8)), jnp.uint8), places)
+        return Record(free, jnp.zeros((*shape[:2], -(-self.history // 8), num_slots), jnp.uint8), places)
 
     def places(self, state: State) -> Array | None:
         """As remembered."""
@@ -123,8 +123,9 @@ class Scissorhands(Policy):
     def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
         """The new token starts with a clean record."""
         del num_new
-        index = jnp.arange(state.positions.shape[-1], dtype=jnp.int32)[None, None]
-        low = jnp.where((index == slots)[..., None], jnp.uint8(0), state.low)
+        b, k = (jnp.arange(n, dtype=jnp.int32) for n in slots.shape[:2])
+        slot = jnp.where(slots < 0, state.low.shape[-1], slots)[..., 0]  # past the end: dropped
+        low = state.low.at[b[:, None], k[None], :, slot].set(jnp.uint8(0), mode="drop")
         places = None if state.places is None else scored.enter_last(state.places, slots)
         return Record(scored.enter(state.positions, slots, lengths[:, None]), low, places)
 
@@ -135,10 +136,12 @@ class Scissorhands(Policy):
         taken = state.positions >= 0
         count = jnp.sum(taken, axis=-1, keepdims=True)
         unimportant = taken & ~(mass * count.astype(mass.dtype) >= 1)  # NaN counts as unimportant
-        bit = self._bits(lengths)[:, None, None]
-        low = jnp.where(
-            came[..., None], self._record(state.low, bit, jnp.where(unimportant[..., None], bit, 0)), state.low
-        )
+        index = lengths % self.history
+        byte, bit = index // 8, (jnp.int32(1) << (index % 8)).astype(jnp.uint8)[:, None, None]
+        rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+        old = state.low[rows, :, byte]
+        new = (old & ~bit) | jnp.where(unimportant, bit, jnp.uint8(0))
+        low = state.low.at[rows, :, byte].set(jnp.where(came, new, old))
         over = count > self.budget
 
         def shrink(positions: Array, places: Array | None) -> tuple[Array, Array | None]:
@@ -168,16 +171,17 @@ class Scissorhands(Policy):
         remembered = (chunk >= 0) & (chunk >= (lengths + num_new - self.history)[:, None])
         bits = jnp.where(remembered[..., None], self._bits(chunk), jnp.uint8(0))
         over_written = jnp.sum(bits, axis=1, dtype=jnp.uint8)[:, None, None]
-        low = self._record(state.low, over_written, kept)
+        low = self._record(state.low.swapaxes(2, 3), over_written, kept)
         here = jnp.broadcast_to(chunk[:, None], new.shape[:3])
         positions = jnp.concatenate([state.positions, here], axis=-1)
-        keep = self._survivors(positions, jnp.concatenate([low, new], axis=2), lengths + num_new - 1)
+        records = jnp.concatenate([low, new], axis=2).swapaxes(2, 3)
+        keep = self._survivors(positions, records, lengths + num_new - 1)
         there = positions >= 0
         keep = jnp.where(jnp.sum(there, axis=-1, keepdims=True) > self.budget, keep, there)
         move, where = scored.settle(keep[..., :num_slots], keep[..., num_slots:])
         positions = move(state.positions, here, EMPTY)
         places = None if state.places is None else scored.places(positions)
-        return Record(positions, move(low, new, jnp.uint8(0)), places), where
+        return Record(positions, move(low, new, jnp.uint8(0)).swapaxes(2, 3), places), where
 
     def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
         """Only by nothing: records cannot be taken back."""
@@ -188,7 +192,7 @@ class Scissorhands(Policy):
         """bool of positions' shape: the budget + 1 - drop tokens that stay."""
         there = positions >= 0
         protected = there & (positions > (last - self.num_protected)[:, None, None])
-        unimportant = jnp.sum(jax.lax.population_count(low), axis=-1, dtype=jnp.int32)
+        unimportant = jnp.sum(jax.lax.population_count(low), axis=2, dtype=jnp.int32)
         left = self.budget + 1 - self.num_dropped - jnp.sum(protected, axis=-1, keepdims=True)
         scores = -unimportant.astype(jnp.float32)
         return protected | scored.best(scores, positions, there & ~protected, left)
