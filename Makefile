@@ -20,10 +20,10 @@ export PIP_PROGRESS_BAR ?= off
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-oldest lint format docs bench clean
+.PHONY: help demo test test-full kernels-aot test-oldest lint format docs bench clean
 
 help:
-	@echo "make demo | test | test-full | test-oldest | lint | format | docs | bench | clean"
+	@echo "make demo | test | test-full | kernels-aot | test-oldest | lint | format | docs | bench | clean"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "kvattn needs Python 3.12, this is " + sys.version'
@@ -45,8 +45,15 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
 
-test-full: $(VENV)/.dev
+test-full: $(VENV)/.dev kernels-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+$(VENV)/.aot: pyproject.toml $(VENV)/.demo
+	$(PIP) install --quiet --group aot
+	@touch $@
+
+kernels-aot: $(VENV)/.aot
+	$(BIN)/python benchmarks/kernels_aot.py
 
 test-oldest:
 	$(MAKE) test JAX_VERSION=$(OLDEST_JAX) TESTS="$(CORE)"

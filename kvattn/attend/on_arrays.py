@@ -129,7 +129,7 @@ def paged_decode_attention(
 
     Raises:
         ShapeError, DTypeError, ConfigError, UnsupportedError: as `decode_attention`.
-        RangeError: a length outside [0, W R], a page outside [0, P) that is read. Under jit such a row counts as empty.
+        RangeError: a length outside [0, W R], a page outside [0, P) that is read. Under jit such a row is empty.
     """
     q = _query(q)
     k_pages, v_pages = jnp.asarray(k_pages), jnp.asarray(v_pages)
@@ -152,8 +152,8 @@ def paged_decode_attention(
     if _checks.is_concrete(unknown) and np.any(unknown):
         row, column = np.argwhere(np.asarray(unknown))[0].tolist()
         raise RangeError(
-            f"page_table names page {int(table[row, column])} for the tokens from {column * size} on of row {row}; there "
-            f"are pages 0 to {num_pages - 1}."
+            f"page_table names page {int(table[row, column])} for the tokens from {column * size} on of row {row}; "
+            f"there are pages 0 to {num_pages - 1}."
         )
     positions = jnp.where(jnp.any(unknown, axis=1)[:, None, None], EMPTY, positions)
     layout = block_layout(size, width)

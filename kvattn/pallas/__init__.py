@@ -8,11 +8,7 @@ import contextlib
 import contextvars
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kvattn.attend.on_arrays import decode_attention as decode_attention
-    from kvattn.attend.on_arrays import paged_decode_attention as paged_decode_attention
+from typing import Any
 
 _INTERPRETED: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 

@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
-from kvattn.codecs import Float8, Int8, Plain
+from kvattn.codecs import Codec, Float8, Int8, Plain
+from kvattn.codecs.float8 import widen
 from kvattn.pallas import interpreted, tiles
 from kvattn.request import Request, grouped, ungrouped
 
@@ -43,6 +44,8 @@ def unsupported(request: Request) -> str | None:
         return "it does not rotate keys while it reads them"
     if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
         return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
+    if view.key_head_dim % LANES or view.value_head_dim % LANES:
+        return f"heads of no multiple of {LANES} lie with their tokens last on TPUs: all of the cache would be copied"
     rows = _rows(view)
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
@@ -80,16 +83,21 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
         scalars.append(tiles.pages_of(chosen, view.page_table, per_tile, num_pages).reshape(-1))
 
     names = list(view.keys)
-    stores = [(store[name], part) for store in (view.keys, view.values) for name in names for part in range(per_tile)]
+    stores = [(n, store[n], part) for store in (view.keys, view.values) for n in names for part in range(per_tile)]
     by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
     kv_heads = positions.shape[1]
     in_specs = [
         by_row(heads, padded, query.shape[-1]),
         by_row(padded, 1),
         pl.BlockSpec((1, kv_heads, rows), lambda i, n, row, tile, *_: (row[i], 0, tile[i])),
-        *(_store_spec(x, part, rows, per_tile, paged=view.page_table is not None) for x, part in stores),
+        *(
+            _page_spec(x, part, per_tile)
+            if view.page_table is not None
+            else _store_spec(x, rows, tokens_last=name in view.codec.token_minor)
+            for name, x, part in stores
+        ),
     ]
-    inputs = [query.astype(wide), at[..., None], positions, *(x for x, _ in stores)]
+    inputs = [query.astype(wide), at[..., None], positions, *(x for _, x, _ in stores)]
     slopes = request.alibi_slopes
     if slopes is not None:
         slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
@@ -106,6 +114,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     body = functools.partial(
         _body,
         names=names,
+        codec=view.codec,
         per_tile=per_tile,
         rule=mask,
         scale=request.scale,
@@ -157,23 +166,26 @@ def _rows(view: Any) -> int:
     return slots if slots <= rows else rows
 
 
-def _store_spec(x: Array, part: int, rows: int, per_tile: int, *, paged: bool) -> pl.BlockSpec:
-    """How a tile of an encoded array is fetched: data [.., R, F], scales [.., 1, R]."""
-    if paged:  # [K, P, R, F] or [K, P, 1, R]
-        heads, _, *page = x.shape
-        where = lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0)
-        return pl.BlockSpec((heads, 1, *page), where)
-    _, _, heads, first, last = x.shape  # [1, B, K, C, F] or [1, B, K, 1, C]
-    if first == 1 and x.dtype == jnp.float32 and last != 1:
-        return pl.BlockSpec((1, 1, heads, 1, rows), lambda i, n, row, tile, *_: (0, row[i], 0, 0, tile[i]))
-    return pl.BlockSpec((1, 1, heads, rows, last), lambda i, n, row, tile, *_: (0, row[i], 0, tile[i], 0))
+def _store_spec(x: Array, rows: int, *, tokens_last: bool) -> pl.BlockSpec:
+    """How a tile of an array of a contiguous cache is fetched: [1, B, K, C, F], or [1, B, K, F, C] with tokens last."""
+    heads = x.shape[2]
+    if tokens_last:
+        return pl.BlockSpec((1, 1, heads, x.shape[3], rows), lambda i, n, row, tile, *_: (0, row[i], 0, 0, tile[i]))
+    return pl.BlockSpec((1, 1, heads, rows, x.shape[4]), lambda i, n, row, tile, *_: (0, row[i], 0, tile[i], 0))
 
 
-def _body(*refs, names, per_tile, rule, scale, softcap, alibi, wide, num_scalars):
+def _page_spec(x: Array, part: int, per_tile: int) -> pl.BlockSpec:
+    """How one page of a tile is fetched: [K, P, R, F] or [K, P, F, R]."""
+    heads, _, *page = x.shape
+    return pl.BlockSpec((heads, 1, *page), lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0))
+
+
+def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_scalars):
     """One tile of one row."""
-    count, row, _, whole, *_ = refs[:num_scalars]
-    query, at, positions, *rest = refs[num_scalars:]
-    stores = {}
+    count, row, whole = refs[0], refs[1], refs[3]
+    query, at, positions = refs[num_scalars : num_scalars + 3]
+    rest: list[Any] = list(refs[num_scalars + 3 :])
+    stores: dict[tuple[str, str], Any] = {}
     for role in ("keys", "values"):
         for name in names:
             stores[role, name], rest = rest[:per_tile], rest[per_tile:]
@@ -194,7 +206,7 @@ def _body(*refs, names, per_tile, rule, scale, softcap, alibi, wide, num_scalars
         q_at = at[0]  # [M, 1]
         for k in range(heads):
             kv_at = positions[0, min(k, positions.shape[1] - 1)][None]  # [1, R]
-            keys = _tile_of(stores["keys", "data"], k).astype(wide)
+            keys = _tile_of(stores["keys", "data"], k, codec).astype(wide)
             precision = jax.lax.Precision.HIGHEST if wide == jnp.float32 else None
             scores = jax.lax.dot_general(
                 query[0, k], keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -227,7 +239,7 @@ def _body(*refs, names, per_tile, rule, scale, softcap, alibi, wide, num_scalars
             if "scale" in names:
                 factor = _scales_of(stores["values", "scale"], k)
                 probs = probs * (factor if every_slot_is_filled else jnp.where(kv_at >= 0, factor, 0.0))
-            values = _tile_of(stores["values", "data"], k)
+            values = _tile_of(stores["values", "data"], k, codec)
             if not every_slot_is_filled and jnp.issubdtype(values.dtype, jnp.floating):
                 filled = jnp.broadcast_to(jnp.where(kv_at >= 0, 1, 0), (8, kv_at.shape[1])).T[:, :1] > 0
                 values = jnp.where(filled, values.astype(jnp.float32), 0.0)
@@ -252,12 +264,11 @@ def _body(*refs, names, per_tile, rule, scale, softcap, alibi, wide, num_scalars
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
 
 
-def _tile_of(parts: list, k: int) -> Array:
+def _tile_of(parts: list, k: int, codec: Codec) -> Array:
     """[R, F] of head k; pages one behind the other."""
-    if len(parts[0].shape) == 5:
-        return parts[0][0, 0, k]
-    pages = [part[k, 0] for part in parts]
-    return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=0)
+    pages = [parts[0][0, 0, k]] if len(parts[0].shape) == 5 else [part[k, 0] for part in parts]
+    tile = pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=0)
+    return widen(tile) if isinstance(codec, Float8) else tile
 
 
 def _scales_of(parts: list, k: int) -> Array:

@@ -1,0 +1,302 @@
+"""`"mosaic_tpu"` in JAX's TPU interpreter: right values, nothing read that was not written, no races.
+
+Memory that nobody wrote holds NaN there, and so does every unused slot, page and scale here.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import assert_accurate, assert_lse, assert_same_bits
+
+import kvattn
+import kvattn.pallas
+from kvattn import errors
+from kvattn.attend import api
+from kvattn.cache import Layout
+from kvattn.masks import Mask
+from kvattn.pallas import tiles, tpu_decode
+from kvattn.request import Request
+
+B = 3
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with kvattn.pallas.interpret():
+        yield
+
+
+def worst(x):
+    return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
+
+
+def filled(lengths, slots, heads, size, *, codec=None, dtype=F32, page_size=0, fill=worst, seed=0):
+    """A cache that holds random tokens, and `fill` wherever there is none."""
+    rng = np.random.default_rng(seed)
+    if page_size:
+        columns = -(-slots // page_size)
+        pages = B * columns + 2
+        cache = kvattn.PagedKVCache.create(
+            pages, page_size, heads, size, batch_size=B, max_pages=columns, codec=codec, dtype=dtype
+        )
+        cache = cache.with_tables(rng.permutation(pages)[: B * columns].reshape(B, columns), [0] * B)
+    else:
+        layout = Layout(slots, slots, False)
+        cache = kvattn.KVCache.create(B, heads, size, capacity=slots, codec=codec, dtype=dtype, layout=layout)
+    cache = cache.replace(keys=jax.tree.map(fill, cache.keys), values=jax.tree.map(fill, cache.values))
+    key, value = (jnp.asarray(rng.normal(size=(B, slots, heads, size)), dtype) for _ in range(2))
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
+    where = jnp.where(slot < jnp.asarray(lengths, jnp.int32)[:, None], slot, -1)
+    return cache.write(where, key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
+
+
+def request_for(cache, num_heads, new=1, *, dtype=F32, mask=None, seed=1, **rules):
+    """The last `new` tokens of every row ask."""
+    rng = np.random.default_rng(seed)
+    size = cache.key_head_dim
+    query = jnp.asarray(rng.normal(size=(B, new, num_heads, size)), dtype)
+    positions = cache.lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)[None]
+    positions = jnp.where(positions >= 0, positions, -1)
+    return Request(
+        query, positions, cache.view(), mask=mask or Mask(), **{"alibi_slopes": None, "scale": 0.125, **rules}
+    )
+
+
+def truth(request, dtype=np.float64):
+    """Attention over the decoded cache by its formula."""
+    keys, values = (np.asarray(x, dtype) for x in request.view.dense(F32))
+    positions = np.asarray(request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0])
+    query, at = np.asarray(request.query, dtype), np.asarray(request.positions)
+    batch, new, heads, _ = query.shape
+    group = heads // keys.shape[1]
+    out, lse = np.zeros((batch, new, heads, values.shape[-1]), dtype), np.full((batch, new, heads), -np.inf, dtype)
+    allowed = np.asarray(request.mask.allowed(request.positions, jnp.asarray(positions)))
+    for b, t, n in itertools.product(range(batch), range(new), range(heads)):
+        k = n // group
+        seen = np.nonzero(allowed[b, min(k, allowed.shape[1] - 1), t])[0]
+        if seen.size == 0:
+            continue
+        scores = keys[b, k, seen] @ query[b, t, n] * dtype(request.scale)
+        if request.softcap is not None:
+            scores = np.tanh(scores / dtype(request.softcap)) * dtype(request.softcap)
+        if request.alibi_slopes is not None:
+            distance = positions[b, min(k, positions.shape[1] - 1), seen] - at[b, t]
+            scores = scores + dtype(request.alibi_slopes[n]) * distance.astype(dtype)
+        top = scores.max()
+        weights = np.exp(scores - top)
+        out[b, t, n] = weights @ values[b, k, seen] / weights.sum()
+        lse[b, t, n] = np.log(weights.sum()) + top
+    return out, lse
+
+
+def check(request):
+    """The error rule against float64, the logarithm, and that the reference agrees on the mass."""
+    assert tpu_decode.unsupported(request) is None
+    out, lse, mass = jax.jit(lambda r: tpu_decode.attend(r))(request)  # compiled anew: a fault may be planted
+    exact, exact_lse = truth(request)
+    low, _, expected_mass = api.attend(request, "reference")
+    narrow = request.query.dtype == BF16 or request.view.keys["data"].dtype == BF16
+    if narrow:
+        bound = 2.0**-7 * np.abs(np.asarray(request.view.dense(F32)[1])).max(
+            where=~np.isnan(request.view.dense(F32)[1]), initial=0
+        )
+        assert np.abs(np.asarray(out, np.float64) - exact).max() <= bound
+        np.testing.assert_allclose(lse, exact_lse, atol=1e-4)
+    else:
+        assert_accurate(out, exact, low)
+        assert_lse(lse, exact_lse)
+    empty = np.isneginf(exact_lse)
+    assert (np.asarray(out)[empty] == 0).all() and np.isneginf(np.asarray(lse)[empty]).all()
+    if request.want_mass:
+        np.testing.assert_allclose(mass, expected_mass, atol=1e-5)
+
+
+SHAPES = {
+    "GQA": (300, 16, 4, 128),
+    "MHA": (130, 4, 4, 128),
+    "MQA of 71 heads": (600, 71, 1, 128),
+    "heads of 256": (140, 4, 2, 256),
+    "one slot": (1, 4, 2, 128),
+}
+RULES = {
+    "plain": {},
+    "window": {"mask": Mask(window=50)},
+    "window and sinks": {"mask": Mask(window=20, num_sinks=3)},
+    "a part": {"mask": Mask(begin=4, end=200)},
+    "softcap": {"softcap": 2.0},
+    "mass": {"want_mass": True},
+}
+
+
+def grid():
+    for shape, (rule, paged, codec, new) in itertools.product(
+        SHAPES,
+        [(r, p, c, t) for r in RULES for p in (0, 16) for c in (None, kvattn.Int8(), kvattn.Float8()) for t in (1, 3)],
+    ):
+        plain = (rule, paged, codec, new) == ("plain", 0, None, 1)
+        quick = plain or (shape == "GQA" and (paged == 16) == (new == 3) == (codec == kvattn.Int8()))
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(shape, rule, paged, codec, new, marks=marks, id=f"{shape}-{rule}-{paged}-{codec}-{new}")
+
+
+@pytest.mark.parametrize(("shape", "rule", "page_size", "codec", "new"), list(grid()))
+def test_values(shape, rule, page_size, codec, new):
+    """float32; one full row, one empty row, one in between; NaN wherever there is no token."""
+    slots, num_heads, heads, size = SHAPES[shape]
+    cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, codec=codec, page_size=page_size)
+    check(request_for(cache, num_heads, new, **RULES[rule]))
+
+
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_bfloat16_and_slopes(page_size):
+    cache = filled([300, 1, 129], 300, 2, 128, dtype=BF16, page_size=page_size)
+    check(request_for(cache, 8, 2, dtype=BF16))
+    cache = filled([300, 1, 129], 300, 2, 128, page_size=page_size)
+    check(request_for(cache, 8, 2, alibi_slopes=kvattn.alibi_slopes(8)))
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=str)
+def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
+    outs = []
+    for fill in (jnp.zeros_like, worst):
+        cache = filled([200, 0, 33], 290, 2, 128, codec=codec, page_size=page_size, fill=fill)
+        outs.append(jax.jit(tpu_decode.attend)(request_for(cache, 4))[:2])
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b, "output")
+
+
+POLICIES = {
+    "Full": kvattn.Full(),
+    "SlidingWindow": kvattn.SlidingWindow(6),
+    "StreamingLLM": kvattn.StreamingLLM(2, 5),
+    "H2O": kvattn.H2O(4, 3),
+    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
+}
+
+
+@functools.cache
+def step(implementation):
+    return jax.jit(functools.partial(kvattn.cached_attention, implementation=implementation, rope=kvattn.RoPE(128)))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow) for n in POLICIES]
+)
+def test_every_policy_through_the_step(name, monkeypatch):
+    """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
+    # Chunks lie as on a TPU.
+    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, *_: cls(slots, slots, False)))
+    policy, rng = POLICIES[name], np.random.default_rng(3)
+    capacity = 20 if name == "Full" else None
+    make = lambda: kvattn.KVCache.create(B, 2, 128, capacity=capacity, policy=policy, dtype=F32)
+    caches = {"mosaic_tpu": make(), "reference": make()}
+    for length in (8, 1, 3, 1, 1):
+        new = tuple(jnp.asarray(rng.normal(size=(B, length, h, 128)), F32) for h in (4, 2, 2))
+        outs = {}
+        for implementation, cache in caches.items():
+            outs[implementation], caches[implementation] = step(implementation)(*new, cache)
+        np.testing.assert_allclose(*outs.values(), atol=1e-5)
+        np.testing.assert_array_equal(*(cache.positions for cache in caches.values()))
+
+
+def test_arrays():
+    """`decode_attention` and `paged_decode_attention`, lengths per head, log-sum-exp, sinks; and derivatives."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(B, 4, 128)), F32)
+    k, v = (jnp.asarray(rng.normal(size=(B, 2, 48, 128)), F32) for _ in range(2))
+    lengths = np.array([[48, 3], [0, 20], [17, 48]])
+    rules = {"window": 16, "sinks": jnp.asarray([0.5, -1.0, 0.0, 2.0]), "softcap": 4.0, "return_lse": True}
+    results = [
+        kvattn.pallas.decode_attention(q, k, v, lengths, **rules, implementation=i) for i in ("mosaic_tpu", "xla")
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    pools = [x.reshape(B, 2, 6, 8, 128).transpose(1, 0, 2, 3, 4).reshape(2, B * 6, 8, 128) for x in (k, v)]
+    table = np.arange(B * 6).reshape(B, 6)
+    paged = kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules, implementation="mosaic_tpu")
+    for a, b in zip(paged, results[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    total = lambda i: lambda q: jnp.sum(kvattn.pallas.decode_attention(q, k, v, lengths[:, 0], implementation=i) ** 3)
+    grads = [jax.grad(total(i))(q) for i in ("mosaic_tpu", "reference")]
+    np.testing.assert_allclose(*grads, atol=1e-5)
+    with pytest.raises(errors.RangeError, match="page 99"):
+        kvattn.pallas.paged_decode_attention(q, *pools, [48, 1, 1], np.full((B, 6), 99))
+    with pytest.raises(errors.ConfigError, match="int8 needs k_scales"):
+        kvattn.pallas.decode_attention(q, k.astype(jnp.int8), v.astype(jnp.int8), [1, 1, 1])
+    with pytest.raises(errors.RangeError, match="lengths"):
+        kvattn.pallas.decode_attention(q, k, v, [49, 0, 0])
+
+
+def test_only_tiles_that_hold_something_are_read():
+    """The plan: cost follows the tokens, whatever the capacity; a window starts where it starts."""
+    cache = filled([1000, 0, 130], 4096, 1, 128)
+    request = request_for(cache, 1)
+    positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
+    chosen = tiles.plan(request, positions, 128)
+    listed = [(int(r), int(t)) for r, t in zip(chosen.row, chosen.tile, strict=True)][: int(chosen.count[0])]
+    assert listed == [(0, t) for t in range(8)] + [(1, 0)] + [(2, 0), (2, 1)]
+    assert np.asarray(chosen.whole)[: len(listed)].tolist() == [1] * 7 + [0, 0, 1, 0]
+    windowed = tiles.plan(request_for(cache, 1, mask=Mask(window=100, num_sinks=1)), positions, 128)
+    listed = [(int(r), int(t)) for r, t in zip(windowed.row, windowed.tile, strict=True)][: int(windowed.count[0])]
+    assert listed == [(0, 0), (0, 7), (1, 0), (2, 0), (2, 1)]
+    table = jnp.arange(3 * 32, dtype=jnp.int32).reshape(3, 32).at[1].set(-7)
+    pages = np.asarray(tiles.pages_of(chosen, table, 1, 96))[: int(chosen.count[0]), 0]
+    assert pages.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 64, 65], "nothing new is fetched for a page that is not there"
+
+
+def test_lengths_are_no_new_program():
+    traces = []
+
+    @jax.jit
+    def attend(request):
+        traces.append(1)
+        return tpu_decode.attend(request)
+
+    for lengths in ([10, 0, 300], [300, 300, 300], [0, 0, 0]):
+        attend(request_for(filled(lengths, 300, 1, 128), 2))
+    assert len(traces) == 1
+
+
+def test_what_it_does_not_do_is_said():
+    small = filled([5, 5, 5], 16, 2, 128)
+    for request, why in (
+        (request_for(filled([9, 9, 9], 16, 2, 128), 4, 9), "up to 8 new tokens"),
+        (request_for(filled([5, 5, 5], 16, 2, 128, dtype=jnp.float16, fill=jnp.zeros_like), 4), "float16"),
+        (request_for(filled([5, 5, 5], 16, 2, 128, codec=kvattn.Int4(32)), 4), "Int4"),
+        (request_for(filled([5, 5, 5], 16, 2, 64), 4), "no multiple of 128"),
+        (request_for(small, 4, key_rope=kvattn.RoPE(128)), "rotate"),
+    ):
+        assert why in tpu_decode.unsupported(request)
+        with pytest.raises(errors.UnsupportedError, match="mosaic_tpu"):
+            api.attend(request, "mosaic_tpu")
+        api.attend(request, ("mosaic_tpu", "xla"))
+
+
+# Planted faults -------------------------------------------------------------------------------------------------------
+
+
+def test_planted_faults(monkeypatch):
+    """A tile said to be whole lets NaN in; a wrong plan reads other tokens; two cores on one row race."""
+    cache = filled([300, 0, 101], 300, 2, 128)
+    original = tiles.plan
+
+    def all_whole(*args):
+        chosen = original(*args)
+        return tiles.Plan(chosen.count, chosen.row, chosen.tile, jnp.ones_like(chosen.whole), chosen.needed)
+
+    def short(*args):
+        chosen = original(*args)
+        return tiles.Plan(chosen.count - 1, chosen.row, chosen.tile, chosen.whole, chosen.needed)
+
+    for fault in (all_whole, short):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "plan", fault)
+            with pytest.raises(AssertionError):
+                check(request_for(cache, 4))
+    check(request_for(cache, 4))
