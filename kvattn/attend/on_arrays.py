@@ -28,6 +28,7 @@ def decode_attention(
     v: Array,
     lengths: Any,
     *,
+    starts: Any = None,
     k_scales: Array | None = None,
     v_scales: Array | None = None,
     scale: float | None = None,
@@ -46,6 +47,7 @@ def decode_attention(
             float8_e4m3fn with scales.
         v: [B, K, S, Hv], likewise.
         lengths: int32 [B] or [B, K], each in [0, S]. What lies behind is not read.
+        starts: int32 [B]: nor what lies before. None: 0.
         k_scales: float32 [B, K, S]: number = data * scale.
         v_scales: float32 [B, K, S].
         scale: factor of the scores. None: 1/sqrt(H).
@@ -75,6 +77,9 @@ def decode_attention(
     codec = _codec(k, v, k_scales, v_scales, k.shape[:3])
     layout = Layout(slots, max(slots, 1), False)
     positions = _positions(lengths, batch, heads, slots)
+    if starts is not None:
+        before = jnp.arange(slots, dtype=jnp.int32)[None] < _starts(starts, batch)
+        positions = jnp.where(before[:, None], EMPTY, positions)
     view = View(
         keys={"data": k[None], **({} if k_scales is None else {"scale": k_scales[None, :, :, None]})},
         values={"data": v[None], **({} if v_scales is None else {"scale": v_scales[None, :, :, None]})},
@@ -213,6 +218,16 @@ def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Array:
     lengths = jnp.where(bad, 0, jnp.asarray(lengths)).astype(jnp.int32).reshape(batch, -1, 1)
     slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
     return jnp.where(slot < lengths, slot + slots - lengths, EMPTY)
+
+
+def _starts(starts: Any, batch: int) -> Array:
+    """int32 [B, 1]."""
+    starts = starts if hasattr(starts, "dtype") else np.asarray(starts)
+    if not jnp.issubdtype(starts.dtype, jnp.integer):
+        raise DTypeError(f"starts must hold integers, got {starts.dtype}.")
+    if starts.shape != (batch,):
+        raise ShapeError(f"starts must be [B] = ({batch},), got {starts.shape}.")
+    return jnp.asarray(starts).astype(jnp.int32)[:, None]
 
 
 def _attend(q, view: View, scale, window, softcap, sinks, slopes, return_lse: bool, implementation) -> Any:

@@ -39,8 +39,10 @@ def __getattr__(name: str) -> Any:
     # They choose among all implementations, as `cached_attention` does, so they live with it.
     if name in _ON_FIRST_USE:
         return getattr(importlib.import_module("kvattn.attend.on_arrays"), name)
+    if name == "compat":
+        return importlib.import_module("kvattn.pallas.compat")
     raise AttributeError(f"module 'kvattn.pallas' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE])
+    return sorted([*globals(), *_ON_FIRST_USE, "compat"])
