@@ -14,7 +14,9 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,7 @@ def main() -> None:
         "shape": {"B": B, "N": N, "K": K, "H": H, "S": S},
         "codecs": codecs,
         "policies": policies,
+        "20000_steps": {str(policy): endless(policy) for policy in ENDLESS},
     }
     print(json.dumps(report, indent=2))
     if not args.no_save:
@@ -152,6 +155,47 @@ def measure(calls: dict[str, Decode], repeats: int, title: str) -> dict[str, dic
             "max_error": errors[name],
         }
         for name, call in calls.items()
+    }
+
+
+ENDLESS = (
+    kvattn.SlidingWindow(256),
+    kvattn.StreamingLLM(4, 252),
+    kvattn.H2O(128, 128),
+    kvattn.H2O(128, 128, positions_in="cache"),
+    kvattn.Scissorhands(256),
+)
+
+
+def endless(policy) -> dict:
+    """20,000 tokens one by one (B1 N8 K2 H64): time per step at the beginning and at the end, and bytes."""
+    cache = kvattn.KVCache.create(1, 2, 64, policy=policy, dtype=jnp.float32)
+    key = jax.random.key(0)
+
+    @kvattn.jit
+    def thousand(cache, first):
+        def one(cache, i):
+            x = jax.random.normal(jax.random.fold_in(key, i), (1, 1, 12, 64))
+            out, cache = kvattn.cached_attention(x[:, :, :8], x[:, :, 8:10], x[:, :, 10:], cache, rope=kvattn.RoPE(64))
+            return cache, jnp.sum(out)
+
+        cache, outs = jax.lax.scan(one, cache, first + jnp.arange(1000))
+        return jnp.sum(outs), cache
+
+    thousand.lower(cache, jnp.int32(0)).compile()
+    size, times = cache.nbytes, []
+    for i in range(20):
+        start = time.perf_counter()
+        out, cache = thousand(cache, jnp.int32(1000 * i))
+        assert bool(jnp.isfinite(out))
+        times.append(time.perf_counter() - start)
+    assert cache.check().nbytes == size and int(cache.lengths[0]) == 20_000
+    first, last = statistics.median(times[2:8]), statistics.median(times[-6:])
+    return {
+        "first_ms": round(first, 4),
+        "last_ms": round(last, 4),
+        "last_over_first": round(last / first, 3),
+        "cache_bytes": size,
     }
 
 
