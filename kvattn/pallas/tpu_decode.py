@@ -211,9 +211,7 @@ def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_
             scores = jax.lax.dot_general(
                 query[0, k], keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
             )
-            if "scale" in names:
-                scores = scores * _scales_of(stores["keys", "scale"], k)
-            scores = scores * scale
+            scores = scores * (_scales_of(stores["keys", "scale"], k) * scale if "scale" in names else scale)
             if softcap is not None:
                 scores = jnp.tanh(scores / softcap) * softcap
             if slopes is not None:
