@@ -1,6 +1,7 @@
 """The body of `"mosaic_gpu"`: one warpgroup that fetches, one that computes."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jax.experimental import pallas as pl
 
 from kvattn._typing import Array
 from kvattn.codecs import Codec, Int4
-from kvattn.codecs.grouped import unpack_pair
+from kvattn.codecs.grouped import segments, unpack_pair
 from kvattn.masks import Mask
+from kvattn.pallas.shares import Counts
 from kvattn.pallas.tuning import GpuConfig
 
 WGMMA = plgpu.Layout.WGMMA
@@ -71,7 +73,6 @@ class Spec:
         slots: of a row, whole tiles.
         page_size: 0 for a contiguous cache.
         want_scores: whether scores are wanted too.
-        segments: of four-bit keys: (first byte, bytes, group of the low nibbles, of the high ones).
         config: sizes to be tuned.
         interpreted: whether JAX's interpreter runs it.
     """
@@ -95,7 +96,6 @@ class Spec:
     slots: int
     page_size: int
     want_scores: bool
-    segments: tuple[tuple[int, int, int, int], ...]
     config: GpuConfig
     interpreted: bool
 
@@ -110,17 +110,38 @@ class Spec:
         return self.streams[0].dtype != self.wide
 
     @property
+    def repacked(self) -> bool:
+        """Whether values are written to shared memory once more: decoded, or padded to the long side of a product."""
+        return self.decoded or self.padded != self.value_features
+
+    @property
     def pages(self) -> int:
         """Pages that make up a tile, or 1."""
         return max(1, self.config.tile // self.page_size) if self.page_size else 1
 
     @property
     def query_step(self) -> int:
-        """Columns of the query in shared memory that a product may begin at."""
-        cuts = [self.key_features, *(x for first, count, _, _ in self.segments for x in (first, count))]
-        if self.segments:
-            cuts.append(self.streams[0].features)
-        return next(s for s in (64, 32, 16) if all(c % s == 0 for c in cuts))
+        """Channels of the query in shared memory that a product may begin at."""
+        return self._step(self.key_features, 2)
+
+    def stream_step(self, stream: Stream) -> int:
+        """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
+        features = self.key_features if stream.name == "k_data" else self.value_features
+        return self._step(features, jnp.dtype(stream.dtype).itemsize)
+
+    def _step(self, features: int, size: int) -> int:
+        """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
+        cuts = [features]
+        if isinstance(self.codec, Int4):
+            cuts = [x for run in byte_runs(features, self.codec.group_size) for x in run] + [-(-features // 2)]
+        return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
+
+
+def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
+    """Runs of bytes of an Int4 token in which neither nibble changes its group."""
+    width = -(-features // 2)
+    cuts = {c % width for _, _, first, end in segments(features, 4, group_size) for c in (first, end)}
+    return list(itertools.pairwise(sorted({0, width} | cuts)))
 
 
 def store(ref: Any, x: Array) -> None:
@@ -136,15 +157,12 @@ def spread(vector: Array, shape: tuple[int, ...], axis: int = 1) -> Array:
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, step: int | None = None) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
     """Shared memory that the matrix unit reads; its last axis may be cut at multiples of `step`."""
-    size = jnp.dtype(dtype).itemsize
-    step = step or next((s for s in (128, 64, 32) if shape[-1] * size % s == 0), 0) // size
-    if not step or step * size < 32:
+    if not step:
         return plgpu.SMEM(shape, dtype)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, step)), plgpu.SwizzleTransform(step * size))
-    )
+    swizzle = step * jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, step)), plgpu.SwizzleTransform(swizzle)))
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:
@@ -166,31 +184,30 @@ def scratch(spec: Spec) -> dict[str, Any]:
         if stream.tokens_last:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
-            # Values are the long side of their product, so they are padded here, and only here.
-            width = spec.padded if stream.name == "v_data" and not spec.decoded else stream.features
-            size = jnp.dtype(stream.dtype).itemsize
-            step = next((s for s in (128, 64, 32) if stream.features * size % s == 0), 0) // size
-            found[stream.name] = swizzled((stages, tile, width), stream.dtype, step)
+            found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
     copies = sum(spec.pages for _ in spec.streams) + 1
     found |= {
         "positions": plgpu.SMEM((stages, tile), jnp.int32),
         "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
         "at": plgpu.SMEM((2, cols), jnp.int32),
-        "probs": swizzled((parts, cols, tile), spec.wide),
+        "probs": swizzled((parts, cols, tile), spec.wide, 64),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
-        "query_full": plgpu.Barrier(num_arrivals=2 + spec.factor + spec.alibi + bool(spec.segments), num_barriers=2),
+        "query_full": plgpu.Barrier(num_arrivals=2 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2),
         "query_free": plgpu.Barrier(num_barriers=2),
+        "share": plgpu.SMEM((4,), jnp.int32),
+        "shared_out": plgpu.Barrier(),
     }
-    if spec.decoded:
-        found["values"] = swizzled((parts if isinstance(spec.codec, Int4) else 1, tile, spec.padded), spec.wide)
+    if spec.repacked:
+        count = parts if isinstance(spec.codec, Int4) else 1
+        found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
     if spec.decoded and spec.interpreted:
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if spec.factor:
         found["factor"] = plgpu.SMEM((2, cols), F32)
     if spec.alibi:
         found["slopes"] = plgpu.SMEM((2, cols), F32)
-    if spec.segments:
+    if isinstance(spec.codec, Int4):
         found["sums"] = plgpu.SMEM((2, spec.streams[1].features, cols), F32)
     return found
 
@@ -201,7 +218,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
     Args:
         spec: the sizes.
         interpret: of `plgpu.kernel`.
-        *arrays: rows and programs (`Shares`); query [parts, B, heads, cols, H]; its positions int32 [B, chunks, cols];
+        *arrays: those of `Rows`; query [parts, B, heads, cols, H]; its positions int32 [B, chunks, cols];
             positions int32 [B, 1 or K, S]; the arrays of the cache; then, each if there is one, the page table, the
             factor [B, heads, cols], the slopes [heads, cols], the sums [B, heads, groups, cols].
 
@@ -219,15 +236,14 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         out_type.append(jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.slots, spec.cols), F32))
 
     def body(*refs, **shared):
-        names = ["rows", "programs", "query", "at", "positions", *(s.name for s in spec.streams)]
-        optional = (spec.page_size > 0, spec.factor, spec.alibi, bool(spec.segments))
+        names = ["count", "hole", "after", "run", "run_end", "query", "at", "positions", *(s.name for s in spec.streams)]
+        optional = (spec.page_size > 0, spec.factor, spec.alibi, isinstance(spec.codec, Int4))
         names += [n for n, there in zip(("table", "factor", "slopes", "sums"), optional, strict=True) if there]
         names += ["out", "top", "total", "scores"]
         memory = dict(zip(names, refs, strict=False))
         program, role = lax.axis_index("program"), lax.axis_index("role")
-        walk = Walk(spec, memory, program)
-        pl.when(role == 1)(lambda: fetch(spec, memory, shared, walk))
-        pl.when(role == 0)(lambda: compute(spec, memory, shared, walk, program))
+        pl.when(role == 1)(lambda: fetch(spec, memory, shared))
+        pl.when(role == 0)(lambda: compute(spec, memory, shared, program))
 
     return plgpu.kernel(
         body,
@@ -245,9 +261,9 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
 class Walk:
     """The way of a program from segment to segment, tile to tile, the same for both warpgroups."""
 
-    def __init__(self, spec: Spec, memory: dict[str, Any], program: Array):
-        self.spec, self.rows = spec, memory["rows"]
-        self.first, self.start, self.last, self.stop = (memory["programs"][program, i] for i in range(4))
+    def __init__(self, spec: Spec, memory: dict[str, Any], shared: dict[str, Any]):
+        self.spec, self.memory = spec, memory
+        self.first, self.start, self.last, self.stop = (shared["share"][i] for i in range(4))
 
     def each(self, visit: Any) -> tuple[Array, Array]:
         """Calls visit(segment, row, head, first, end, tile_of, tiles so far, segments so far) for each with tiles.
@@ -260,7 +276,7 @@ class Walk:
         def step(segment, carry):
             tiles, visited = carry
             row, head = lax.rem(segment, batch), lax.div(segment, batch)
-            hole, after, count = (self.rows[row, i] for i in range(3))
+            hole, after, count = (self.memory[name][row] for name in ("hole", "after", "count"))
             first = jnp.where(segment == self.first, self.start, 0)
             end = jnp.where(segment == self.last, self.stop, count)
             tile_of = lambda j: jnp.where(j < hole, j, after + j - hole)
@@ -271,8 +287,26 @@ class Walk:
         return lax.fori_loop(self.first, self.last + 1, step, (jnp.int32(0), jnp.int32(0)))
 
 
-def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], walk: Walk) -> None:
+def share_out(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program: Array) -> None:
+    """Finds the work of this program."""
+    shape = memory["count"].shape
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+    counts = Counts(
+        plgpu.load(memory["count"], layout=layout, optimized=False),
+        plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout),
+        spec.batch,
+        spec.heads,
+        spec.config.programs,
+    )
+    for i, number in enumerate(counts.of_program(program)):
+        shared["share"][i] = number
+    plgpu.barrier_arrive(shared["shared_out"])
+
+
+def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
     """Keeps the ring of tiles, and that of queries, full."""
+    plgpu.barrier_wait(shared["shared_out"])
+    walk = Walk(spec, memory, shared)
     tile, stages, size = spec.config.tile, spec.config.stages, spec.page_size
     copy = plgpu.copy_gmem_to_smem
 
@@ -323,7 +357,7 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], walk: Walk
                     if stream.tokens_last:
                         copy(source_n.at[:, rows], target.at[:, into], full)
                     else:
-                        copy(source_n.at[rows], target.at[into, features], full)
+                        copy(source_n.at[rows], target.at[into], full)
             return ahead
 
         lax.fori_loop(first, end, step, pages(first))
@@ -335,15 +369,17 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], walk: Walk
             pl.when(number > slot)(lambda name=name, slot=slot: plgpu.barrier_wait(shared[name].at[slot]))
 
 
-def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], walk: Walk, program: Array) -> None:
+def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program: Array) -> None:
     """Attends, tile by tile, with a running maximum."""
+    share_out(spec, memory, shared, program)
+    walk = Walk(spec, memory, shared)
     tile, stages, cols = spec.config.tile, spec.config.stages, spec.cols
 
     def constant(shape, layout, value):
         return plgpu.layout_cast(jnp.full(shape, value, F32), layout)
 
     def segment(segment, row, head, first, end, tile_of, tiles, visited):
-        run, run_end = walk.rows[row, 3], walk.rows[row, 4]
+        run, run_end = memory["run"][row], memory["run_end"][row]
         at_slot = lax.rem(visited, 2)
         plgpu.barrier_wait(shared["query_full"].at[at_slot])
         columns = Columns(spec, shared, at_slot)
@@ -441,32 +477,35 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
-    if not spec.segments:
+    if not isinstance(spec.codec, Int4):
         codes = plgpu.load(keys, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
         codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
         return product(codes, 0, spec.key_features) * spread(load("k_scale", 0), shape, 0)
-    width, total = spec.streams[0].features, None
     groups: dict[int, Any] = {}
-    for first, count, low, high in spec.segments:
-        codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-        for plane, group, start, unit in planes(codes, low, high, first, width):
-            left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
-            part = product(left, start, count) * unit
-            groups[group] = part if group not in groups else groups[group] + part
+    for plane, group, start, unit in planes(keys, spec.key_features, spec.codec.group_size):
+        left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
+        part = product(left, start, plane.shape[1]) * unit
+        groups[group] = part if group not in groups else groups[group] + part
+    total: Any = 0.0
     for group, part in groups.items():
         scale, minimum = unpack_pair(load("k_scale", group), load("k_minimum", group))
         sums = plgpu.load(shared["sums"].at[at_slot, group], layout=COLUMNS, optimized=False)
         part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
-        total = part if total is None else total + part
+        total = total + part
     return total
 
 
-def planes(codes: Array, low: int, high: int, first: int, width: int) -> list[tuple[Array, int, int, float]]:
-    """The two numbers of each byte as (numbers, their group, their first channel, what to multiply them by).
+def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
+    """The numbers of four-bit tokens as (numbers, their group, their first channel, what to multiply them by).
 
-    The matrix unit's registers are not shifted in eight bits, so the high ones stay where they are.
+    Registers are not shifted in eight bits, so the high nibbles stay where they are.
     """
-    return [(codes & jnp.uint8(0x0F), low, first, 1.0), (codes & jnp.uint8(0xF0), high, first + width, 1 / 16)]
+    found, width = [], -(-features // 2)
+    for first, end in byte_runs(features, group_size):
+        codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+        found.append((codes & jnp.uint8(0x0F), first // group_size, first, 1.0))
+        found.append((codes & jnp.uint8(0xF0), (first + width) // group_size, first + width, 1 / 16))
+    return found
 
 
 def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array) -> Array:
@@ -487,49 +526,48 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
         probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
         shared["probs"].at[n].T[...] = piece
-    if not spec.decoded:
+    if spec.repacked:
+        repack(spec, shared, slot, filled)
+        lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
+    else:
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            here = values.at[:, pl.ds(0, spec.value_features)]
-            loaded = plgpu.load(here, layout=WGMMA, optimized=False)
-            here[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
+            loaded = plgpu.load(values, layout=WGMMA, optimized=False)
+            values[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
 
-        lefts = [values]
-    else:
-        decode_values(spec, shared, slot, filled)
-        lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
+        lefts = [values.T]
     plgpu.commit_smem()
 
     def accumulate(acc):
         for m, left in enumerate(lefts):
             for n in range(spec.parts - m):
-                plgpu.wgmma(acc, left.T, shared["probs"].at[n].T)
+                plgpu.wgmma(acc, left, shared["probs"].at[n].T)
         return acc[...]
 
     mixed = pl.run_scoped(accumulate, plgpu.ACC((spec.padded, spec.cols), F32))
     return mixed if isinstance(back, float) and back == 1.0 else mixed * back
 
 
-def decode_values(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> None:
-    """Writes a tile of values in 16 bits, zeros where nothing is."""
+def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> None:
+    """Writes a tile of values once more, channel by channel, in 16 bits, zeros where nothing is."""
     values, target = shared["v_data"].at[slot], shared["values"]
-    if not isinstance(spec.codec, Int4):
+    real = pl.ds(0, spec.value_features)
+    if not spec.decoded:
+        numbers = plgpu.load(values, layout=WGMMA, optimized=False)
+        numbers = jnp.where(spread(filled, numbers.shape, 0), numbers, jnp.zeros((), numbers.dtype))
+        target.at[0, real].T[...] = numbers
+    elif not isinstance(spec.codec, Int4):
         codes = plgpu.load(values, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False).astype(spec.wide)
         codes = plgpu.layout_cast(codes, WGMMA)
-        codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
-        target.at[0, :, pl.ds(0, spec.value_features)][...] = codes
-        return
-    width, size = values.shape[-1], spec.codec.group_size
-    load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-    cuts = sorted({0, width, *(c % width for c in range(0, spec.value_features, size))})
-    for first, end in zip(cuts, cuts[1:], strict=False):
-        codes = plgpu.load(values.at[:, pl.ds(first, end - first)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-        for plane, group, start, unit in planes(codes, first // size, (first + width) // size, first, width):
+        target.at[0, real].T[...] = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
+    else:
+        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+        for plane, group, start, unit in planes(values, spec.value_features, spec.codec.group_size):
             scale, minimum = (
                 jnp.where(filled, x, 0.0) for x in unpack_pair(load("v_scale", group), load("v_minimum", group))
             )
             plane = plgpu.layout_cast(plane.astype(spec.wide), WGMMA).astype(F32)
             numbers = plane * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
-                target.at[n, :, pl.ds(start, end - first)][...] = piece
+                target.at[n, pl.ds(start, plane.shape[1])].T[...] = piece

@@ -9,7 +9,6 @@ parts, and so do probabilities. int8 goes to bfloat16 and float8 to float16, bot
 into scores and probabilities; four-bit values are decoded in registers.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -18,14 +17,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kvattn._typing import Array
-from kvattn.codecs import Float8, Int4, Int8, Plain, grouped
+from kvattn.codecs import Float8, Int4, Int8, Plain
 from kvattn.pallas import interpreted
-from kvattn.pallas.gpu_body import FLOAT16_UNIT, Spec, Stream, decode
+from kvattn.pallas.gpu_body import FLOAT16_UNIT, Spec, Stream, byte_runs, decode
 from kvattn.pallas.gpu_merge import merge
-from kvattn.pallas.shares import share_out
+from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, gpu_config
-from kvattn.request import Request, ungrouped
-from kvattn.request import grouped as by_group
+from kvattn.request import Request, grouped, ungrouped
 
 MOST_TOKENS = 8
 MOST_FEATURES = 256
@@ -61,7 +59,7 @@ def unsupported(request: Request) -> str | None:
     if any(f % 16 or f > MOST_FEATURES for f in features):
         return f"head dims must be multiples of 16 up to {MOST_FEATURES}, here are {features}"
     if isinstance(codec, Int4):
-        cuts = {c for f in features for a, b in _byte_runs(f, codec.group_size) for c in (a, b)}
+        cuts = {c for f in features for a, b in byte_runs(f, codec.group_size) for c in (a, b)}
         if any(c % 16 for c in cuts):
             return f"groups of {codec.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
     return _paging(request)
@@ -97,7 +95,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     view = request.view
     batch, length = request.query.shape[:2]
     heads = view.num_kv_heads
-    query = by_group(request.query, heads)
+    query = grouped(request.query, heads)
     group = query.shape[2]
     count = group * length
     chunks, cols = _columns(count, view.value_head_dim)
@@ -155,18 +153,17 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
         slots=slots,
         page_size=view.page_size if view.page_table is not None else 0,
         want_scores=request.want_mass,
-        segments=_segments(view.key_head_dim, codec),
         config=config,
         interpreted=interpreted(),
     )
-    share = share_out(request, positions, config.tile, spec.heads, config.programs)
-    sums = None if not spec.segments else _sums(query, spec)
+    rows = survey(request, positions, config.tile)
+    sums = _sums(query, spec) if isinstance(codec, Int4) else None
     extras = [x for x in (view.page_table, factor, slopes, sums) if x is not None]
     interpret = INTERPRETER if interpreted() else None
     partial, top, total, *scores = decode(
-        spec, interpret, share.rows, share.programs, query, at, positions, *arrays, *extras
+        spec, interpret, *rows.arrays(), query, at, positions, *arrays, *extras
     )
-    out, lse = merge(partial, top, total, share.parts, interpret)
+    out, lse = merge(partial, top, total, rows.count, batch, config.programs, interpret)
 
     def split(x: Array) -> Array:
         x = x.reshape(batch, heads, chunks * cols, *x.shape[3:])[:, :, :count]
@@ -178,7 +175,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     if not request.want_mass:
         return out, lse, None
     tiles = jnp.arange(slots, dtype=jnp.int32)[None] // config.tile
-    hole, after, number = share.rows[:, :1], share.rows[:, 1:2], share.rows[:, 2:3]
+    hole, after, number = (x[:batch, None] for x in (rows.hole, rows.after, rows.count))
     seen = (tiles < hole) | ((tiles >= after) & (tiles < after + number - hole))
     shift = jnp.where(jnp.isneginf(by_column), jnp.inf, by_column)[:, :, None]
     probs = jnp.where(seen[:, None, :, None], jnp.exp(scores[0] - shift), 0)
@@ -231,22 +228,6 @@ def _aligned(x: Array, tile: int) -> Array:
     if x.shape[-1] * x.dtype.itemsize % 16 == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % tile)))
-
-
-def _byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
-    """Runs of bytes of an Int4 token in which neither nibble changes its group."""
-    width = -(-features // 2)
-    cuts = sorted({0, width} | {c % width for _, _, a, b in grouped.segments(features, 4, group_size) for c in (a, b)})
-    return list(zip(cuts, cuts[1:], strict=False))
-
-
-def _segments(features: int, codec: Any) -> tuple[tuple[int, int, int, int], ...]:
-    """(first byte, bytes, group of the low nibbles, group of the high ones) of an Int4 key."""
-    if not isinstance(codec, Int4):
-        return ()
-    width = -(-features // 2)
-    size = codec.group_size
-    return tuple((a, b - a, a // size, (a + width) // size) for a, b in _byte_runs(features, size))
 
 
 def _sums(query: Array, spec: Spec) -> Array:

@@ -1,5 +1,7 @@
 """Merges the partial states that programs left behind, one block per row and head."""
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -7,30 +9,39 @@ from jax import lax
 
 from kvattn._typing import Array
 from kvattn.pallas.gpu_body import COLUMNS, WGMMA, spread, store
+from kvattn.pallas.shares import Counts
 
 AT_ONCE = 4
 """States fetched at a time: their loads overlap."""
 
 
-def merge(partial: Array, top: Array, total: Array, parts: Array, interpret) -> tuple[Array, Array]:
+def merge(
+    partial: Array, top: Array, total: Array, count: Array, batch: int, programs: int, interpret: Any
+) -> tuple[Array, Array]:
     """Merges states.
 
     Args:
         partial: float32 [states, H, cols], outputs times their sums.
         top: float32 [states, cols], maxima of the scores.
         total: float32 [states, cols], sums of exp(score - maximum).
-        parts: int32 [heads, B, 2]: see `Shares`; states of segment s lie at s + first program and behind it.
+        count: int32 [B'], tiles of every row (`Rows`).
+        batch: B.
+        programs: how many shared out the tiles.
         interpret: of `plgpu.kernel`.
 
     Returns:
         out float32 [heads * B, H, cols] and lse float32 [heads * B, cols]; 0 and -inf where there was nothing.
     """
-    segments = parts.shape[0] * parts.shape[1]
+    segments = partial.shape[0] - programs
     _, features, cols = partial.shape
 
-    def body(states, tops, totals, where, out, lse):
+    def body(states, tops, totals, counts, out, lse):
         s = lax.axis_index("segment")
-        first, count = where[s, 0], where[s, 1]
+        layout = plgpu.Layout.WG_STRIDED(counts.shape, vec_size=1)
+        index = plgpu.broadcasted_iota(jnp.int32, counts.shape, 0, layout=layout)
+        tiles = plgpu.load(counts, layout=layout, optimized=False)
+        shares = Counts(tiles, index, batch, segments // batch, programs)
+        first, count = shares.of_segment(lax.rem(s, batch), lax.div(s, batch))
         flat = lambda value: plgpu.layout_cast(jnp.full((cols,), value, jnp.float32), COLUMNS)
 
         def step(i, carry):
@@ -73,4 +84,4 @@ def merge(partial: Array, top: Array, total: Array, parts: Array, interpret) -> 
         grid_names=("segment",),
         interpret=interpret,
     )
-    return kernel(partial, top, total, parts.reshape(segments, 2))
+    return kernel(partial, top, total, count)
