@@ -19,6 +19,7 @@ _NEEDS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 _MODULES = {
     "reference": "kvattn.attend.reference",
     "xla": "kvattn.attend.xla",
+    "mosaic_gpu": "kvattn.pallas.gpu_decode",
     "mosaic_tpu": "kvattn.pallas.tpu_decode",
 }
 """Loaded when first used."""
@@ -30,7 +31,7 @@ Implementation = str | Sequence[str] | None
 def candidates(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order; None means the best that works, which always ends at "xla"."""
     if implementation is None:
-        return ("mosaic_tpu", "xla") if jax.default_backend() == "tpu" else ("xla",)
+        return {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}.get(jax.default_backend(), ("xla",))
     names: tuple[Any, ...] = (implementation,)
     if isinstance(implementation, Sequence) and not isinstance(implementation, str):
         names = tuple(implementation)
@@ -46,8 +47,6 @@ def candidates(implementation: Implementation) -> tuple[str, ...]:
 def unsupported(name: str) -> str | None:
     """Why an implementation cannot run in this process; None: it can."""
     backend = jax.default_backend()
-    if name not in _MODULES:
-        return "this version has no such kernel"
     if name in _NEEDS and backend != _NEEDS[name] and not interpreted():
         return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
     return None

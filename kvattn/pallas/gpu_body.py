@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -74,6 +75,7 @@ class Spec:
         page_size: 0 for a contiguous cache.
         want_scores: whether scores are wanted too.
         config: sizes to be tuned.
+        programs: how many share the work.
         interpreted: whether JAX's interpreter runs it.
     """
 
@@ -97,6 +99,7 @@ class Spec:
     page_size: int
     want_scores: bool
     config: GpuConfig
+    programs: int
     interpreted: bool
 
     @property
@@ -144,6 +147,9 @@ def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(sorted({0, width} | cuts)))
 
 
+accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
 def store(ref: Any, x: Array) -> None:
     """Writes registers to memory of the device."""
     if hasattr(plgpu, "store"):
@@ -162,7 +168,9 @@ def swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
     if not step:
         return plgpu.SMEM(shape, dtype)
     swizzle = step * jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, step)), plgpu.SwizzleTransform(swizzle)))
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, step)), swizzling(swizzle)))
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:
@@ -193,7 +201,9 @@ def scratch(spec: Spec) -> dict[str, Any]:
         "probs": swizzled((parts, cols, tile), spec.wide, 64),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
-        "query_full": plgpu.Barrier(num_arrivals=2 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2),
+        "query_full": plgpu.Barrier(
+            num_arrivals=2 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2
+        ),
         "query_free": plgpu.Barrier(num_barriers=2),
         "share": plgpu.SMEM((4,), jnp.int32),
         "shared_out": plgpu.Barrier(),
@@ -212,6 +222,13 @@ def scratch(spec: Spec) -> dict[str, Any]:
     return found
 
 
+def shared_bytes(spec: Spec) -> int:
+    """Shared memory of a program, barriers and sums across warps included."""
+    buffers = [x for x in scratch(spec).values() if not isinstance(x, plgpu.Barrier)]
+    # Each begins at a multiple of 1024.
+    return 3072 + sum(-(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024 for x in buffers)
+
+
 def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
     """Partial states, and scores if wanted.
 
@@ -226,7 +243,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         outputs times their sums float32 [states, Hv padded, cols], maxima and sums float32 [states, cols]; with
         `want_scores` scores float32 [B, heads, S, cols], of which only the tiles that were read are written.
     """
-    states = spec.heads * spec.batch + spec.config.programs
+    states = spec.heads * spec.batch + spec.programs
     out_type = [
         jax.ShapeDtypeStruct((states, spec.padded, spec.cols), F32),
         jax.ShapeDtypeStruct((states, spec.cols), F32),
@@ -236,7 +253,17 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         out_type.append(jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.slots, spec.cols), F32))
 
     def body(*refs, **shared):
-        names = ["count", "hole", "after", "run", "run_end", "query", "at", "positions", *(s.name for s in spec.streams)]
+        names = [
+            "count",
+            "hole",
+            "after",
+            "run",
+            "run_end",
+            "query",
+            "at",
+            "positions",
+            *(s.name for s in spec.streams),
+        ]
         optional = (spec.page_size > 0, spec.factor, spec.alibi, isinstance(spec.codec, Int4))
         names += [n for n, there in zip(("table", "factor", "slopes", "sums"), optional, strict=True) if there]
         names += ["out", "top", "total", "scores"]
@@ -249,7 +276,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         body,
         out_type=tuple(out_type),
         scratch_types=scratch(spec),
-        grid=(spec.config.programs,),
+        grid=(spec.programs,),
         grid_names=("program",),
         num_threads=2,
         thread_name="role",
@@ -296,7 +323,7 @@ def share_out(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], progra
         plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout),
         spec.batch,
         spec.heads,
-        spec.config.programs,
+        spec.programs,
     )
     for i, number in enumerate(counts.of_program(program)):
         shared["share"][i] = number
@@ -344,7 +371,6 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
             copy(memory["positions"].at[row, which, pl.ds(start, tile)], shared["positions"].at[slot], full)
             for stream in spec.streams:
                 source, target = memory[stream.name], shared[stream.name].at[slot]
-                features = pl.ds(0, stream.features)
                 for n in range(spec.pages):
                     part = min(tile, size) if size else tile
                     if not size:
@@ -473,7 +499,7 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
                 plgpu.wgmma(acc, left, query.at[n, :, pl.ds(first, count)].T)
             return acc[...]
 
-        return pl.run_scoped(accumulate, plgpu.ACC(shape, F32))
+        return pl.run_scoped(accumulate, accumulator(shape, F32))
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
@@ -510,7 +536,7 @@ def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, 
 
 def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array) -> Array:
     """Values times probabilities, float32 [Hv padded, cols]."""
-    shape, tile = probs.shape, spec.config.tile
+    shape = probs.shape
     values, back = shared["v_data"].at[slot], 1.0
     filled = kv_at >= 0
     if spec.decoded and not isinstance(spec.codec, Int4):
@@ -545,7 +571,7 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
                 plgpu.wgmma(acc, left, shared["probs"].at[n].T)
         return acc[...]
 
-    mixed = pl.run_scoped(accumulate, plgpu.ACC((spec.padded, spec.cols), F32))
+    mixed = pl.run_scoped(accumulate, accumulator((spec.padded, spec.cols), F32))
     return mixed if isinstance(back, float) and back == 1.0 else mixed * back
 
 

@@ -17,16 +17,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.cache.view import View
 from kvattn.codecs import Float8, Int4, Int8, Plain
 from kvattn.pallas import interpreted
-from kvattn.pallas.gpu_body import FLOAT16_UNIT, Spec, Stream, byte_runs, decode
+from kvattn.pallas.gpu_body import FLOAT16_UNIT, Spec, Stream, byte_runs, decode, shared_bytes
 from kvattn.pallas.gpu_merge import merge
 from kvattn.pallas.shares import survey
-from kvattn.pallas.tuning import GpuConfig, gpu_config
+from kvattn.pallas.tuning import GpuConfig, lookup
 from kvattn.request import Request, grouped, ungrouped
 
 MOST_TOKENS = 8
-MOST_FEATURES = 256
+LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
 SHARED_BYTES = 227 << 10
 """Of one block on Hopper."""
@@ -44,11 +45,11 @@ def unsupported(request: Request) -> str | None:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
     if request.key_rope is not None:
         return "it does not rotate keys while it reads them"
-    codec, data = view.codec, view.keys.get("data")
+    codec: Any = view.codec
     if not isinstance(codec, Plain | Int8 | Float8 | Int4):
         return f"it does not read {codec}"
-    if isinstance(codec, Plain) and data.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"a cache of {data.dtype} does not go through 16-bit matrix units"
+    if isinstance(codec, Plain) and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
+        return f"a cache of {view.keys['data'].dtype} does not go through 16-bit matrix units"
     if request.query.dtype == jnp.float64:
         return "it has no float64"
     if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
@@ -56,30 +57,27 @@ def unsupported(request: Request) -> str | None:
     if view.page_table is None and view.layout.rows % 8:
         return f"it fetches eight slots at a time, and {view.layout.rows} are no multiple of 8"
     features = (view.key_head_dim, view.value_head_dim)
-    if any(f % 16 or f > MOST_FEATURES for f in features):
-        return f"head dims must be multiples of 16 up to {MOST_FEATURES}, here are {features}"
+    if any(f % 16 or not LEAST_FEATURES <= f <= MOST_FEATURES for f in features):
+        return f"head dims must be multiples of 16 from {LEAST_FEATURES} to {MOST_FEATURES}, here are {features}"
     if isinstance(codec, Int4):
         cuts = {c for f in features for a, b in byte_runs(f, codec.group_size) for c in (a, b)}
         if any(c % 16 for c in cuts):
             return f"groups of {codec.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
-    return _paging(request)
+    return _paging(request, GpuConfig().tile)
 
 
-def _paging(request: Request) -> str | None:
-    """Why the pages of the request do not fit; None: they do."""
+def _paging(request: Request, tile: int) -> str | None:
+    """Why the pages of the request do not fit tiles; None: they do."""
     view = request.view
     if view.page_table is None:
         return None
     size = view.page_size
-    if size % 8 or (size < TILE and TILE % size) or (size > TILE and size % TILE):
-        return f"pages must have 8, 16, 32 or a multiple of {TILE} slots, here are {size}"
-    least = {Int8: SHORTEST_COPY // 4, Float8: SHORTEST_COPY // 4, Int4: TILE}.get(type(view.codec), 8)
+    if size % 8 or (size < tile and tile % size) or (size > tile and size % tile):
+        return f"pages must have 8, 16, 32 or a multiple of {tile} slots, here are {size}"
+    least = {Int8: SHORTEST_COPY // 4, Float8: SHORTEST_COPY // 4, Int4: tile}.get(type(view.codec), 8)
     if size < least:
         return f"{view.codec} needs pages of {least} slots at least: those of {size} hold too few scales for one copy"
     return None
-
-
-TILE = 64
 
 
 def _device() -> str | None:
@@ -93,14 +91,12 @@ def _device() -> str | None:
 def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view = request.view
-    batch, length = request.query.shape[:2]
-    heads = view.num_kv_heads
+    spec = _spec(request, config or config_for(request))
+    batch, length, tile = spec.batch, request.query.shape[1], spec.config.tile
+    heads, chunks, cols = view.num_kv_heads, spec.chunks, spec.cols
     query = grouped(request.query, heads)
     group = query.shape[2]
     count = group * length
-    chunks, cols = _columns(count, view.value_head_dim)
-    config = config or gpu_config(request)
-    wide, parts = _numbers(request)
 
     def columns(x: Array, fill: Any) -> Array:
         """[..., M, rest] to [..., chunks, cols, rest]."""
@@ -110,77 +106,129 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
         x = jnp.pad(x, padding, constant_values=fill)
         return x.reshape(*x.shape[:axis], chunks, cols, x.shape[-1])
 
-    query = columns(query.reshape(batch, heads, count, -1), 0).reshape(batch, heads * chunks, cols, -1)
-    query, factor = _split(query, wide, parts)
+    query = columns(query.reshape(batch, heads, count, -1), 0).reshape(batch, spec.heads, cols, -1)
+    query, factor = _split(query, spec)
     at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
     at = columns(at[..., None], -1)[..., 0]
     slopes = request.alibi_slopes
     if slopes is not None:
         slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
-        slopes = columns(slopes[..., None], 0).reshape(heads * chunks, cols)
+        slopes = columns(slopes[..., None], 0).reshape(spec.heads, cols)
+    sums = _sums(query, spec) if isinstance(spec.codec, Int4) else None
 
     positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
-    positions = _whole_tiles(positions, config.tile)
-    slots = positions.shape[2]
-    codec = view.codec
-    streams, arrays = [], []
-    for role, store in (("k", view.keys), ("v", view.values)):
-        for name, x in store.items():
-            last = name in codec.token_minor
-            if view.page_table is None:
-                x = _aligned(x[0], config.tile) if last else x[0]
-            if isinstance(codec, Float8) and x.dtype == jnp.uint8:
-                x = jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn)
-            streams.append(Stream(role + "_" + name, tuple(x.shape), jnp.dtype(x.dtype), last))
-            arrays.append(x)
-    spec = Spec(
-        batch=batch,
-        heads=heads * chunks,
-        chunks=chunks,
-        cols=cols,
-        per_head_positions=positions.shape[1] > 1,
-        key_features=view.key_head_dim,
-        value_features=view.value_head_dim,
-        streams=tuple(streams),
-        codec=codec,
-        wide=jnp.dtype(wide),
-        parts=parts,
-        factor=factor is not None,
-        mask=request.mask,
-        scale=request.scale,
-        softcap=request.softcap,
-        alibi=slopes is not None,
-        slots=slots,
-        page_size=view.page_size if view.page_table is not None else 0,
-        want_scores=request.want_mass,
-        config=config,
-        interpreted=interpreted(),
-    )
-    rows = survey(request, positions, config.tile)
-    sums = _sums(query, spec) if isinstance(codec, Int4) else None
+    positions = jnp.pad(positions, ((0, 0), (0, 0), (0, spec.slots - positions.shape[2])), constant_values=-1)
+    rows = survey(request, positions, tile)
+    arrays = [_array(x, stream) for x, stream in zip(_stored(view), spec.streams, strict=True)]
     extras = [x for x in (view.page_table, factor, slopes, sums) if x is not None]
     interpret = INTERPRETER if interpreted() else None
-    partial, top, total, *scores = decode(
-        spec, interpret, *rows.arrays(), query, at, positions, *arrays, *extras
-    )
-    out, lse = merge(partial, top, total, rows.count, batch, config.programs, interpret)
+    partial, top, total, *scores = decode(spec, interpret, *rows.arrays(), query, at, positions, *arrays, *extras)
+    out, lse = merge(partial, top, total, rows.count, batch, spec.programs, interpret)
 
     def split(x: Array) -> Array:
         x = x.reshape(batch, heads, chunks * cols, *x.shape[3:])[:, :, :count]
         return ungrouped(x.reshape(batch, heads, group, length, *x.shape[3:]))
 
-    out = out.reshape(heads * chunks, batch, -1, cols).transpose(1, 0, 3, 2)[..., : view.value_head_dim]
-    by_column = lse.reshape(heads * chunks, batch, cols).swapaxes(0, 1)
+    out = out.reshape(spec.heads, batch, -1, cols).transpose(1, 0, 3, 2)[..., : view.value_head_dim]
+    by_column = lse.reshape(spec.heads, batch, cols).swapaxes(0, 1)
     out, lse = split(out), split(by_column[..., None])[..., 0]
     if not request.want_mass:
         return out, lse, None
-    tiles = jnp.arange(slots, dtype=jnp.int32)[None] // config.tile
+    tiles = jnp.arange(spec.slots, dtype=jnp.int32)[None] // tile
     hole, after, number = (x[:batch, None] for x in (rows.hole, rows.after, rows.count))
     seen = (tiles < hole) | ((tiles >= after) & (tiles < after + number - hole))
     shift = jnp.where(jnp.isneginf(by_column), jnp.inf, by_column)[:, :, None]
     probs = jnp.where(seen[:, None, :, None], jnp.exp(scores[0] - shift), 0)
-    mass = jnp.sum(probs.reshape(batch, heads, chunks, slots, cols), axis=(2, 4)) / group
+    mass = jnp.sum(probs.reshape(batch, heads, chunks, spec.slots, cols), axis=(2, 4)) / group
     return out, lse, mass[..., : view.layout.num_slots]
+
+
+def key(request: Request) -> str:
+    """What sizes depend on, as tables name it."""
+    spec = _spec(request, GpuConfig())
+    pages = f"pages of {spec.page_size}" if spec.page_size else "contiguous"
+    codec = spec.streams[0].dtype if isinstance(spec.codec, Plain) else spec.codec
+    return f"{codec} {spec.key_features}/{spec.value_features} x{spec.cols} parts {spec.parts} {pages}"
+
+
+def fits(request: Request, config: GpuConfig) -> bool:
+    """Whether a multiprocessor has the shared memory for these sizes."""
+    if request.view.page_table is not None and _paging(request, config.tile) is not None:
+        return False
+    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= SHARED_BYTES
+
+
+def config_for(request: Request) -> GpuConfig:
+    """The sizes of the table, or by rule: as many tiles in flight as shared memory holds."""
+    if interpreted():
+        return GpuConfig(stages=2)
+    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    if found is not None and fits(request, found):
+        return found
+    spec = _spec(request, GpuConfig())
+    # Two programs of 256 threads share the registers as long as states and scores are small.
+    blocks = 2 if spec.cols * spec.parts * spec.padded <= 16 * 128 and spec.padded <= 128 else 1
+    choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
+    return next((c for c in choices if fits(request, c)), choices[-1])
+
+
+def _spec(request: Request, config: GpuConfig) -> Spec:
+    """All that is static."""
+    view = request.view
+    count = request.query.shape[1] * (request.query.shape[2] // view.num_kv_heads)
+    chunks, cols = _columns(count, view.value_head_dim)
+    wide, parts = _numbers(request)
+    names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
+    streams = []
+    for (role, name), x in zip(names, _stored(view), strict=True):
+        # Eight-bit floats are bits on CPUs, and in the interpreter.
+        narrow = isinstance(view.codec, Float8) and x.dtype == jnp.uint8
+        dtype = jnp.dtype(jnp.float8_e4m3fn if narrow else x.dtype)
+        streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
+    return Spec(
+        batch=request.query.shape[0],
+        heads=view.num_kv_heads * chunks,
+        chunks=chunks,
+        cols=cols,
+        per_head_positions=view.positions.shape[2] > 1,
+        key_features=view.key_head_dim,
+        value_features=view.value_head_dim,
+        streams=tuple(streams),
+        codec=view.codec,
+        wide=jnp.dtype(wide),
+        parts=parts,
+        factor=wide == jnp.float16 and request.query.dtype != jnp.float16,
+        mask=request.mask,
+        scale=request.scale,
+        softcap=request.softcap,
+        alibi=request.alibi_slopes is not None,
+        slots=-(-view.layout.num_slots // config.tile) * config.tile,
+        page_size=view.page_size if view.page_table is not None else 0,
+        want_scores=request.want_mass,
+        config=config,
+        programs=config.blocks_per_sm * (2 if interpreted() else _multiprocessors()),
+        interpreted=interpreted(),
+    )
+
+
+def _multiprocessors() -> int:
+    """Of the default device; of an H200 where there is no GPU, which is when kernels are compiled ahead of time."""
+    return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
+
+
+def _stored(view: View) -> list[Array]:
+    """The arrays of the cache without the axis of blocks, keys first."""
+    arrays = [*view.keys.values(), *view.values.values()]
+    return arrays if view.page_table is not None else [x[0] for x in arrays]
+
+
+def _array(x: Array, stream: Stream) -> Array:
+    """An array as it is handed to the kernel."""
+    if x.dtype != stream.dtype:
+        x = jax.lax.bitcast_convert_type(x, stream.dtype)
+    # Rows of scales have to begin at multiples of 16 bytes.
+    short = stream.tokens_last and x.shape[-1] * x.dtype.itemsize % 16
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 8))) if short else x
 
 
 def _columns(count: int, features: int) -> tuple[int, int]:
@@ -198,19 +246,19 @@ def _numbers(request: Request) -> tuple[Any, int]:
     return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(request.query.dtype, 1)
 
 
-def _split(query: Array, wide: Any, parts: int) -> tuple[Array, Array | None]:
+def _split(query: Array, spec: Spec) -> tuple[Array, Array | None]:
     """[parts, ...] that sum up to the query, and, if there is one, the factor [B, heads, cols] taken out of it."""
-    factor = None
-    if wide == jnp.float16 and query.dtype != jnp.float16:
+    factor, wide = None, spec.wide
+    if spec.factor:
         # float16 has neither the range of bfloat16 nor of float32. A power of two changes no digit.
         largest = jnp.max(jnp.abs(query.astype(jnp.float32)), axis=-1)
         exponent = jnp.clip(jnp.frexp(largest)[1] - FLOAT16_EXPONENT, -126, 127)
         factor = jnp.ldexp(jnp.float32(1), jnp.where(jnp.isfinite(largest) & (largest > 0), exponent, 0))
         query = query.astype(jnp.float32) / factor[..., None]
-    if parts == 1:
+    if spec.parts == 1:
         return query.astype(wide)[None], factor
     rest, found = query.astype(jnp.float32), []
-    for _ in range(parts):
+    for _ in range(spec.parts):
         # `reduce_precision` is never optimised away, two casts in a row may be.
         info = jnp.finfo(wide)
         piece = jax.lax.reduce_precision(rest, info.nexp, info.nmant)
@@ -219,20 +267,10 @@ def _split(query: Array, wide: Any, parts: int) -> tuple[Array, Array | None]:
     return jnp.stack(found), factor
 
 
-def _whole_tiles(positions: Array, tile: int) -> Array:
-    return jnp.pad(positions, ((0, 0), (0, 0), (0, -positions.shape[2] % tile)), constant_values=-1)
-
-
-def _aligned(x: Array, tile: int) -> Array:
-    """Scales [B, K, groups, S], whose rows have to begin at multiples of 16 bytes."""
-    if x.shape[-1] * x.dtype.itemsize % 16 == 0:
-        return x
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % tile)))
-
-
 def _sums(query: Array, spec: Spec) -> Array:
     """float32 [B, heads, groups, cols]: sums of the query over the groups of channels, to go with the minima."""
-    size = spec.codec.group_size
+    codec: Any = spec.codec
+    size = codec.group_size
     total = jnp.sum(query.astype(jnp.float32), axis=0)
     groups = math.ceil(spec.key_features / size)
     total = jnp.pad(total, ((0, 0), (0, 0), (0, 0), (0, groups * size - spec.key_features)))

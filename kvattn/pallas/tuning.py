@@ -1,10 +1,175 @@
-"""wip"""
+"""Sizes of kernels: what they are without tuning, measured tables, and how to measure one.
+
+Nothing is ever tuned by itself. A kernel takes, in this order: what `use` was given, the table that is shipped for
+the device kind (``tuned/``, from runs under ``benchmarks/results``), a rule that is good without measuring.
+"""
+
 import dataclasses
+import functools
+import importlib
+import importlib.resources
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.cache.base import Cache
+from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.masks import Mask
+from kvattn.request import Request
+
+
 @dataclasses.dataclass(frozen=True)
 class GpuConfig:
+    """Sizes of `"mosaic_gpu"`.
+
+    Args:
+        tile: tokens of one step of the computation, a multiple of 64.
+        stages: tiles in flight per program, >= 2.
+        blocks_per_sm: programs per multiprocessor.
+
+    Raises:
+        ConfigError: sizes out of range.
+    """
+
     tile: int = 64
     stages: int = 3
-    programs: int = 264
-def gpu_config(request):
-    from kvattn.pallas import interpreted
-    return GpuConfig(64, 2, 4) if interpreted() else GpuConfig()
+    blocks_per_sm: int = 2
+
+    def __post_init__(self):
+        if self.tile < 64 or self.tile % 64 or self.stages < 2 or self.blocks_per_sm < 1:
+            raise ConfigError(f"tile must be a multiple of 64, stages >= 2, blocks_per_sm >= 1; got {self}.")
+
+
+_USED: dict[str, GpuConfig] = {}
+
+
+def use(table: Mapping[str, GpuConfig] | str | os.PathLike | None) -> None:
+    """Takes sizes from a table from now on; what is compiled already keeps its own.
+
+    Args:
+        table: sizes by key as `tune` returns them, or the file that `save` wrote. None: forgets all.
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
+    if table is None:
+        _USED.clear()
+    else:
+        _USED.update(table if isinstance(table, Mapping) else _read(Path(table).read_text(), str(table)))
+
+
+def save(path: str | os.PathLike, table: Mapping[str, GpuConfig]) -> None:
+    """Writes a table for `use`, with the device and the version of JAX it was measured with."""
+    content = {
+        "device": jax.local_devices()[0].device_kind,
+        "jax": jax.__version__,
+        "sizes": {key: dataclasses.asdict(config) for key, config in sorted(table.items())},
+    }
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def lookup(key: str, device_kind: str) -> GpuConfig | None:
+    """What was measured for a key; None: nothing."""
+    return _USED.get(key) or _shipped(device_kind).get(key)
+
+
+@functools.cache
+def _shipped(device_kind: str) -> dict[str, GpuConfig]:
+    """The table in the package."""
+    name = re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
+    file = importlib.resources.files("kvattn.pallas") / "tuned" / name
+    return _read(file.read_text(), name) if file.is_file() else {}
+
+
+def _read(text: str, name: str) -> dict[str, GpuConfig]:
+    try:
+        return {key: GpuConfig(**sizes) for key, sizes in json.loads(text)["sizes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{name} is no table of sizes as kvattn.pallas.tuning.save writes it: {error}.") from error
+
+
+def tune(
+    query: Array,
+    cache: Cache,
+    *,
+    mask: Mask | None = None,
+    candidates: Sequence[GpuConfig] | None = None,
+    repeats: int = 20,
+    progress: Callable[[GpuConfig, float], None] | None = None,
+) -> tuple[dict[str, GpuConfig], dict[GpuConfig, float]]:
+    """Measures sizes for one decode step on this device. Takes seconds to a minute: each candidate is compiled.
+
+    Args:
+        query: [B, T, N, H], the new tokens, which are the last ones of the cache.
+        cache: `kvattn.KVCache` or `PagedKVCache`, filled as it will be: larger than the device's own caches.
+        mask: who attends to whom. None: causal.
+        candidates: what to try. None: all that fit.
+        repeats: calls per measurement; the median of five measurements counts.
+        progress: called with each candidate and its seconds per call.
+
+    Returns:
+        the table with the fastest, for `use` and `save`; seconds per call of each candidate that ran.
+
+    Raises:
+        UnsupportedError: there is no kernel to tune for this call on this device.
+        ConfigError: no candidate ran.
+    """
+    kernel = importlib.import_module("kvattn.pallas.gpu_decode")  # which itself asks for sizes here
+    positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    request = Request(query, positions, cache.view(), None, mask=mask or Mask(), scale=query.shape[-1] ** -0.5)
+    if jax.default_backend() != "gpu":
+        raise UnsupportedError(f"sizes are measured on GPUs; the default backend here is {jax.default_backend()!r}.")
+    if (reason := kernel.unsupported(request)) is not None:
+        raise UnsupportedError(f"'mosaic_gpu': {reason}.")
+    if candidates is None:
+        candidates = [c for c in CANDIDATES if kernel.fits(request, c)]
+    return measure(
+        lambda config, r: kernel.attend(r, config)[0], kernel.key(request), candidates, request, repeats, progress
+    )
+
+
+CANDIDATES = tuple(
+    GpuConfig(tile, stages, blocks) for tile in (64, 128) for blocks in (1, 2, 3) for stages in (2, 3, 4, 6)
+)
+"""What `tune` tries."""
+
+
+def measure(
+    attend: Callable[[GpuConfig, Request], Any],
+    key: str,
+    candidates: Sequence[GpuConfig],
+    request: Request,
+    repeats: int,
+    progress: Callable[[GpuConfig, float], None] | None,
+) -> tuple[dict[str, GpuConfig], dict[GpuConfig, float]]:
+    """What `tune` does, with a kernel of one's own."""
+    seconds: dict[GpuConfig, float] = {}
+    reasons = []
+    for config in candidates:
+        step = jax.jit(functools.partial(attend, config))
+        try:
+            jax.block_until_ready(step(request))
+        except Exception as error:  # compilers refuse sizes in many ways
+            reasons.append(f"{config}: {error}")
+            continue
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            results = [step(request) for _ in range(repeats)]
+            jax.block_until_ready(results)
+            times.append((time.perf_counter() - start) / repeats)
+        seconds[config] = statistics.median(times)
+        if progress is not None:
+            progress(config, seconds[config])
+    if not seconds:
+        raise ConfigError(f"none of {len(candidates)} candidates ran; the first said: {reasons[:1]}.")
+    return {key: min(seconds, key=lambda config: seconds[config])}, seconds

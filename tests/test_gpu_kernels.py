@@ -1,0 +1,426 @@
+"""`"mosaic_gpu"` in JAX's GPU interpreter: right values, nothing read that was not written, no races.
+
+Memory that nobody wrote holds NaN there, and so does every unused slot, page and scale here.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import BF16, F16, F32, B, filled, honest, made, narrow, request_for, truth, worst
+from oracles import assert_accurate, assert_lse, assert_same_bits
+
+import kvattn
+import kvattn.pallas
+from kvattn import errors
+from kvattn.attend import api
+from kvattn.cache import Layout
+from kvattn.masks import Mask
+from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, shares, tuning
+
+
+@pytest.fixture(autouse=True)
+def interpreted(capsys):
+    with kvattn.pallas.interpret():
+        yield
+    # Older versions of JAX print a race, newer ones raise.
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+def eights(slots):
+    return -(-slots // 8) * 8
+
+
+def check(request, wide=None):
+    """The error rule against float64, the logarithm, and that the reference agrees on the mass.
+
+    Narrow queries are measured by attention in `wide`; None: in the dtype that the kernel multiplies in.
+    """
+    assert gpu_decode.unsupported(request) is None
+    # Compiled anew: a fault may be planted.
+    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r))(request)
+    exact, exact_lse = truth(request)
+    if request.query.dtype == F32:
+        low, expected_mass = honest(request)
+        # The mean is a matter of the order of sums, which products of two shapes do not share on CPUs.
+        assert_accurate(out, exact, low, mean=2)
+    else:
+        expected_mass = api.attend(request, "reference")[2]
+        assert_accurate(out, exact, narrow(request, wide or gpu_decode._numbers(request)[0]), mean=2)
+    assert_lse(lse, exact_lse)
+    empty = np.isneginf(exact_lse)
+    assert (np.asarray(out)[empty] == 0).all() and np.isneginf(np.asarray(lse)[empty]).all()
+    if request.want_mass:
+        np.testing.assert_allclose(mass, expected_mass, atol=1e-5)
+
+
+SHAPES = {
+    "GQA": (200, 8, 2, 128),
+    "MHA": (130, 4, 4, 64),
+    "MQA of 71 heads": (150, 71, 1, 64),
+    "heads of 80": (72, 4, 2, 80),
+    "heads of 96": (72, 4, 2, 96),
+    "heads of 112": (72, 4, 2, 112),
+    "heads of 256": (136, 2, 1, 256),
+    "one slot": (1, 4, 2, 128),
+}
+STORES = {
+    "bfloat16": {"dtype": BF16},
+    "float16": {"dtype": F16},
+    "Int8": {"dtype": BF16, "codec": kvattn.Int8()},
+    "Float8": {"dtype": BF16, "codec": kvattn.Float8()},
+    "Int4": {"dtype": BF16, "codec": kvattn.Int4(64)},
+    "Int4, groups of 32": {"dtype": BF16, "codec": kvattn.Int4(32)},
+}
+RULES = {
+    "plain": {},
+    "window": {"mask": Mask(window=50)},
+    "window and sinks": {"mask": Mask(window=20, num_sinks=3)},
+    "a part": {"mask": Mask(begin=4, end=180)},
+    "softcap": {"softcap": 2.0},
+    "slopes": {"alibi_slopes": True},
+    "mass": {"want_mass": True},
+}
+QUERIES = {"bfloat16": BF16, "float16": F16, "float32": F32}
+QUICK = {
+    *((shape, "bfloat16", "plain", 0, "bfloat16", 1) for shape in SHAPES),
+    *(("GQA", store, "plain", 0, "float32", 1) for store in STORES if store != "bfloat16"),
+    *(("GQA", "bfloat16", rule, 16, "float32", 3) for rule in RULES if rule != "plain"),
+    ("GQA", "Int8", "mass", 32, "float16", 2),
+    ("GQA", "Int4", "window and sinks", 64, "bfloat16", 8),
+    ("GQA", "float16", "plain", 128, "float16", 1),
+    ("heads of 96", "Int4, groups of 32", "plain", 0, "float32", 1),
+    ("heads of 80", "Int8", "plain", 0, "bfloat16", 1),
+    ("MQA of 71 heads", "Float8", "mass", 0, "float16", 2),
+}
+
+
+def grid():
+    pages, rest = (0, 8, 16, 32, 64, 128), []
+    for case in itertools.product(SHAPES, STORES, RULES, pages, QUERIES, (1, 3)):
+        shape, store, _, page_size, _, _ = case
+        least = {"Int8": 32, "Float8": 32}.get(store, 64 if store.startswith("Int4") else 8)
+        step = 32 if store == "Int4, groups of 32" else 64
+        if (page_size and page_size < least) or (store.startswith("Int4") and SHAPES[shape][3] % step):
+            continue
+        if case not in QUICK:
+            rest.append(case)
+    # All 8,000 take hours; neighbours differ in one option, so every 37th meets all pairs of options.
+    for case in rest[::37]:
+        yield pytest.param(*case, marks=pytest.mark.slow, id="-".join(map(str, case)))
+    for case in sorted(QUICK):
+        yield pytest.param(*case, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize(("shape", "store", "rule", "page_size", "query", "new"), list(grid()))
+def test_values(shape, store, rule, page_size, query, new):
+    """One full row, one empty row, one in between; NaN wherever there is no token."""
+    slots, num_heads, heads, size = SHAPES[shape]
+    rows = None if page_size else eights(slots)
+    cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, page_size=page_size, rows=rows, **STORES[store])
+    rules = dict(RULES[rule])
+    if "alibi_slopes" in rules:
+        rules["alibi_slopes"] = kvattn.alibi_slopes(num_heads)
+    check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules))
+
+
+@pytest.mark.parametrize("query", [F32, BF16], ids=["float32", "bfloat16"])
+def test_large_and_small_numbers_in_float16(query):
+    """Products in float16 take queries and scales from far outside its range."""
+    for factor in (1e-9, 1e9):
+        cache = filled([90, 3, 64], 96, 1, 64, dtype=F32, codec=kvattn.Float8())
+        cache = cache.replace(values={**cache.values, "scale": cache.values["scale"] * factor})
+        request = request_for(cache, 2, dtype=query)
+        request = dataclasses.replace(request, query=request.query * jnp.asarray(factor, query), scale=1 / factor)
+        check(request, BF16)
+
+
+@pytest.mark.parametrize("page_size", [0, 64])
+@pytest.mark.parametrize("codec", [None, kvattn.Int8(), kvattn.Int4()], ids=str)
+def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
+    outs = []
+    for fill in (jnp.zeros_like, worst):
+        cache = filled(
+            [100, 0, 33], 136, 2, 64 if codec is None else 128, codec=codec, dtype=BF16, page_size=page_size, fill=fill
+        )
+        outs.append(jax.jit(gpu_decode.attend)(request_for(cache, 4, dtype=BF16))[:2])
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b, "output")
+
+
+POLICIES = {
+    "Full": kvattn.Full(),
+    "SlidingWindow": kvattn.SlidingWindow(6),
+    "StreamingLLM": kvattn.StreamingLLM(2, 5),
+    "H2O": kvattn.H2O(4, 3),
+    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow) for n in POLICIES]
+)
+def test_every_policy_through_the_step(name, monkeypatch):
+    """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
+    # Caches and chunks lie as on a GPU.
+    best = Layout.best.__func__
+    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, size, _=None: best(cls, slots, size, "gpu")))
+    policy, rng = POLICIES[name], np.random.default_rng(3)
+    capacity = 20 if name == "Full" else None
+    make = lambda: kvattn.KVCache.create(B, 2, 64, capacity=capacity, policy=policy, dtype=BF16)
+    steps = {
+        i: jax.jit(lambda *new, i=i: kvattn.cached_attention(*new, implementation=i, rope=kvattn.RoPE(64)))
+        for i in ("mosaic_gpu", "reference")
+    }
+    caches = {i: make() for i in steps}
+    for length in (8, 1, 1):
+        query = jnp.asarray(rng.normal(size=(B, length, 4, 64)), F32)
+        new = [jnp.asarray(rng.normal(size=(B, length, 2, 64)), BF16) for _ in range(2)]
+        outs = {}
+        for i, cache in caches.items():
+            outs[i], caches[i] = steps[i](query, *new, cache)
+        np.testing.assert_allclose(*outs.values(), atol=1e-5)
+        np.testing.assert_array_equal(*(cache.positions for cache in caches.values()))
+
+
+def test_arrays():
+    """`decode_attention` and `paged_decode_attention`: lengths per head, log-sum-exp, sinks."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(B, 4, 64)), F32)
+    k, v = (jnp.asarray(rng.normal(size=(B, 2, 48, 64)), BF16) for _ in range(2))
+    lengths = np.array([[48, 3], [0, 20], [17, 48]])
+    rules = {"window": 16, "sinks": jnp.asarray([0.5, -1.0, 0.0, 2.0]), "softcap": 4.0, "return_lse": True}
+    results = [
+        kvattn.pallas.decode_attention(q, k, v, lengths, **rules, implementation=i) for i in ("mosaic_gpu", "reference")
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=4e-6)
+    pools = [x.reshape(B, 2, 6, 8, 64).transpose(1, 0, 2, 3, 4).reshape(2, B * 6, 8, 64) for x in (k, v)]
+    table = np.arange(B * 6).reshape(B, 6)
+    paged = kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules, implementation="mosaic_gpu")
+    for a, b in zip(paged, results[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_a_page_that_is_not_there():
+    """Under jit such a row is empty, and the others are what they are."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(B, 2, 64)), BF16)
+    pools = [jnp.asarray(rng.normal(size=(1, 6, 16, 64)), BF16) for _ in range(2)]
+    attend = jax.jit(lambda *a: kvattn.pallas.paged_decode_attention(*a, return_lse=True, implementation="mosaic_gpu"))
+    lengths = jnp.asarray([20, 20, 20], jnp.int32)
+    good = attend(q, *pools, lengths, jnp.asarray([[0, 1], [2, 3], [4, 5]], jnp.int32))
+    for page in (-1, 6, 2**30):
+        out, lse = attend(q, *pools, lengths, jnp.asarray([[0, 1], [2, page], [4, 5]], jnp.int32))
+        assert (np.asarray(out)[1] == 0).all() and np.isneginf(np.asarray(lse)[1]).all()
+        for row in (0, 2):
+            assert_same_bits(out[row], good[0][row])
+
+
+def shared_out(lengths, slots, heads, programs, mask=None):
+    """Who reads what, as the kernel finds out: {(program, head, row): tiles}, and the states of every segment."""
+    cache = filled(lengths, slots, 1, 64, dtype=BF16)
+    request = request_for(cache, 1, dtype=BF16, mask=mask)
+    positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
+    positions = jnp.pad(positions, ((0, 0), (0, 0), (0, -slots % 64)), constant_values=-1)
+    rows = shares.survey(request, positions, 64)
+    index = jnp.arange(rows.count.shape[0], dtype=jnp.int32)
+    counts = shares.Counts(rows.count, index, B, heads, programs)
+    read, states = {}, {}
+    for program in range(programs):
+        first, start, last, stop = (int(x) for x in counts.of_program(jnp.int32(program)))
+        for segment in range(first, last + 1):
+            row = segment % B
+            begin, end = (start if segment == first else 0), (stop if segment == last else int(rows.count[row]))
+            hole, after = int(rows.hole[row]), int(rows.after[row])
+            tiles = [j if j < hole else after + j - hole for j in range(begin, end)]
+            if tiles:
+                read[program, segment // B, row] = tiles
+    for head, row in itertools.product(range(heads), range(B)):
+        first, count = (int(x) for x in counts.of_segment(jnp.int32(row), jnp.int32(head)))
+        states[head, row] = list(range(first, first + count))
+    return read, states
+
+
+@pytest.mark.parametrize("programs", [1, 4, 7, 50])
+@pytest.mark.parametrize("lengths", [[640, 0, 65], [0, 0, 0], [0, 1, 700], [700, 700, 700]])
+def test_work_is_shared_out_evenly(lengths, programs):
+    """Every needed tile is read once, no program reads more than its share, and the merge finds all states."""
+    heads = 3
+    read, states = shared_out(lengths, 704, heads, programs)
+    needed = {(h, r, t) for h in range(heads) for r in range(B) for t in range(-(-lengths[r] // 64))}
+    found = [(h, r, t) for (_, h, r), tiles in read.items() for t in tiles]
+    assert sorted(found) == sorted(needed)
+    per_program = [sum(len(t) for (p, _, _), t in read.items() if p == program) for program in range(programs)]
+    assert max(per_program) <= -(-len(needed) // programs)
+    for (head, row), programs_of in states.items():
+        assert programs_of == sorted(p for p, h, r in read if (h, r) == (head, row))
+
+
+def test_a_window_costs_a_window():
+    read, _ = shared_out([700, 0, 65], 704, 1, 1, Mask(window=100, num_sinks=1))
+    assert read == {(0, 0, 0): [0, 9, 10], (0, 0, 2): [0, 1]}
+
+
+def test_lengths_are_no_new_program():
+    traces = []
+
+    @jax.jit
+    def attend(request):
+        traces.append(1)
+        return gpu_decode.attend(request)
+
+    for lengths in ([10, 0, 72], [72, 72, 72], [0, 0, 0]):
+        attend(request_for(filled(lengths, 72, 1, 64, dtype=BF16), 2, dtype=BF16))
+    assert len(traces) == 1
+
+
+def test_what_it_does_not_do_is_said():
+    for cache, settings, why in (
+        (made(16, 2, 64, dtype=BF16), {"new": 9}, "up to 8 new tokens"),
+        (made(16, 2, 64), {}, "float32"),
+        (made(16, 2, 64, dtype=BF16), {"key_rope": kvattn.RoPE(64)}, "rotate"),
+        (made(16, 2, 72, dtype=BF16), {}, "multiples of 16"),
+        (made(16, 2, 32, dtype=BF16), {}, "from 64 to 256"),
+        (made(16, 2, 272, dtype=BF16), {}, "from 64 to 256"),
+        (made(12, 2, 64, dtype=BF16), {}, "no multiple of 8"),
+        (made(128, 2, 128, codec=kvattn.KIVI()), {}, "KIVI"),
+        (made(16, 2, 128, codec=kvattn.Int4(24)), {}, "groups of 24"),
+        (made(16, 2, 64, dtype=BF16, page_size=4), {}, "pages must have"),
+        (made(96, 2, 64, dtype=BF16, page_size=48), {}, "pages must have"),
+        (made(16, 2, 64, codec=kvattn.Int8(), page_size=16), {}, "pages of 32 slots"),
+        (made(64, 2, 128, codec=kvattn.Int4(), page_size=32), {}, "pages of 64 slots"),
+    ):
+        request = request_for(cache, 4, dtype=BF16, **settings)
+        assert why in gpu_decode.unsupported(request)
+        with pytest.raises(errors.UnsupportedError, match="mosaic_gpu"):
+            api.attend(request, "mosaic_gpu")
+        api.attend(request, ("mosaic_gpu", "xla"))
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_other_gpus_fall_back(capability, monkeypatch):
+    """What is not Hopper is refused by name when asked for, and passed over when not."""
+    device = type("Device", (), {"compute_capability": capability})()
+    monkeypatch.setattr(gpu_decode.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
+    assert capability in gpu_decode.unsupported(request)
+    with pytest.raises(errors.UnsupportedError, match="wgmma"):
+        api.attend(request, "mosaic_gpu")
+    api.attend(request, ("mosaic_gpu", "xla"))
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes(tmp_path, monkeypatch):
+    """By rule all fits; a table is taken where there is one; files are read back; nonsense is refused."""
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
+        request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
+        assert gpu_decode.fits(request, gpu_decode.config_for(request))
+    request = request_for(made(64, 1, 128, dtype=BF16), 8, dtype=BF16)
+    table, seconds = tuning.measure(
+        lambda config, r: jnp.zeros(()) if config.stages == 2 else 1 / 0,
+        gpu_decode.key(request),
+        [tuning.GpuConfig(64, 2), tuning.GpuConfig(64, 4)],
+        request,
+        2,
+        None,
+    )
+    assert list(seconds) == [tuning.GpuConfig(64, 2)]
+    assert table == {gpu_decode.key(request): tuning.GpuConfig(64, 2)}
+    tuning.save(tmp_path / "table.json", table)
+    tuning.use(tmp_path / "table.json")
+    try:
+        assert gpu_decode.config_for(request) == tuning.GpuConfig(64, 2)
+    finally:
+        tuning.use(None)
+    assert gpu_decode.config_for(request) != tuning.GpuConfig(64, 2)
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(errors.ConfigError, match=r"table.json"):
+        tuning.use(tmp_path / "table.json")
+    for sizes in ((32, 2, 1), (64, 1, 1), (64, 2, 0)):
+        with pytest.raises(errors.ConfigError, match="multiple of 64"):
+            tuning.GpuConfig(*sizes)
+    with pytest.raises(errors.ConfigError, match="none of 1"):
+        tuning.measure(lambda *_: 1 / 0, "", [tuning.GpuConfig()], request, 2, None)
+    with pytest.raises(errors.UnsupportedError, match="measured on GPUs"):
+        tuning.tune(request.query, made(64, 1, 128, dtype=BF16))
+
+
+def test_tiles_of_128():
+    cache = filled([200, 0, 70], 200, 2, 64, dtype=BF16)
+    request = request_for(cache, 4, dtype=F32)
+    outs = [jax.jit(lambda r, c=c: gpu_decode.attend(r, c)[0])(request) for c in (tuning.GpuConfig(128, 2, 1), None)]
+    np.testing.assert_allclose(*outs, atol=2e-6)
+
+
+# Planted faults -------------------------------------------------------------------------------------------------------
+
+
+class Ignored:
+    """A barrier that nobody waits for."""
+
+    def __init__(self, barrier):
+        self.barrier, self.at = barrier, self
+
+    def __getitem__(self, _):
+        return self
+
+
+@pytest.mark.parametrize(("role", "barrier"), [("compute", "full"), ("fetch", "free"), ("fetch", "shared_out")])
+def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
+    """Without a wait one warpgroup overtakes the other: the interpreter sees a race or a barrier out of step."""
+    original, wait, arrive = getattr(gpu_body, role), plgpu.barrier_wait, plgpu.barrier_arrive
+
+    def faulty(spec, memory, shared, *rest):
+        return original(spec, memory, {**shared, barrier: Ignored(shared[barrier])}, *rest)
+
+    monkeypatch.setattr(gpu_body, role, faulty)
+    monkeypatch.setattr(plgpu, "barrier_wait", lambda ref: None if isinstance(ref, Ignored) else wait(ref))
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", copying(plgpu.copy_gmem_to_smem))
+    monkeypatch.setattr(plgpu, "barrier_arrive", lambda ref: arrive(ref.barrier if isinstance(ref, Ignored) else ref))
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
+        check(request_for(filled([700, 0, 301], 704, 1, 64, dtype=BF16), 2, dtype=BF16))
+        assert "RACE DETECTED" not in capsys.readouterr().out
+    capsys.readouterr()
+
+
+def copying(copy):
+    return lambda source, target, full: copy(source, target, full)
+
+
+def test_planted_faults(monkeypatch):
+    """A tile said to be whole lets NaN in; a lost tile, a lost state and a wrong split are seen."""
+    cache = filled([200, 0, 101], 200, 2, 64, dtype=BF16)
+    request = request_for(cache, 4, dtype=F32)
+    survey, of_segment = shares.survey, shares.Counts.of_segment
+
+    def rows_with(**changes):
+        def faulty(*args):
+            rows = survey(*args)
+            return dataclasses.replace(rows, **{n: f(getattr(rows, n)) for n, f in changes.items()})
+
+        return faulty
+
+    def lost_state(self, *args):
+        first, count = of_segment(self, *args)
+        return first, count - 1
+
+    for target, name, fault in (
+        (gpu_decode, "survey", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
+        (gpu_decode, "survey", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
+        (gpu_merge.Counts, "of_segment", lost_state),
+        (gpu_body, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fault)
+            with pytest.raises(AssertionError):
+                check(request)
+    check(request)
