@@ -37,12 +37,14 @@ class InPlace:
         last = transposed or tpu_read.tokens_last(array.shape[-1])
         if not _takes(self.store, array, x, transposed):
             return self.store.write(array, slots, x, transposed)
-        run = _in_pages if isinstance(self.store, Pages) else _in_rows
-
         def kernel(array, x):
             turned = last and not transposed
             lying = array.swapaxes(-1, -2) if turned else array
-            new = run(self.store, lying, slots, (x.swapaxes(-1, -2) if last else x).astype(array.dtype), last)
+            token = (x.swapaxes(-1, -2) if last else x).astype(array.dtype)
+            if isinstance(self.store, Pages):
+                new = _in_pages(self.store, lying, slots, token, last)
+            else:
+                new = _in_rows(lying, slots, token, last)
             return new.swapaxes(-1, -2) if turned else new
 
         if not jnp.issubdtype(array.dtype, jnp.inexact):
@@ -70,9 +72,8 @@ def _takes(store: Layout | Pages, array: Array, x: Array, transposed: bool) -> b
     return tokens % tpu_read.LANES == 0 and (transposed or features % tpu_read.SUBLANES == 0)
 
 
-def _in_rows(store: Layout, array: Array, slots: Array, x: Array, last: bool) -> Array:
+def _in_rows(array: Array, slots: Array, x: Array, last: bool) -> Array:
     """A contiguous array [1, B, K, R, F], or [1, B, K, F, R] if last."""
-    del store
     _, batch, heads, *tail = array.shape
     slots = slots.reshape(batch, -1)  # [B, 1 or K]
     steps, each = slots.size, heads // slots.shape[1]

@@ -95,6 +95,9 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
             if not last and tpu_read.tokens_last(x.shape[-1]):
                 # As it lies already: no copy.
                 x, last = x.swapaxes(-1, -2), True
+            if not interpreted():
+                # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
+                x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
             stores.extend((x, part, last) for part in range(per_tile))
     by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
     kv_heads = positions.shape[1]

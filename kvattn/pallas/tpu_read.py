@@ -89,7 +89,7 @@ class Store:
     def scores(self, query: Array, k: int, scale: float) -> Array:
         """float32 [M, R]: scale * query [M, H] times the keys of head k."""
         if isinstance(self.codec, Int4):
-            return self._grouped_scores(query, k, scale)
+            return self._grouped_scores(self.codec, query, k, scale)
         scores = self._product(query, self._data(k).astype(self.wide), along_tokens=False)
         return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
 
@@ -102,7 +102,7 @@ class Store:
             filled: bool [1, R], the slots that hold something; None: all do.
         """
         if isinstance(self.codec, Int4):
-            return self._grouped_mix(probs, k, filled)
+            return self._grouped_mix(self.codec, probs, k, filled)
         if "scale" in self.parts:
             factor = self._row("scale", k)
             probs = probs * (factor if filled is None else jnp.where(filled, factor, 0.0))
@@ -132,11 +132,11 @@ class Store:
 
     # Four bits.
 
-    def _groups(self, k: int) -> list[tuple[int, int, Array, Array, Array]]:
+    def _groups(self, codec: Int4, k: int) -> list[tuple[int, int, Array, Array, Array]]:
         """Of each group: its channels (first, end), their codes + offset [channels, R], scale and minimum [1, R]."""
         words = [self._words(part, k) for part in self.parts["data"]]
         step, low = tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
-        width, size = self.head_dim // 2, self.codec.group_size
+        width, size = self.head_dim // 2, codec.group_size
         codes: dict[int, list[Array]] = {}
         for plane, group, first, end in segments(self.head_dim, BITS, size):
             at = slice((first - plane * width) // 4, (end - plane * width) // 4)
@@ -160,20 +160,20 @@ class Store:
         """uint32 [F / 4, R] of bytes [F, R]: four neighbouring rows to a word, the first lowest."""
         return pltpu.bitcast(part[0, 0, k] if len(part.shape) == 5 else part[k, 0], jnp.uint32)
 
-    def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
+    def _grouped_scores(self, codec: Int4, query: Array, k: int, scale: float) -> Array:
         """Per group: scale * (query . codes) + minimum * sum(query)."""
         total: Any = 0
-        for first, end, codes, step, low in self._groups(k):
+        for first, end, codes, step, low in self._groups(codec, k):
             rows = query[:, first:end]
             mean = jnp.sum(rows.astype(jnp.float32), axis=1, keepdims=True)
             product = self._product(rows, codes, along_tokens=False)
             total = total + product * (step * scale) + mean * ((low - self._offset * step) * scale)
         return total
 
-    def _grouped_mix(self, probs: Array, k: int, filled: Array | None) -> Array:
+    def _grouped_mix(self, codec: Int4, probs: Array, k: int, filled: Array | None) -> Array:
         """Per group: (probs * scale) . codes + probs . minimum."""
         parts = []
-        for _, _, codes, step, low in self._groups(k):
+        for _, _, codes, step, low in self._groups(codec, k):
             if filled is not None:
                 step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
             weights = (probs * step).astype(self.wide)
