@@ -21,6 +21,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tpu_bundles
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -60,6 +61,7 @@ CASES = {
     "GQA 32/8, Int8": Case(codec=kvattn.Int8()),
     "GQA 32/8, Float8": Case(codec=kvattn.Float8()),
     "GQA 32/8, pages of 16": Case(page_size=16),
+    "GQA 32/8, pages of 64": Case(page_size=64),
     "GQA 32/8, pages of 64, Int8": Case(page_size=64, codec=kvattn.Int8()),
     "GQA 32/8, float32": Case(dtype=jnp.float32),
     "GQA 32/8, 4 tokens, window, sinks": Case(new=4, mask=Mask(window=1000, num_sinks=4)),
@@ -83,6 +85,14 @@ CASES = {
     "heads of 192, Int4(64), float32": Case(codec=kvattn.Int4(64), size=192, dtype=jnp.float32),
     "1000 slots": Case(slots=1000),
 }
+
+
+def first_device(target: str) -> Any:
+    """A device to compile for; there need be none."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3"}
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices[0]
 
 
 def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
@@ -139,6 +149,11 @@ def attend(device: Any, case: Case) -> tuple[Any, int]:
         return jax.jit(step).lower(query, cache).compile(), cache.nbytes
 
 
+def tile_rows(device: Any, case: Case) -> int:
+    """Slots of a tile of the kernel."""
+    return tpu_decode.rows_of(jax.eval_shape(lambda cache: cache.view(), arguments(device, case)[2]))
+
+
 def append(device: Any, case: Case) -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
@@ -161,17 +176,37 @@ def needs(program: Any, case: Case) -> list[str]:
     return [f"{temporary / 2**10:.0f}", str(large_copies(program.as_text(), numbers // 2))]
 
 
+def print_bundles(console: Console, target: str) -> bool:
+    """Prints what `tpu_bundles` counts, and whether ours goes below JAX's and below the time of the copy."""
+    try:
+        results = tpu_bundles.measured(target)
+    except tpu_bundles.UnreadableError as error:
+        console.print(f"{target}: the schedules could not be read: {error}")
+        return False
+    bandwidth, clock = tpu_bundles.TARGETS[target]
+    table = Table(title=f"{target}: bundles of a whole tile", title_justify="left")
+    for name in ("case", "KiB of K and V", "bundles", "bundles per KiB", "cycles of the copy"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    well, best = True, min(results[name]["bundles"] / results[name]["bytes"] for name in tpu_bundles.JAXS)
+    for name, result in results.items():
+        bundles, size = result["bundles"], result["bytes"]
+        copy = size / bandwidth * clock
+        good = name in tpu_bundles.JAXS or (bundles <= copy and bundles / size <= best)
+        well &= good
+        figures = (f"{size / 2**10:,.0f}", f"{bundles:,}", f"{bundles / size * 2**10:.2f}", f"{copy:,.0f}")
+        table.add_row(name if good else f"{name} (!)", *figures)
+    console.print(table)
+    return well
+
+
 def main() -> int:
     """Compiles all, prints, says whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES))
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3"}
     console, failures = Console(highlight=False, width=110), 0
     for target in args.targets:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices[0]
+        device = first_device(target)
         table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
         columns = ("case", "cache MiB", "temporary KiB", "copies", "step: temporary KiB", "copies", "not in place KiB")
         for name in columns:
@@ -191,6 +226,8 @@ def main() -> int:
             failures += not well
             table.add_row(name if well else f"{name} (!)", *row)
         console.print(table)
+    for target in (t for t in args.targets if t in tpu_bundles.TARGETS):
+        failures += not print_bundles(console, target)
     console.print("all well" if not failures else f"{failures} failed")
     return failures > 0
 

@@ -37,6 +37,7 @@ class InPlace:
         last = transposed or tpu_read.tokens_last(array.shape[-1])
         if not _takes(self.store, array, x, transposed):
             return self.store.write(array, slots, x, transposed)
+
         def kernel(array, x):
             turned = last and not transposed
             lying = array.swapaxes(-1, -2) if turned else array

@@ -48,7 +48,7 @@ def unsupported(request: Request) -> str | None:
         reason = tpu_read.refuses(view.codec, head_dim, store["data"], store["data"].shape[-2])
         if reason is not None:
             return reason
-    rows = _rows(view)
+    rows = rows_of(view)
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
     entries = view.positions.shape[1] * -(-view.layout.num_slots // rows)
@@ -62,7 +62,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view, mask = request.view, request.mask
     batch, length = request.query.shape[:2]
-    heads, rows = view.num_kv_heads, _rows(view)
+    heads, rows = view.num_kv_heads, rows_of(view)
     query = grouped(request.query, heads)
     group = query.shape[2]
     dtypes = (request.query.dtype, view.keys["data"].dtype)
@@ -172,7 +172,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
 
 
-def _rows(view: Any) -> int:
+def rows_of(view: Any) -> int:
     """Slots per tile: about TILE_BYTES of keys, a multiple of what lies in a register, whole pages."""
     slots = _tokens(view)
     data = view.keys["data"]
