@@ -17,7 +17,7 @@ from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.pallas import interpreted, tpu_read
-from kvattn.pallas.tpu_decode import INTERPRETER
+from kvattn.pallas.tpu_decode import INTERPRETER, ORDER
 
 ROWS = (32, 16, 8)
 """Tokens fetched with one, where features fill the lanes: as many as the narrowest type has in a register, or fewer."""
@@ -129,7 +129,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
         ),
         out_shape=jax.ShapeDtypeStruct(array.shape, array.dtype),
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=ORDER,
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)

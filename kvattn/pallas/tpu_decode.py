@@ -19,10 +19,12 @@ from kvattn.codecs import Float8, Int4, Int8, Plain
 from kvattn.pallas import interpreted, tiles, tpu_read
 from kvattn.request import Request, grouped, ungrouped
 
-TILE_BYTES = 1 << 20
+TILE_BYTES = 1 << 21
 """Keys of one tile, all heads. Two tiles of keys and two of values are in VMEM at a time."""
 MOST_ROWS = 512
 MOST_TOKENS = 8
+ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
+"""One tile after the other, by one core: a row's state goes from tile to tile."""
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
@@ -145,7 +147,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(chosen.count[0],),
+            grid=_grid(chosen),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=[
@@ -155,7 +157,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
             ],
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=ORDER,
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
@@ -170,6 +172,11 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
     probs = jnp.where(seen, jnp.exp(scores[:, :, :count] - by_head), 0)
     return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+
+
+def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
+    """As many steps as there are tiles to read, known on the device only."""
+    return (chosen.count[0],)
 
 
 def rows_of(view: Any) -> int:
