@@ -215,12 +215,12 @@ def main() -> int:
             try:
                 program, size = attend(device, case)
                 row = [f"{size / 2**20:.0f}", *needs(program, case)]
-                well = row[2] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 8
+                well = row[2] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4
                 if case.new == 1 and not case.mass:
                     program = append(device, case)
                     moved = size - program.memory_analysis().alias_size_in_bytes
                     row += [*needs(program, case), f"{max(moved, 0) / 2**10:.0f}"]
-                    well &= row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 8 and moved <= 0
+                    well &= row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4 and moved <= 0
             except Exception as error:  # whatever the compiler says is the answer
                 well, row = False, ["", "", f"failed: {str(error).splitlines()[0][:60]}"]
             failures += not well

@@ -119,6 +119,11 @@ def _block(tail: list[int], last: bool) -> tuple[int, tuple[int, int]]:
 
 def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec, last: bool) -> Array:
     """Puts token i of x [steps, K, 1, F] ([steps, K, F, 1] if last) into the block that the scalars name."""
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    if not interpreted():
+        # Otherwise XLA moves what fits there into VMEM as a whole, and back again.
+        array = pltpu.with_memory_space_constraint(array, pltpu.MemorySpace.HBM)
+        shape = pltpu.MemorySpace.HBM(array.shape, array.dtype)
     return pl.pallas_call(
         functools.partial(_body, axis=-1 if last else -2),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -127,7 +132,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
             in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda i, *_: (i, 0, 0, 0)), spec],
             out_specs=spec,
         ),
-        out_shape=jax.ShapeDtypeStruct(array.shape, array.dtype),
+        out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
         compiler_params=ORDER,
         interpret=INTERPRETER if interpreted() else False,

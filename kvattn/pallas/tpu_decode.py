@@ -72,8 +72,8 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
     count = group * length
     padded = -(-count // 16) * 16
-    query = tpu_read.ordered(query.reshape(batch, heads, count, -1), view.codec)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, padded - count), (0, 0)))
+    query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
+    query = tpu_read.spread(query, view.codec)
     at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
     at = jnp.pad(at, ((0, 0), (0, padded - count)), constant_values=-1)
 
@@ -104,7 +104,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
     kv_heads = positions.shape[1]
     in_specs = [
-        by_row(heads, padded, query.shape[-1]),
+        by_row(*query.shape[1:]),
         by_row(padded, 1),
         pl.BlockSpec((1, kv_heads, rows), lambda i, n, row, tile, *_: (row[i], 0, tile[i])),
         *(_page_spec(x, part, per_tile) if paged else _store_spec(x, rows, last) for x, part, last in stores),

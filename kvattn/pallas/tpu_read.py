@@ -11,18 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
 from kvattn.codecs import Codec, Float8, Int4
 from kvattn.codecs.float8 import widen
-from kvattn.codecs.grouped import segments
-from kvattn.codecs.int4 import BITS
+from kvattn.codecs.grouped import num_groups
 from kvattn.pallas import tpu_bits
 
 LANES, SUBLANES = 128, 8
-RUN = 32
-"""Channels of an `Int4` group come in runs of as many as four-bit numbers lie in one row of registers."""
+MOST_GROUPS = 8
+"""Of `Int4` per token and head; each takes rows of the matrix unit of its own."""
 
 
 def tokens_last(features: int) -> bool:
@@ -34,10 +34,10 @@ def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None
     """Why an array of `tokens` neighbouring tokens cannot be read where it lies; None: it can."""
     features = data.shape[-1]
     if isinstance(codec, Int4):
-        if head_dim % (2 * RUN) or not tokens_last(features):
+        if head_dim % 64 or not tokens_last(features):
             return f"it reads {codec} for heads of an odd multiple of 64 or of 128, not of {head_dim}"
-        if codec.group_size % RUN:
-            return f"it reads Int4 in groups of a multiple of {RUN}, not of {codec.group_size}"
+        if num_groups(head_dim, codec.group_size) > MOST_GROUPS:
+            return f"it reads Int4 with up to {MOST_GROUPS} groups per head, not {codec} for heads of {head_dim}"
     if not tokens_last(features):
         return None
     if features % SUBLANES:
@@ -50,21 +50,21 @@ def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None
     return None
 
 
-def ordered(x: Array, codec: Codec) -> Array:
-    """Features [..., H] in the order in which the kernel has them."""
+def spread(query: Array, codec: Codec) -> Array:
+    """Rows [..., M, H] as `Store.scores` wants them: for `Int4` [..., G M, H], each group's channels in rows alone."""
     if not isinstance(codec, Int4):
-        return x
-    runs = segments(x.shape[-1], BITS, codec.group_size)
-    return jnp.concatenate([x[..., first + odd : end : 2] for *_, first, end in runs for odd in (0, 1)], axis=-1)
+        return query
+    turn = lambda x: x.reshape(*x.shape[:-1], 2, -1, 2).swapaxes(-1, -2).reshape(x.shape)
+    query, groups = turn(query), turn(np.arange(query.shape[-1])) // codec.group_size
+    alone = [jnp.where(groups == g, query, jnp.zeros_like(query)) for g in range(groups.max() + 1)]
+    return jnp.concatenate(alone, axis=-2)
 
 
-def restored(x: Array, codec: Codec) -> Array:
-    """The inverse of `ordered`."""
+def restored(out: Array, codec: Codec) -> Array:
+    """What `Store.mix` gives, [..., H], with its channels in order."""
     if not isinstance(codec, Int4):
-        return x
-    runs = segments(x.shape[-1], BITS, codec.group_size)
-    pair = lambda run: run.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(run.shape)
-    return jnp.concatenate([pair(x[..., first:end]) for *_, first, end in runs], axis=-1)
+        return out
+    return out.reshape(*out.shape[:-1], 2, 2, -1).swapaxes(-1, -2).reshape(out.shape)
 
 
 @typing.no_type_check
@@ -87,9 +87,9 @@ class Store:
     wide: Any
 
     def scores(self, query: Array, k: int, scale: float) -> Array:
-        """float32 [M, R]: scale * query [M, H] times the keys of head k."""
+        """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k."""
         if isinstance(self.codec, Int4):
-            return self._grouped_scores(self.codec, query, k, scale)
+            return self._grouped_scores(query, k, scale)
         scores = self._product(query, self._data(k).astype(self.wide), along_tokens=False)
         return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
 
@@ -132,23 +132,17 @@ class Store:
 
     # Four bits.
 
-    def _groups(self, codec: Int4, k: int) -> list[tuple[int, int, Array, Array, Array]]:
-        """Of each group: its channels (first, end), their codes + offset [channels, R], scale and minimum [1, R]."""
-        words = [self._words(part, k) for part in self.parts["data"]]
+    def _codes(self, k: int) -> Array:
+        """[H, R] with `_offset` added, as they unpack: both halves of the bytes, of each the even rows and the odd."""
+        words = _beside([self._words(part, k) for part in self.parts["data"]], axis=1)
+        codes = [tpu_bits.nibbles(words, plane, odd) for plane in (0, 1) for odd in (0, 1)]
+        codes = _beside(codes, axis=0).astype(self.wide)
+        return codes if self._offset else codes - tpu_bits.OFFSET
+
+    def _pair(self, k: int) -> list[tuple[Array, Array]]:
+        """float32 [1, R] scale and minimum of each group."""
         step, low = tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
-        width, size = self.head_dim // 2, codec.group_size
-        codes: dict[int, list[Array]] = {}
-        for plane, group, first, end in segments(self.head_dim, BITS, size):
-            at = slice((first - plane * width) // 4, (end - plane * width) // 4)
-            run = _beside([w[at] for w in words], axis=1)
-            codes.setdefault(group, []).extend(tpu_bits.nibbles(run, plane, odd) for odd in (0, 1))
-        groups = []
-        for g, runs in codes.items():
-            bits = _beside(runs, axis=0).astype(self.wide)
-            if self._offset == 0:
-                bits = bits - tpu_bits.OFFSET
-            groups.append((g * size, min((g + 1) * size, self.head_dim), bits, step[g : g + 1], low[g : g + 1]))
-        return groups
+        return [(step[g : g + 1], low[g : g + 1]) for g in range(step.shape[0])]
 
     @property
     def _offset(self) -> int:
@@ -160,27 +154,36 @@ class Store:
         """uint32 [F / 4, R] of bytes [F, R]: four neighbouring rows to a word, the first lowest."""
         return pltpu.bitcast(part[0, 0, k] if len(part.shape) == 5 else part[k, 0], jnp.uint32)
 
-    def _grouped_scores(self, codec: Int4, query: Array, k: int, scale: float) -> Array:
-        """Per group: scale * (query . codes) + minimum * sum(query)."""
+    def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
+        """Per group: scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`."""
+        pairs = self._pair(k)
+        products = self._product(query, self._codes(k), along_tokens=False)
+        sums = jnp.sum(query.astype(jnp.float32), axis=1, keepdims=True)
         total: Any = 0
-        for first, end, codes, step, low in self._groups(codec, k):
-            rows = query[:, first:end]
-            mean = jnp.sum(rows.astype(jnp.float32), axis=1, keepdims=True)
-            product = self._product(rows, codes, along_tokens=False)
-            total = total + product * (step * scale) + mean * ((low - self._offset * step) * scale)
+        for g, (step, low) in enumerate(pairs):
+            rows = slice(g * (query.shape[0] // len(pairs)), (g + 1) * (query.shape[0] // len(pairs)))
+            total = total + products[rows] * (step * scale) + sums[rows] * ((low - self._offset * step) * scale)
         return total
 
     def _grouped_mix(self, codec: Int4, probs: Array, k: int, filled: Array | None) -> Array:
         """Per group: (probs * scale) . codes + probs . minimum."""
-        parts = []
-        for _, _, codes, step, low in self._groups(codec, k):
+        weights, means = [], []
+        for step, low in self._pair(k):
             if filled is not None:
                 step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
-            weights = (probs * step).astype(self.wide)
+            weights.append((probs * step).astype(self.wide))
             # The offset comes off the weights as they were rounded.
-            mean = jnp.sum(probs * low - self._offset * weights.astype(jnp.float32), axis=1, keepdims=True)
-            parts.append(self._product(weights, codes, along_tokens=True) + mean)
-        return _beside(parts, axis=1)
+            mean = probs * low - self._offset * weights[-1].astype(jnp.float32) if self._offset else probs * low
+            means.append(jnp.sum(mean, axis=1, keepdims=True))
+        products = self._product(_beside(weights, axis=0), self._codes(k), along_tokens=True)
+        # Each group's rows of the product are good for its own channels; `_codes` has them in its order.
+        width, count = self.head_dim // 2, probs.shape[0]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (count, self.head_dim), 1)
+        group = (lane // width * width + lane % (width // 2) * 2 + lane // (width // 2) % 2) // codec.group_size
+        out = products[:count] + means[0]
+        for g in range(1, len(means)):
+            out = jnp.where(group == g, products[g * count : (g + 1) * count] + means[g], out)
+        return out
 
 
 def _joined(parts: list, k: int, axis: int) -> Array:
