@@ -3,10 +3,11 @@
     make kernels-aot
     python benchmarks/kernels_aot.py --targets v5e v6e tpu7x
 
-Two programs of each case: the kernel over a cache that is an argument, and the step of `kvattn.cached_attention`, which
-first writes a token into a donated cache. Columns: temporary memory, cache-sized copies, and of a donated cache what is
-not updated in place. Ends with status 1 if a program does not compile, needs temporary memory of the cache's size, or
-copies it. Needs `libtpu`.
+First two programs of each case: the kernel over a cache that is an argument, and the step of `kvattn.cached_attention`,
+which writes a token into a donated cache. Columns: temporary memory, cache-sized copies, and of a donated cache what is
+not updated in place. Then the instructions of a tile (`tpu_bundles.py`). Ends with status 1 if a program does not
+compile, needs temporary memory of the cache's size or copies it, if a schedule cannot be read, or if a kernel that
+should be bound by memory is not. Needs `libtpu`.
 """
 
 import argparse
@@ -187,16 +188,13 @@ def print_bundles(console: Console, target: str) -> bool:
     table = Table(title=f"{target}: bundles of a whole tile", title_justify="left")
     for name in ("case", "KiB of K and V", "bundles", "bundles per KiB", "cycles of the copy"):
         table.add_column(name, justify="left" if name == "case" else "right")
-    well, best = True, min(results[name]["bundles"] / results[name]["bytes"] for name in tpu_bundles.JAXS)
+    well = tpu_bundles.well(target, results)
     for name, result in results.items():
         bundles, size = result["bundles"], result["bytes"]
-        copy = size / bandwidth * clock
-        good = name in tpu_bundles.JAXS or (bundles <= copy and bundles / size <= best)
-        well &= good
-        figures = (f"{size / 2**10:,.0f}", f"{bundles:,}", f"{bundles / size * 2**10:.2f}", f"{copy:,.0f}")
-        table.add_row(name if good else f"{name} (!)", *figures)
+        figures = (f"{size / 2**10:,.0f}", f"{bundles:,}", f"{bundles / size * 2**10:.2f}")
+        table.add_row(name if well.get(name, True) else f"{name} (!)", *figures, f"{size / bandwidth * clock:,.0f}")
     console.print(table)
-    return well
+    return all(well.values())
 
 
 def main() -> int:
@@ -220,7 +218,7 @@ def main() -> int:
                     program = append(device, case)
                     moved = size - program.memory_analysis().alias_size_in_bytes
                     row += [*needs(program, case), f"{max(moved, 0) / 2**10:.0f}"]
-                    well &= row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4 and moved <= 0
+                    well &= row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 3 and moved <= 0
             except Exception as error:  # whatever the compiler says is the answer
                 well, row = False, ["", "", f"failed: {str(error).splitlines()[0][:60]}"]
             failures += not well
