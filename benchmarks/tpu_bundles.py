@@ -30,7 +30,7 @@ class UnreadableError(Exception):
 
 
 def well(target: str, results: dict[str, dict[str, float]]) -> dict[str, bool]:
-    """Of each case of ours, whether it needs no more per byte than JAX's kernel does, nor than the copy as said above."""
+    """Of each case of ours, whether it needs no more per byte than JAX's kernel does, nor than the copy takes."""
     bandwidth, clock = TARGETS[target]
     density = lambda name: results[name]["bundles"] / results[name]["bytes"]
     small, large = (density(name) for name in JAXS)
