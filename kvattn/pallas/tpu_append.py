@@ -6,6 +6,7 @@ Here the registers that hold a slot are fetched, changed and put back.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.pallas import interpreted, tpu_read
-from kvattn.pallas.tpu_decode import INTERPRETER, ORDER
+from kvattn.pallas.tpu_decode import INTERPRETER, params
 
 ROWS = (32, 16, 8)
 """Tokens fetched with one, where features fill the lanes: as many as the narrowest type has in a register, or fewer."""
@@ -134,7 +135,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
         ),
         out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=ORDER,
+        compiler_params=params(4 * math.prod(spec.block_shape) * array.dtype.itemsize),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)

@@ -6,6 +6,7 @@ of each per page. Scores are [M, R] with M the new tokens times the query heads 
 output of a row stay in VMEM until its last tile.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,6 +29,8 @@ ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
+VMEM_GIVEN, VMEM_BYTES = 12 << 20, 40 << 20
+"""What a kernel may be sure to get of vector memory, and what it asks for at most."""
 
 
 def unsupported(request: Request) -> str | None:
@@ -57,6 +60,8 @@ def unsupported(request: Request) -> str | None:
     per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
     if 4 * entries * per_entry > SMEM_BYTES:
         return f"its plan of {entries} tiles does not fit in scalar memory"
+    if _vmem(request) > VMEM_BYTES:
+        return f"its tiles need {_vmem(request) >> 20} MiB of vector memory"
     return None
 
 
@@ -157,7 +162,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
             ],
         ),
         out_shape=out_shape,
-        compiler_params=ORDER,
+        compiler_params=params(_vmem(request)),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
@@ -172,6 +177,25 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
     probs = jnp.where(seen, jnp.exp(scores[:, :, :count] - by_head), 0)
     return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+
+
+def params(vmem: int) -> pltpu.CompilerParams:
+    """Those of a kernel that needs so many bytes of vector memory."""
+    return ORDER if vmem <= VMEM_GIVEN else dataclasses.replace(ORDER, vmem_limit_bytes=vmem + (8 << 20))
+
+
+def _vmem(request: Request) -> int:
+    """Bytes of vector memory: two tiles, queries and results twice, the state once; widths fill registers."""
+    view, rows = request.view, rows_of(request.view)
+    wide = lambda n: -(-n // tpu_read.LANES) * tpu_read.LANES
+    stores = [*view.keys.values(), *view.values.values()]
+    tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
+    tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
+    count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
+    groups = view.keys["scale"].shape[-2] if isinstance(view.codec, Int4) else 1
+    queries = count * groups * wide(view.key_head_dim)
+    results = count * (wide(view.value_head_dim) + tpu_read.LANES + (rows if request.want_mass else 0))
+    return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)
 
 
 def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
