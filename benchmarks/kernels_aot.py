@@ -83,7 +83,7 @@ CASES = {
     "GQA 32/8, Int4(32)": Case(codec=kvattn.Int4(32)),
     "GQA 32/8, Int4(128), pages of 128": Case(codec=kvattn.Int4(128), page_size=128),
     "heads of 64, Int4(32)": Case(codec=kvattn.Int4(32), size=64),
-    "heads of 192, Int4(64), float32": Case(codec=kvattn.Int4(64), size=192, dtype=jnp.float32),
+    "heads of 192, Int4(96), float32": Case(codec=kvattn.Int4(96), size=192, dtype=jnp.float32),
     "1000 slots": Case(slots=1000),
 }
 

@@ -213,7 +213,8 @@ def lying_across():
         (64, kvattn.Int4(32), 0, "window and sinks"),
     ]
     plain = itertools.product((64, 80, 96, 112, 192), (None, kvattn.Int8(), kvattn.Float8()), (0, 128), RULES)
-    four = itertools.product((64, 128, 192), (kvattn.Int4(32), kvattn.Int4(64), kvattn.Int4(128)), (0, 128), RULES)
+    sizes = ((64, 64), (64, 32), (128, 128), (128, 64), (128, 32), (128, 16), (192, 100), (320, 80))
+    four = [(h, kvattn.Int4(g), p, r) for (h, g), p, r in itertools.product(sizes, (0, 128), RULES)]
     for case in dict.fromkeys([*quick, *plain, *four]):
         yield pytest.param(*case, marks=() if case in quick else pytest.mark.slow, id="-".join(map(str, case)))
 
@@ -356,7 +357,8 @@ def test_what_it_does_not_do_is_said():
         (made(16, 2, 128), {"new": 9}, "up to 8 new tokens"),
         (made(16, 2, 128), {"key_rope": kvattn.RoPE(128)}, "rotate"),
         (made(16, 2, 128, dtype=jnp.float16), {}, "float16"),
-        (made(128, 2, 64, codec=kvattn.Int4(48)), {}, "groups of a multiple of 32"),
+        (made(128, 2, 64, codec=kvattn.Int4(4)), {}, "1, 2, 4 or 8 groups"),
+        (made(128, 2, 192, codec=kvattn.Int4(64)), {}, "1, 2, 4 or 8 groups"),
         (made(128, 2, 96, codec=kvattn.Int4(32)), {}, "not of 96"),
         (made(128, 2, 256, codec=kvattn.Int4(64)), {}, "not of 256"),
         (made(128, 2, 128, codec=kvattn.KIVI()), {}, "KIVI"),

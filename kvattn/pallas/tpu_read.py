@@ -21,8 +21,8 @@ from kvattn.codecs.grouped import num_groups
 from kvattn.pallas import tpu_bits
 
 LANES, SUBLANES = 128, 8
-MOST_GROUPS = 8
-"""Of `Int4` per token and head; each takes rows of the matrix unit of its own."""
+GROUPS = (1, 2, 4, 8)
+"""Of `Int4` per token and head; scales of other numbers of groups XLA lays otherwise than kernels read them."""
 
 
 def tokens_last(features: int) -> bool:
@@ -36,8 +36,8 @@ def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None
     if isinstance(codec, Int4):
         if head_dim % 64 or not tokens_last(features):
             return f"it reads {codec} for heads of an odd multiple of 64 or of 128, not of {head_dim}"
-        if num_groups(head_dim, codec.group_size) > MOST_GROUPS:
-            return f"it reads Int4 with up to {MOST_GROUPS} groups per head, not {codec} for heads of {head_dim}"
+        if num_groups(head_dim, codec.group_size) not in GROUPS:
+            return f"it reads Int4 in 1, 2, 4 or 8 groups per head, not {codec} for heads of {head_dim}"
     if not tokens_last(features):
         return None
     if features % SUBLANES:
