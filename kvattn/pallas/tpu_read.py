@@ -137,7 +137,7 @@ class Store:
         words = _beside([self._words(part, k) for part in self.parts["data"]], axis=1)
         codes = [tpu_bits.nibbles(words, plane, odd) for plane in (0, 1) for odd in (0, 1)]
         codes = _beside(codes, axis=0).astype(self.wide)
-        return codes if self._offset else codes - tpu_bits.OFFSET
+        return codes - (tpu_bits.OFFSET - self._offset) if self._offset != tpu_bits.OFFSET else codes
 
     def _pair(self, k: int) -> list[tuple[Array, Array]]:
         """float32 [1, R] scale and minimum of each group."""
@@ -146,8 +146,8 @@ class Store:
 
     @property
     def _offset(self) -> int:
-        """What is too much in the codes that are multiplied. float32 products must not lose digits to it."""
-        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 else 0
+        """What is too much in the codes that are multiplied. In float32 they lie around 0, which is most exact."""
+        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 else -8
 
     @staticmethod
     def _words(part: Any, k: int) -> Array:
@@ -173,7 +173,7 @@ class Store:
                 step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
             weights.append((probs * step).astype(self.wide))
             # The offset comes off the weights as they were rounded.
-            mean = probs * low - self._offset * weights[-1].astype(jnp.float32) if self._offset else probs * low
+            mean = probs * low - self._offset * weights[-1].astype(jnp.float32)
             means.append(jnp.sum(mean, axis=1, keepdims=True))
         products = self._product(_beside(weights, axis=0), self._codes(k), along_tokens=True)
         # Each group's rows of the product are good for its own channels; `_codes` has them in its order.
