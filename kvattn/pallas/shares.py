@@ -1,0 +1,129 @@
+"""Work for a fixed number of programs: each takes an equal share of all tiles that hold something.
+
+Tiles are counted head by head, row by row, and cut into runs of one length, so one long row fills the chip as well as
+many short ones, and neither capacity nor padding costs anything. All of it is found out on the device: no plan on the
+host, nothing compiled anew for other lengths.
+
+A segment is what a program reads of one row and head; segments are numbered head * B + row. As both its segments and
+the programs follow one another, segment + program never comes twice: it is where the partial state of a program for a
+segment lies.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvattn._typing import Array
+from kvattn.request import Request
+
+LANES = 128
+"""Threads of a warpgroup: vectors over rows are padded to whole multiples."""
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which tiles of each row to read: those before `hole` and `count - hole` from `after` on.
+
+    A window and sinks, or a ring, leave one hole; where there are more, those after the first are read as well.
+
+    Attributes:
+        count: int32 [B'], tiles; B' is B rounded up to `LANES`.
+        hole: int32 [B'], the first tile that is not needed.
+        after: int32 [B'], the next one that is.
+        run: int32 [B'], the first tile whose every slot holds a token, for every head,
+        run_end: int32 [B'], and the next one of which this is not true.
+    """
+
+    count: Array
+    hole: Array
+    after: Array
+    run: Array
+    run_end: Array
+
+    def arrays(self) -> list[Array]:
+        """All five."""
+        return [self.count, self.hole, self.after, self.run, self.run_end]
+
+
+def survey(request: Request, positions: Array, tile: int) -> Rows:
+    """Looks for the tiles of `tile` slots that hold what some query can reach.
+
+    Args:
+        request: the call.
+        positions: int32 [B, 1 or K, S], S a multiple of `tile`, -1 for empty slots.
+        tile: slots per tile.
+    """
+    batch, kv_heads, slots = positions.shape
+    tiles = slots // tile
+    cut = lambda x: x.reshape(batch, kv_heads, tiles, tile)
+    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
+    whole = jnp.all(cut(positions >= 0), axis=(1, 3))
+    near, whole = (jnp.pad(x, ((0, -batch % LANES), (0, 0))) for x in (near, whole))
+    # Each number by one reduction of its own, so that XLA makes one kernel of all five.
+    t = jnp.arange(tiles, dtype=jnp.int32)[None]
+    before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    first = lambda condition: jnp.min(jnp.where(condition, t, tiles), axis=1)
+    end = jnp.max(jnp.where(near, t + 1, 0), axis=1)
+    hole = jnp.minimum(first(~near), end)
+    after = jnp.minimum(first(near & ~before(near) & ((t > 0) | ~near)), end)
+    # A row that begins with a hole: its first tile is the one after it.
+    return Rows(hole + end - after, hole, after, first(whole), first(~whole & before(whole)))
+
+
+class Counts:
+    """Inside a kernel: how the tiles are shared out, from a vector of counts.
+
+    Its sums use scratch memory that warpgroups have in common, so one warpgroup only may ask.
+    """
+
+    def __init__(self, count: Array, index: Array, batch: int, heads: int, programs: int):
+        """Looks at all rows.
+
+        Args:
+            count: int32 [B'].
+            index: int32 [B'], 0, 1, 2, ...
+            batch: B.
+            heads: how often every row is walked along.
+            programs: among how many tiles are shared out.
+        """
+        self.count, self.index, self.batch = count, index, batch
+        self.total = jnp.sum(count)
+        self.work = self.total * heads
+        self.share = lax.max(lax.div(self.work + (programs - 1), programs), 1)
+
+    def before(self, row: Any) -> Array:
+        """Tiles of the rows before this one."""
+        return jnp.sum(jnp.where(self.index < row, self.count, 0))
+
+    def locate(self, item: Array) -> tuple[Array, Array]:
+        """Segment and tile in it of tile `item`."""
+        total = lax.max(self.total, 1)
+        head, rest = lax.div(item, total), lax.rem(item, total)
+        row = jnp.int32(0)
+        # The last row with no more than `rest` tiles before it, bit by bit: empty rows are passed over.
+        for bit in reversed(range((self.batch - 1).bit_length())):
+            there = row + (1 << bit)
+            fits = (there < self.batch) & (self.before(there) <= rest)
+            row = jnp.where(fits, there, row)
+        return head * self.batch + row, rest - self.before(row)
+
+    def of_program(self, program: Array) -> tuple[Array, Array, Array, Array]:
+        """First segment and tile in it, last segment and end in it; the first behind the last if there is no work."""
+        low = program * self.share
+        high = lax.min(low + self.share, self.work)
+        segment, start = self.locate(lax.min(low, lax.max(self.work - 1, 0)))
+        last, stop = self.locate(lax.max(high - 1, 0))
+        return jnp.where(low < high, segment, last + 1), start, last, stop + 1
+
+    def of_segment(self, row: Array, head: Array) -> tuple[Array, Array]:
+        """The first program that reads a segment, and how many do."""
+        begin = head * self.total + self.before(row)
+        own = self.before(row + 1) - self.before(row)
+        first = lax.div(begin, self.share)
+        return first, jnp.where(own > 0, lax.div(begin + own - 1, self.share) - first + 1, 0)
