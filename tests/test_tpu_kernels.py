@@ -3,6 +3,7 @@
 Memory that nobody wrote holds NaN there, and so does every unused slot, page and scale here.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
@@ -19,7 +22,7 @@ from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.codecs.float8 import widen
 from kvattn.masks import Mask
-from kvattn.pallas import tiles, tpu_decode
+from kvattn.pallas import tiles, tpu_append, tpu_decode
 from kvattn.request import Request, grouped, ungrouped
 
 B = 3
@@ -36,19 +39,24 @@ def worst(x):
     return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
 
 
-def filled(lengths, slots, heads, size, *, codec=None, dtype=F32, page_size=0, fill=worst, seed=0):
-    """A cache that holds random tokens, and `fill` wherever there is none."""
-    rng = np.random.default_rng(seed)
+def made(slots, heads, size, *, codec=None, dtype=F32, page_size=0, seed=0, rows=None):
+    """A cache that holds nothing, in arrays of `rows` slots."""
     if page_size:
         columns = -(-slots // page_size)
         pages = B * columns + 2
         cache = kvattn.PagedKVCache.create(
             pages, page_size, heads, size, batch_size=B, max_pages=columns, codec=codec, dtype=dtype
         )
-        cache = cache.with_tables(rng.permutation(pages)[: B * columns].reshape(B, columns), [0] * B)
-    else:
-        layout = Layout(slots, slots, False)
-        cache = kvattn.KVCache.create(B, heads, size, capacity=slots, codec=codec, dtype=dtype, layout=layout)
+        table = np.random.default_rng(seed).permutation(pages)[: B * columns].reshape(B, columns)
+        return cache.with_tables(table, [0] * B)
+    layout = Layout(slots, rows or slots, False)
+    return kvattn.KVCache.create(B, heads, size, capacity=slots, codec=codec, dtype=dtype, layout=layout)
+
+
+def filled(lengths, slots, heads, size, *, dtype=F32, fill=worst, seed=0, **settings):
+    """A cache that holds random tokens, and `fill` wherever there is none."""
+    rng = np.random.default_rng(seed)
+    cache = made(slots, heads, size, dtype=dtype, seed=seed, **settings)
     cache = cache.replace(keys=jax.tree.map(fill, cache.keys), values=jax.tree.map(fill, cache.values))
     key, value = (jnp.asarray(rng.normal(size=(B, slots, heads, size)), dtype) for _ in range(2))
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -98,6 +106,8 @@ def truth(request, dtype=np.float64):
 def honest(request):
     """float32 attention as a kernel would do it: scales multiplied into scores and probabilities."""
     view, (out, _, mass) = request.view, api.attend(request, "reference")
+    if isinstance(view.codec, kvattn.Int4):
+        return api.attend(request, "xla")[0], mass
     if "scale" not in view.keys:
         return out, mass
     decoded = lambda x: view.store.from_blocks(
@@ -121,10 +131,17 @@ def honest(request):
     return ungrouped(out), mass
 
 
+def races_found():
+    """What the interpreter saw in the last kernel; in newer versions of JAX a race is an error already."""
+    return interpret_pallas_call.races.races_found
+
+
 def check(request):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass."""
     assert tpu_decode.unsupported(request) is None
-    out, lse, mass = jax.jit(lambda r: tpu_decode.attend(r))(request)  # compiled anew: a fault may be planted
+    # Compiled anew: a fault may be planted.
+    out, lse, mass = jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r))(request))
+    assert not races_found()
     exact, exact_lse = truth(request)
     low, expected_mass = honest(request)
     narrow = request.query.dtype == BF16 or request.view.keys["data"].dtype == BF16
@@ -188,6 +205,50 @@ def test_bfloat16_and_slopes(page_size):
     check(request_for(cache, 8, 2, alibi_slopes=kvattn.alibi_slopes(8)))
 
 
+def lying_across():
+    """Caches whose tokens lie last: heads of less than 128, and four bits."""
+    quick = [
+        (64, None, 128, "mass"),
+        (80, kvattn.Int8(), 0, "window"),
+        (64, kvattn.Int4(32), 0, "window and sinks"),
+    ]
+    plain = itertools.product((64, 80, 96, 112, 192), (None, kvattn.Int8(), kvattn.Float8()), (0, 128), RULES)
+    sizes = ((64, 64), (64, 32), (128, 128), (128, 64), (128, 32), (128, 16), (192, 100), (320, 80))
+    four = [(h, kvattn.Int4(g), p, r) for (h, g), p, r in itertools.product(sizes, (0, 128), RULES)]
+    for case in dict.fromkeys([*quick, *plain, *four]):
+        yield pytest.param(*case, marks=() if case in quick else pytest.mark.slow, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize(("size", "codec", "page_size", "rule"), list(lying_across()))
+def test_tokens_that_lie_last(size, codec, page_size, rule):
+    """As `test_values`; the arrays have more slots than the cache."""
+    slots, rows = (256, None) if page_size else (200, 256)
+    cache = filled([slots, 0, 67], slots, 2, size, codec=codec, page_size=page_size, rows=rows)
+    check(request_for(cache, 6, 2, **RULES[rule]))
+
+
+@pytest.mark.parametrize(
+    "codec", [kvattn.Int4(64), *(pytest.param(kvattn.Int4(n), marks=pytest.mark.slow) for n in (32, 128))], ids=str
+)
+def test_four_bits_for_bfloat16_queries(codec):
+    """The error is that of rounding the probabilities: 2^-8 of the largest value."""
+    request = request_for(filled([256, 0, 67], 256, 2, 128, codec=codec, dtype=BF16), 8, dtype=BF16)
+    (out, lse, _), (exact, exact_lse) = jax.jit(tpu_decode.attend)(request), truth(request)
+    largest = np.abs(np.asarray(request.view.dense(F32)[1])).max(
+        where=np.asarray(request.view.positions[0] >= 0)[..., None], initial=0
+    )
+    assert np.abs(np.asarray(out, np.float64) - exact).max() <= 2.0**-8 * largest
+    np.testing.assert_allclose(lse, exact_lse, atol=1e-4)
+
+
+def test_float16_queries():
+    """As they would be in float32."""
+    request = request_for(filled([40, 0, 33], 40, 1, 128), 2, dtype=jnp.float16)
+    wide = dataclasses.replace(request, query=request.query.astype(F32))
+    for a, b in zip(*(jax.jit(tpu_decode.attend)(r)[:2] for r in (request, wide)), strict=True):
+        assert_same_bits(a, b, "output")
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
 @pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=str)
 def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
@@ -202,7 +263,7 @@ def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
 POLICIES = {
     "Full": kvattn.Full(),
     "SlidingWindow": kvattn.SlidingWindow(6),
-    "StreamingLLM": kvattn.StreamingLLM(2, 5),
+    "StreamingLLM": kvattn.StreamingLLM(2, 6),
     "H2O": kvattn.H2O(4, 3),
     "Scissorhands": kvattn.Scissorhands(7, 2, 8),
 }
@@ -292,18 +353,88 @@ def test_lengths_are_no_new_program():
 
 
 def test_what_it_does_not_do_is_said():
-    small = filled([5, 5, 5], 16, 2, 128)
-    for request, why in (
-        (request_for(filled([9, 9, 9], 16, 2, 128), 4, 9), "up to 8 new tokens"),
-        (request_for(filled([5, 5, 5], 16, 2, 128, dtype=jnp.float16, fill=jnp.zeros_like), 4), "float16"),
-        (request_for(filled([5, 5, 5], 16, 2, 128, codec=kvattn.Int4(32)), 4), "Int4"),
-        (request_for(filled([5, 5, 5], 16, 2, 64), 4), "no multiple of 128"),
-        (request_for(small, 4, key_rope=kvattn.RoPE(128)), "rotate"),
+    for cache, settings, why in (
+        (made(16, 2, 128), {"new": 9}, "up to 8 new tokens"),
+        (made(16, 2, 128), {"key_rope": kvattn.RoPE(128)}, "rotate"),
+        (made(16, 2, 128, dtype=jnp.float16), {}, "float16"),
+        (made(128, 2, 64, codec=kvattn.Int4(4)), {}, "1, 2, 4 or 8 groups"),
+        (made(128, 2, 192, codec=kvattn.Int4(64)), {}, "1, 2, 4 or 8 groups"),
+        (made(128, 2, 96, codec=kvattn.Int4(32)), {}, "not of 96"),
+        (made(128, 2, 256, codec=kvattn.Int4(64)), {}, "not of 256"),
+        (made(128, 2, 128, codec=kvattn.KIVI()), {}, "KIVI"),
+        (made(16, 2, 64), {}, "no multiple of 128"),
+        (made(64, 2, 64, page_size=16), {}, "no multiple of 128"),
+        (made(128, 2, 100), {}, "neither rows nor columns"),
     ):
+        request = request_for(cache.replace(lengths=jnp.full((B,), 9, jnp.int32)), 4, **settings)
         assert why in tpu_decode.unsupported(request)
         with pytest.raises(errors.UnsupportedError, match="mosaic_tpu"):
             api.attend(request, "mosaic_tpu")
-        api.attend(request, ("mosaic_tpu", "xla"))
+    api.attend(request, ("mosaic_tpu", "xla"))
+
+
+# Writing a token ------------------------------------------------------------------------------------------------------
+
+
+def appended(cache, slots, key, value):
+    """The cache with a token written by the kernel."""
+    write = jax.jit(lambda *args: cache.write(*args, tpu_append.InPlace(cache.store)))
+    written = jax.block_until_ready(write(jnp.asarray(slots, jnp.int32), key, value))
+    assert not races_found()
+    return written
+
+
+WRITES = {
+    "rows": (128, None, 0, 304),
+    "rows of bfloat16": (128, kvattn.Int8(), 0, 256),
+    "tokens last": (64, None, 0, 256),
+    "tokens last, Int4": (64, kvattn.Int4(32), 0, 256),
+    "tokens last, Float8": (80, kvattn.Float8(), 0, 256),
+    "pages": (128, None, 16, 64),
+    "pages, tokens last": (64, kvattn.Int8(), 128, 256),
+    "pages, Int4": (128, kvattn.Int4(64), 128, 256),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("pages", "tokens last, Int4") else pytest.mark.slow) for n in WRITES]
+)
+def test_a_token_is_written_where_it_belongs(name):
+    """Bit for bit as without the kernel: one slot each, none at all, slots that are not there, slots per head."""
+    size, codec, page_size, slots = WRITES[name]
+    cache, rng = filled([100, 0, 55], slots, 2, size, codec=codec, page_size=page_size), np.random.default_rng(0)
+    new = [jnp.asarray(rng.normal(size=(B, 1, 2, size)), F32) for _ in range(2)]
+    where = [[[5], [-1], [55]], [[-1], [-1], [slots - 1]], [[-1]] * 3]
+    where.append([[0], [slots + 999], [40]] if page_size else [[[1], [7]], [[-1], [9]], [[55], [2]]])
+    for at in where:
+        expected = cache.write(jnp.asarray(at, jnp.int32), *new)
+        for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
+            assert_same_bits(a, b, f"{at}")
+
+
+def test_rows_that_write_nothing_stay_away_from_the_pages_of_others():
+    cache = filled([3, 3, 3], 16, 2, 128, page_size=16, fill=jnp.zeros_like)
+    cache = cache.with_tables(np.ones((B, 1), int), cache.lengths)
+    new = [jnp.full((B, 1, 2, 128), x, F32) for x in (2.0, 3.0)]
+    for at in ([[-1], [7], [-1]], [[4], [-1], [5]]):
+        expected = cache.write(jnp.asarray(at, jnp.int32), *new)
+        for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
+            assert_same_bits(a, b, f"{at}")
+
+
+def test_what_is_written_can_be_differentiated():
+    cache = filled([3, 0, 9], 16, 2, 128, fill=jnp.zeros_like)
+    slots, new = jnp.asarray([[3], [-1], [9]], jnp.int32), jnp.ones((B, 1, 2, 128), F32)
+
+    def written(store, new):
+        return cache.write(slots, new, 2 * new, store)
+
+    changes = [
+        jax.jvp(functools.partial(written, store), (new,), (3 * new,))[1]
+        for store in (tpu_append.InPlace(cache.store), None)
+    ]
+    for name in ("keys", "values"):
+        np.testing.assert_array_equal(*(getattr(change, name)["data"] for change in changes))
 
 
 # Planted faults -------------------------------------------------------------------------------------------------------
@@ -328,3 +459,24 @@ def test_planted_faults(monkeypatch):
             with pytest.raises(AssertionError):
                 check(request_for(cache, 4))
     check(request_for(cache, 4))
+
+
+def test_a_planted_race_is_found(monkeypatch):
+    """Two cores that share the tiles of a row write its output without waiting for each other."""
+    request = request_for(filled([1024, 0, 0], 1024, 1, 128), 2)
+    attend = lambda: jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r))(request))
+    two_cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    monkeypatch.setattr(tpu_decode, "INTERPRETER", two_cores)
+    attend()
+    assert not races_found()
+    # The interpreter shares out grids of known size only: the two tiles of the first row.
+    monkeypatch.setattr(tpu_decode, "_grid", lambda chosen: (2,))
+    monkeypatch.setattr(tpu_decode, "ORDER", pltpu.CompilerParams(dimension_semantics=("parallel",)))
+    try:
+        attend()
+        found = races_found()
+    except jax.errors.JaxRuntimeError as error:
+        found = "RACE DETECTED" in str(error)
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+    assert found

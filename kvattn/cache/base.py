@@ -80,18 +80,19 @@ class Cache:
 
     # What a step does with it.
 
-    def write(self, slots: Array, key: Array, value: Array) -> Self:
+    def write(self, slots: Array, key: Array, value: Array, store: Any = None) -> Self:
         """Encodes tokens and stores them; lengths and state stay.
 
         Args:
             slots: int32 [B, T] or [B, K, T]; negative: not stored.
             key: [B, T, K, H].
             value: [B, T, K, Hv].
+            store: writes the arrays. None: `self.store`.
 
         Raises:
             RangeError: NaN or infinity that the codec cannot encode. Under jit: status bit; the token reads as NaN.
         """
-        codec, store = self.codec, self.store
+        codec, store = self.codec, self.store if store is None else store
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         return self.replace(
             keys=codec.write(self.keys, store, "keys", slots, key),

@@ -6,6 +6,7 @@ of each per page. Scores are [M, R] with M the new tokens times the query heads 
 output of a row stay in VMEM until its last tile.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,19 +16,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
-from kvattn.codecs import Codec, Float8, Int8, Plain
-from kvattn.codecs.float8 import widen
-from kvattn.pallas import interpreted, tiles
+from kvattn.codecs import Float8, Int4, Int8, Plain
+from kvattn.pallas import interpreted, tiles, tpu_read
 from kvattn.request import Request, grouped, ungrouped
 
-TILE_BYTES = 1 << 20
+TILE_BYTES = 1 << 21
 """Keys of one tile, all heads. Two tiles of keys and two of values are in VMEM at a time."""
 MOST_ROWS = 512
-LANES = 128
 MOST_TOKENS = 8
+ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
+"""One tile after the other, by one core: a row's state goes from tile to tile."""
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
+VMEM_GIVEN, VMEM_BYTES = 12 << 20, 40 << 20
+"""What a kernel may be sure to get of vector memory, and what it asks for at most."""
 
 
 def unsupported(request: Request) -> str | None:
@@ -35,24 +38,30 @@ def unsupported(request: Request) -> str | None:
     view = request.view
     if request.query.shape[1] > MOST_TOKENS:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
-    if not isinstance(view.codec, Plain | Int8 | Float8):
+    if not isinstance(view.codec, Plain | Int8 | Float8 | Int4):
         return f"it does not read {view.codec}"
-    dtypes = {request.query.dtype, *(x.dtype for store in (view.keys, view.values) for x in store.values())}
-    if jnp.dtype(jnp.float16) in dtypes or jnp.dtype(jnp.float64) in dtypes:
-        return "it has neither float16 nor float64"
+    dtypes = {x.dtype for store in (view.keys, view.values) for x in store.values()}
+    if jnp.dtype(jnp.float16) in dtypes:
+        return "TPU kernels have no float16, and a cache of it would be copied to be read as anything else"
+    if jnp.dtype(jnp.float64) in (request.query.dtype, *dtypes):
+        return "it has no float64"
     if request.key_rope is not None:
         return "it does not rotate keys while it reads them"
     if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
         return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
-    if view.key_head_dim % LANES or view.value_head_dim % LANES:
-        return f"heads of no multiple of {LANES} lie with their tokens last on TPUs: all of the cache would be copied"
-    rows = _rows(view)
+    for store, head_dim in ((view.keys, view.key_head_dim), (view.values, view.value_head_dim)):
+        reason = tpu_read.refuses(view.codec, head_dim, store["data"], store["data"].shape[-2])
+        if reason is not None:
+            return reason
+    rows = rows_of(view)
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
     entries = view.positions.shape[1] * -(-view.layout.num_slots // rows)
     per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
     if 4 * entries * per_entry > SMEM_BYTES:
         return f"its plan of {entries} tiles does not fit in scalar memory"
+    if _vmem(request) > VMEM_BYTES:
+        return f"its tiles need {_vmem(request) >> 20} MiB of vector memory"
     return None
 
 
@@ -60,19 +69,21 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view, mask = request.view, request.mask
     batch, length = request.query.shape[:2]
-    heads, rows = view.num_kv_heads, _rows(view)
+    heads, rows = view.num_kv_heads, rows_of(view)
     query = grouped(request.query, heads)
     group = query.shape[2]
-    wide = jnp.float32 if jnp.float32 in (request.query.dtype, view.keys["data"].dtype) else jnp.bfloat16
+    dtypes = (request.query.dtype, view.keys["data"].dtype)
+    wide = jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
     # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
     count = group * length
     padded = -(-count // 16) * 16
     query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
+    query = tpu_read.spread(query, view.codec)
     at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
     at = jnp.pad(at, ((0, 0), (0, padded - count)), constant_values=-1)
 
     positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
-    slots = -(-positions.shape[2] // rows) * rows
+    slots = -(-_tokens(view) // rows) * rows
     positions = jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=-1)
     chosen = tiles.plan(request, positions, rows)
     scalars = [chosen.count, chosen.row, chosen.tile, chosen.whole]
@@ -82,22 +93,28 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
         num_pages = view.keys["data"].shape[1]
         scalars.append(tiles.pages_of(chosen, view.page_table, per_tile, num_pages).reshape(-1))
 
-    names = list(view.keys)
-    stores = [(n, store[n], part) for store in (view.keys, view.values) for n in names for part in range(per_tile)]
+    names, paged = list(view.keys), view.page_table is not None
+    stores = []
+    for store in (view.keys, view.values):
+        for name in names:
+            last = name in view.codec.token_minor
+            x = store[name]
+            if not last and tpu_read.tokens_last(x.shape[-1]):
+                # As it lies already: no copy.
+                x, last = x.swapaxes(-1, -2), True
+            if not interpreted():
+                # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
+                x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
+            stores.extend((x, part, last) for part in range(per_tile))
     by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
     kv_heads = positions.shape[1]
     in_specs = [
-        by_row(heads, padded, query.shape[-1]),
+        by_row(*query.shape[1:]),
         by_row(padded, 1),
         pl.BlockSpec((1, kv_heads, rows), lambda i, n, row, tile, *_: (row[i], 0, tile[i])),
-        *(
-            _page_spec(x, part, per_tile)
-            if view.page_table is not None
-            else _store_spec(x, rows, tokens_last=name in view.codec.token_minor)
-            for name, x, part in stores
-        ),
+        *(_page_spec(x, part, per_tile) if paged else _store_spec(x, rows, last) for x, part, last in stores),
     ]
-    inputs = [query.astype(wide), at[..., None], positions, *(x for _, x, _ in stores)]
+    inputs = [query.astype(wide), at[..., None], positions, *(x for x, _, _ in stores)]
     slopes = request.alibi_slopes
     if slopes is not None:
         slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
@@ -114,20 +131,28 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     body = functools.partial(
         _body,
         names=names,
-        codec=view.codec,
+        readers=[
+            functools.partial(
+                tpu_read.Store,
+                codec=view.codec,
+                last=tpu_read.tokens_last(store["data"].shape[-1]),
+                head_dim=head_dim,
+                wide=wide,
+            )
+            for store, head_dim in ((view.keys, view.key_head_dim), (view.values, view.value_head_dim))
+        ],
         per_tile=per_tile,
         rule=mask,
         scale=request.scale,
         softcap=request.softcap,
         alibi=slopes is not None,
-        wide=wide,
         num_scalars=len(scalars),
     )
     out, lse, *scores = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(chosen.count[0],),
+            grid=_grid(chosen),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=[
@@ -137,13 +162,13 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
             ],
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=params(_vmem(request)),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
 
     split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
-    out, lse = split(out), split(lse)[..., 0]
+    out, lse = tpu_read.restored(split(out), view.codec), split(lse)[..., 0]
     if not request.want_mass:
         return out, lse, None
     (scores,) = scores
@@ -154,19 +179,48 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
 
 
-def _rows(view: Any) -> int:
+def params(vmem: int) -> pltpu.CompilerParams:
+    """Those of a kernel that needs so many bytes of vector memory."""
+    return ORDER if vmem <= VMEM_GIVEN else dataclasses.replace(ORDER, vmem_limit_bytes=vmem + (8 << 20))
+
+
+def _vmem(request: Request) -> int:
+    """Bytes of vector memory: two tiles, queries and results twice, the state once; widths fill registers."""
+    view, rows = request.view, rows_of(request.view)
+    wide = lambda n: -(-n // tpu_read.LANES) * tpu_read.LANES
+    stores = [*view.keys.values(), *view.values.values()]
+    tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
+    tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
+    count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
+    groups = view.keys["scale"].shape[-2] if isinstance(view.codec, Int4) else 1
+    queries = count * groups * wide(view.key_head_dim)
+    results = count * (wide(view.value_head_dim) + tpu_read.LANES + (rows if request.want_mass else 0))
+    return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)
+
+
+def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
+    """As many steps as there are tiles to read, known on the device only."""
+    return (chosen.count[0],)
+
+
+def rows_of(view: Any) -> int:
     """Slots per tile: about TILE_BYTES of keys, a multiple of what lies in a register, whole pages."""
-    slots = view.layout.num_slots
+    slots = _tokens(view)
     data = view.keys["data"]
-    token_bytes = view.num_kv_heads * max(data.shape[-1], LANES) * data.dtype.itemsize
-    rows = min(max(TILE_BYTES // token_bytes // LANES * LANES, LANES), MOST_ROWS)
+    token_bytes = view.num_kv_heads * data.shape[-1] * data.dtype.itemsize
+    rows = min(max(TILE_BYTES // token_bytes // tpu_read.LANES * tpu_read.LANES, tpu_read.LANES), MOST_ROWS)
     if view.page_table is not None:
         pages = max(1, min(rows // view.page_size, 16, view.page_table.shape[1]))
         return pages * view.page_size
     return slots if slots <= rows else rows
 
 
-def _store_spec(x: Array, rows: int, *, tokens_last: bool) -> pl.BlockSpec:
+def _tokens(view: Any) -> int:
+    """Slots of a row that are to be walked; a contiguous array may have some more than the cache uses."""
+    return view.layout.num_slots if view.page_table is not None else view.keys["data"].shape[3]
+
+
+def _store_spec(x: Array, rows: int, tokens_last: bool) -> pl.BlockSpec:
     """How a tile of an array of a contiguous cache is fetched: [1, B, K, C, F], or [1, B, K, F, C] with tokens last."""
     heads = x.shape[2]
     if tokens_last:
@@ -180,15 +234,16 @@ def _page_spec(x: Array, part: int, per_tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((heads, 1, *page), lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0))
 
 
-def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_scalars):
+def _body(*refs, names, readers, per_tile, rule, scale, softcap, alibi, num_scalars):
     """One tile of one row."""
     count, row, whole = refs[0], refs[1], refs[3]
     query, at, positions = refs[num_scalars : num_scalars + 3]
     rest: list[Any] = list(refs[num_scalars + 3 :])
-    stores: dict[tuple[str, str], Any] = {}
-    for role in ("keys", "values"):
-        for name in names:
-            stores[role, name], rest = rest[:per_tile], rest[per_tile:]
+    stores = []
+    for reader in readers:
+        stores.append(reader({name: rest[n * per_tile : (n + 1) * per_tile] for n, name in enumerate(names)}))
+        rest = rest[len(names) * per_tile :]
+    keys, values = stores
     slopes = rest.pop(0) if alibi else None
     *outs, top, total, acc = rest
     out, lse = outs[:2]
@@ -206,12 +261,7 @@ def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_
         q_at = at[0]  # [M, 1]
         for k in range(heads):
             kv_at = positions[0, min(k, positions.shape[1] - 1)][None]  # [1, R]
-            keys = _tile_of(stores["keys", "data"], k, codec).astype(wide)
-            precision = jax.lax.Precision.HIGHEST if wide == jnp.float32 else None
-            scores = jax.lax.dot_general(
-                query[0, k], keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-            )
-            scores = scores * (_scales_of(stores["keys", "scale"], k) * scale if "scale" in names else scale)
+            scores = keys.scores(query[0, k], k, scale)
             if softcap is not None:
                 scores = jnp.tanh(scores / softcap) * softcap
             if slopes is not None:
@@ -234,20 +284,7 @@ def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_
             keep, probs = jnp.exp(old - shift), jnp.exp(scores - shift)
             top[k] = new
             total[k] = total[k] * keep + jnp.sum(probs, axis=1, keepdims=True)
-            if "scale" in names:
-                factor = _scales_of(stores["values", "scale"], k)
-                probs = probs * (factor if every_slot_is_filled else jnp.where(kv_at >= 0, factor, 0.0))
-            values = _tile_of(stores["values", "data"], k, codec)
-            if not every_slot_is_filled and jnp.issubdtype(values.dtype, jnp.floating):
-                filled = jnp.broadcast_to(jnp.where(kv_at >= 0, 1, 0), (8, kv_at.shape[1])).T[:, :1] > 0
-                values = jnp.where(filled, values.astype(jnp.float32), 0.0)
-            mixed = jax.lax.dot_general(
-                probs.astype(wide),
-                values.astype(wide),
-                (((1,), (0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
+            mixed = values.mix(probs, k, None if every_slot_is_filled else kv_at >= 0)
             acc[k] = acc[k] * keep + mixed
 
     pl.when(whole[i] == 1)(lambda: tile(True))
@@ -260,18 +297,3 @@ def _body(*refs, names, codec, per_tile, rule, scale, softcap, alibi, wide, num_
         sums = jnp.where(empty, 1.0, sums)
         out[0] = jnp.where(empty, 0.0, acc[...] / sums)
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
-
-
-def _tile_of(parts: list, k: int, codec: Codec) -> Array:
-    """[R, F] of head k; pages one behind the other."""
-    pages = [parts[0][0, 0, k]] if len(parts[0].shape) == 5 else [part[k, 0] for part in parts]
-    tile = pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=0)
-    return widen(tile) if isinstance(codec, Float8) else tile
-
-
-def _scales_of(parts: list, k: int) -> Array:
-    """float32 [1, R] of head k."""
-    if len(parts[0].shape) == 5:
-        return parts[0][0, 0, k]
-    pages = [part[k, 0] for part in parts]
-    return pages[0] if len(pages) == 1 else jnp.concatenate(pages, axis=1)

@@ -1,0 +1,46 @@
+"""Four-bit codes and 16-bit scales widened by arithmetic on bits, which every TPU has; float16 few of them have."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from kvattn._typing import Array
+
+OFFSET = 16
+"""`nibbles` gives codes with this added: that costs one operation for two numbers, a conversion several for one."""
+
+_SIXTEEN = 0x41804180
+"""Two bfloat16 of 16.0; a code is added by writing it into the upper four of the seven bits behind the leading one."""
+_CODES = 0x00780078
+
+
+def nibbles(words: Array, plane: int, odd: int) -> Array:
+    """bfloat16 [2 W, R] of 16 + code, from words uint32 [W, R] of four bytes each, eight codes.
+
+    Args:
+        words: rows 4w ... 4w + 3 of bytes, the first lowest.
+        plane: which half of each byte.
+        odd: 0: of rows 0, 2, 4, ...; 1: of rows 1, 3, 5, ....
+    """
+    at = 4 * plane + 8 * odd
+    codes = words << jnp.uint32(3) if at == 0 else words >> jnp.uint32(at - 3)
+    return pltpu.bitcast((codes & jnp.uint32(_CODES)) | jnp.uint32(_SIXTEEN), jnp.bfloat16)
+
+
+def pair(scale: Array, minimum: Array) -> tuple[Array, Array]:
+    """float32 scale and minimum of uint16 ones, as `codecs.grouped.unpack_pair` reads them where they are finite."""
+    scale, minimum = scale.astype(jnp.int32), minimum.astype(jnp.int32)
+    coarse = scale >= 0x8000
+    low = jax.lax.bitcast_convert_type(_magnitude(minimum, coarse), jnp.int32) | ((minimum & 0x8000) << 16)
+    return _magnitude(scale, coarse), jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _magnitude(bits: Array, coarse: Array) -> Array:
+    """float32 of the lower 15 of the bits of a bfloat16 (coarse) or a finite float16, without their sign."""
+    bits = bits & 0x7FFF
+    # Exponents are biased by 15 in float16 and by 127 in float32. Exponent 0 (subnormals) has no leading one: it is
+    # read with one, as 2^-14 (1 + m/1024), which is then taken off again.
+    tiny = bits < 0x400
+    fine = jax.lax.bitcast_convert_type((bits << 13) + jnp.where(tiny, 113 << 23, 112 << 23), jnp.float32)
+    fine = fine - jnp.where(tiny, jnp.float32(2.0**-14), jnp.float32(0))
+    return jnp.where(coarse, jax.lax.bitcast_convert_type(bits << 16, jnp.float32), fine)

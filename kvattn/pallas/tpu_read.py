@@ -1,0 +1,195 @@
+"""What the TPU kernel multiplies: one head of one tile of encoded keys or values, widened on its way.
+
+An array of tokens and features lies with the features along the lanes ([R, F]) if they fill them, and with the tokens
+along the lanes ([F, R]) otherwise: XLA lays it so, whatever the order of its axes, and a kernel that asks for the other
+order would have all of the cache copied.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from kvattn._typing import Array
+from kvattn.codecs import Codec, Float8, Int4
+from kvattn.codecs.float8 import widen
+from kvattn.codecs.grouped import num_groups
+from kvattn.pallas import tpu_bits
+
+LANES, SUBLANES = 128, 8
+GROUPS = (1, 2, 4, 8)
+"""Of `Int4` per token and head; scales of other numbers of groups XLA lays otherwise than kernels read them."""
+
+
+def tokens_last(features: int) -> bool:
+    """Whether XLA lays [tokens, features] with the tokens along the lanes."""
+    return features % LANES != 0
+
+
+def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None:
+    """Why an array of `tokens` neighbouring tokens cannot be read where it lies; None: it can."""
+    features = data.shape[-1]
+    if isinstance(codec, Int4):
+        if head_dim % 64 or not tokens_last(features):
+            return f"it reads {codec} for heads of an odd multiple of 64 or of 128, not of {head_dim}"
+        if num_groups(head_dim, codec.group_size) not in GROUPS:
+            return f"it reads Int4 in 1, 2, 4 or 8 groups per head, not {codec} for heads of {head_dim}"
+    if not tokens_last(features):
+        return None
+    if features % SUBLANES:
+        return f"heads of {head_dim} fill neither rows nor columns of registers: all of the cache would be copied"
+    if tokens % LANES:
+        return (
+            f"heads of {head_dim} lie with their tokens last on TPUs, where {tokens} of them (no multiple of {LANES}) "
+            "leave gaps: all of the cache would be copied"
+        )
+    return None
+
+
+def spread(query: Array, codec: Codec) -> Array:
+    """Rows [..., M, H] as `Store.scores` wants them: for `Int4` [..., G M, H], each group's channels in rows alone."""
+    if not isinstance(codec, Int4):
+        return query
+    turn = lambda x: x.reshape(*x.shape[:-1], 2, -1, 2).swapaxes(-1, -2).reshape(x.shape)
+    query, groups = turn(query), turn(np.arange(query.shape[-1])) // codec.group_size
+    alone = [jnp.where(groups == g, query, jnp.zeros_like(query)) for g in range(groups.max() + 1)]
+    return jnp.concatenate(alone, axis=-2)
+
+
+def restored(out: Array, codec: Codec) -> Array:
+    """What `Store.mix` gives, [..., H], with its channels in order."""
+    if not isinstance(codec, Int4):
+        return out
+    return out.reshape(*out.shape[:-1], 2, 2, -1).swapaxes(-1, -2).reshape(out.shape)
+
+
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Keys or values inside the kernel.
+
+    Attributes:
+        parts: the blocks of each array: one [1, 1, K, ...], or for pages some [K, 1, ...].
+        codec: how they are stored.
+        last: whether the data lies with its tokens last.
+        head_dim: H.
+        wide: dtype of the products' operands.
+    """
+
+    parts: dict[str, list[Any]]
+    codec: Codec
+    last: bool
+    head_dim: int
+    wide: Any
+
+    def scores(self, query: Array, k: int, scale: float) -> Array:
+        """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k."""
+        if isinstance(self.codec, Int4):
+            return self._grouped_scores(query, k, scale)
+        scores = self._product(query, self._data(k).astype(self.wide), along_tokens=False)
+        return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
+
+    def mix(self, probs: Array, k: int, filled: Array | None) -> Array:
+        """float32 [M, H]: probs float32 [M, R] times the values of head k.
+
+        Args:
+            probs: 0 where nothing is to be read.
+            k: the head.
+            filled: bool [1, R], the slots that hold something; None: all do.
+        """
+        if isinstance(self.codec, Int4):
+            return self._grouped_mix(self.codec, probs, k, filled)
+        if "scale" in self.parts:
+            factor = self._row("scale", k)
+            probs = probs * (factor if filled is None else jnp.where(filled, factor, 0.0))
+        values = self._data(k)
+        # What lies in an unused slot may be NaN, and a probability of 0 does not undo it.
+        if filled is not None and jnp.issubdtype(values.dtype, jnp.floating):
+            if not self.last:
+                filled = jnp.broadcast_to(jnp.where(filled, 1, 0), (SUBLANES, filled.shape[1])).T[:, :1] > 0
+            values = jnp.where(filled, values.astype(jnp.float32), 0.0)
+        return self._product(probs.astype(self.wide), values.astype(self.wide), along_tokens=True)
+
+    def _data(self, k: int) -> Array:
+        """[R, H] or [H, R]."""
+        tile = _joined(self.parts["data"], k, axis=1 if self.last else 0)
+        return widen(tile) if isinstance(self.codec, Float8) else tile
+
+    def _row(self, name: str, k: int) -> Array:
+        """[1 or groups, R] of an array whose tokens always lie last."""
+        return _joined(self.parts[name], k, axis=1)
+
+    def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
+        axis = 1 if along_tokens == self.last else 0
+        precision = jax.lax.Precision.HIGHEST if self.wide == jnp.float32 else None
+        return jax.lax.dot_general(
+            rows, tile, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    # Four bits.
+
+    def _codes(self, k: int) -> Array:
+        """[H, R] with `_offset` added, as they unpack: both halves of the bytes, of each the even rows and the odd."""
+        words = _beside([self._words(part, k) for part in self.parts["data"]], axis=1)
+        codes = [tpu_bits.nibbles(words, plane, odd) for plane in (0, 1) for odd in (0, 1)]
+        codes = _beside(codes, axis=0).astype(self.wide)
+        return codes - (tpu_bits.OFFSET - self._offset) if self._offset != tpu_bits.OFFSET else codes
+
+    def _pair(self, k: int) -> list[tuple[Array, Array]]:
+        """float32 [1, R] scale and minimum of each group."""
+        step, low = tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
+        return [(step[g : g + 1], low[g : g + 1]) for g in range(step.shape[0])]
+
+    @property
+    def _offset(self) -> int:
+        """What is too much in the codes that are multiplied. In float32 they lie around 0, which is most exact."""
+        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 else -8
+
+    @staticmethod
+    def _words(part: Any, k: int) -> Array:
+        """uint32 [F / 4, R] of bytes [F, R]: four neighbouring rows to a word, the first lowest."""
+        return pltpu.bitcast(part[0, 0, k] if len(part.shape) == 5 else part[k, 0], jnp.uint32)
+
+    def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
+        """Per group: scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`."""
+        pairs = self._pair(k)
+        products = self._product(query, self._codes(k), along_tokens=False)
+        sums = jnp.sum(query.astype(jnp.float32), axis=1, keepdims=True)
+        total: Any = 0
+        for g, (step, low) in enumerate(pairs):
+            rows = slice(g * (query.shape[0] // len(pairs)), (g + 1) * (query.shape[0] // len(pairs)))
+            total = total + products[rows] * (step * scale) + sums[rows] * ((low - self._offset * step) * scale)
+        return total
+
+    def _grouped_mix(self, codec: Int4, probs: Array, k: int, filled: Array | None) -> Array:
+        """Per group: (probs * scale) . codes + probs . minimum."""
+        weights, means = [], []
+        for step, low in self._pair(k):
+            if filled is not None:
+                step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
+            weights.append((probs * step).astype(self.wide))
+            # The offset comes off the weights as they were rounded.
+            mean = probs * low - self._offset * weights[-1].astype(jnp.float32)
+            means.append(jnp.sum(mean, axis=1, keepdims=True))
+        products = self._product(_beside(weights, axis=0), self._codes(k), along_tokens=True)
+        # Each group's rows of the product are good for its own channels; `_codes` has them in its order.
+        width, count = self.head_dim // 2, probs.shape[0]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (count, self.head_dim), 1)
+        group = (lane // width * width + lane % (width // 2) * 2 + lane // (width // 2) % 2) // codec.group_size
+        out = products[:count] + means[0]
+        for g in range(1, len(means)):
+            out = jnp.where(group == g, products[g * count : (g + 1) * count] + means[g], out)
+        return out
+
+
+def _joined(parts: list, k: int, axis: int) -> Array:
+    """The tile of head k; pages one behind the other along `axis`."""
+    return _beside([part[0, 0, k] if len(part.shape) == 5 else part[k, 0] for part in parts], axis)
+
+
+def _beside(arrays: list[Array], axis: int) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
