@@ -168,7 +168,7 @@ def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Caches and chunks lie as on a GPU.
     best = Layout.best.__func__
-    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, size, _=None: best(cls, slots, size, "gpu")))
+    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, size, **_: best(cls, slots, size, "gpu")))
     policy, rng = POLICIES[name], np.random.default_rng(3)
     capacity = 20 if name == "Full" else None
     make = lambda: kvattn.KVCache.create(B, 2, 64, capacity=capacity, policy=policy, dtype=BF16)

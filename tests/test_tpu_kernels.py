@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import BF16, F32, B, filled, honest, made, request_for, truth, worst
 from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
@@ -20,115 +21,14 @@ import kvattn.pallas
 from kvattn import errors
 from kvattn.attend import api
 from kvattn.cache import Layout
-from kvattn.codecs.float8 import widen
 from kvattn.masks import Mask
 from kvattn.pallas import tiles, tpu_append, tpu_decode
-from kvattn.request import Request, grouped, ungrouped
-
-B = 3
-F32, BF16 = jnp.float32, jnp.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
     with kvattn.pallas.interpret():
         yield
-
-
-def worst(x):
-    return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
-
-
-def made(slots, heads, size, *, codec=None, dtype=F32, page_size=0, seed=0, rows=None):
-    """A cache that holds nothing, in arrays of `rows` slots."""
-    if page_size:
-        columns = -(-slots // page_size)
-        pages = B * columns + 2
-        cache = kvattn.PagedKVCache.create(
-            pages, page_size, heads, size, batch_size=B, max_pages=columns, codec=codec, dtype=dtype
-        )
-        table = np.random.default_rng(seed).permutation(pages)[: B * columns].reshape(B, columns)
-        return cache.with_tables(table, [0] * B)
-    layout = Layout(slots, rows or slots, False)
-    return kvattn.KVCache.create(B, heads, size, capacity=slots, codec=codec, dtype=dtype, layout=layout)
-
-
-def filled(lengths, slots, heads, size, *, dtype=F32, fill=worst, seed=0, **settings):
-    """A cache that holds random tokens, and `fill` wherever there is none."""
-    rng = np.random.default_rng(seed)
-    cache = made(slots, heads, size, dtype=dtype, seed=seed, **settings)
-    cache = cache.replace(keys=jax.tree.map(fill, cache.keys), values=jax.tree.map(fill, cache.values))
-    key, value = (jnp.asarray(rng.normal(size=(B, slots, heads, size)), dtype) for _ in range(2))
-    slot = jnp.arange(slots, dtype=jnp.int32)[None]
-    where = jnp.where(slot < jnp.asarray(lengths, jnp.int32)[:, None], slot, -1)
-    return cache.write(where, key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
-
-
-def request_for(cache, num_heads, new=1, *, dtype=F32, mask=None, seed=1, **rules):
-    """The last `new` tokens of every row ask."""
-    rng = np.random.default_rng(seed)
-    size = cache.key_head_dim
-    query = jnp.asarray(rng.normal(size=(B, new, num_heads, size)), dtype)
-    positions = cache.lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)[None]
-    positions = jnp.where(positions >= 0, positions, -1)
-    return Request(
-        query, positions, cache.view(), mask=mask or Mask(), **{"alibi_slopes": None, "scale": 0.125, **rules}
-    )
-
-
-def truth(request, dtype=np.float64):
-    """Attention over the decoded cache by its formula."""
-    keys, values = (np.asarray(x, dtype) for x in request.view.dense(F32))
-    positions = np.asarray(request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0])
-    query, at = np.asarray(request.query, dtype), np.asarray(request.positions)
-    batch, new, heads, _ = query.shape
-    group = heads // keys.shape[1]
-    out, lse = np.zeros((batch, new, heads, values.shape[-1]), dtype), np.full((batch, new, heads), -np.inf, dtype)
-    allowed = np.asarray(request.mask.allowed(request.positions, jnp.asarray(positions)))
-    for b, t, n in itertools.product(range(batch), range(new), range(heads)):
-        k = n // group
-        seen = np.nonzero(allowed[b, min(k, allowed.shape[1] - 1), t])[0]
-        if seen.size == 0:
-            continue
-        scores = keys[b, k, seen] @ query[b, t, n] * dtype(request.scale)
-        if request.softcap is not None:
-            scores = np.tanh(scores / dtype(request.softcap)) * dtype(request.softcap)
-        if request.alibi_slopes is not None:
-            distance = positions[b, min(k, positions.shape[1] - 1), seen] - at[b, t]
-            scores = scores + dtype(request.alibi_slopes[n]) * distance.astype(dtype)
-        top = scores.max()
-        weights = np.exp(scores - top)
-        out[b, t, n] = weights @ values[b, k, seen] / weights.sum()
-        lse[b, t, n] = np.log(weights.sum()) + top
-    return out, lse
-
-
-def honest(request):
-    """float32 attention as a kernel would do it: scales multiplied into scores and probabilities."""
-    view, (out, _, mass) = request.view, api.attend(request, "reference")
-    if isinstance(view.codec, kvattn.Int4):
-        return api.attend(request, "xla")[0], mass
-    if "scale" not in view.keys:
-        return out, mass
-    decoded = lambda x: view.store.from_blocks(
-        widen(x) if isinstance(view.codec, kvattn.Float8) else x.astype(F32), False
-    )
-    scale = lambda x: view.store.from_blocks(x, True)[..., 0][:, :, None, None]
-    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
-    filled = (positions >= 0)[:, :, None, None]
-    allowed = request.mask.allowed(request.positions, positions)[:, :, None]
-    query = grouped(request.query, view.num_kv_heads)
-    scores = jnp.einsum("bkgth,bksh->bkgts", query, decoded(view.keys["data"]))
-    scores = scores * scale(view.keys["scale"]) * jnp.float32(request.scale)
-    if request.softcap is not None:
-        scores = jnp.tanh(scores / request.softcap) * request.softcap
-    weights = jnp.where(
-        allowed, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True, where=allowed, initial=-1e30)), 0
-    )
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights * jnp.where(filled, scale(view.values["scale"]), 0)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, decoded(view.values["data"])) / jnp.where(total == 0, 1, total)
-    return ungrouped(out), mass
 
 
 def races_found():
@@ -280,7 +180,7 @@ def step(implementation):
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Chunks lie as on a TPU.
-    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, *_: cls(slots, slots, False)))
+    monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, *_, **__: cls(slots, slots, False)))
     policy, rng = POLICIES[name], np.random.default_rng(3)
     capacity = 20 if name == "Full" else None
     make = lambda: kvattn.KVCache.create(B, 2, 128, capacity=capacity, policy=policy, dtype=F32)

@@ -193,7 +193,7 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
     """
     policy, num_slots, lengths, length = cache.policy, cache.num_slots, cache.lengths, query.shape[1]
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize)
+    layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
     own = token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
     places = policy.places(cache.state)

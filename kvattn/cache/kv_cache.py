@@ -251,5 +251,5 @@ def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, 
                 nbytes_of(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
             )
         )
-        layout = Layout.best(num_slots, token_bytes)
+        layout = Layout.best(num_slots, token_bytes, head_dim=head_dim)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)

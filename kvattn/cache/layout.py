@@ -38,16 +38,19 @@ class Layout:
     transposed_keys: bool
 
     @classmethod
-    def best(cls, num_slots: int, token_bytes: int, backend: str | None = None) -> "Layout":
+    def best(cls, num_slots: int, token_bytes: int, backend: str | None = None, head_dim: int = 128) -> "Layout":
         """The layout for a backend.
 
         Args:
             num_slots: C.
             token_bytes: bytes of one token's key of one head.
             backend: "cpu", "gpu", "tpu"; None: the default one.
+            head_dim: H. TPUs lay heads that are no multiple of 128 with tokens along the lanes, in whole 128s anyway.
         """
-        if (backend or jax.default_backend()) != "cpu":
-            return cls(num_slots, -(-num_slots // 8) * 8, False)
+        backend = backend or jax.default_backend()
+        if backend != "cpu":
+            unit = 128 if backend == "tpu" and head_dim % 128 else 8
+            return cls(num_slots, -(-num_slots // unit) * unit, False)
         target = min(max(CPU_BLOCK_BYTES // max(token_bytes, 1), 128), 256)
         blocks = -(-num_slots // target)
         # Blocks of equal size, a multiple of 8 rows: a window of 1000 does not round up to 1024 + 128.

@@ -125,6 +125,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
         # Otherwise XLA moves what fits there into VMEM as a whole, and back again.
         array = pltpu.with_memory_space_constraint(array, pltpu.MemorySpace.HBM)
         shape = pltpu.MemorySpace.HBM(array.shape, array.dtype)
+    block: Any = spec.block_shape
     return pl.pallas_call(
         functools.partial(_body, axis=-1 if last else -2),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -135,7 +136,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
         ),
         out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=params(4 * math.prod(spec.block_shape) * array.dtype.itemsize),
+        compiler_params=params(4 * math.prod(block) * array.dtype.itemsize),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)
