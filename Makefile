@@ -48,8 +48,11 @@ test: $(VENV)/.dev
 test-full: $(VENV)/.dev kernels-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
+# The CUDA plugin and NVIDIA's assembler without the libraries that programs need when they run.
 $(VENV)/.aot: pyproject.toml $(VENV)/.demo
 	$(PIP) install --quiet --group aot
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(PIP) install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
 
 kernels-aot: $(VENV)/.aot

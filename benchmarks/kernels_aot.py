@@ -1,20 +1,26 @@
-"""Compiles the TPU kernel for real TPUs on a machine without any, and prints what each program needs.
+"""Compiles the kernels for real TPUs and GPUs on a machine without any, and prints what each program needs.
 
     make kernels-aot
-    python benchmarks/kernels_aot.py --targets v5e v6e tpu7x
+    python benchmarks/kernels_aot.py --targets v5e v6e tpu7x h200
 
-First two programs of each case: the kernel over a cache that is an argument, and the step of `kvattn.cached_attention`,
-which writes a token into a donated cache. Columns: temporary memory, cache-sized copies, and of a donated cache what is
-not updated in place. Then the instructions of a tile (`tpu_bundles.py`). Ends with status 1 if a program does not
-compile, needs temporary memory of the cache's size or copies it, if a schedule cannot be read, or if a kernel that
-should be bound by memory is not. Needs `libtpu`.
+TPUs: first two programs of each case: the kernel over a cache that is an argument, and the step of
+`kvattn.cached_attention`, which writes a token into a donated cache. Columns: temporary memory, cache-sized copies,
+and of a donated cache what is not updated in place. Then the instructions of a tile (`tpu_bundles.py`). Ends with
+status 1 if a program does not compile, needs temporary memory of the cache's size or copies it, if a schedule cannot
+be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
+
+GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
+flight, and the same of the step; what is refused says why. Status 1 for a spill too.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 import re
+import subprocess
 import sys
 from typing import Any
 from unittest import mock
@@ -37,6 +43,7 @@ from kvattn.pallas import tpu_decode
 from kvattn.request import Request
 
 CAUSAL = Mask()
+GPUS = ("h200", "b200")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -50,6 +57,7 @@ class Case:
     slots: int = 4096
     batch: int = 8
     dtype: Any = jnp.bfloat16
+    query: Any = None  # dtype of the queries; None: that of the cache
     codec: Any = None
     page_size: int = 0
     new: int = 1
@@ -127,7 +135,8 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
 
     cache = jax.tree.map(on_device, jax.eval_shape(make))
     query, new = (
-        jax.ShapeDtypeStruct((batch, case.new, n, size), case.dtype, sharding=sharding) for n in (heads, kv_heads)
+        jax.ShapeDtypeStruct((batch, case.new, n, size), dtype, sharding=sharding)
+        for n, dtype in ((heads, case.query or case.dtype), (kv_heads, case.dtype))
     )
     return query, new, cache
 
@@ -155,10 +164,10 @@ def tile_rows(device: Any, case: Case) -> int:
     return tpu_decode.rows_of(jax.eval_shape(lambda cache: cache.view(), arguments(device, case)[2]))
 
 
-def append(device: Any, case: Case) -> Any:
+def append(device: Any, case: Case, implementation: str = "mosaic_tpu") -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
-    step = functools.partial(kvattn.cached_attention, implementation="mosaic_tpu", window=case.mask.window)
+    step = functools.partial(kvattn.cached_attention, implementation=implementation, window=case.mask.window)
     # The default backend here is the CPU.
     with mock.patch.object(api, "_NEEDS", {}), jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, new, new, cache).compile()
@@ -197,13 +206,68 @@ def print_bundles(console: Console, target: str) -> bool:
     return all(well.values())
 
 
+def print_gpu(console: Console, target: str) -> bool:
+    """Prints what `gpu_programs` finds, and whether nothing failed, spilled or copied the cache."""
+    table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
+    columns = (
+        "case",
+        "cache MiB",
+        "registers",
+        "merge",
+        "spills",
+        "shared KiB",
+        "in flight",
+        "temporary KiB",
+        "copies",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "case" else "right")
+    script = pathlib.Path(__file__).with_name("gpu_programs.py")
+    child = subprocess.Popen([sys.executable, str(script), target], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    well, refused = True, {}
+    for line in child.stdout:
+        if not line.startswith("{"):
+            continue
+        result = json.loads(line)
+        name = result["case"]
+        if "refused" in result:
+            refused[result["refused"]] = [*refused.get(result["refused"], []), name]
+            continue
+        if "failed" in result:
+            well = False
+            table.add_row(f"{name} (!)", "", f"failed: {result['failed'][:50]}")
+            continue
+        kernels = result["kernels"]
+        spills = sum(spilled for _, spilled in kernels.values())
+        # Every program has a state to leave behind, however small the cache is.
+        temporary = float(result["temporary"]) * 2**10 - result["states"]
+        fine = spills == 0 and result["copies"] == "0" and temporary <= result["bytes"] / 4
+        step = result.get("step", {})
+        fine &= not step or (step["copies"] == "0" and step["moved"] <= 0)
+        well &= fine
+        # A merge of the same shape is compiled once.
+        registers = (str(kernels["decode"][0]), str(kernels["merge"][0]) if "merge" in kernels else "")
+        flight = f"{result['blocks']} x {result['stages']}"
+        figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, result["temporary"], result["copies"])
+        if step:
+            figures += (step["temporary"], step["copies"], f"{max(step['moved'], 0) / 2**10:.0f}")
+        table.add_row(name if fine else f"{name} (!)", f"{result['bytes'] / 2**20:.0f}", *registers, *figures)
+    well &= child.wait() == 0 and (table.row_count > 0 or bool(refused))
+    if table.row_count:
+        console.print(table)
+    for reason, names in refused.items():
+        console.print(f"{target}: {len(names)} cases refused: {reason}")
+    return well
+
+
 def main() -> int:
     """Compiles all, prints, says whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES))
+    parser.add_argument("--targets", nargs="+", default=[*TOPOLOGIES, *GPUS], choices=[*TOPOLOGIES, *GPUS])
     args = parser.parse_args()
-    console, failures = Console(highlight=False, width=110), 0
-    for target in args.targets:
+    console, failures = Console(highlight=False, width=150), 0
+    for target in (t for t in args.targets if t in TOPOLOGIES):
         device = first_device(target)
         table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
         columns = ("case", "cache MiB", "temporary KiB", "copies", "step: temporary KiB", "copies", "not in place KiB")
@@ -226,6 +290,8 @@ def main() -> int:
         console.print(table)
     for target in (t for t in args.targets if t in tpu_bundles.TARGETS):
         failures += not print_bundles(console, target)
+    for target in (t for t in args.targets if t in GPUS):
+        failures += not print_gpu(console, target)
     console.print("all well" if not failures else f"{failures} failed")
     return failures > 0
 

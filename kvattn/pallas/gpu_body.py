@@ -252,7 +252,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
     if spec.want_scores:
         out_type.append(jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.slots, spec.cols), F32))
 
-    def body(*refs, **shared):
+    def kvattn_gpu_decode(*refs, **shared):
         names = [
             "count",
             "hole",
@@ -273,7 +273,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         pl.when(role == 0)(lambda: compute(spec, memory, shared, program))
 
     return plgpu.kernel(
-        body,
+        kvattn_gpu_decode,
         out_type=tuple(out_type),
         scratch_types=scratch(spec),
         grid=(spec.programs,),
@@ -504,21 +504,29 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
     if not isinstance(spec.codec, Int4):
-        codes = plgpu.load(keys, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-        codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
-        return product(codes, 0, spec.key_features) * spread(load("k_scale", 0), shape, 0)
+        total: Any = 0.0
+        for first, count in runs(spec.key_features):
+            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
+            total = total + product(codes, first, count)
+        return total * spread(load("k_scale", 0), shape, 0)
     groups: dict[int, Any] = {}
     for plane, group, start, unit in planes(keys, spec.key_features, spec.codec.group_size):
         left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
         part = product(left, start, plane.shape[1]) * unit
         groups[group] = part if group not in groups else groups[group] + part
-    total: Any = 0.0
+    total = 0.0
     for group, part in groups.items():
         scale, minimum = unpack_pair(load("k_scale", group), load("k_minimum", group))
         sums = plgpu.load(shared["sums"].at[at_slot, group], layout=COLUMNS, optimized=False)
         part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
         total = total + part
     return total
+
+
+def runs(features: int) -> list[tuple[int, int]]:
+    """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
+    return [(first, min(128, features - first)) for first in range(0, features, 128)]
 
 
 def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
@@ -584,9 +592,11 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> No
         numbers = jnp.where(spread(filled, numbers.shape, 0), numbers, jnp.zeros((), numbers.dtype))
         target.at[0, real].T[...] = numbers
     elif not isinstance(spec.codec, Int4):
-        codes = plgpu.load(values, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False).astype(spec.wide)
-        codes = plgpu.layout_cast(codes, WGMMA)
-        target.at[0, real].T[...] = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
+        for first, count in runs(spec.value_features):
+            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
+            codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
+            target.at[0, pl.ds(first, count)].T[...] = codes
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
         for plane, group, start, unit in planes(values, spec.value_features, spec.codec.group_size):

@@ -35,7 +35,7 @@ def merge(
     segments = partial.shape[0] - programs
     _, features, cols = partial.shape
 
-    def body(states, tops, totals, counts, out, lse):
+    def kvattn_gpu_merge(states, tops, totals, counts, out, lse):
         s = lax.axis_index("segment")
         layout = plgpu.Layout.WG_STRIDED(counts.shape, vec_size=1)
         index = plgpu.broadcasted_iota(jnp.int32, counts.shape, 0, layout=layout)
@@ -75,7 +75,7 @@ def merge(
         store(lse.at[s], jnp.where(empty, -jnp.inf, jnp.log(safe) + m))
 
     kernel = plgpu.kernel(
-        body,
+        kvattn_gpu_merge,
         out_type=(
             jax.ShapeDtypeStruct((segments, features, cols), jnp.float32),
             jax.ShapeDtypeStruct((segments, cols), jnp.float32),

@@ -1,0 +1,182 @@
+"""Compiles the GPU kernels for a GPU that is not there and prints what each program needs, as JSON.
+
+    python benchmarks/gpu_programs.py h200
+
+`kernels_aot.py` runs it, once per target: what the assembler says of registers goes to the standard output of the
+process. Needs the CUDA plugin of this version of JAX and NVIDIA's assembler, which `make kernels-aot` installs.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+
+import jax
+import jax.numpy as jnp
+import kernels_aot
+from jax.experimental import topologies
+from kernels_aot import Case
+
+import kvattn
+from kvattn.masks import Mask
+from kvattn.pallas import gpu_body, gpu_decode
+from kvattn.request import Request
+
+SHEET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
+l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536
+registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
+TARGETS: dict[str, dict[str, Any]] = {
+    "h200": {
+        "name": "NVIDIA H200",
+        "major": 9,
+        "cores": 132,
+        "bandwidth": 4_800_000_000_000,
+        "l2": 52_428_800,
+        "clock": 1.98,
+        "memory": 141_000_000_000,
+    },
+    "b200": {
+        "name": "NVIDIA B200",
+        "major": 10,
+        "cores": 148,
+        "bandwidth": 8_000_000_000_000,
+        "l2": 132_644_864,
+        "clock": 1.97,
+        "memory": 180_000_000_000,
+    },
+}
+"""What the compiler asks about a device."""
+
+F32 = jnp.float32
+CASES = {
+    "GQA 32/8": Case(),
+    "GQA 32/8, pages of 16": Case(page_size=16),
+    "GQA 32/8, pages of 64": Case(page_size=64),
+    "GQA 32/8, pages of 256": Case(page_size=256),
+    "GQA 32/8, Int8": Case(codec=kvattn.Int8()),
+    "GQA 32/8, Int8, pages of 32": Case(codec=kvattn.Int8(), page_size=32),
+    "GQA 32/8, Float8": Case(codec=kvattn.Float8()),
+    "GQA 32/8, Int4(64)": Case(codec=kvattn.Int4(64)),
+    "GQA 32/8, Int4(64), pages of 64": Case(codec=kvattn.Int4(64), page_size=64),
+    "GQA 32/8, Int4(32)": Case(codec=kvattn.Int4(32)),
+    "GQA 32/8, float16": Case(dtype=jnp.float16),
+    "GQA 32/8, float32 queries": Case(query=F32),
+    "GQA 32/8, float32 queries, Int8": Case(query=F32, codec=kvattn.Int8()),
+    "GQA 32/8, float32 queries, Float8": Case(query=F32, codec=kvattn.Float8()),
+    "GQA 32/8, float32 queries, Int4(64)": Case(query=F32, codec=kvattn.Int4(64)),
+    "GQA 32/8, 4 tokens, window, sinks": Case(new=4, mask=Mask(window=1000, num_sinks=4)),
+    "GQA 32/8, 8 tokens": Case(new=8),
+    "GQA 32/8, mass": Case(mass=True),
+    "GQA 32/8, one row of 1024": Case(batch=1, slots=1024),
+    "MHA 32/32": Case(kv_heads=32),
+    "MQA 71/1 of 64": Case(heads=71, kv_heads=1, size=64),
+    "MQA 71/1 of 128": Case(heads=71, kv_heads=1),
+    "heads of 64": Case(size=64),
+    "heads of 80": Case(size=80),
+    "heads of 80, Int8": Case(size=80, codec=kvattn.Int8()),
+    "heads of 96": Case(size=96),
+    "heads of 96, Int4(16)": Case(size=96, codec=kvattn.Int4(16)),
+    "heads of 112": Case(size=112),
+    "heads of 256": Case(size=256),
+    "heads of 256, Int8": Case(size=256, codec=kvattn.Int8()),
+    "1000 slots": Case(slots=1000),
+    "pool of 2^31 numbers and more": Case(page_size=64, slots=65536, batch=33),
+}
+
+
+def caught(work: Callable[[], Any]) -> tuple[Any, str]:
+    """What `work` returns, and what it, or a library it calls, writes to the standard outputs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = [os.dup(n) for n in (1, 2)]
+        try:
+            for n in (1, 2):
+                os.dup2(file.fileno(), n)
+            result = work()
+        finally:
+            for n, old in zip((1, 2), saved, strict=True):
+                os.dup2(old, n)
+                os.close(old)
+        file.seek(0)
+        return result, file.read().decode(errors="replace")
+
+
+def program(device: Any, case: Case) -> dict[str, Any]:
+    """Registers, spills, shared memory, temporary memory and cache-sized copies of the programs of a case."""
+    query, _, cache = kernels_aot.arguments(device, case)
+    sizes = {}
+
+    def attend(query, cache):
+        positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
+        request = Request(
+            query, positions, cache.view(), None, mask=case.mask, scale=case.size**-0.5, want_mass=case.mass
+        )
+        reason = gpu_decode.unsupported(request)
+        if reason is not None:
+            raise kvattn.errors.UnsupportedError(reason)
+        spec = gpu_decode._spec(request, gpu_decode.config_for(request))
+        sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_body.shared_bytes(spec))
+        sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
+        return gpu_decode.attend(request)
+
+    def compile_it():
+        with (
+            mock.patch.object(jax, "local_devices", lambda: [device]),
+            jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh),
+        ):
+            return jax.jit(attend).lower(query, cache).compile()
+
+    def compile_step():
+        with mock.patch.object(jax, "local_devices", lambda: [device]):
+            return kernels_aot.append(device, case, "mosaic_gpu")
+
+    compiled, said = caught(compile_it)
+    kernels = {}
+    for entry in re.split(r"Compiling entry function '", said)[1:]:
+        name = "decode" if entry.startswith("kvattn_gpu_decode") else "merge"
+        registers = re.search(r"Used (\d+) registers", entry)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        if registers is None or spills is None:
+            raise RuntimeError("the assembler did not say how many registers there are")
+        kernels[name] = (int(registers[1]), int(spills[1]) + int(spills[2]))
+    if "decode" not in kernels:
+        raise RuntimeError("the assembler said nothing of the kernel")
+    temporary, copies = kernels_aot.needs(compiled, case)
+    found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
+    if case.new == 1 and not case.mass and case.query is None:
+        step, _ = caught(compile_step)
+        temporary, copies = kernels_aot.needs(step, case)
+        moved = cache.nbytes - step.memory_analysis().alias_size_in_bytes
+        found["step"] = {"temporary": temporary, "copies": copies, "moved": moved}
+    return found
+
+
+def main() -> None:
+    """Prints one line of JSON per case."""
+    target = TARGETS[sys.argv[1]]
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=sys.argv[1], target_config=SHEET.format(**target), topology="1x1x1"
+    )
+    for name, case in CASES.items():
+        try:
+            result = program(topology.devices[0], case)
+        except kvattn.errors.UnsupportedError as error:
+            result = {"refused": str(error)}
+        except Exception as error:  # whatever the compiler says is the answer
+            result = {"failed": (str(error).strip() or repr(error)).splitlines()[0]}
+        print(json.dumps({"case": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
