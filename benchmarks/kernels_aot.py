@@ -93,6 +93,7 @@ CASES = {
     "heads of 64, Int4(32)": Case(codec=kvattn.Int4(32), size=64),
     "heads of 192, Int4(96), float32": Case(codec=kvattn.Int4(96), size=192, dtype=jnp.float32),
     "1000 slots": Case(slots=1000),
+    "pool of 2^31 numbers and more": Case(page_size=128, slots=65536, batch=33),
 }
 
 
@@ -209,17 +210,8 @@ def print_bundles(console: Console, target: str) -> bool:
 def print_gpu(console: Console, target: str) -> bool:
     """Prints what `gpu_programs` finds, and whether nothing failed, spilled or copied the cache."""
     table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
-    columns = (
-        "case",
-        "cache MiB",
-        "registers",
-        "merge",
-        "spills",
-        "shared KiB",
-        "in flight",
-        "temporary KiB",
-        "copies",
-    )
+    columns = ("case", "cache MiB", "registers", "merge", "spills", "shared KiB", "in flight")
+    columns += ("temporary KiB", "copies", "step: KiB", "copies", "moved KiB")
     for name in columns:
         table.add_column(name, justify="left" if name == "case" else "right")
     script = pathlib.Path(__file__).with_name("gpu_programs.py")

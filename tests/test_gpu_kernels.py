@@ -345,12 +345,14 @@ def test_sizes(tmp_path, monkeypatch):
     (tmp_path / "table.json").write_text("{}")
     with pytest.raises(errors.ConfigError, match=r"table.json"):
         tuning.use(tmp_path / "table.json")
+    with pytest.raises(errors.ConfigError, match="multiple of 128"):
+        tuning.TpuConfig(most_rows=100)
     for sizes in ((32, 2, 1), (64, 1, 1), (64, 2, 0)):
         with pytest.raises(errors.ConfigError, match="multiple of 64"):
             tuning.GpuConfig(*sizes)
     with pytest.raises(errors.ConfigError, match="none of 1"):
         tuning.measure(lambda *_: 1 / 0, "", [tuning.GpuConfig()], request, 2, None)
-    with pytest.raises(errors.UnsupportedError, match="measured on GPUs"):
+    with pytest.raises(errors.UnsupportedError, match="no kernel to tune"):
         tuning.tune(request.query, made(64, 1, 128, dtype=BF16))
 
 

@@ -22,7 +22,7 @@ from kvattn import errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import tiles, tpu_append, tpu_decode
+from kvattn.pallas import tiles, tpu_append, tpu_decode, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +237,22 @@ def test_only_tiles_that_hold_something_are_read():
     table = jnp.arange(3 * 32, dtype=jnp.int32).reshape(3, 32).at[1].set(-7)
     pages = np.asarray(tiles.pages_of(chosen, table, 1, 96))[: int(chosen.count[0]), 0]
     assert pages.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 64, 65], "nothing new is fetched for a page that is not there"
+
+
+def test_sizes():
+    """Smaller tiles give the same; a table is taken where it fits."""
+    request = request_for(filled([300, 1, 129], 384, 2, 128), 4)
+    small = tuning.TpuConfig(1 << 17, 128)
+    usual, _, _ = jax.jit(tpu_decode.attend)(request)
+    tuning.use({tpu_decode.key(request): small})
+    try:
+        assert tpu_decode.config_for(request) == small
+        assert tpu_decode.rows_of(request.view, small) == 128
+        out, _, _ = jax.jit(lambda r: tpu_decode.attend(r))(request)
+    finally:
+        tuning.use(None)
+    assert tpu_decode.config_for(request) == tuning.TpuConfig()
+    np.testing.assert_allclose(out, usual, atol=2e-6)
 
 
 def test_lengths_are_no_new_program():

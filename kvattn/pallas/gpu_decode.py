@@ -148,7 +148,7 @@ def key(request: Request) -> str:
     spec = _spec(request, GpuConfig())
     pages = f"pages of {spec.page_size}" if spec.page_size else "contiguous"
     codec = spec.streams[0].dtype if isinstance(spec.codec, Plain) else spec.codec
-    return f"{codec} {spec.key_features}/{spec.value_features} x{spec.cols} parts {spec.parts} {pages}"
+    return f"mosaic_gpu {codec} {spec.key_features}/{spec.value_features} x{spec.cols} parts {spec.parts} {pages}"
 
 
 def fits(request: Request, config: GpuConfig) -> bool:
@@ -163,7 +163,7 @@ def config_for(request: Request) -> GpuConfig:
     if interpreted():
         return GpuConfig(stages=2)
     found = lookup(key(request), jax.local_devices()[0].device_kind)
-    if found is not None and fits(request, found):
+    if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
     # Two programs of 256 threads share the registers as long as states and scores are small.

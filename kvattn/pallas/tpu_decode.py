@@ -18,11 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kvattn._typing import Array
 from kvattn.codecs import Float8, Int4, Int8, Plain
 from kvattn.pallas import interpreted, tiles, tpu_read
+from kvattn.pallas.tuning import TpuConfig, lookup
 from kvattn.request import Request, grouped, ungrouped
 
-TILE_BYTES = 1 << 21
-"""Keys of one tile, all heads. Two tiles of keys and two of values are in VMEM at a time."""
-MOST_ROWS = 512
 MOST_TOKENS = 8
 ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
 """One tile after the other, by one core: a row's state goes from tile to tile."""
@@ -33,7 +31,7 @@ VMEM_GIVEN, VMEM_BYTES = 12 << 20, 40 << 20
 """What a kernel may be sure to get of vector memory, and what it asks for at most."""
 
 
-def unsupported(request: Request) -> str | None:
+def unsupported(request: Request, config: TpuConfig | None = None) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
     if request.query.shape[1] > MOST_TOKENS:
@@ -53,23 +51,23 @@ def unsupported(request: Request) -> str | None:
         reason = tpu_read.refuses(view.codec, head_dim, store["data"], store["data"].shape[-2])
         if reason is not None:
             return reason
-    rows = rows_of(view)
+    rows = rows_of(view, config)
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
     entries = view.positions.shape[1] * -(-view.layout.num_slots // rows)
     per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
     if 4 * entries * per_entry > SMEM_BYTES:
         return f"its plan of {entries} tiles does not fit in scalar memory"
-    if _vmem(request) > VMEM_BYTES:
-        return f"its tiles need {_vmem(request) >> 20} MiB of vector memory"
+    if _vmem(request, config) > VMEM_BYTES:
+        return f"its tiles need {_vmem(request, config) >> 20} MiB of vector memory"
     return None
 
 
-def attend(request: Request) -> tuple[Array, Array, Array | None]:
+def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
-    view, mask = request.view, request.mask
+    view, mask, config = request.view, request.mask, config or config_for(request)
     batch, length = request.query.shape[:2]
-    heads, rows = view.num_kv_heads, rows_of(view)
+    heads, rows = view.num_kv_heads, rows_of(view, config)
     query = grouped(request.query, heads)
     group = query.shape[2]
     dtypes = (request.query.dtype, view.keys["data"].dtype)
@@ -162,7 +160,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
             ],
         ),
         out_shape=out_shape,
-        compiler_params=params(_vmem(request)),
+        compiler_params=params(_vmem(request, config)),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
@@ -184,9 +182,9 @@ def params(vmem: int) -> pltpu.CompilerParams:
     return ORDER if vmem <= VMEM_GIVEN else dataclasses.replace(ORDER, vmem_limit_bytes=vmem + (8 << 20))
 
 
-def _vmem(request: Request) -> int:
+def _vmem(request: Request, config: TpuConfig | None) -> int:
     """Bytes of vector memory: two tiles, queries and results twice, the state once; widths fill registers."""
-    view, rows = request.view, rows_of(request.view)
+    view, rows = request.view, rows_of(request.view, config)
     wide = lambda n: -(-n // tpu_read.LANES) * tpu_read.LANES
     stores = [*view.keys.values(), *view.values.values()]
     tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
@@ -203,12 +201,33 @@ def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
     return (chosen.count[0],)
 
 
-def rows_of(view: Any) -> int:
-    """Slots per tile: about TILE_BYTES of keys, a multiple of what lies in a register, whole pages."""
+def key(request: Request) -> str:
+    """What sizes depend on, as tables name it."""
+    view = request.view
+    pages = f"pages of {view.page_size}" if view.page_table is not None else "contiguous"
+    codec = view.keys["data"].dtype if isinstance(view.codec, Plain) else view.codec
+    return f"mosaic_tpu {codec} {view.num_kv_heads} x {view.key_head_dim}/{view.value_head_dim} {pages}"
+
+
+def fits(request: Request, config: TpuConfig) -> bool:
+    """Whether the kernel takes the call with these sizes."""
+    return unsupported(request, config) is None
+
+
+def config_for(request: Request) -> TpuConfig:
+    """The sizes of the table, or the usual ones."""
+    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    return found if isinstance(found, TpuConfig) and fits(request, found) else TpuConfig()
+
+
+def rows_of(view: Any, config: TpuConfig | None = None) -> int:
+    """Slots per tile: about `tile_bytes` of keys, a multiple of what lies in a register, whole pages."""
+    config = config or TpuConfig()
     slots = _tokens(view)
     data = view.keys["data"]
     token_bytes = view.num_kv_heads * data.shape[-1] * data.dtype.itemsize
-    rows = min(max(TILE_BYTES // token_bytes // tpu_read.LANES * tpu_read.LANES, tpu_read.LANES), MOST_ROWS)
+    lanes = tpu_read.LANES
+    rows = min(max(config.tile_bytes // token_bytes // lanes * lanes, lanes), config.most_rows)
     if view.page_table is not None:
         pages = max(1, min(rows // view.page_size, 16, view.page_table.shape[1]))
         return pages * view.page_size

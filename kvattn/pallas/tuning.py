@@ -49,10 +49,32 @@ class GpuConfig:
             raise ConfigError(f"tile must be a multiple of 64, stages >= 2, blocks_per_sm >= 1; got {self}.")
 
 
-_USED: dict[str, GpuConfig] = {}
+@dataclasses.dataclass(frozen=True)
+class TpuConfig:
+    """Sizes of `"mosaic_tpu"`.
+
+    Args:
+        tile_bytes: keys of one tile, all heads. Two tiles of keys and two of values are in vector memory at a time.
+        most_rows: slots of a tile at most, a multiple of 128.
+
+    Raises:
+        ConfigError: sizes out of range.
+    """
+
+    tile_bytes: int = 1 << 21
+    most_rows: int = 512
+
+    def __post_init__(self):
+        if self.tile_bytes < 1 or self.most_rows < 128 or self.most_rows % 128:
+            raise ConfigError(f"tile_bytes must be >= 1 and most_rows a multiple of 128; got {self}.")
 
 
-def use(table: Mapping[str, GpuConfig] | str | os.PathLike | None) -> None:
+Config = GpuConfig | TpuConfig
+_KERNELS = {"mosaic_gpu": GpuConfig, "mosaic_tpu": TpuConfig}
+_USED: dict[str, Config] = {}
+
+
+def use(table: Mapping[str, Config] | str | os.PathLike | None) -> None:
     """Takes sizes from a table from now on; what is compiled already keeps its own.
 
     Args:
@@ -67,7 +89,7 @@ def use(table: Mapping[str, GpuConfig] | str | os.PathLike | None) -> None:
         _USED.update(table if isinstance(table, Mapping) else _read(Path(table).read_text(), str(table)))
 
 
-def save(path: str | os.PathLike, table: Mapping[str, GpuConfig]) -> None:
+def save(path: str | os.PathLike, table: Mapping[str, Config]) -> None:
     """Writes a table for `use`, with the device and the version of JAX it was measured with."""
     content = {
         "device": jax.local_devices()[0].device_kind,
@@ -77,22 +99,22 @@ def save(path: str | os.PathLike, table: Mapping[str, GpuConfig]) -> None:
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def lookup(key: str, device_kind: str) -> GpuConfig | None:
+def lookup(key: str, device_kind: str) -> Config | None:
     """What was measured for a key; None: nothing."""
     return _USED.get(key) or _shipped(device_kind).get(key)
 
 
 @functools.cache
-def _shipped(device_kind: str) -> dict[str, GpuConfig]:
+def _shipped(device_kind: str) -> dict[str, Config]:
     """The table in the package."""
     name = re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
     file = importlib.resources.files("kvattn.pallas") / "tuned" / name
     return _read(file.read_text(), name) if file.is_file() else {}
 
 
-def _read(text: str, name: str) -> dict[str, GpuConfig]:
+def _read(text: str, name: str) -> dict[str, Config]:
     try:
-        return {key: GpuConfig(**sizes) for key, sizes in json.loads(text)["sizes"].items()}
+        return {key: _KERNELS[key.split()[0]](**sizes) for key, sizes in json.loads(text)["sizes"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is no table of sizes as kvattn.pallas.tuning.save writes it: {error}.") from error
 
@@ -102,10 +124,10 @@ def tune(
     cache: Cache,
     *,
     mask: Mask | None = None,
-    candidates: Sequence[GpuConfig] | None = None,
+    candidates: Sequence[Config] | None = None,
     repeats: int = 20,
-    progress: Callable[[GpuConfig, float], None] | None = None,
-) -> tuple[dict[str, GpuConfig], dict[GpuConfig, float]]:
+    progress: Callable[[Config, float], None] | None = None,
+) -> tuple[dict[str, Config], dict[Config, float]]:
     """Measures sizes for one decode step on this device. Takes seconds to a minute: each candidate is compiled.
 
     Args:
@@ -123,36 +145,38 @@ def tune(
         UnsupportedError: there is no kernel to tune for this call on this device.
         ConfigError: no candidate ran.
     """
-    kernel = importlib.import_module("kvattn.pallas.gpu_decode")  # which itself asks for sizes here
+    name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    if name is None:
+        raise UnsupportedError(f"there is no kernel to tune on {jax.default_backend()!r}, the default backend here.")
+    # Kernels ask for their sizes here, so they are loaded late.
+    kernel = importlib.import_module({"mosaic_gpu": "kvattn.pallas.gpu_decode"}.get(name, "kvattn.pallas.tpu_decode"))
     positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     request = Request(query, positions, cache.view(), None, mask=mask or Mask(), scale=query.shape[-1] ** -0.5)
-    if jax.default_backend() != "gpu":
-        raise UnsupportedError(f"sizes are measured on GPUs; the default backend here is {jax.default_backend()!r}.")
     if (reason := kernel.unsupported(request)) is not None:
-        raise UnsupportedError(f"'mosaic_gpu': {reason}.")
+        raise UnsupportedError(f"{name!r}: {reason}.")
     if candidates is None:
-        candidates = [c for c in CANDIDATES if kernel.fits(request, c)]
-    return measure(
-        lambda config, r: kernel.attend(r, config)[0], kernel.key(request), candidates, request, repeats, progress
-    )
+        candidates = [c for c in CANDIDATES[name] if kernel.fits(request, c)]
+    attend = lambda config, request: kernel.attend(request, config)[0]
+    return measure(attend, kernel.key(request), candidates, request, repeats, progress)
 
 
-CANDIDATES = tuple(
-    GpuConfig(tile, stages, blocks) for tile in (64, 128) for blocks in (1, 2, 3) for stages in (2, 3, 4, 6)
-)
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "mosaic_gpu": tuple(GpuConfig(t, s, b) for t in (64, 128) for b in (1, 2, 3) for s in (2, 3, 4, 6)),
+    "mosaic_tpu": tuple(TpuConfig(1 << n, rows) for n in (19, 20, 21, 22) for rows in (256, 512, 1024)),
+}
 """What `tune` tries."""
 
 
 def measure(
-    attend: Callable[[GpuConfig, Request], Any],
+    attend: Callable[[Config, Request], Any],
     key: str,
-    candidates: Sequence[GpuConfig],
+    candidates: Sequence[Config],
     request: Request,
     repeats: int,
-    progress: Callable[[GpuConfig, float], None] | None,
-) -> tuple[dict[str, GpuConfig], dict[GpuConfig, float]]:
+    progress: Callable[[Config, float], None] | None,
+) -> tuple[dict[str, Config], dict[Config, float]]:
     """What `tune` does, with a kernel of one's own."""
-    seconds: dict[GpuConfig, float] = {}
+    seconds: dict[Config, float] = {}
     reasons = []
     for config in candidates:
         step = jax.jit(functools.partial(attend, config))
