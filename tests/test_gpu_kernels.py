@@ -315,6 +315,16 @@ def test_other_gpus_fall_back(capability, monkeypatch):
     api.attend(request, ("mosaic_gpu", "xla"))
 
 
+def test_too_few_threads_are_said_not_waited_for(monkeypatch):
+    monkeypatch.setattr(gpu_decode.jax, "local_device_count", lambda: 1)
+    monkeypatch.setenv("NPROC", "2")
+    request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
+    with pytest.raises(errors.UnsupportedError, match="NPROC=8"):
+        api.attend(request, "mosaic_gpu")
+    monkeypatch.setenv("NPROC", "4")
+    assert gpu_decode.unsupported(request) is None
+
+
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
 

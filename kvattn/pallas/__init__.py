@@ -19,6 +19,9 @@ def interpret() -> Iterator[None]:
 
     For looking at and testing kernels without their device. What is compiled inside stays interpreted outside, and the
     other way round: use another `jax.jit` for each.
+
+    Warpgroups of GPU kernels wait for each other in threads of XLA: on few cores, start Python with NPROC=8 in the
+    environment.
     """
     token = _INTERPRETED.set(True)
     try:
@@ -33,16 +36,17 @@ def interpreted() -> bool:
 
 
 _ON_FIRST_USE = ("decode_attention", "paged_decode_attention")
+_MODULES = ("compat", "tuning")
 
 
 def __getattr__(name: str) -> Any:
     # They choose among all implementations, as `cached_attention` does, so they live with it.
     if name in _ON_FIRST_USE:
         return getattr(importlib.import_module("kvattn.attend.on_arrays"), name)
-    if name == "compat":
-        return importlib.import_module("kvattn.pallas.compat")
+    if name in _MODULES:
+        return importlib.import_module(f"kvattn.pallas.{name}")
     raise AttributeError(f"module 'kvattn.pallas' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE, "compat"])
+    return sorted([*globals(), *_ON_FIRST_USE, *_MODULES])

@@ -10,6 +10,7 @@ into scores and probabilities; four-bit values are decoded in registers.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from kvattn.pallas.tuning import GpuConfig, lookup
 from kvattn.request import Request, grouped, ungrouped
 
 MOST_TOKENS = 8
+FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
 SHARED_BYTES = 227 << 10
@@ -39,7 +41,7 @@ FLOAT16_EXPONENT = int(math.log2(FLOAT16_UNIT))
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if not interpreted() and (reason := _device()) is not None:
+    if (reason := _threads() if interpreted() else _device()) is not None:
         return reason
     if request.query.shape[1] > MOST_TOKENS:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
@@ -78,6 +80,16 @@ def _paging(request: Request, tile: int) -> str | None:
     if size < least:
         return f"{view.codec} needs pages of {least} slots at least: those of {size} hold too few scales for one copy"
     return None
+
+
+def _threads() -> str | None:
+    """Why the interpreter cannot run here: two warpgroups and what started them each hold a thread of XLA's."""
+    count = max(int(os.environ.get("NPROC") or os.cpu_count() or 1), jax.local_device_count())
+    if count >= FEWEST_THREADS:
+        return None
+    return (
+        f"its interpreter would wait for ever for one of {count} threads; start Python with NPROC=8 in the environment"
+    )
 
 
 def _device() -> str | None:
