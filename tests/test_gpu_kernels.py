@@ -315,6 +315,35 @@ def test_other_gpus_fall_back(capability, monkeypatch):
     api.attend(request, ("mosaic_gpu", "xla"))
 
 
+def test_copies_land_on_aligned_addresses():
+    """In shared memory a copy begins at a multiple of 128 bytes, on the device at one of 16. No interpreter looks."""
+    pages = (0, 8, 16, 32, 64, 128)
+    asked = (("bfloat16", 1), ("float32", 8))
+    for shape, store, page_size, (query, new) in itertools.product(SHAPES, STORES, pages, asked):
+        slots, num_heads, heads, size = SHAPES[shape]
+        specs = []
+
+        def look():
+            cache = made(eights(slots), heads, size, page_size=page_size, **STORES[store])  # noqa: B023
+            request = request_for(cache, num_heads, new, dtype=QUERIES[query])  # noqa: B023
+            if gpu_decode.unsupported(request) is None:
+                specs.append(gpu_decode._spec(request, tuning.GpuConfig()))  # noqa: B023
+
+        jax.eval_shape(look)
+        if not specs:
+            continue
+        (spec,) = specs
+        for name, buffer in gpu_body.scratch(spec).items():
+            if isinstance(buffer, plgpu.Barrier) or name in ("share", "keys"):
+                continue
+            stride = int(np.prod(buffer.shape[1:])) * jnp.dtype(buffer.dtype).itemsize
+            assert stride % 128 == 0, f"{name} of {shape}, {store}: {stride} bytes"
+        for stream in spec.streams:
+            row = jnp.dtype(stream.dtype).itemsize * (1 if stream.tokens_last else stream.features)
+            assert spec.pages == 1 or row * page_size % 128 == 0, f"{stream.name}, pages of {page_size}"
+            assert stream.tokens_last or row % 16 == 0, f"{stream.name}: rows of {row} bytes"
+
+
 def test_too_few_threads_are_said_not_waited_for(monkeypatch):
     monkeypatch.setattr(gpu_decode.jax, "local_device_count", lambda: 1)
     monkeypatch.setenv("NPROC", "2")

@@ -113,6 +113,11 @@ class Spec:
         return self.streams[0].dtype != self.wide
 
     @property
+    def lanes(self) -> int:
+        """Columns of vectors over them in shared memory: copies begin at multiples of 128 bytes there."""
+        return -(-self.cols // 32) * 32
+
+    @property
     def repacked(self) -> bool:
         """Whether values are written to shared memory once more: decoded, or padded to the long side of a product."""
         return self.decoded or self.padded != self.value_features
@@ -197,7 +202,7 @@ def scratch(spec: Spec) -> dict[str, Any]:
     found |= {
         "positions": plgpu.SMEM((stages, tile), jnp.int32),
         "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
-        "at": plgpu.SMEM((2, cols), jnp.int32),
+        "at": plgpu.SMEM((2, spec.lanes), jnp.int32),
         "probs": swizzled((parts, cols, tile), spec.wide, 64),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
@@ -214,11 +219,11 @@ def scratch(spec: Spec) -> dict[str, Any]:
     if spec.decoded and spec.interpreted:
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if spec.factor:
-        found["factor"] = plgpu.SMEM((2, cols), F32)
+        found["factor"] = plgpu.SMEM((2, spec.lanes), F32)
     if spec.alibi:
-        found["slopes"] = plgpu.SMEM((2, cols), F32)
+        found["slopes"] = plgpu.SMEM((2, spec.lanes), F32)
     if isinstance(spec.codec, Int4):
-        found["sums"] = plgpu.SMEM((2, spec.streams[1].features, cols), F32)
+        found["sums"] = plgpu.SMEM((2, spec.streams[1].features, spec.lanes), F32)
     return found
 
 
@@ -235,9 +240,9 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
     Args:
         spec: the sizes.
         interpret: of `plgpu.kernel`.
-        *arrays: those of `Rows`; query [parts, B, heads, cols, H]; its positions int32 [B, chunks, cols];
+        *arrays: those of `Rows`; query [parts, B, heads, cols, H]; its positions int32 [B, chunks, lanes];
             positions int32 [B, 1 or K, S]; the arrays of the cache; then, each if there is one, the page table, the
-            factor [B, heads, cols], the slopes [heads, cols], the sums [B, heads, groups, cols].
+            factor [B, heads, lanes], the slopes [heads, lanes], the sums [B, heads, groups, lanes].
 
     Returns:
         outputs times their sums float32 [states, Hv padded, cols], maxima and sums float32 [states, cols]; with
@@ -454,7 +459,8 @@ class Columns:
         self.factor = self._load("factor") if spec.factor else None
 
     def _load(self, name: str) -> Array:
-        return plgpu.load(self.shared[name].at[self.slot], layout=COLUMNS, optimized=False)
+        vector = self.shared[name].at[self.slot, pl.ds(0, self.spec.cols)]
+        return plgpu.load(vector, layout=COLUMNS, optimized=False)
 
     def adjusted(self, scores: Array, kv_at: Array) -> Array:
         """Scale, soft cap, ALiBi and mask."""
@@ -518,7 +524,8 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     total = 0.0
     for group, part in groups.items():
         scale, minimum = unpack_pair(load("k_scale", group), load("k_minimum", group))
-        sums = plgpu.load(shared["sums"].at[at_slot, group], layout=COLUMNS, optimized=False)
+        sums = shared["sums"].at[at_slot, group, pl.ds(0, spec.cols)]
+        sums = plgpu.load(sums, layout=COLUMNS, optimized=False)
         part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
         total = total + part
     return total
