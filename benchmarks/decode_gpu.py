@@ -319,7 +319,7 @@ def jax_span(program: Program, repeats: int = 7) -> list[float]:
             if outs:
                 # One after the other: queries and positions wait for the step before.
                 leaves, tree = jax.tree.flatten(copy)
-                small = [i for i, x in enumerate(leaves) if x.size <= outs[-1].size]
+                small = [i for i, x in enumerate(leaves) if x.size <= min(outs[-1].size, 1 << 22)]
                 tied, _ = jax.lax.optimization_barrier(([leaves[i] for i in small], outs[-1]))
                 for i, x in zip(small, tied, strict=True):
                     leaves[i] = x
