@@ -438,7 +438,8 @@ def fa3_extension(torch: Any, path: str) -> Callable:
         given = {
             "q": query, "k": keys, "v": values, "seqused_k": lengths, "max_seqlen_q": query.shape[1],
             "max_seqlen_k": slots, "page_table": table, "block_table": table, "softmax_scale": scale,
-            "is_causal": True, "causal": True, "cp_world_size": 1, "window_size_left": window[0], "window_size_right": window[1],
+            "is_causal": True, "causal": True, "cp_world_size": 1,
+            "window_size_left": window[0], "window_size_right": window[1],
         }  # fmt: skip
         neutral = {"int": 0, "float": 0.0, "bool": False}
         arguments = {}
