@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import corpus
 import jax
@@ -26,7 +27,10 @@ from rich.table import Table
 from rich.text import Text
 
 import kvattn
+from kvattn.attend import api
 from kvattn.layers import GroupedQueryAttention, stateless
+from kvattn.masks import Mask
+from kvattn.request import Request
 
 WEIGHTS = Path(__file__).parent / "weights" / "bytes.safetensors"
 console = Console(highlight=False, width=min(Console().width, 120) if Console().is_terminal else 100)
@@ -40,6 +44,11 @@ def arguments() -> argparse.Namespace:
     text.add_argument("--prompt", help="default: the beginning of a page the model was not trained on")
     text.add_argument("--max-new-tokens", type=int, default=400)
     text.add_argument("--temperature", type=float, default=0.4)
+    text.add_argument(
+        "--cache-dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: bfloat16 on GPUs, whose kernel reads 16 bits and fewer; float32 elsewhere",
+    )
     bare = p.add_argument_group("the bare step")
     bare.add_argument("--random", action="store_true", help="random queries, keys and values; no model")
     bare.add_argument("--heads", type=int, default=32)
@@ -77,6 +86,21 @@ def filled(cache: kvattn.KVCache, key: jax.Array, value: jax.Array, length: int)
     return dataclasses.replace(cache.write(slots, key, value), lengths=jnp.full(key.shape[:1], length, jnp.int32))
 
 
+def reader(cache: kvattn.KVCache, num_heads: int, dtype: Any, implementation: str | None = None) -> str:
+    """Which implementation reads this cache for a new token, and why not another."""
+    batch, features = cache.lengths.shape[0], cache.key_head_dim
+    found = []
+
+    def ask(cache):
+        query, positions = jnp.zeros((batch, 1, num_heads, features), dtype), jnp.zeros((batch, 1), jnp.int32)
+        request = Request(query, positions, cache.view(), None, mask=Mask(), scale=features**-0.5)
+        found.append(api.choose(request, implementation))
+
+    jax.eval_shape(ask, cache)
+    name, reasons = found[0]
+    return f'"{name}"' + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
 # Text ---------------------------------------------------------------------------------------------
 
 
@@ -85,12 +109,14 @@ def text_demo(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.weights} is not there: run examples/train_bytes.py first.")
     model = kvattn.models.load(args.weights, dtype=jnp.float32)
     config = model.config
+    cache_dtype = jnp.dtype(args.cache_dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32"))
+    codec = None if cache_dtype == jnp.float32 else kvattn.codecs.Plain(cache_dtype)
     prompt = args.prompt.encode() if args.prompt else default_prompt()
     prompt = bytes([corpus.START]) + prompt
 
     def decode() -> list[int]:
         return kvattn.generate(
-            model, [prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed
+            model, [prompt], args.max_new_tokens, codec=codec, temperature=args.temperature, seed=args.seed
         )[0]  # fmt: skip
 
     start = time.perf_counter()
@@ -120,10 +146,12 @@ def text_demo(args: argparse.Namespace) -> None:
             ]
         )
         rows[f"cache as {name}"] = f"{size(sum(c.nbytes for c in caches))}  ({capacity} tokens, bfloat16)"
-    rows["cached - full"] = cached_against_full(model, [*prompt, *new])
+    caches = jax.eval_shape(lambda: model.make_cache(1, capacity, codec=codec))
+    rows["cache read by"] = f"{reader(caches[0], config.num_heads, jnp.float32)}, {cache_dtype}"
+    rows["cached - full"] = cached_against_full(model, [*prompt, *new], codec)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim)
-    rows["this layer's step"] = beside_flax(8, args.context or 4096, *heads, repeats=40)
-    rows["a larger layer's"] = beside_flax(8, args.context or 4096, 32, 8, 128, 256, repeats=5)
+    rows["this layer's step"] = beside_flax(8, args.context or 4096, *heads, repeats=40, codec=codec)
+    rows["a larger layer's"] = beside_flax(8, args.context or 4096, 32, 8, 128, 256, repeats=5, codec=codec)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows.items():
         table.add_row(*row)
@@ -137,13 +165,13 @@ def default_prompt() -> bytes:
     return text[text.index(b"Comparisons\n***") :][:520].rsplit(b"\n", 1)[0] + b"\n"
 
 
-def cached_against_full(model: kvattn.models.Decoder, tokens: list[int]) -> str:
+def cached_against_full(model: kvattn.models.Decoder, tokens: list[int], codec: kvattn.codecs.Codec | None) -> str:
     """The largest difference of the logits, token by token through the cache and all tokens at once."""
     tokens = jnp.asarray([tokens], jnp.int32)
     apply, weights = stateless(model)
     full, _ = jax.jit(apply)(weights, tokens)
     step = jax.jit(apply, donate_argnames="cache")
-    cache = model.make_cache(1, tokens.shape[1])
+    cache = model.make_cache(1, tokens.shape[1], codec=codec)
     worst = 0.0
     with console.status("comparing with the full forward pass ..."):
         for t in range(tokens.shape[1]):
@@ -153,7 +181,14 @@ def cached_against_full(model: kvattn.models.Decoder, tokens: list[int]) -> str:
 
 
 def beside_flax(
-    batch: int, context: int, num_heads: int, num_kv_heads: int, head_dim: int, features: int, repeats: int
+    batch: int,
+    context: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    features: int,
+    repeats: int,
+    codec: kvattn.codecs.Codec | None,
 ) -> str:
     """Step times of Flax's layer and of kvattn's with the same weights and tokens, and how far apart they are.
 
@@ -178,7 +213,7 @@ def beside_flax(
 
     apply, weights = stateless(ours)
     kvattn_step = jax.jit(apply, donate_argnames="cache")
-    cache = filled(ours.make_cache(batch, context), keys, values, past.shape[1])
+    cache = filled(ours.make_cache(batch, context, codec=codec), keys, values, past.shape[1])
 
     flax_times, times = [], []
     with console.status("measuring beside flax.nnx.MultiHeadAttention ..."):
@@ -196,7 +231,9 @@ def beside_flax(
     return (
         f"{step * 1e3:.2f} ms, flax.nnx.MultiHeadAttention {flax * 1e3:.2f} ms: {flax / step:.1f} times; "
         f"largest difference {float(jnp.max(jnp.abs(y - z))):.0e} (batch {batch}, {context} tokens, "
-        f"{num_heads} heads on {num_kv_heads} of {head_dim}, float32)"
+        f"{num_heads} heads on {num_kv_heads} of {head_dim}, float32"
+        + ("" if codec is None else f", the cache in {codec.dtype}, read by {reader(cache, num_heads, x.dtype)}")
+        + ")"
     )
 
 
@@ -251,6 +288,8 @@ def bare_demo(args: argparse.Namespace) -> None:
             f"{100 * rate / copied:.0f}", f"{error:.1e}",
         )  # fmt: skip
     console.print(table)
+    if not args.implementation:
+        console.print(f"best: the cache is read by {reader(cache, args.heads, dtype)}")
     for reason in unsupported:
         console.print(f"not run: {reason}")
     console.print(

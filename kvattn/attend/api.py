@@ -52,28 +52,41 @@ def unsupported(name: str) -> str | None:
     return None
 
 
-def attend(request: Request, implementation: Implementation = None) -> tuple[Array, Array, Array | None]:
-    """Attends with the first implementation that can.
+def choose(request: Request, implementation: Implementation = None) -> tuple[str, tuple[str, ...]]:
+    """Which implementation attends.
 
     Args:
-        request: queries, what they read, and by which rule.
+        request: what is asked; its numbers do not matter, so it may be traced (`jax.eval_shape`).
         implementation: a name, a sequence of names to try in order, or None for the best that works.
 
     Returns:
-        out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
+        the first that can, and of each before it why it cannot.
 
     Raises:
         ConfigError: an unknown name.
         UnsupportedError: none of the named ones can, each with its reason.
     """
-    names = candidates(implementation)
     reasons = []
-    for name in names:
+    for name in candidates(implementation):
         reason = unsupported(name)
         if reason is None:
-            module = importlib.import_module(_MODULES[name])
-            reason = module.unsupported(request)
+            reason = importlib.import_module(_MODULES[name]).unsupported(request)
         if reason is None:
-            return module.attend(request) if name in _DIFFERENTIABLE else differentiable(module.attend)(request)
+            return name, tuple(reasons)
         reasons.append(f"{name!r}: {reason}")
     raise UnsupportedError(f"{'; '.join(reasons)}. implementation=None takes what works here.")
+
+
+def attend(request: Request, implementation: Implementation = None) -> tuple[Array, Array, Array | None]:
+    """Attends with the first implementation that can.
+
+    Args:
+        request: queries, what they read, and by which rule.
+        implementation: as in `choose`, which raises what is wrong.
+
+    Returns:
+        out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
+    """
+    name, _ = choose(request, implementation)
+    module = importlib.import_module(_MODULES[name])
+    return module.attend(request) if name in _DIFFERENTIABLE else differentiable(module.attend)(request)
