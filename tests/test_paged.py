@@ -103,7 +103,11 @@ def test_pages_are_lists(page_size, kv_heads, window, implementation):
             np.testing.assert_array_equal(got[b, :, : len(given)], np.asarray(given, np.float32).swapaxes(0, 1))
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "codec",
+    [pytest.param(c, marks=pytest.mark.slow if type(c).__name__ in ("Float8", "Int4") else ()) for c in CODECS],
+    ids=lambda c: type(c).__name__,
+)
 def test_every_codec_as_in_a_contiguous_cache(codec):
     outs, cache = feed(poisoned(make(codec=codec)).with_tables(scattered(), [0] * B))
     flat = kvattn.KVCache.create(B, K, H, capacity=COLUMNS * 8, codec=codec, dtype=jnp.float32)

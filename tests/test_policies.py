@@ -336,7 +336,11 @@ def test_of_equal_scores_the_lowest_position_leaves():
     assert sorted(p for p in cache.positions[0, 0].tolist() if p >= 0) == [2, 3, 4]
 
 
-@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=pytest.mark.slow if type(p).__name__ in ("FastGen", "Scissorhands") else ()) for p in SMALL],
+    ids=lambda p: type(p).__name__,
+)
 def test_ragged_prompts(policy):
     """Right and left padded prompts keep what each row keeps alone."""
     q, k, v = tokens(7)

@@ -132,9 +132,9 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     positions = jnp.pad(positions, ((0, 0), (0, 0), (0, spec.slots - positions.shape[2])), constant_values=-1)
     rows = survey(request, positions, tile)
     arrays = [_array(x, stream) for x, stream in zip(_stored(view), spec.streams, strict=True)]
-    to_lanes = lambda x: x if x is None else jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
-    at, factor, slopes, sums = (to_lanes(x) for x in (at, factor, slopes, sums))
-    extras = [x for x in (view.page_table, factor, slopes, sums) if x is not None]
+    to_lanes = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
+    at, *vectors = (to_lanes(x) for x in (at, factor, slopes, sums) if x is not None)
+    extras = vectors if view.page_table is None else [view.page_table, *vectors]
     interpret = INTERPRETER if interpreted() else None
     partial, top, total, *scores = decode(spec, interpret, *rows.arrays(), query, at, positions, *arrays, *extras)
     out, lse = merge(partial, top, total, rows.count, batch, spec.programs, interpret)
