@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+if "--dry-run" in sys.argv:
+    os.environ.setdefault("NPROC", "8")  # the interpreter of GPU kernels needs threads, more than there may be cores
 
 import jax
 import jax.numpy as jnp

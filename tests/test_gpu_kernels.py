@@ -82,6 +82,7 @@ RULES = {
     "window and sinks": {"mask": Mask(window=20, num_sinks=3)},
     "a part": {"mask": Mask(begin=4, end=180)},
     "softcap": {"softcap": 2.0},
+    "large softcap": {"softcap": 50.0},
     "slopes": {"alibi_slopes": True},
     "mass": {"want_mass": True},
 }

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kvattn._typing import Array
-from kvattn.codecs import Codec, Int4
+from kvattn.codecs import Codec, Float8, Int4
 from kvattn.codecs.grouped import segments, unpack_pair
 from kvattn.masks import Mask
 from kvattn.pallas.shares import Counts
@@ -176,6 +176,13 @@ def swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
     tiling: Any = plgpu.TilingTransform
     swizzling: Any = plgpu.SwizzleTransform
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, step)), swizzling(swizzle)))
+
+
+def tanh(x: Array) -> Array:
+    """As exact as float32: the GPU's own instruction has 11 bits, and 1 - 2 / (exp(2x) + 1) loses those of small x."""
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return jnp.where(square < 0.04, x * series, 1.0 - 2.0 / (jnp.exp(x + x) + 1.0))
 
 
 def split(x: Array, dtype: Any, parts: int) -> list[Array]:
@@ -470,8 +477,7 @@ class Columns:
         else:
             scores = scores * spec.scale
         if spec.softcap is not None:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1): the unit's own tanh has 11 bits.
-            scores = spec.softcap - (2 * spec.softcap) / (jnp.exp(scores * (2 / spec.softcap)) + 1.0)
+            scores = tanh(scores * (1 / spec.softcap)) * spec.softcap
         kv, at = spread(kv_at, shape, 0), spread(self.at, shape)
         if self.slopes is not None:
             scores = scores + spread(self.slopes, shape) * (kv - at).astype(F32)
@@ -591,7 +597,7 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
 
 
 def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> None:
-    """Writes a tile of values once more, channel by channel, in 16 bits, zeros where nothing is."""
+    """Writes a tile of values once more, channel by channel, in 16 bits; nothing there that is not finite."""
     values, target = shared["v_data"].at[slot], shared["values"]
     real = pl.ds(0, spec.value_features)
     if not spec.decoded:
@@ -602,7 +608,8 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> No
         for first, count in runs(spec.value_features):
             codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
             codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
-            codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
+            if isinstance(spec.codec, Float8):  # integers are finite, and their scales are 0
+                codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
             target.at[0, pl.ds(first, count)].T[...] = codes
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
