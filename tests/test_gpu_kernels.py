@@ -11,6 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from kernel_cases import BF16, F16, F32, B, filled, honest, made, narrow, request_for, truth, worst
 from oracles import assert_accurate, assert_lse, assert_same_bits
 
@@ -214,12 +215,17 @@ def test_a_page_that_is_not_there():
     pools = [jnp.asarray(rng.normal(size=(1, 6, 16, 64)), BF16) for _ in range(2)]
     attend = jax.jit(lambda *a: kvattn.pallas.paged_decode_attention(*a, return_lse=True, implementation="mosaic_gpu"))
     lengths = jnp.asarray([20, 20, 20], jnp.int32)
-    good = attend(q, *pools, lengths, jnp.asarray([[0, 1], [2, 3], [4, 5]], jnp.int32))
+    table = jnp.asarray([[0, 1], [2, 3], [4, 5]], jnp.int32)
+    good = attend(q, *pools, lengths, table)
     for page in (-1, 6, 2**30):
         out, lse = attend(q, *pools, lengths, jnp.asarray([[0, 1], [2, page], [4, 5]], jnp.int32))
         assert (np.asarray(out)[1] == 0).all() and np.isneginf(np.asarray(lse)[1]).all()
         for row in (0, 2):
             assert_same_bits(out[row], good[0][row])
+        # Behind the last token a table may say anything.
+        tail = attend(q, *pools, jnp.minimum(lengths, 16), jnp.asarray([[0, page], [2, page], [4, page]], jnp.int32))
+        for a, b in zip(tail, attend(q, *pools, jnp.minimum(lengths, 16), table), strict=True):
+            assert_same_bits(a, b)
 
 
 def shared_out(lengths, slots, heads, programs, mask=None):
@@ -314,6 +320,21 @@ def test_other_gpus_fall_back(capability, monkeypatch):
     with pytest.raises(errors.UnsupportedError, match="wgmma"):
         api.attend(request, "mosaic_gpu")
     api.attend(request, ("mosaic_gpu", "xla"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_is_not_left_to_the_compiler(kind):
+    """Outside `jax.shard_map` the kernel is passed over, and says so; inside it runs."""
+    mesh = jax.make_mesh((1, 2), ("one", "two"), axis_types=(kind, kind))
+    request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
+    attend = lambda r: api.attend(r, "mosaic_gpu")[:2]
+    with jax.set_mesh(mesh):
+        with pytest.raises(errors.UnsupportedError, match=r"mesh axes \(two\).*shard_map"):
+            attend(request)
+        assert api.choose(request, ("mosaic_gpu", "xla"))[0] == "xla"
+        everywhere = jax.sharding.PartitionSpec()
+        mapped = jax.shard_map(attend, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        assert jax.eval_shape(mapped, request)[0].shape == request.query.shape
 
 
 def test_copies_land_on_aligned_addresses():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from kvattn._typing import Array
 from kvattn.attend.derivative import differentiable
@@ -49,7 +50,16 @@ def unsupported(name: str) -> str | None:
     backend = jax.default_backend()
     if name in _NEEDS and backend != _NEEDS[name] and not interpreted():
         return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
+    if name in _NEEDS and (axes := _shared_axes()):
+        return f"compilers do not divide kernels over mesh axes ({axes}); call it inside jax.shard_map over them"
     return None
+
+
+def _shared_axes() -> str:
+    """Axes of the current mesh that are not `jax.shard_map`'s and over which arrays may be split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return ", ".join(n for n, kind in kinds if kind != AxisType.Manual and mesh.shape[n] > 1)
 
 
 def choose(request: Request, implementation: Implementation = None) -> tuple[str, tuple[str, ...]]:
