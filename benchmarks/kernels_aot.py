@@ -4,10 +4,10 @@
     python benchmarks/kernels_aot.py --targets v5e v6e tpu7x h200
 
 TPUs: first two programs of each case: the kernel over a cache that is an argument, and the step of
-`kvattn.cached_attention`, which writes a token into a donated cache. Columns: temporary memory, cache-sized copies,
-and of a donated cache what is not updated in place. Then the instructions of a tile (`tpu_bundles.py`). Ends with
-status 1 if a program does not compile, needs temporary memory of the cache's size or copies it, if a schedule cannot
-be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
+`kvattn.cached_attention`, which writes a token into a donated cache. Columns: vector memory of the kernel, temporary
+memory, cache-sized copies, and of a donated cache what is not updated in place. Then the instructions of a tile
+(`tpu_bundles.py`). Ends with status 1 if a program does not compile, needs temporary memory of the cache's size or
+copies it, if a schedule cannot be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
 flight, and the same of the step; what is refused says why. Status 1 for a spill too.
@@ -142,9 +142,10 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
     return query, new, cache
 
 
-def attend(device: Any, case: Case) -> tuple[Any, int]:
-    """The compiled kernel over a cache that is an argument, and the bytes of the cache."""
+def attend(device: Any, case: Case) -> tuple[Any, int, int]:
+    """The compiled kernel over a cache that is an argument, the bytes of the cache and those of vector memory."""
     query, _, cache = arguments(device, case)
+    vmem = []
 
     def step(query, cache):
         positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
@@ -154,10 +155,11 @@ def attend(device: Any, case: Case) -> tuple[Any, int]:
         reason = tpu_decode.unsupported(request)
         if reason is not None:
             raise kvattn.errors.UnsupportedError(reason)
+        vmem.append(tpu_decode.vmem_bytes(request))
         return tpu_decode.attend(request)
 
     with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
-        return jax.jit(step).lower(query, cache).compile(), cache.nbytes
+        return jax.jit(step).lower(query, cache).compile(), cache.nbytes, vmem[0]
 
 
 def tile_rows(device: Any, case: Case) -> int:
@@ -262,21 +264,22 @@ def main() -> int:
     for target in (t for t in args.targets if t in TOPOLOGIES):
         device = first_device(target)
         table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
-        columns = ("case", "cache MiB", "temporary KiB", "copies", "step: temporary KiB", "copies", "not in place KiB")
+        columns = ("case", "cache MiB", "VMEM KiB", "temporary KiB", "copies")
+        columns += ("step: temporary KiB", "copies", "not in place KiB")
         for name in columns:
             table.add_column(name, justify="left" if name == "case" else "right")
         for name, case in CASES.items():
             try:
-                program, size = attend(device, case)
-                row = [f"{size / 2**20:.0f}", *needs(program, case)]
-                well = row[2] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4
+                program, size, vmem = attend(device, case)
+                row = [f"{size / 2**20:.0f}", f"{vmem / 2**10:.0f}", *needs(program, case)]
+                well = row[3] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4
                 if case.new == 1 and not case.mass:
                     program = append(device, case)
                     moved = size - program.memory_analysis().alias_size_in_bytes
                     row += [*needs(program, case), f"{max(moved, 0) / 2**10:.0f}"]
-                    well &= row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 3 and moved <= 0
+                    well &= row[5] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 3 and moved <= 0
             except Exception as error:  # whatever the compiler says is the answer
-                well, row = False, ["", "", f"failed: {str(error).splitlines()[0][:60]}"]
+                well, row = False, ["", "", "", f"failed: {str(error).splitlines()[0][:60]}"]
             failures += not well
             table.add_row(name if well else f"{name} (!)", *row)
         console.print(table)

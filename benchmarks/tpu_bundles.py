@@ -220,7 +220,7 @@ def main(target: str, folder: pathlib.Path) -> dict[str, dict[str, float]]:
 
     for name in OURS:
         case = kernels_aot.CASES[name]
-        _, size = kernels_aot.attend(device, case)
+        _, size, _ = kernels_aot.attend(device, case)
         tile = size / case.batch / case.slots * kernels_aot.tile_rows(device, case)
         results[name] = {"bundles": ours(last("kvattn_tpu_decode")), "bytes": tile}
     for name, page_size in JAXS.items():

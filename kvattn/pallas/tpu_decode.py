@@ -58,8 +58,8 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
     per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
     if 4 * entries * per_entry > SMEM_BYTES:
         return f"its plan of {entries} tiles does not fit in scalar memory"
-    if _vmem(request, config) > VMEM_BYTES:
-        return f"its tiles need {_vmem(request, config) >> 20} MiB of vector memory"
+    if vmem_bytes(request, config) > VMEM_BYTES:
+        return f"its tiles need {vmem_bytes(request, config) >> 20} MiB of vector memory"
     return None
 
 
@@ -160,7 +160,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
             ],
         ),
         out_shape=out_shape,
-        compiler_params=params(_vmem(request, config)),
+        compiler_params=params(vmem_bytes(request, config)),
         interpret=INTERPRETER if interpreted() else False,
         name="kvattn_tpu_decode",
     )(*scalars, *inputs)
@@ -182,7 +182,7 @@ def params(vmem: int) -> pltpu.CompilerParams:
     return ORDER if vmem <= VMEM_GIVEN else dataclasses.replace(ORDER, vmem_limit_bytes=vmem + (8 << 20))
 
 
-def _vmem(request: Request, config: TpuConfig | None) -> int:
+def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     """Bytes of vector memory: two tiles, queries and results twice, the state once; widths fill registers."""
     view, rows = request.view, rows_of(request.view, config)
     wide = lambda n: -(-n // tpu_read.LANES) * tpu_read.LANES
