@@ -1,0 +1,219 @@
+"""Makes ``hf/``: tiny random checkpoints of every family and what `transformers` computes with them, in float32.
+
+Run by hand in an environment of its own (Python 3.11, ``torch==2.13.0``, ``transformers``, ``safetensors``, ``numpy``); the
+project itself needs none of them:
+
+    python tests/golden/hf_generate.py
+
+Every parameter is drawn anew and wide, norms and biases too, so that each one matters. Prompts are longer than every
+window. ``golden.npz`` of a family holds
+
+    prompts      int32 [B, T], right-padded with token 0
+    lengths      int32 [B]
+    logits       float32 [B, T, V], rubbish at pads
+    greedy       int32 [B, G], what follows each prompt
+    margins      float32 [B, G], by how much the chosen token's logit leads
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+HERE = pathlib.Path(__file__).parent / "hf"
+VOCAB, LENGTHS, GENERATED = 96, (23, 9, 16), 8
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+FAMILIES = {
+    "llama2": ("Llama", {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}),
+    "llama3": (
+        "Llama",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 500000.0,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral": (
+        "Mistral",
+        {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 5, "head_dim": 16},
+    ),
+    "qwen2": ("Qwen2", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}),
+    "qwen3": ("Qwen3", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 24}),
+    "gemma2": (
+        "Gemma2",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "head_dim": 24,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 7.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **SIZES,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "head_dim": 24,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "falcon7b": (
+        "Falcon",
+        {**SIZES, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False},
+    ),
+    "falcon40b": (
+        "Falcon",
+        {
+            **SIZES,
+            "num_kv_heads": 2,
+            "multi_query": True,
+            "parallel_attn": True,
+            "new_decoder_architecture": True,
+            "bias": False,
+        },
+    ),
+    "opt": (
+        "OPT",
+        {
+            **SIZES,
+            "ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            "do_layer_norm_before": True,
+        },
+    ),
+    "mpt": (
+        "Mpt",
+        {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
+    ),
+    "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 6}),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "multi_query": True},
+    ),
+    "gpt2": ("GPT2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 48,
+            "sliding_window": 5,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 256,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+                "rope_theta": 150000.0,
+            },
+        },
+    ),
+}
+
+
+def model_of(kind: str, settings: dict, seed: int):
+    """A model whose every parameter is drawn."""
+    prefix = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    config = getattr(transformers, f"{prefix}Config")(**ENDS, **settings)
+    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, kind + head)(config).eval().float()
+    # Where the embedding is the head too, a large one would say its own token again, whatever the layers do.
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            noise = torch.randn(x.shape, generator=generator)
+            if x.ndim == 1 and "weight" in name:  # norms
+                x.copy_(x + 0.3 * noise)
+            elif x.ndim == 1:
+                x.copy_(0.3 * noise)
+            elif "embed" in name or "wte" in name or "wpe" in name:
+                x.copy_((0.2 if tied else 0.7) * noise)
+            else:
+                x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
+    return model
+
+
+@torch.no_grad()
+def golden(model, seed: int) -> dict[str, np.ndarray]:
+    """Logits of whole prompts, each row alone, and greedy continuations by whole passes: no cache of theirs."""
+    rng = np.random.default_rng(seed)
+    prompts = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
+    logits = np.zeros((*prompts.shape, VOCAB), np.float32)
+    greedy, margins = (np.zeros((len(LENGTHS), GENERATED), t) for t in (np.int32, np.float32))
+    for row, length in enumerate(LENGTHS):
+        prompts[row, :length] = rng.integers(2, VOCAB, length)
+        tokens = prompts[row, :length].tolist()
+        run = lambda tokens: model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        logits[row, :length] = run(tokens)
+        for step in range(GENERATED):
+            last = run(tokens)[-1]
+            best = np.argsort(last)[::-1]
+            greedy[row, step], margins[row, step] = best[0], last[best[0]] - last[best[1]]
+            tokens.append(int(best[0]))
+    return {
+        "prompts": prompts,
+        "lengths": np.array(LENGTHS, np.int32),
+        "logits": logits,
+        "greedy": greedy,
+        "margins": margins,
+    }
+
+
+def main() -> None:
+    """Writes all families, or those named."""
+    for number, (name, (kind, settings)) in enumerate(FAMILIES.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        model = model_of(kind, settings, number)
+        folder = HERE / name
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, safe_serialization=True)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        numbers = golden(model, number)
+        np.savez_compressed(folder / "golden.npz", **numbers)
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        spread = numbers["logits"].std()
+        print(
+            f"{name}: {size / 1024:.0f} KiB, logits' deviation {spread:.2f}, least margin {numbers['margins'].min():.3f}"
+        )
+    (HERE / "versions.json").write_text(
+        json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
