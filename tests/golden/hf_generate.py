@@ -1,7 +1,7 @@
 """Makes ``hf/``: tiny random checkpoints of every family and what `transformers` computes with them, in float32.
 
-Run by hand in an environment of its own (Python 3.11, ``torch==2.13.0``, ``transformers``, ``safetensors``, ``numpy``); the
-project itself needs none of them:
+Run by hand in an environment of its own (Python 3.11, ``torch==2.13.0``, ``transformers``, ``numpy``); the project itself
+needs none of them:
 
     python tests/golden/hf_generate.py
 
