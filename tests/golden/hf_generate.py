@@ -1,7 +1,7 @@
 """Makes ``hf/``: tiny random checkpoints of every family and what `transformers` computes with them, in float32.
 
-Run by hand in an environment of its own (Python 3.11, ``torch==2.13.0``, ``transformers``, ``numpy``); the project itself
-needs none of them:
+Run by hand in an environment of its own (Python 3.11, ``torch==2.13.0``, ``transformers``, ``numpy``); the project
+itself needs none of them:
 
     python tests/golden/hf_generate.py
 
@@ -206,10 +206,8 @@ def main() -> None:
         numbers = golden(model, number)
         np.savez_compressed(folder / "golden.npz", **numbers)
         size = sum(f.stat().st_size for f in folder.iterdir())
-        spread = numbers["logits"].std()
-        print(
-            f"{name}: {size / 1024:.0f} KiB, logits' deviation {spread:.2f}, least margin {numbers['margins'].min():.3f}"
-        )
+        spread, margin = numbers["logits"].std(), numbers["margins"].min()
+        print(f"{name}: {size / 1024:.0f} KiB, logits' deviation {spread:.2f}, least margin {margin:.3f}")
     (HERE / "versions.json").write_text(
         json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}, indent=1) + "\n"
     )
