@@ -25,8 +25,7 @@ from kernels_aot import Case
 
 import kvattn
 from kvattn.masks import Mask
-from kvattn.pallas import gpu_body, gpu_decode
-from kvattn.request import Request
+from kvattn.pallas import gpu_decode, gpu_spec
 
 SHEET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
@@ -118,15 +117,9 @@ def program(device: Any, case: Case) -> dict[str, Any]:
     sizes = {}
 
     def attend(query, cache):
-        positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
-        request = Request(
-            query, positions, cache.view(), None, mask=case.mask, scale=case.size**-0.5, want_mass=case.mass
-        )
-        reason = gpu_decode.unsupported(request)
-        if reason is not None:
-            raise kvattn.errors.UnsupportedError(reason)
+        request = kernels_aot.asked(case, query, cache, gpu_decode.unsupported)
         spec = gpu_decode._spec(request, gpu_decode.config_for(request))
-        sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_body.shared_bytes(spec))
+        sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
         return gpu_decode.attend(request)
 

@@ -22,6 +22,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -142,19 +143,23 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
     return query, new, cache
 
 
+def asked(case: Case, query: Any, cache: Any, unsupported: Callable[[Request], str | None]) -> Request:
+    """The call of a case: its last tokens ask. Raises what the kernel says against it."""
+    positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
+    scale = case.size**-0.5
+    request = Request(query, positions, cache.view(), None, mask=case.mask, scale=scale, want_mass=case.mass)
+    if (reason := unsupported(request)) is not None:
+        raise kvattn.errors.UnsupportedError(reason)
+    return request
+
+
 def attend(device: Any, case: Case) -> tuple[Any, int, int]:
     """The compiled kernel over a cache that is an argument, the bytes of the cache and those of vector memory."""
     query, _, cache = arguments(device, case)
     vmem = []
 
     def step(query, cache):
-        positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
-        request = Request(
-            query, positions, cache.view(), None, mask=case.mask, scale=case.size**-0.5, want_mass=case.mass
-        )
-        reason = tpu_decode.unsupported(request)
-        if reason is not None:
-            raise kvattn.errors.UnsupportedError(reason)
+        request = asked(case, query, cache, tpu_decode.unsupported)
         vmem.append(tpu_decode.vmem_bytes(request))
         return tpu_decode.attend(request)
 

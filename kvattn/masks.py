@@ -82,7 +82,7 @@ class Mask:
         """
         q = q_positions[:, None, :, None]
         kv = kv_positions[:, :, None, :]
-        ok = (q >= 0) & self._between(kv, q, q)
+        ok = (q >= 0) & self.between(kv, q, q)
         if q_segments is not None and kv_segments is not None:
             ok &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
         return ok
@@ -102,10 +102,13 @@ class Mask:
         first = jnp.min(jnp.where(real, q_positions, _checks.INT32_MAX), axis=1)[:, None, None]
         lead = (1,) * (kv_positions.ndim - 3)
         last, first = last.reshape(lead + last.shape), first.reshape(lead + first.shape)
-        return (last >= 0) & self._between(kv_positions, first, last)
+        return (last >= 0) & self.between(kv_positions, first, last)
 
-    def _between(self, kv: Array, first: Array, last: Array) -> Array:
-        """Whether some query between the positions `first` and `last` may attend to the keys."""
+    def between(self, kv: Array, first: Array, last: Array) -> Array:
+        """Whether some query between the positions `first` and `last` may attend to the keys; in kernels too.
+
+        Shapes are those of the caller: whatever broadcasts.
+        """
         ok = kv >= self.begin  # empty slots are -1
         if self.end is not None:
             ok &= kv < self.end

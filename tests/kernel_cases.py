@@ -5,8 +5,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kvattn
+import kvattn.pallas
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.codecs.float8 import widen
@@ -132,3 +134,54 @@ def narrow(request, dtype):
     total = weights.sum(axis=-1, keepdims=True)
     out = np.einsum("bkgts,bksh->bkgth", wide(weights), values) / np.where(total == 0, 1, total)
     return ungrouped(jnp.asarray(out, F32))
+
+
+POLICIES = {
+    "Full": kvattn.Full(),
+    "SlidingWindow": kvattn.SlidingWindow(6),
+    "StreamingLLM": kvattn.StreamingLLM(2, 6),
+    "H2O": kvattn.H2O(4, 3),
+    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
+}
+QUICK_POLICIES = [
+    pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow, id=n) for n in POLICIES
+]
+
+
+def assert_steps_are_the_references(implementation, name, size, dtype, lengths):
+    """Chunks of these lengths through `cached_attention`: outputs, and what the policy keeps, as by the reference."""
+    policy, rng = POLICIES[name], np.random.default_rng(3)
+    capacity = 20 if name == "Full" else None
+    steps = {
+        i: jax.jit(lambda *new, i=i: kvattn.cached_attention(*new, implementation=i, rope=kvattn.RoPE(size)))
+        for i in (implementation, "reference")
+    }
+    caches = {i: kvattn.KVCache.create(B, 2, size, capacity=capacity, policy=policy, dtype=dtype) for i in steps}
+    for length in lengths:
+        query = jnp.asarray(rng.normal(size=(B, length, 4, size)), F32)
+        new = [jnp.asarray(rng.normal(size=(B, length, 2, size)), dtype) for _ in range(2)]
+        outs = {}
+        for i, cache in caches.items():
+            outs[i], caches[i] = steps[i](query, *new, cache)
+        np.testing.assert_allclose(*outs.values(), atol=1e-5)
+        np.testing.assert_array_equal(*(cache.positions for cache in caches.values()))
+
+
+def assert_arrays_agree(implementation, other, size, dtype, atol):
+    """`decode_attention` and `paged_decode_attention`, lengths per head, log-sum-exp, sinks; returns what they took."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(B, 4, size)), F32)
+    k, v = (jnp.asarray(rng.normal(size=(B, 2, 48, size)), dtype) for _ in range(2))
+    lengths = np.array([[48, 3], [0, 20], [17, 48]])
+    rules = {"window": 16, "sinks": jnp.asarray([0.5, -1.0, 0.0, 2.0]), "softcap": 4.0, "return_lse": True}
+    results = [
+        kvattn.pallas.decode_attention(q, k, v, lengths, **rules, implementation=i) for i in (implementation, other)
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+    pools = [x.reshape(B, 2, 6, 8, size).transpose(1, 0, 2, 3, 4).reshape(2, B * 6, 8, size) for x in (k, v)]
+    table = np.arange(B * 6).reshape(B, 6)
+    paged = kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules, implementation=implementation)
+    for a, b in zip(paged, results[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    return q, k, v, pools, lengths

@@ -12,7 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from kernel_cases import BF16, F16, F32, B, filled, honest, made, narrow, request_for, truth, worst
+from kernel_cases import (
+    BF16,
+    F16,
+    F32,
+    QUICK_POLICIES,
+    B,
+    assert_arrays_agree,
+    assert_steps_are_the_references,
+    filled,
+    honest,
+    made,
+    narrow,
+    request_for,
+    truth,
+    worst,
+)
 from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
@@ -21,7 +36,7 @@ from kvattn import errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, shares, tuning
+from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, gpu_spec, gpu_tile, shares, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -154,58 +169,18 @@ def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
-POLICIES = {
-    "Full": kvattn.Full(),
-    "SlidingWindow": kvattn.SlidingWindow(6),
-    "StreamingLLM": kvattn.StreamingLLM(2, 5),
-    "H2O": kvattn.H2O(4, 3),
-    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow) for n in POLICIES]
-)
+@pytest.mark.parametrize("name", QUICK_POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Caches and chunks lie as on a GPU.
     best = Layout.best.__func__
     monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, size, **_: best(cls, slots, size, "gpu")))
-    policy, rng = POLICIES[name], np.random.default_rng(3)
-    capacity = 20 if name == "Full" else None
-    make = lambda: kvattn.KVCache.create(B, 2, 64, capacity=capacity, policy=policy, dtype=BF16)
-    steps = {
-        i: jax.jit(lambda *new, i=i: kvattn.cached_attention(*new, implementation=i, rope=kvattn.RoPE(64)))
-        for i in ("mosaic_gpu", "reference")
-    }
-    caches = {i: make() for i in steps}
-    for length in (8, 1, 1):
-        query = jnp.asarray(rng.normal(size=(B, length, 4, 64)), F32)
-        new = [jnp.asarray(rng.normal(size=(B, length, 2, 64)), BF16) for _ in range(2)]
-        outs = {}
-        for i, cache in caches.items():
-            outs[i], caches[i] = steps[i](query, *new, cache)
-        np.testing.assert_allclose(*outs.values(), atol=1e-5)
-        np.testing.assert_array_equal(*(cache.positions for cache in caches.values()))
+    assert_steps_are_the_references("mosaic_gpu", name, 64, BF16, (8, 1, 1))
 
 
 def test_arrays():
     """`decode_attention` and `paged_decode_attention`: lengths per head, log-sum-exp, sinks."""
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(B, 4, 64)), F32)
-    k, v = (jnp.asarray(rng.normal(size=(B, 2, 48, 64)), BF16) for _ in range(2))
-    lengths = np.array([[48, 3], [0, 20], [17, 48]])
-    rules = {"window": 16, "sinks": jnp.asarray([0.5, -1.0, 0.0, 2.0]), "softcap": 4.0, "return_lse": True}
-    results = [
-        kvattn.pallas.decode_attention(q, k, v, lengths, **rules, implementation=i) for i in ("mosaic_gpu", "reference")
-    ]
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, atol=4e-6)
-    pools = [x.reshape(B, 2, 6, 8, 64).transpose(1, 0, 2, 3, 4).reshape(2, B * 6, 8, 64) for x in (k, v)]
-    table = np.arange(B * 6).reshape(B, 6)
-    paged = kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules, implementation="mosaic_gpu")
-    for a, b in zip(paged, results[0], strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert_arrays_agree("mosaic_gpu", "reference", 64, BF16, 4e-6)
 
 
 def test_a_page_that_is_not_there():
@@ -355,7 +330,7 @@ def test_copies_land_on_aligned_addresses():
         if not specs:
             continue
         (spec,) = specs
-        for name, buffer in gpu_body.scratch(spec).items():
+        for name, buffer in gpu_spec.scratch(spec).items():
             if isinstance(buffer, plgpu.Barrier) or name in ("share", "keys"):
                 continue
             stride = int(np.prod(buffer.shape[1:])) * jnp.dtype(buffer.dtype).itemsize
@@ -480,7 +455,7 @@ def test_planted_faults(monkeypatch):
         (gpu_decode, "survey", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
         (gpu_decode, "survey", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
         (gpu_merge.Counts, "of_segment", lost_state),
-        (gpu_body, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
+        (gpu_tile, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, fault)

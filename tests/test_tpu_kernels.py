@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import BF16, F32, B, filled, honest, made, request_for, truth, worst
+from kernel_cases import (
+    BF16,
+    F32,
+    QUICK_POLICIES,
+    B,
+    assert_arrays_agree,
+    assert_steps_are_the_references,
+    filled,
+    honest,
+    made,
+    request_for,
+    truth,
+    worst,
+)
 from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
@@ -160,57 +173,17 @@ def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
-POLICIES = {
-    "Full": kvattn.Full(),
-    "SlidingWindow": kvattn.SlidingWindow(6),
-    "StreamingLLM": kvattn.StreamingLLM(2, 6),
-    "H2O": kvattn.H2O(4, 3),
-    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
-}
-
-
-@functools.cache
-def step(implementation):
-    return jax.jit(functools.partial(kvattn.cached_attention, implementation=implementation, rope=kvattn.RoPE(128)))
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow) for n in POLICIES]
-)
+@pytest.mark.parametrize("name", QUICK_POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Chunks lie as on a TPU.
     monkeypatch.setattr(Layout, "best", classmethod(lambda cls, slots, *_, **__: cls(slots, slots, False)))
-    policy, rng = POLICIES[name], np.random.default_rng(3)
-    capacity = 20 if name == "Full" else None
-    make = lambda: kvattn.KVCache.create(B, 2, 128, capacity=capacity, policy=policy, dtype=F32)
-    caches = {"mosaic_tpu": make(), "reference": make()}
-    for length in (8, 1, 3, 1, 1):
-        new = tuple(jnp.asarray(rng.normal(size=(B, length, h, 128)), F32) for h in (4, 2, 2))
-        outs = {}
-        for implementation, cache in caches.items():
-            outs[implementation], caches[implementation] = step(implementation)(*new, cache)
-        np.testing.assert_allclose(*outs.values(), atol=1e-5)
-        np.testing.assert_array_equal(*(cache.positions for cache in caches.values()))
+    assert_steps_are_the_references("mosaic_tpu", name, 128, F32, (8, 1, 3, 1, 1))
 
 
 def test_arrays():
     """`decode_attention` and `paged_decode_attention`, lengths per head, log-sum-exp, sinks; and derivatives."""
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(B, 4, 128)), F32)
-    k, v = (jnp.asarray(rng.normal(size=(B, 2, 48, 128)), F32) for _ in range(2))
-    lengths = np.array([[48, 3], [0, 20], [17, 48]])
-    rules = {"window": 16, "sinks": jnp.asarray([0.5, -1.0, 0.0, 2.0]), "softcap": 4.0, "return_lse": True}
-    results = [
-        kvattn.pallas.decode_attention(q, k, v, lengths, **rules, implementation=i) for i in ("mosaic_tpu", "xla")
-    ]
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
-    pools = [x.reshape(B, 2, 6, 8, 128).transpose(1, 0, 2, 3, 4).reshape(2, B * 6, 8, 128) for x in (k, v)]
-    table = np.arange(B * 6).reshape(B, 6)
-    paged = kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules, implementation="mosaic_tpu")
-    for a, b in zip(paged, results[0], strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    q, k, v, pools, lengths = assert_arrays_agree("mosaic_tpu", "xla", 128, F32, 2e-6)
     total = lambda i: lambda q: jnp.sum(kvattn.pallas.decode_attention(q, k, v, lengths[:, 0], implementation=i) ** 3)
     grads = [jax.grad(total(i))(q) for i in ("mosaic_tpu", "reference")]
     np.testing.assert_allclose(*grads, atol=1e-5)

@@ -24,6 +24,8 @@ _MODULES = {
     "mosaic_tpu": "kvattn.pallas.tpu_decode",
 }
 """Loaded when first used."""
+_WRITERS = {"mosaic_tpu": "kvattn.pallas.tpu_append"}
+"""Where a kernel writes single tokens too, because XLA would copy the cache around one."""
 _DIFFERENTIABLE = ("reference", "xla")
 
 Implementation = str | Sequence[str] | None
@@ -100,3 +102,16 @@ def attend(request: Request, implementation: Implementation = None) -> tuple[Arr
     name, _ = choose(request, implementation)
     module = importlib.import_module(_MODULES[name])
     return module.attend(request) if name in _DIFFERENTIABLE else differentiable(module.attend)(request)
+
+
+def writer(store: Any, implementation: Implementation = None) -> Any:
+    """What writes one token into the arrays of a cache: `store` itself, or a kernel that takes its place.
+
+    Args:
+        store: the cache's `Layout` or `Pages`.
+        implementation: as in `choose`; the first one decides.
+    """
+    name = candidates(implementation)[0]
+    if name not in _WRITERS or unsupported(name) is not None:
+        return store
+    return importlib.import_module(_WRITERS[name]).InPlace(store)

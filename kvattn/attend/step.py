@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import math
 from typing import Any
 
@@ -166,7 +165,7 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     slots = policy.place(cache.state, lengths, new, 1, num_slots)
-    written = cache.write(slots, key, value, _writer(call, cache))
+    written = cache.write(slots, key, value, api.writer(cache.store, call.implementation))
     seen = policy.enter(cache.state, slots, lengths, new)
     view = written.replace(lengths=lengths + new, state=seen).view()
     view = _as_seen(view, policy.places(seen))
@@ -177,13 +176,6 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
     written = written.replace(state=state, status=_scorable(policy, written.status, lse))
     return out, written.advance(new, ~fits, bad_count)
-
-
-def _writer(call: _Call, cache: Cache) -> Any:
-    """What writes one token: on TPUs a kernel, where kernels are wanted, because XLA would copy the cache around it."""
-    if api.candidates(call.implementation)[0] != "mosaic_tpu" or api.unsupported("mosaic_tpu") is not None:
-        return cache.store
-    return importlib.import_module("kvattn.pallas.tpu_append").InPlace(cache.store)
 
 
 def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):

@@ -20,14 +20,15 @@ import jax.numpy as jnp
 from kvattn._typing import Array
 from kvattn.cache.view import View
 from kvattn.codecs import Float8, Int4, Int8, Plain
-from kvattn.pallas import interpreted
-from kvattn.pallas.gpu_body import FLOAT16_UNIT, Spec, Stream, byte_runs, decode, shared_bytes
+from kvattn.pallas import common, interpreted
+from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
+from kvattn.pallas.gpu_spec import Spec, Stream, byte_runs, shared_bytes
+from kvattn.pallas.gpu_tile import FLOAT16_UNIT
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
 from kvattn.request import Request, grouped, ungrouped
 
-MOST_TOKENS = 8
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
@@ -43,19 +44,11 @@ def unsupported(request: Request) -> str | None:
     view = request.view
     if (reason := _threads() if interpreted() else _device()) is not None:
         return reason
-    if request.query.shape[1] > MOST_TOKENS:
-        return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
-    if request.key_rope is not None:
-        return "it does not rotate keys while it reads them"
+    if (reason := common.refusal(request)) is not None:
+        return reason
     codec: Any = view.codec
-    if not isinstance(codec, Plain | Int8 | Float8 | Int4):
-        return f"it does not read {codec}"
     if isinstance(codec, Plain) and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
         return f"a cache of {view.keys['data'].dtype} does not go through 16-bit matrix units"
-    if request.query.dtype == jnp.float64:
-        return "it has no float64"
-    if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
-        return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
     if view.page_table is None and view.layout.rows % 8:
         return f"it fetches eight slots at a time, and {view.layout.rows} are no multiple of 8"
     features = (view.key_head_dim, view.value_head_dim)
@@ -120,18 +113,18 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
 
     query = columns(query.reshape(batch, heads, count, -1), 0).reshape(batch, spec.heads, cols, -1)
     query, factor = _split(query, spec)
-    at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
-    at = columns(at[..., None], -1)[..., 0]
-    slopes = request.alibi_slopes
+    at = columns(common.query_positions(request)[..., None], -1)[..., 0]
+    slopes = common.query_slopes(request)
     if slopes is not None:
-        slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
         slopes = columns(slopes[..., None], 0).reshape(spec.heads, cols)
     sums = _sums(query, spec) if isinstance(spec.codec, Int4) else None
 
-    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
-    positions = jnp.pad(positions, ((0, 0), (0, 0), (0, spec.slots - positions.shape[2])), constant_values=-1)
+    positions = common.slot_positions(view, spec.slots)
     rows = survey(request, positions, tile)
-    arrays = [_array(x, stream) for x, stream in zip(_stored(view), spec.streams, strict=True)]
+    arrays = [
+        x if x.dtype == stream.dtype else jax.lax.bitcast_convert_type(x, stream.dtype)
+        for x, stream in zip(_stored(view), spec.streams, strict=True)
+    ]
     to_lanes = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
     at, *vectors = (to_lanes(x) for x in (at, factor, slopes, sums) if x is not None)
     extras = vectors if view.page_table is None else [view.page_table, *vectors]
@@ -160,9 +153,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     spec = _spec(request, GpuConfig())
-    pages = f"pages of {spec.page_size}" if spec.page_size else "contiguous"
-    codec = spec.streams[0].dtype if isinstance(spec.codec, Plain) else spec.codec
-    return f"mosaic_gpu {codec} {spec.key_features}/{spec.value_features} x{spec.cols} parts {spec.parts} {pages}"
+    return f"mosaic_gpu {common.storage(request.view)}, {spec.cols} columns, {spec.parts} parts"
 
 
 def fits(request: Request, config: GpuConfig) -> bool:
@@ -232,17 +223,8 @@ def _multiprocessors() -> int:
 
 def _stored(view: View) -> list[Array]:
     """The arrays of the cache without the axis of blocks, keys first."""
-    arrays = [*view.keys.values(), *view.values.values()]
-    return arrays if view.page_table is not None else [x[0] for x in arrays]
-
-
-def _array(x: Array, stream: Stream) -> Array:
-    """An array as it is handed to the kernel."""
-    if x.dtype != stream.dtype:
-        x = jax.lax.bitcast_convert_type(x, stream.dtype)
-    # Rows of scales have to begin at multiples of 16 bytes.
-    short = stream.tokens_last and x.shape[-1] * x.dtype.itemsize % 16
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 8))) if short else x
+    stored = common.arrays(view)
+    return stored if view.page_table is not None else [x[0] for x in stored]
 
 
 def _columns(count: int, features: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvattn._typing import Array
-from kvattn.pallas.gpu_body import COLUMNS, WGMMA, spread, store
+from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, spread, store
 from kvattn.pallas.shares import Counts
 
 AT_ONCE = 4

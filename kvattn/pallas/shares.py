@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvattn._typing import Array
+from kvattn.pallas.tiles import near_and_filled
 from kvattn.request import Request
 
 LANES = 128
@@ -59,20 +60,15 @@ def survey(request: Request, positions: Array, tile: int) -> Rows:
         positions: int32 [B, 1 or K, S], S a multiple of `tile`, -1 for empty slots.
         tile: slots per tile.
     """
-    batch, kv_heads, slots = positions.shape
-    tiles = slots // tile
-    cut = lambda x: x.reshape(batch, kv_heads, tiles, tile)
-    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
-    whole = jnp.all(cut(positions >= 0), axis=(1, 3))
-    near, whole = (jnp.pad(x, ((0, -batch % LANES), (0, 0))) for x in (near, whole))
+    near, whole = (jnp.pad(x, ((0, -x.shape[0] % LANES), (0, 0))) for x in near_and_filled(request, positions, tile))
+    tiles = near.shape[1]
     # Each number by one reduction of its own, so that XLA makes one kernel of all five.
     t = jnp.arange(tiles, dtype=jnp.int32)[None]
     before = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     first = lambda condition: jnp.min(jnp.where(condition, t, tiles), axis=1)
     end = jnp.max(jnp.where(near, t + 1, 0), axis=1)
     hole = jnp.minimum(first(~near), end)
-    after = jnp.minimum(first(near & ~before(near) & ((t > 0) | ~near)), end)
-    # A row that begins with a hole: its first tile is the one after it.
+    after = jnp.minimum(first((t > 0) & near & ~before(near)), end)
     return Rows(hole + end - after, hole, after, first(whole), first(~whole & before(whole)))
 
 

@@ -36,6 +36,23 @@ class Plan:
     needed: Array
 
 
+def near_and_filled(request: Request, positions: Array, rows: int) -> tuple[Array, Array]:
+    """Of every tile, whether it holds a token that some query of the row can reach, and whether each slot holds one.
+
+    Args:
+        request: the call.
+        positions: int32 [B, 1 or K, S], S a multiple of `rows`, -1 for empty slots.
+        rows: slots per tile.
+
+    Returns:
+        bool [B, S / rows] twice; filled means for every head.
+    """
+    batch, heads, slots = positions.shape
+    cut = lambda x: x.reshape(batch, heads, slots // rows, rows)
+    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
+    return near, jnp.all(cut(positions >= 0), axis=(1, 3))
+
+
 def plan(request: Request, positions: Array, rows: int) -> Plan:
     """Lists the tiles of `rows` slots.
 
@@ -44,12 +61,9 @@ def plan(request: Request, positions: Array, rows: int) -> Plan:
         positions: int32 [B, 1 or K, S], S a multiple of `rows`, -1 for empty slots.
         rows: slots per tile.
     """
-    batch, heads, slots = positions.shape
-    cut = lambda x: x.reshape(batch, heads, slots // rows, rows)
-    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
-    filled = jnp.all(cut(positions >= 0), axis=(1, 3))
+    near, filled = near_and_filled(request, positions, rows)
     # A row that reaches nothing still has its output written.
-    first = jnp.arange(slots // rows, dtype=jnp.int32)[None] == 0
+    first = jnp.arange(near.shape[1], dtype=jnp.int32)[None] == 0
     needed = near | (first & ~jnp.any(near, axis=1, keepdims=True))
     flat = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)[0].astype(jnp.int32)
     row, tile = flat // needed.shape[1], flat % needed.shape[1]

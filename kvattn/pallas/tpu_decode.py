@@ -16,12 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
-from kvattn.codecs import Float8, Int4, Int8, Plain
-from kvattn.pallas import interpreted, tiles, tpu_read
+from kvattn.codecs import Int4
+from kvattn.pallas import common, interpreted, tiles, tpu_read
 from kvattn.pallas.tuning import TpuConfig, lookup
 from kvattn.request import Request, grouped, ungrouped
 
-MOST_TOKENS = 8
 ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
 """One tile after the other, by one core: a row's state goes from tile to tile."""
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -34,19 +33,10 @@ VMEM_GIVEN, VMEM_BYTES = 12 << 20, 40 << 20
 def unsupported(request: Request, config: TpuConfig | None = None) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if request.query.shape[1] > MOST_TOKENS:
-        return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
-    if not isinstance(view.codec, Plain | Int8 | Float8 | Int4):
-        return f"it does not read {view.codec}"
-    dtypes = {x.dtype for store in (view.keys, view.values) for x in store.values()}
-    if jnp.dtype(jnp.float16) in dtypes:
+    if (reason := common.refusal(request)) is not None:
+        return reason
+    if jnp.dtype(jnp.float16) in {x.dtype for x in common.arrays(view)}:
         return "TPU kernels have no float16, and a cache of it would be copied to be read as anything else"
-    if jnp.dtype(jnp.float64) in (request.query.dtype, *dtypes):
-        return "it has no float64"
-    if request.key_rope is not None:
-        return "it does not rotate keys while it reads them"
-    if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
-        return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
     for store, head_dim in ((view.keys, view.key_head_dim), (view.values, view.value_head_dim)):
         reason = tpu_read.refuses(view.codec, head_dim, store["data"], store["data"].shape[-2])
         if reason is not None:
@@ -77,12 +67,10 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
     padded = -(-count // 16) * 16
     query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
     query = tpu_read.spread(query, view.codec)
-    at = jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, count)
-    at = jnp.pad(at, ((0, 0), (0, padded - count)), constant_values=-1)
+    at = jnp.pad(common.query_positions(request), ((0, 0), (0, padded - count)), constant_values=-1)
 
-    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
     slots = -(-_tokens(view) // rows) * rows
-    positions = jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=-1)
+    positions = common.slot_positions(view, slots)
     chosen = tiles.plan(request, positions, rows)
     scalars = [chosen.count, chosen.row, chosen.tile, chosen.whole]
     per_tile = 1
@@ -113,9 +101,8 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
         *(_page_spec(x, part, per_tile) if paged else _store_spec(x, rows, last) for x, part, last in stores),
     ]
     inputs = [query.astype(wide), at[..., None], positions, *(x for x, _, _ in stores)]
-    slopes = request.alibi_slopes
+    slopes = common.query_slopes(request)
     if slopes is not None:
-        slopes = jnp.repeat(slopes.astype(jnp.float32).reshape(heads, group), length, axis=1)
         inputs.append(jnp.pad(slopes, ((0, 0), (0, padded - count)))[..., None])
         in_specs.append(pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0)))
     out_specs = [by_row(heads, padded, view.value_head_dim), by_row(heads, padded, 1)]
@@ -186,7 +173,7 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     """Bytes of vector memory: two tiles, queries and results twice, the state once; widths fill registers."""
     view, rows = request.view, rows_of(request.view, config)
     wide = lambda n: -(-n // tpu_read.LANES) * tpu_read.LANES
-    stores = [*view.keys.values(), *view.values.values()]
+    stores = common.arrays(view)
     tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
     tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
     count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
@@ -204,9 +191,7 @@ def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     view = request.view
-    pages = f"pages of {view.page_size}" if view.page_table is not None else "contiguous"
-    codec = view.keys["data"].dtype if isinstance(view.codec, Plain) else view.codec
-    return f"mosaic_tpu {codec} {view.num_kv_heads} x {view.key_head_dim}/{view.value_head_dim} {pages}"
+    return f"mosaic_tpu {common.storage(view)}, {view.num_kv_heads} heads"
 
 
 def fits(request: Request, config: TpuConfig) -> bool:
@@ -285,14 +270,7 @@ def _body(*refs, names, readers, per_tile, rule, scale, softcap, alibi, num_scal
                 scores = jnp.tanh(scores / softcap) * softcap
             if slopes is not None:
                 scores = scores + slopes[k] * (kv_at - q_at).astype(jnp.float32)
-            allowed = (q_at >= 0) & (kv_at >= rule.begin)
-            if rule.end is not None:
-                allowed &= kv_at < rule.end
-            if rule.causal:
-                allowed &= kv_at <= q_at
-            if rule.window is not None:
-                near = kv_at > q_at - rule.window
-                allowed &= near | (kv_at < rule.num_sinks) if rule.num_sinks else near
+            allowed = (q_at >= 0) & rule.between(kv_at, q_at, q_at)
             # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
             scores = jnp.where(allowed, scores, -jnp.inf)
             if len(outs) > 2:

@@ -149,7 +149,7 @@ def tune(
     if name is None:
         raise UnsupportedError(f"there is no kernel to tune on {jax.default_backend()!r}, the default backend here.")
     # Kernels ask for their sizes here, so they are loaded late.
-    kernel = importlib.import_module({"mosaic_gpu": "kvattn.pallas.gpu_decode"}.get(name, "kvattn.pallas.tpu_decode"))
+    kernel = importlib.import_module(f"kvattn.pallas.{jax.default_backend()}_decode")
     positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     request = Request(query, positions, cache.view(), None, mask=mask or Mask(), scale=query.shape[-1] ** -0.5)
     if (reason := kernel.unsupported(request)) is not None:

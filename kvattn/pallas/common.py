@@ -1,0 +1,65 @@
+"""What the decode kernels have in common around themselves: what none of them takes, and how a call is folded.
+
+The new tokens of a row and the query heads of a group are the M = G T rows, or columns, of one matrix.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.cache.view import View
+from kvattn.codecs import Float8, Int4, Int8, Plain
+from kvattn.masks import EMPTY
+from kvattn.request import Request
+
+MOST_TOKENS = 8
+
+
+def refusal(request: Request) -> str | None:
+    """Why no decode kernel takes the request, on whatever device; None: one may."""
+    view = request.view
+    if request.query.shape[1] > MOST_TOKENS:
+        return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
+    if request.key_rope is not None:
+        return "it does not rotate keys while it reads them"
+    if not isinstance(view.codec, Plain | Int8 | Float8 | Int4):
+        return f"it does not read {view.codec}"
+    if jnp.dtype(jnp.float64) in (request.query.dtype, *(x.dtype for x in arrays(view))):
+        return "it has no float64"
+    if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
+        return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
+    return None
+
+
+def arrays(view: View) -> list[Array]:
+    """Those of the cache, keys first."""
+    return [*view.keys.values(), *view.values.values()]
+
+
+def storage(view: View) -> str:
+    """How a cache lies, as tables of sizes name it."""
+    codec: Any = view.keys["data"].dtype if isinstance(view.codec, Plain) else view.codec
+    pages = f"pages of {view.page_size}" if view.page_table is not None else "contiguous"
+    return f"{codec} {view.key_head_dim}/{view.value_head_dim} {pages}"
+
+
+def slot_positions(view: View, slots: int) -> Array:
+    """int32 [B, 1 or K, slots]: the position in each slot, in order, EMPTY behind the last one."""
+    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
+    return jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=EMPTY)
+
+
+def query_positions(request: Request) -> Array:
+    """int32 [B, M]."""
+    batch, length, heads, _ = request.query.shape
+    group = heads // request.view.num_kv_heads
+    return jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, group * length)
+
+
+def query_slopes(request: Request) -> Array | None:
+    """float32 [K, M]; None: the call has none."""
+    if request.alibi_slopes is None:
+        return None
+    slopes = request.alibi_slopes.astype(jnp.float32).reshape(request.view.num_kv_heads, -1)
+    return jnp.repeat(slopes, request.query.shape[1], axis=1)

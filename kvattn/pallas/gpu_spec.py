@@ -1,0 +1,195 @@
+"""What is known of a call of `"mosaic_gpu"` when it is compiled, and the shared memory that follows from it."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from kvattn.codecs import Codec, Int4
+from kvattn.codecs.grouped import segments
+from kvattn.masks import Mask
+from kvattn.pallas.tuning import GpuConfig
+
+F32 = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One array of the cache that tiles are fetched of.
+
+    Attributes:
+        name: "k_data", "v_scale" and the like.
+        shape: [B, K, S, F], or [B, K, F, S] with tokens last; pages: [K, P, R, F] or [K, P, F, R].
+        dtype: of the numbers.
+        tokens_last: which.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    tokens_last: bool
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return self.shape[-2] if self.tokens_last else self.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All that is known when the kernel is compiled.
+
+    Attributes:
+        batch: B.
+        heads: how often each row is walked along: K times `chunks`.
+        chunks: into how many the columns of a key/value head are cut.
+        cols: columns of a chunk, a multiple of 8.
+        per_head_positions: whether heads keep different tokens.
+        key_features: H.
+        value_features: Hv.
+        streams: the arrays of the cache.
+        codec: how they are read.
+        wide: dtype of the products.
+        parts: of how many numbers of `wide` one of float32 consists.
+        factor: whether scores are multiplied by a factor per column.
+        mask: who attends to whom.
+        scale: of the scores.
+        softcap: of the scores.
+        alibi: whether there are slopes.
+        slots: of a row, whole tiles.
+        page_size: 0 for a contiguous cache.
+        want_scores: whether scores are wanted too.
+        config: sizes to be tuned.
+        programs: how many share the work.
+        interpreted: whether JAX's interpreter runs it.
+    """
+
+    batch: int
+    heads: int
+    chunks: int
+    cols: int
+    per_head_positions: bool
+    key_features: int
+    value_features: int
+    streams: tuple[Stream, ...]
+    codec: Codec
+    wide: Any
+    parts: int
+    factor: bool
+    mask: Mask
+    scale: float
+    softcap: float | None
+    alibi: bool
+    slots: int
+    page_size: int
+    want_scores: bool
+    config: GpuConfig
+    programs: int
+    interpreted: bool
+
+    @property
+    def padded(self) -> int:
+        """Hv rounded up to what the long side of a product takes."""
+        return -(-self.value_features // 64) * 64
+
+    @property
+    def decoded(self) -> bool:
+        """Whether tiles are not yet what the matrix unit takes."""
+        return self.streams[0].dtype != self.wide
+
+    @property
+    def lanes(self) -> int:
+        """Columns of vectors over them in shared memory: copies begin at multiples of 128 bytes there."""
+        return -(-self.cols // 32) * 32
+
+    @property
+    def repacked(self) -> bool:
+        """Whether values are written to shared memory once more: decoded, or padded to the long side of a product."""
+        return self.decoded or self.padded != self.value_features
+
+    @property
+    def pages(self) -> int:
+        """Pages that make up a tile, or 1."""
+        return max(1, self.config.tile // self.page_size) if self.page_size else 1
+
+    @property
+    def query_step(self) -> int:
+        """Channels of the query in shared memory that a product may begin at."""
+        return self._step(self.key_features, 2)
+
+    def stream_step(self, stream: Stream) -> int:
+        """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
+        features = self.key_features if stream.name == "k_data" else self.value_features
+        return self._step(features, jnp.dtype(stream.dtype).itemsize)
+
+    def _step(self, features: int, size: int) -> int:
+        """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
+        cuts = [features]
+        if isinstance(self.codec, Int4):
+            cuts = [x for run in byte_runs(features, self.codec.group_size) for x in run] + [-(-features // 2)]
+        return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
+
+
+def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
+    """Runs of bytes of an Int4 token in which neither nibble changes its group."""
+    width = -(-features // 2)
+    cuts = {c % width for _, _, first, end in segments(features, 4, group_size) for c in (first, end)}
+    return list(itertools.pairwise(sorted({0, width} | cuts)))
+
+
+def scratch(spec: Spec) -> dict[str, Any]:
+    """What a program has in shared memory."""
+    tile, stages, cols, parts = spec.config.tile, spec.config.stages, spec.cols, spec.parts
+    found: dict[str, Any] = {}
+    for stream in spec.streams:
+        if stream.tokens_last:
+            found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
+        else:
+            found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
+    copies = sum(spec.pages for _ in spec.streams) + 1
+    found |= {
+        "positions": plgpu.SMEM((stages, tile), jnp.int32),
+        "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
+        "at": plgpu.SMEM((2, spec.lanes), jnp.int32),
+        "probs": swizzled((parts, cols, tile), spec.wide, 64),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "free": plgpu.Barrier(num_barriers=stages),
+        "query_full": plgpu.Barrier(
+            num_arrivals=2 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2
+        ),
+        "query_free": plgpu.Barrier(num_barriers=2),
+        "share": plgpu.SMEM((4,), jnp.int32),
+        "shared_out": plgpu.Barrier(),
+    }
+    if spec.repacked:
+        count = parts if isinstance(spec.codec, Int4) else 1
+        found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
+    if spec.decoded and spec.interpreted:
+        found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
+    if spec.factor:
+        found["factor"] = plgpu.SMEM((2, spec.lanes), F32)
+    if spec.alibi:
+        found["slopes"] = plgpu.SMEM((2, spec.lanes), F32)
+    if isinstance(spec.codec, Int4):
+        found["sums"] = plgpu.SMEM((2, spec.streams[1].features, spec.lanes), F32)
+    return found
+
+
+def shared_bytes(spec: Spec) -> int:
+    """Shared memory of a program, barriers and sums across warps included."""
+    buffers = [x for x in scratch(spec).values() if not isinstance(x, plgpu.Barrier)]
+    # Each begins at a multiple of 1024.
+    return 3072 + sum(-(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024 for x in buffers)
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
+    """Shared memory that the matrix unit reads; its last axis may be cut at multiples of `step`."""
+    if not step:
+        return plgpu.SMEM(shape, dtype)
+    swizzle = step * jnp.dtype(dtype).itemsize
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, step)), swizzling(swizzle)))

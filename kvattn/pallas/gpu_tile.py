@@ -1,0 +1,184 @@
+"""The two products of `"mosaic_gpu"` over one tile: keys times queries, values times probabilities."""
+
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kvattn._typing import Array
+from kvattn.codecs import Float8, Int4
+from kvattn.codecs.grouped import unpack_pair
+from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
+
+WGMMA = plgpu.Layout.WGMMA
+COLUMNS = WGMMA.reduce(0)
+"""Vectors over the columns M of a matrix."""
+TOKENS = WGMMA.reduce(1)
+"""Vectors over its rows."""
+FLOAT16_UNIT = 2.0**14
+"""What 1 is brought to before it becomes float16: its small parts then stay clear of subnormal numbers."""
+
+accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+def store(ref: Any, x: Array) -> None:
+    """Writes registers to memory of the device."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def spread(vector: Array, shape: tuple[int, ...], axis: int = 1) -> Array:
+    """A vector over `axis` as a matrix."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def tanh(x: Array) -> Array:
+    """As exact as float32: the GPU's own instruction has 11 bits, and 1 - 2 / (exp(2x) + 1) loses those of small x."""
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return jnp.where(square < 0.04, x * series, 1.0 - 2.0 / (jnp.exp(x + x) + 1.0))
+
+
+def split(x: Array, dtype: Any, parts: int) -> list[Array]:
+    """Numbers of `dtype` that sum up to those of x."""
+    found = []
+    for n in range(parts):
+        piece = x.astype(dtype)
+        found.append(piece)
+        if n + 1 < parts:
+            x = x - piece.astype(F32)
+    return found
+
+
+def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) -> Array:
+    """Keys times queries, float32 [tile, cols], scales of the keys included."""
+    shape = (spec.config.tile, spec.cols)
+    keys = shared["k_data"].at[slot]
+    query = shared["query"].at[at_slot]
+    load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+
+    def product(left, first, count):
+        if spec.decoded and spec.interpreted:
+            # The matrix unit takes its first operand from registers, the interpreter does not.
+            shared["keys"].at[:, pl.ds(first, count)][...] = left
+            left = shared["keys"].at[:, pl.ds(first, count)]
+
+        def accumulate(acc):
+            for n in range(spec.parts):
+                plgpu.wgmma(acc, left, query.at[n, :, pl.ds(first, count)].T)
+            return acc[...]
+
+        return pl.run_scoped(accumulate, accumulator(shape, F32))
+
+    if not spec.decoded:
+        return product(keys, 0, spec.key_features)
+    if not isinstance(spec.codec, Int4):
+        total: Any = 0.0
+        for first, count in runs(spec.key_features):
+            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
+            total = total + product(codes, first, count)
+        return total * spread(load("k_scale", 0), shape, 0)
+    groups: dict[int, Any] = {}
+    for plane, group, start, unit in planes(keys, spec.key_features, spec.codec.group_size):
+        left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
+        part = product(left, start, plane.shape[1]) * unit
+        groups[group] = part if group not in groups else groups[group] + part
+    total = 0.0
+    for group, part in groups.items():
+        scale, minimum = unpack_pair(load("k_scale", group), load("k_minimum", group))
+        sums = shared["sums"].at[at_slot, group, pl.ds(0, spec.cols)]
+        sums = plgpu.load(sums, layout=COLUMNS, optimized=False)
+        part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
+        total = total + part
+    return total
+
+
+def runs(features: int) -> list[tuple[int, int]]:
+    """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
+    return [(first, min(128, features - first)) for first in range(0, features, 128)]
+
+
+def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
+    """The numbers of four-bit tokens as (numbers, their group, their first channel, what to multiply them by).
+
+    Registers are not shifted in eight bits, so the high nibbles stay where they are.
+    """
+    found, width = [], -(-features // 2)
+    for first, end in byte_runs(features, group_size):
+        codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+        found.append((codes & jnp.uint8(0x0F), first // group_size, first, 1.0))
+        found.append((codes & jnp.uint8(0xF0), (first + width) // group_size, first + width, 1 / 16))
+    return found
+
+
+def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array) -> Array:
+    """Values times probabilities, float32 [Hv padded, cols]."""
+    shape = probs.shape
+    values, back = shared["v_data"].at[slot], 1.0
+    filled = kv_at >= 0
+    if spec.decoded and not isinstance(spec.codec, Int4):
+        scale = plgpu.load(shared["v_scale"].at[slot, 0], layout=TOKENS, optimized=False)
+        probs = probs * spread(jnp.where(filled, scale, 0.0), shape, 0)
+        if spec.wide == jnp.float16:
+            # float16 holds neither large nor small scales: the largest number of a column becomes 1.
+            largest = jnp.max(probs, axis=0)
+            largest = jnp.where(largest == 0.0, 1.0, largest)
+            probs, back = probs / spread(largest, shape), spread(largest, (spec.padded, spec.cols))
+    if spec.wide == jnp.float16:
+        # ... and now 2^14, far from the numbers that float16 rounds coarsely.
+        probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
+    for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
+        shared["probs"].at[n].T[...] = piece
+    if spec.repacked:
+        repack(spec, shared, slot, filled)
+        lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
+    else:
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            loaded = plgpu.load(values, layout=WGMMA, optimized=False)
+            values[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
+
+        lefts = [values.T]
+    plgpu.commit_smem()
+
+    def accumulate(acc):
+        for m, left in enumerate(lefts):
+            for n in range(spec.parts - m):
+                plgpu.wgmma(acc, left, shared["probs"].at[n].T)
+        return acc[...]
+
+    mixed = pl.run_scoped(accumulate, accumulator((spec.padded, spec.cols), F32))
+    return mixed if isinstance(back, float) and back == 1.0 else mixed * back
+
+
+def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> None:
+    """Writes a tile of values once more, channel by channel, in 16 bits; nothing there that is not finite."""
+    values, target = shared["v_data"].at[slot], shared["values"]
+    real = pl.ds(0, spec.value_features)
+    if not spec.decoded:
+        numbers = plgpu.load(values, layout=WGMMA, optimized=False)
+        numbers = jnp.where(spread(filled, numbers.shape, 0), numbers, jnp.zeros((), numbers.dtype))
+        target.at[0, real].T[...] = numbers
+    elif not isinstance(spec.codec, Int4):
+        for first, count in runs(spec.value_features):
+            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
+            if isinstance(spec.codec, Float8):  # integers are finite, and their scales are 0
+                codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
+            target.at[0, pl.ds(first, count)].T[...] = codes
+    else:
+        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+        for plane, group, start, unit in planes(values, spec.value_features, spec.codec.group_size):
+            scale, minimum = (
+                jnp.where(filled, x, 0.0) for x in unpack_pair(load("v_scale", group), load("v_minimum", group))
+            )
+            plane = plgpu.layout_cast(plane.astype(spec.wide), WGMMA).astype(F32)
+            numbers = plane * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
+            for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
+                target.at[n, pl.ds(start, plane.shape[1])].T[...] = piece
