@@ -54,12 +54,24 @@ class StaleCacheError(KVAttnError, RuntimeError):
     """A cache whose buffers were donated to an earlier step, or given twice to one step."""
 
 
+class MissingFileError(KVAttnError, FileNotFoundError):
+    """A file of a checkpoint that is not there."""
+
+
+class MissingLibraryError(KVAttnError, ImportError):
+    """A library that only some installations have. The message says which extra brings it."""
+
+
 class CacheCorruptionError(KVAttnError, ValueError):
     """A stored cache or checkpoint that is damaged."""
 
 
 class CacheVersionError(CacheCorruptionError):
     """A stored cache of another version, model or data type."""
+
+
+class MissingFileError(CacheCorruptionError, FileNotFoundError):
+    """A file of a checkpoint that is not there."""
 
 
 class OffloadError(KVAttnError, OSError):

@@ -50,6 +50,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
         qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
         qk_norm_epsilon: the epsilon of that norm.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
+        use_out_bias: whether the output projection has a bias; as `use_bias` if None.
         kv_metadata: metadata of the key and value kernels, where it differs from `kernel_metadata`.
         kv_bias_metadata: the same for their biases.
         cache_sharding: how Flax's cache [..., L, K, H] is split over a mesh; as the key kernel if None.
@@ -59,7 +61,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
 
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.
-        RangeError: a window, scale, soft cap or dropout rate outside its range.
+        RangeError: a window, scale, soft cap, clip or dropout rate outside its range.
         DTypeError: a setting of the wrong type.
 
     Example:
@@ -119,6 +121,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         sinks: bool = False,
         qk_norm: str | None = None,
         qk_norm_epsilon: float = 1e-6,
+        qkv_clip: float | None = None,
+        use_out_bias: bool | None = None,
         kv_metadata: Mapping[str, Any] | None = None,
         kv_bias_metadata: Mapping[str, Any] | None = None,
         cache_sharding: Any = None,
@@ -129,6 +133,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _checks.head_counts(num_heads, num_kv_heads)
         settings.scores(scale, softcap, window)
+        settings.clip(qkv_clip)
         self.num_heads = num_heads
         self.in_features = in_features
         self.qkv_features = settings.qkv_features(num_heads, qkv_features, in_features, head_dim)
@@ -164,6 +169,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.alibi_slopes = settings.alibi_slopes(alibi, num_heads)
         self.scale = scale
         self.softcap = softcap
+        self.qkv_clip = qkv_clip
         self.cache_sharding = cache_sharding
         self.policy = policy
         self.codec = codec
@@ -221,7 +227,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             (num_heads, self.value_head_dim),
             self.out_features,
             axis=(-2, -1),
-            use_bias=use_bias,
+            use_bias=use_bias if use_out_bias is None else use_out_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=out_kernel_init or kernel_init,
@@ -371,10 +377,10 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         return jnp.asarray(inputs_q), jnp.asarray(inputs_k), jnp.asarray(inputs_v)
 
     def _project(self, projection: Any, inputs: Array, sharding: Any, norm: Any = None) -> Array:
-        """Projects to heads [..., T, heads, size], normalised where `norm` is given."""
+        """Projects to heads [..., T, heads, size], clipped where the layer says so, normalised where `norm` is given."""
         if sharding is None:
             sharding = placement.product_spec(inputs, projection.kernel[...], 1)
-        x = projection(inputs, out_sharding=sharding)
+        x = settings.clipped(projection(inputs, out_sharding=sharding), self.qkv_clip)
         return x if norm is None else norm(x)
 
     def _output(self, x: Array, sharding: Any) -> Array:

@@ -47,6 +47,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
         qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
         qk_norm_epsilon: the epsilon of that norm.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
+        use_out_bias: whether the output projection has a bias; as `use_bias` if None.
         kv_kernel_init: of the key and value kernels, where it differs from `kernel_init` (its partitioning, say).
         kv_bias_init: the same for their biases.
         cache_sharding: names of mesh axes, one per axis of Flax's cache [..., L, K, H].
@@ -83,6 +85,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     sinks: bool = False
     qk_norm: str | None = None
     qk_norm_epsilon: float = 1e-6
+    qkv_clip: float | None = None
+    use_out_bias: bool | None = None
     kv_kernel_init: Callable[..., Any] | None = None
     kv_bias_init: Callable[..., Any] | None = None
     cache_sharding: Any = None
@@ -94,6 +98,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         super().__post_init__()
         _checks.head_counts(self.num_heads, self._num_kv_heads)
         settings.scores(self.scale, self.softcap, self.window)
+        settings.clip(self.qkv_clip)
         settings.dropout_rate(self.dropout_rate)
         if self.value_head_dim is not None:
             _checks.integer("value_head_dim", self.value_head_dim, 1)

@@ -63,7 +63,7 @@ class Projections:
         """Projects [..., T, D] to heads [..., T, heads, size] by the sub-module `name`."""
         layer = self.layer
         is_query = name == "query"
-        return nn.DenseGeneral(
+        x = nn.DenseGeneral(
             features=(layer.num_heads if is_query else layer._num_kv_heads, size),
             axis=-1,
             kernel_init=layer.kernel_init if is_query else layer.kv_kernel_init or layer.kernel_init,
@@ -74,6 +74,7 @@ class Projections:
             parent=layer,
             **self._shared(),
         )(inputs)
+        return settings.clipped(x, layer.qkv_clip)
 
     def out(self, x: Array, in_features: int) -> Array:
         """Projects heads [..., T, N, Hv] to features, as many as the input's unless the layer says otherwise."""
@@ -87,7 +88,7 @@ class Projections:
             dot_general_cls=layer.out_dot_general_cls,
             name="out",
             parent=layer,
-            **self._shared(),
+            **self._shared() | ({} if layer.use_out_bias is None else {"use_bias": layer.use_out_bias}),
         )(x)
 
     def norm(self, name: str, x: Array) -> Array:

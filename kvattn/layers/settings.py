@@ -1,6 +1,7 @@
 """The settings that the NNX and the Linen layers share, checked once and brought to one form."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +105,26 @@ def scores(scale: float | None, softcap: float | None, window: int | None) -> No
     _checks.finite_scale(scale)
     _checks.positive_softcap(softcap)
     _checks.window(window)
+
+
+def clip(limit: float | None) -> None:
+    """Checks what projections are clipped to.
+
+    Raises:
+        DTypeError: no number.
+        RangeError: not finite and > 0.
+    """
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+        raise DTypeError(f"qkv_clip must be a number, got {limit!r}.")
+    if not (math.isfinite(limit) and limit > 0):
+        raise RangeError(f"qkv_clip must be finite and > 0, got {limit}; leave it None for no clipping.")
+
+
+def clipped(x: jax.Array, limit: float | None) -> jax.Array:
+    """`x` within [-limit, limit]; as it is if None."""
+    return x if limit is None else jnp.clip(x, -limit, limit)
 
 
 def finite_rope(rope: Any, size: int) -> None:

@@ -2,7 +2,20 @@
 
 from kvattn.models.checkpoint import load, save
 from kvattn.models.config import DecoderConfig
+from kvattn.models.convert import convert_to_gqa
 from kvattn.models.decoder import Decoder
 from kvattn.models.generate import generate
+from kvattn.models.pretrained import from_pretrained
+from kvattn.models.tokenizer import TextStream, load_tokenizer
 
-__all__ = ["Decoder", "DecoderConfig", "generate", "load", "save"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "TextStream",
+    "convert_to_gqa",
+    "from_pretrained",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "save",
+]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvattn.errors import CacheCorruptionError, CacheVersionError, ConfigError
+from kvattn.errors import CacheVersionError, ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.decoder import Decoder
+from kvattn.models.tensors import Tensors, read_json
 
 FORMAT = "kvattn-decoder"
 """What the settings name themselves."""
@@ -33,9 +34,9 @@ def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> 
     from safetensors.numpy import save_file
 
     path = _checked(path)
-    tensors = {name: np.asarray(x if dtype is None else x.astype(dtype)) for name, x in _parameters(model).items()}
+    tensors = {name: np.asarray(x if dtype is None else x.astype(dtype)) for name, x in parameters_of(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.withname_of(path.name + ".partial")
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial, metadata={"format": FORMAT})
     settings = json.dumps({"format": FORMAT, **model.config.to_json()}, indent=2) + "\n"
     partial_settings = path.with_suffix(".json.partial")
@@ -53,7 +54,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
         dtype: what the parameters become. None: as they are stored.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
+        MissingFileError: one of the two files is not there.
         CacheCorruptionError: a file that cannot be read.
         ConfigError: settings that are not those of a decoder.
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
@@ -62,7 +63,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
     config = _read_settings(path.with_suffix(".json"))
     tensors = _read_tensors(path)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    expected = _parameters(model)
+    expected = parameters_of(model)
 
     problems = [f"missing: {name} {expected[name].shape}" for name in sorted(set(expected) - set(tensors))]
     problems += [f"left over: {name} {tensors[name].shape}" for name in sorted(set(tensors) - set(expected))]
@@ -79,7 +80,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
     param_dtype = dtype if dtype is not None else max(kinds, key=lambda kind: kind.itemsize)
     model = nnx.eval_shape(lambda: Decoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    flat = [(keys, _filled(leaf, tensors[_name(keys)], param_dtype)) for keys, leaf in nnx.to_flat_state(state)]
+    flat = [(keys, _filled(leaf, tensors[name_of(keys)], param_dtype)) for keys, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -87,13 +88,14 @@ def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
     return leaf.replace(jnp.asarray(tensor, dtype))
 
 
-def _name(keys: tuple[Any, ...]) -> str:
+def name_of(keys: tuple[Any, ...]) -> str:
+    """The name of a parameter by its path."""
     return ".".join(map(str, keys))
 
 
-def _parameters(model: Decoder) -> dict[str, Any]:
+def parameters_of(model: Decoder) -> dict[str, Any]:
     """The parameters by name, such as ``layers.0.attention.query.kernel``."""
-    return {_name(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {name_of(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -104,11 +106,8 @@ def _checked(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_settings(path: Path) -> DecoderConfig:
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise CacheCorruptionError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+    fields = read_json(path)
+    if fields.pop("format", None) != FORMAT:
         raise ConfigError(f"{path} does not hold the settings of a decoder saved by kvattn (format {FORMAT!r}).")
     try:
         return DecoderConfig.from_json(fields)
@@ -117,10 +116,8 @@ def _read_settings(path: Path) -> DecoderConfig:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    tensors = Tensors([path])
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CacheCorruptionError(f"{path} is damaged: {error}.") from error
+        return {name: tensors.read(name) for name in tensors.entries}
+    finally:
+        tensors.close()

@@ -10,10 +10,16 @@ from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.positions import RoPE
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
+_FLAGS = (
+    "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
+    "residual_after_norm", "embedding_norm", "shared_norm", "sinks", "tie_embeddings",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The sizes and rules of a `kvattn.models.Decoder`.
+    """The sizes and rules of a `kvattn.models.Decoder`. As they stand, the defaults are those of Llama.
 
     Args:
         vocab_size: V, token ids lie in [0, V).
@@ -22,20 +28,49 @@ class DecoderConfig:
         num_heads: N.
         num_kv_heads: K; N if None.
         head_dim: H; D // N if None.
-        mlp_dim: the hidden size of the SwiGLU.
+        mlp_dim: the hidden size of the MLP, or of each expert.
         rope_theta: base of the rotary frequencies.
         rope_scaling: the HuggingFace rope dict, see `kvattn.RoPE`.
         windows: how many tokens a query sees, its own included: None for all of them, one int for all layers,
             or one entry per layer. A layer with a window keeps a cache of that size.
-        norm_epsilon: of the RMS norms.
+        norm_epsilon: of the norms.
         tie_embeddings: the output projection is the transposed embedding.
         softcap: caps the attention scores.
         logit_softcap: caps the logits.
+        positions: how order is told: "rope", "alibi", or "learned", a vector per position added to the embedding.
+        max_positions: how many learned positions there are.
+        alibi_slopes: one per head, where they are not the usual ones.
+        local_rope_theta: base of the frequencies in layers that have a window; `rope_theta` if None. These layers
+            have no `rope_scaling`.
+        norm: "rms", or "layer" which also subtracts the mean.
+        norm_bias: layer norms add a bias.
+        norm_position: "pre" (before attention and MLP), "post" (after the sum with the residual), or "sandwich" (before
+            them, and again on what they return).
+        final_norm: a norm before the output projection.
+        parallel: attention and MLP both read what came into the block, and both are added to it.
+        shared_norm: in parallel blocks one norm serves both.
+        residual_after_norm: what is added is the normalised input, not the input itself (a variant of BLOOM).
+        activation: "silu", "gelu", "gelu_tanh", "quick_gelu" or "relu".
+        gated: the MLP is ``down(activation(gate(x)) * up(x))``, otherwise ``down(activation(up(x)))``.
+        mlp_bias: the MLP's projections have biases.
+        qkv_bias: so have those to queries, keys and values.
+        out_bias: so has the one from the heads back to D.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
+        qk_norm: each head of queries and keys passes an RMS norm.
+        sinks: a learned logit per head joins the softmax sum.
+        attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None.
+        embedding_dim: the size of an embedding, where it is not D: then it is projected to D, and back.
+        embedding_scale: multiplies the embedding.
+        embedding_norm: the embedding passes a norm.
+        num_experts: how many MLPs there are to choose from; 0 for one that serves all tokens.
+        experts_per_token: how many of them serve a token.
+        expert_alpha: experts are those of gpt-oss, ``down((up + 1) * gate * sigmoid(alpha * gate))``.
+        expert_limit: gate is clipped to (-inf, limit], up to [-limit, limit].
 
     Raises:
-        ConfigError: sizes that cannot work together.
-        DTypeError: a size that is no int.
-        RangeError: a window, epsilon or cap outside its range.
+        ConfigError: sizes that cannot work together, an unknown name.
+        DTypeError: a size that is no int, a flag that is no bool.
+        RangeError: a window, epsilon, scale or cap outside its range.
 
     Example:
         >>> from kvattn.models import DecoderConfig
@@ -58,6 +93,33 @@ class DecoderConfig:
     tie_embeddings: bool = True
     softcap: float | None = None
     logit_softcap: float | None = None
+    positions: str = "rope"
+    max_positions: int | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    local_rope_theta: float | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_position: str = "pre"
+    final_norm: bool = True
+    parallel: bool = False
+    shared_norm: bool = False
+    residual_after_norm: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qkv_clip: float | None = None
+    qk_norm: bool = False
+    sinks: bool = False
+    attention_scale: float | tuple[float, ...] | None = None
+    embedding_dim: int | None = None
+    embedding_scale: float | None = None
+    embedding_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_alpha: float = 1.702
+    expert_limit: float = 7.0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
@@ -70,36 +132,105 @@ class DecoderConfig:
             )
         head_dim = self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
         _checks.integer("head_dim", head_dim, 1)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        _checks.one_of("positions", self.positions, ("rope", "alibi", "learned"))
+        _checks.one_of("norm", self.norm, ("rms", "layer"))
+        _checks.one_of("norm_position", self.norm_position, ("pre", "post", "sandwich"))
+        _checks.one_of("activation", self.activation, ACTIVATIONS)
+        self._check_numbers()
+        self._check_combinations()
+
+        settled: dict[str, Any] = {"num_kv_heads": kv_heads, "head_dim": head_dim}
+        for name in ("windows", "alibi_slopes", "attention_scale"):
+            value = getattr(self, name)
+            settled[name] = tuple(value) if isinstance(value, list) else value
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        # RoPE checks the frequencies and makes the scaling hashable.
+        if self.positions == "rope":
+            self.rope_of(0)
+            object.__setattr__(self, "rope_scaling", self._rope(self.rope_theta, self.rope_scaling).scaling)
+
+    def _check_numbers(self) -> None:
         if len(self.layer_windows) != self.num_layers:
             raise ConfigError(f"windows has {len(self.layer_windows)} entries for {self.num_layers} layers.")
         for window in self.layer_windows:
             _checks.window(window)
+        if len(self.layer_scales) != self.num_layers:
+            raise ConfigError(f"attention_scale has {len(self.layer_scales)} entries for {self.num_layers} layers.")
+        for scale in self.layer_scales:
+            _checks.finite_scale(scale)
         if not isinstance(self.norm_epsilon, numbers.Real) or isinstance(self.norm_epsilon, bool):
             raise DTypeError(f"norm_epsilon must be a number, got {self.norm_epsilon!r}.")
         if not (math.isfinite(self.norm_epsilon) and self.norm_epsilon >= 0):
             raise RangeError(f"norm_epsilon must be finite and >= 0, got {self.norm_epsilon}.")
-        if not isinstance(self.tie_embeddings, bool):
-            raise DTypeError(f"tie_embeddings must be a bool, got {self.tie_embeddings!r}.")
+        for name in ("qkv_clip", "embedding_scale", "local_rope_theta", "expert_alpha", "expert_limit"):
+            value = getattr(self, name)
+            if value is None and name not in ("expert_alpha", "expert_limit"):
+                continue
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise DTypeError(f"{name} must be a number, got {value!r}.")
+            if not (math.isfinite(value) and value > 0):
+                raise RangeError(f"{name} must be finite and > 0, got {value}.")
+        if self.embedding_dim is not None:
+            _checks.integer("embedding_dim", self.embedding_dim, 1)
+        _checks.integer("num_experts", self.num_experts, 0)
+        _checks.integer("experts_per_token", self.experts_per_token, 0)
         _checks.positive_softcap(self.softcap)
         _checks.positive_softcap(self.logit_softcap)
 
-        settled: dict[str, Any] = {"num_kv_heads": kv_heads, "head_dim": head_dim}
-        settled["windows"] = tuple(self.windows) if isinstance(self.windows, list) else self.windows
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
-        # RoPE checks the frequencies and makes the scaling hashable.
-        object.__setattr__(self, "rope_scaling", self.rope.scaling)
+    def _check_combinations(self) -> None:
+        for name, needs in (("max_positions", "learned"), ("alibi_slopes", "alibi")):
+            if getattr(self, name) is not None and self.positions != needs:
+                raise ConfigError(f"{name} belongs to positions={needs!r}, but positions is {self.positions!r}.")
+        if self.positions == "learned":
+            _checks.integer("max_positions", self.max_positions, 1)
+        if self.positions != "rope" and (self.rope_scaling or self.local_rope_theta is not None):
+            raise ConfigError(f"rope_scaling and local_rope_theta need positions='rope', got {self.positions!r}.")
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
+            raise ConfigError(f"alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads.")
+        if self.norm_bias and self.norm != "layer":
+            raise ConfigError("norm_bias needs norm='layer': an RMS norm has none.")
+        if self.shared_norm and not self.parallel:
+            raise ConfigError("shared_norm belongs to parallel blocks: set parallel, or leave it out.")
+        if self.parallel and (self.norm_position != "pre" or self.residual_after_norm):
+            raise ConfigError("parallel blocks have norm_position='pre' and add to the input itself.")
+        if self.residual_after_norm and self.norm_position != "pre":
+            raise ConfigError("residual_after_norm needs norm_position='pre'.")
+        if bool(self.num_experts) != bool(self.experts_per_token) or self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token ({self.experts_per_token}) must lie in [1, num_experts], and both be 0 where there "
+                f"are none; num_experts is {self.num_experts}."
+            )
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
-        windows = self.windows
-        return tuple(windows) if isinstance(windows, tuple | list) else (windows,) * self.num_layers
+        return self._per_layer(self.windows)
 
     @property
-    def rope(self) -> RoPE:
-        """The rotary embedding of every layer."""
-        return RoPE(int(self.head_dim or 0), theta=self.rope_theta, scaling=self.rope_scaling)
+    def layer_scales(self) -> tuple[float | None, ...]:
+        """What multiplies the scores of each layer; None: 1/√H."""
+        return self._per_layer(self.attention_scale)
+
+    @property
+    def rope(self) -> RoPE | None:
+        """The rotary embedding of layers without a window; None where order is told otherwise."""
+        return self._rope(self.rope_theta, self.rope_scaling) if self.positions == "rope" else None
+
+    def rope_of(self, layer: int) -> RoPE | None:
+        """The rotary embedding of one layer."""
+        if self.positions != "rope" or self.local_rope_theta is None or self.layer_windows[layer] is None:
+            return self.rope
+        return self._rope(self.local_rope_theta, None)
+
+    def _rope(self, theta: float, scaling: Any) -> RoPE:
+        return RoPE(int(self.head_dim or self.model_dim // self.num_heads), theta=theta, scaling=scaling)
+
+    def _per_layer(self, value: Any) -> tuple[Any, ...]:
+        return tuple(value) if isinstance(value, tuple | list) else (value,) * self.num_layers
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -121,3 +252,34 @@ class DecoderConfig:
         if unknown or missing:
             raise ConfigError(f"the decoder's settings have unknown fields {unknown} and lack {missing}.")
         return cls(**fields)
+
+    @classmethod
+    def palm(cls, **sizes: Any) -> "DecoderConfig":
+        """A decoder of PaLM's kind, with the sizes of PaLM 8B unless others are given.
+
+        One key/value head, parallel blocks behind one norm, SwiGLU, RoPE, no biases, one matrix for input and
+        output embeddings. (Chowdhery et al., https://arxiv.org/abs/2204.02311, section 2 and table 1. Its weights are
+        not public.)
+
+        Args:
+            sizes: any argument of `DecoderConfig`, such as ``num_layers=4``.
+
+        Example:
+            >>> from kvattn.models import DecoderConfig
+            >>> config = DecoderConfig.palm(num_layers=2, model_dim=64, num_heads=4, head_dim=16, mlp_dim=256)
+            >>> config.num_kv_heads, config.parallel
+            (1, True)
+        """
+        palm = {
+            "vocab_size": 256000,
+            "model_dim": 4096,
+            "num_layers": 32,
+            "num_heads": 16,
+            "num_kv_heads": 1,
+            "head_dim": 256,
+            "mlp_dim": 16384,
+            "norm": "layer",
+            "parallel": True,
+            "shared_norm": True,
+        }
+        return cls(**palm | sizes)

@@ -1,7 +1,7 @@
-"""`Decoder`: a decoder-only transformer, as Llama and its relatives have it.
+"""`Decoder`: a decoder-only transformer, of any of the families that `DecoderConfig` describes.
 
-Embedding, then blocks of grouped-query attention and a SwiGLU, each behind an RMS norm and a residual,
-then a norm and the logits. The caches are explicit: one per layer goes in, one per layer comes out.
+Embedding, then blocks of grouped-query attention and an MLP, each with its norms and a residual, then a
+norm and the logits. The caches are explicit: one per layer goes in, one per layer comes out.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,71 +18,70 @@ from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.layers import GroupedQueryAttention
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.models.config import DecoderConfig
+from kvattn.models.parts import MLP, Experts, Norm
 
 Caches = tuple[Cache, ...]
 
 
-class RMSNorm(nnx.Module):
-    """``x / rms(x) * scale`` in float32, whatever goes in and comes out."""
-
-    def __init__(self, config: DecoderConfig, *, param_dtype: Any = jnp.float32):
-        self.epsilon = config.norm_epsilon
-        self.scale = nnx.Param(jnp.ones((config.model_dim,), param_dtype))
-
-    def __call__(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
-        wide = x.astype(jnp.float32)
-        factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * factor * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: DecoderConfig, **options: Any):
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=False, **options)
-
-        self.gate = linear(config.model_dim, config.mlp_dim)
-        self.up = linear(config.model_dim, config.mlp_dim)
-        self.down = linear(config.mlp_dim, config.model_dim)
-
-    def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
 class Block(nnx.Module):
-    """Attention and MLP, each behind its norm and added to what came in."""
+    """Attention and MLP, each with its norms, added to what came in."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, attention_fn: Any, **options: Any):
-        self.attention_norm = RMSNorm(config, param_dtype=options["param_dtype"])
+    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Any, **options: Any):
+        def norm() -> Norm:
+            return Norm(config, param_dtype=options["param_dtype"])
+
+        def norm_if(wanted: bool) -> Any:
+            return norm() if wanted else nnx.data(None)
+
+        self.norm_position = config.norm_position
+        self.parallel = config.parallel
+        self.residual_after_norm = config.residual_after_norm
+        self.attention_norm = norm()
         self.attention = GroupedQueryAttention(
             config.num_heads,
             config.model_dim,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            window=window,
-            rope=config.rope,
+            window=config.layer_windows[layer],
+            rope=config.rope_of(layer),
+            alibi=False if config.positions != "alibi" else config.alibi_slopes or True,
+            scale=config.layer_scales[layer],
             softcap=config.softcap,
+            sinks=config.sinks,
+            qk_norm="rms" if config.qk_norm else None,
+            qk_norm_epsilon=config.norm_epsilon,
+            qkv_clip=config.qkv_clip,
             attention_fn=attention_fn,
-            use_bias=False,
+            use_bias=config.qkv_bias,
+            use_out_bias=config.out_bias,
             **options,
         )
-        self.mlp_norm = RMSNorm(config, param_dtype=options["param_dtype"])
-        self.mlp = MLP(config, **options)
+        self.attention_post_norm = norm_if(config.norm_position == "sandwich")
+        self.mlp_norm = norm_if(not config.shared_norm)
+        self.mlp = Experts(config, **options) if config.num_experts else MLP(config, **options)
+        self.mlp_post_norm = norm_if(config.norm_position == "sandwich")
 
     def __call__(
         self, x: Array, cache: Cache | None, num_new: Array | None, tokens: Array
     ) -> tuple[Array, Cache | None]:
         """[B, T, D] and this layer's cache -> the same; `tokens` [B, T] are for policies that look at them."""
-        y = self.attention_norm(x)
+        inner = x if self.norm_position == "post" else self.attention_norm(x)
         if cache is None:
-            y = self.attention(y, is_causal=True)
+            y = self.attention(inner, is_causal=True)
         else:
-            y, cache = self.attention(y, cache=cache, num_new=num_new, token_ids=tokens)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+            y, cache = self.attention(inner, cache=cache, num_new=num_new, token_ids=tokens)
+        if self.parallel:
+            return x + (y + self.mlp(inner if self.mlp_norm is None else self.mlp_norm(x))), cache
+        x = self._added(x, inner, y, self.attention_norm, self.attention_post_norm)
+        inner = x if self.norm_position == "post" else self.mlp_norm(x)
+        return self._added(x, inner, self.mlp(inner), self.mlp_norm, self.mlp_post_norm), cache
+
+    def _added(self, x: Array, inner: Array, y: Array, norm: Norm, post_norm: Norm | None) -> Array:
+        """What attention or MLP made of `inner`, added to the residual."""
+        if post_norm is not None:
+            y = post_norm(y)
+        x = (inner if self.residual_after_norm else x) + y
+        return norm(x) if self.norm_position == "post" else x
 
 
 class Decoder(nnx.Module):
@@ -116,17 +115,28 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        table = {"embedding_init": nnx.initializers.normal(0.02), **options}
+        width = config.embedding_dim or config.model_dim
+
+        def linear(size_in: int, size_out: int, wanted: bool) -> Any:
+            return nnx.Linear(size_in, size_out, use_bias=False, **options) if wanted else nnx.data(None)
+
+        def norm(wanted: bool) -> Any:
+            return Norm(config, param_dtype=param_dtype) if wanted else nnx.data(None)
+
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size, config.model_dim, embedding_init=nnx.initializers.normal(0.02), **options
+        self.embed = nnx.Embed(config.vocab_size, width, **table)
+        self.positions = (
+            nnx.Embed(config.max_positions or 1, config.model_dim, **table)
+            if config.positions == "learned"
+            else nnx.data(None)
         )
-        self.layers = nnx.List([Block(config, window, attention_fn, **options) for window in config.layer_windows])
-        self.norm = RMSNorm(config, param_dtype=param_dtype)
-        self.head = (
-            nnx.data(None)
-            if config.tie_embeddings
-            else nnx.Linear(config.model_dim, config.vocab_size, use_bias=False, **options)
-        )
+        self.embed_in = linear(width, config.model_dim, config.embedding_dim is not None)
+        self.embed_norm = norm(config.embedding_norm)
+        self.layers = nnx.List([Block(config, i, attention_fn, **options) for i in range(config.num_layers)])
+        self.norm = norm(config.final_norm)
+        self.embed_out = linear(config.model_dim, width, config.embedding_dim is not None)
+        self.head = linear(width, config.vocab_size, not config.tie_embeddings)
 
     def __call__(
         self, tokens: Array, cache: Sequence[Cache] | None = None, num_new: Array | None = None
@@ -147,7 +157,8 @@ class Decoder(nnx.Module):
         Raises:
             ShapeError: tokens that are not [B, T], or a wrong number of caches.
             DTypeError: tokens that are not integers.
-            RangeError: a token id outside the vocabulary. (Under jit its row's logits are NaN.)
+            RangeError: a token id outside the vocabulary, or more tokens than there are learned positions. (Under jit
+                its row's logits are NaN.)
             CapacityError: more tokens than a cache holds. (Under jit see `kvattn.KVCache.check`.)
         """
         tokens = self._tokens(tokens)
@@ -155,12 +166,12 @@ class Decoder(nnx.Module):
             raise ShapeError(
                 f"the model has {len(self.layers)} layers but was given {len(cache)} caches: one for each."
             )
-        x = self.embed(tokens)
+        x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
         caches = []
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens)
             caches.append(layer_cache)
-        return self._logits(self.norm(x)), None if cache is None else tuple(caches)
+        return self._logits(x), None if cache is None else tuple(caches)
 
     def make_cache(
         self, batch_size: int, capacity: int | None = None, *, policy: Any = None, codec: Any = None, dtype: Any = None
@@ -170,14 +181,27 @@ class Decoder(nnx.Module):
         Args:
             batch_size: B.
             capacity: most tokens a sequence may keep. Not needed where every layer has a window.
-            policy: which tokens are kept. None: all of them, in layers with a window those within it.
-            codec: in how many bits. None: as they are.
+            policy: which tokens are kept. None: all of them, in layers with a window those within it. A list or tuple:
+                one for each layer.
+            codec: in how many bits. None: as they are. A list or tuple: one for each layer.
             dtype: what is stored without a codec. None: the dtype the model computes in.
+
+        Raises:
+            ShapeError: a list with more or fewer entries than there are layers.
         """
+        choices = zip(self.layers, self._each("policy", policy), self._each("codec", codec), strict=True)
         return tuple(
             layer.attention.make_cache(batch_size, capacity, policy=policy, codec=codec, dtype=dtype)
-            for layer in self.layers
+            for layer, policy, codec in choices
         )
+
+    def _each(self, name: str, value: Any) -> tuple[Any, ...]:
+        """One value per layer."""
+        if not isinstance(value, list | tuple):
+            return (value,) * len(self.layers)
+        if len(value) != len(self.layers):
+            raise ShapeError(f"{name} has {len(value)} entries for {len(self.layers)} layers: one for each, or one.")
+        return tuple(value)
 
     def _tokens(self, tokens: Any) -> Array:
         tokens = jnp.asarray(tokens)
@@ -191,7 +215,40 @@ class Decoder(nnx.Module):
                 raise RangeError(f"token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}.")
         return tokens.astype(jnp.int32)
 
+    def _embedded(self, tokens: Array, lengths: Array | None, num_new: Array | None) -> Array:
+        """[B, T] tokens that follow `lengths` others -> [B, T, D]."""
+        x = self.embed(tokens)
+        if self.config.embedding_scale is not None:
+            # Rounded to the dtype of the activations first, as the families that scale do.
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.positions is not None:
+            x = x + self.positions(self._positions(tokens.shape, lengths, num_new))
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _positions(self, shape: tuple[int, ...], lengths: Array | None, num_new: Array | None) -> Array:
+        """int32 [B, T], or [1, T] where nothing came before; 0 for tokens that are not real."""
+        positions = jnp.arange(shape[1], dtype=jnp.int32)[None]
+        if lengths is not None:
+            if num_new is not None:
+                positions = jnp.where(
+                    positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, -lengths[:, None]
+                )
+            positions = lengths[:, None] + positions
+        most = int(self.config.max_positions or 0)
+        if _checks.is_concrete(positions) and positions.size and int(positions.max()) >= most:
+            raise RangeError(
+                f"the model has {most} learned positions, a token came at position {int(positions.max())}: give it "
+                f"at most {most} tokens per sequence."
+            )
+        return positions
+
     def _logits(self, x: Array) -> Array:
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.embed_out is not None:
+            x = self.embed_out(x)
         head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap

@@ -1,0 +1,133 @@
+"""BLOOM and MPT: ALiBi, layer norms, no gate."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from kvattn.errors import ConfigError
+from kvattn.models.config import DecoderConfig
+from kvattn.models.hf import rules
+from kvattn.models.hf.fields import Fields
+from kvattn.models.hf.rules import Family, Rule
+
+
+def bloom(fields: Fields) -> Family:
+    """BLOOM and BLOOMZ."""
+    features = fields.size("hidden_size", "n_embed")
+    config = DecoderConfig(
+        vocab_size=fields.size("vocab_size"),
+        model_dim=features,
+        num_layers=fields.size("n_layer", "num_hidden_layers"),
+        num_heads=fields.size("n_head", "num_attention_heads"),
+        mlp_dim=4 * features,
+        positions="alibi",
+        norm="layer",
+        norm_bias=True,
+        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        residual_after_norm=fields.flag("apply_residual_connection_post_layernorm", False),
+        activation="gelu_tanh",
+        gated=False,
+        mlp_bias=True,
+        qkv_bias=True,
+        out_bias=True,
+        embedding_norm=True,
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+    )
+    return Family(config, tuple(_bloom(config)), ("transformer.",), rules.tied(config))
+
+
+def mpt(fields: Fields) -> Family:
+    """MPT, as transformers has it: no biases anywhere."""
+    given = fields.get("attn_config", default={})
+    if not isinstance(given, dict):
+        raise ConfigError(f"{fields.source}: attn_config must be an object, got {given!r}.")
+    attention = Fields(given, f"{fields.source}, attn_config", MPT_IGNORED)
+    attention.only("attn_type", "multihead_attention")
+    attention.only("alibi", True, why="learned positions are not supported for MPT")
+    attention.only("prefix_lm", False, why="a decoder is causal")
+    attention.only("qk_ln", False)
+    attention.only("attn_uses_sequence_id", False)
+    scale, clip = attention.get("softmax_scale"), attention.get("clip_qkv")
+    steepest = attention.get("alibi_bias_max", default=8)
+    attention.finish()
+    fields.only("no_bias", True)
+    fields.only("embedding_fraction", 1.0, 1)
+    fields.only("logit_scale")
+    fields.only("norm_type", "low_precision_layernorm", "layernorm")
+    # In transformers the MLP is four times as wide whatever expansion_ratio says, and with ALiBi there are no learned
+    # positions whatever learned_pos_emb says; a file that has them otherwise does not fit these tensors.
+    fields.get("expansion_ratio", "learned_pos_emb", "max_seq_len")
+    features, heads = fields.size("d_model", "hidden_size"), fields.size("n_heads", "num_attention_heads")
+    config = DecoderConfig(
+        vocab_size=fields.size("vocab_size"),
+        model_dim=features,
+        num_layers=fields.size("n_layers", "num_hidden_layers"),
+        num_heads=heads,
+        mlp_dim=4 * features,
+        positions="alibi",
+        alibi_slopes=_mpt_slopes(heads, steepest),
+        norm="layer",
+        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        activation="gelu",
+        gated=False,
+        attention_scale=scale,
+        qkv_clip=clip or None,
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+    )
+    return Family(config, tuple(_mpt(config)), ("transformer.",), rules.tied(config))
+
+
+# A config within a config carries the defaults of every config.
+MPT_IGNORED = (
+    "attn_impl", "chunk_size_feed_forward", "is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_theta",
+    "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings", "kv_n_heads", "model_type",
+    "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty", "length_penalty",
+    "num_return_sequences", "num_beam_groups", "diversity_penalty", "encoder_no_repeat_ngram_size", "typical_p",
+    "no_repeat_ngram_size",
+)  # fmt: skip
+
+
+def _mpt_slopes(heads: int, steepest: float) -> tuple[float, ...]:
+    """ALiBi's slopes in MPT's order: those of the next power of two, every second one first."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2.0 ** (-steepest * (i + 1) / power) for i in range(power)]
+    return tuple(slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads])
+
+
+def _bloom(config: DecoderConfig) -> Iterator[Rule]:
+    def norm(theirs: str, ours: str) -> Iterator[Rule]:
+        return rules.norm(theirs, ours, config.model_dim, bias=True)
+
+    yield rules.embedding("transformer.word_embeddings.weight", config)
+    yield from norm("transformer.word_embeddings_layernorm", "embed_norm")
+
+    def block(layer: int, ours: str) -> Iterator[Rule]:
+        theirs = f"transformer.h.{layer}"
+        yield from norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm")
+        yield from rules.fused(
+            f"{theirs}.self_attention.query_key_value", f"{ours}.attention", config, grouped=True, bias=True
+        )
+        yield from rules.output(f"{theirs}.self_attention.dense", f"{ours}.attention", config)
+        yield from norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm")
+        names = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
+        yield from rules.mlp(f"{theirs}.mlp", f"{ours}.mlp", config, names)
+
+    yield from rules.per_layer(config, block)
+    yield from norm("transformer.ln_f", "norm")
+    yield from rules.head("lm_head.weight", config)
+
+
+def _mpt(config: DecoderConfig) -> Iterator[Rule]:
+    yield rules.embedding("transformer.wte.weight", config)
+
+    def block(layer: int, ours: str) -> Iterator[Any]:
+        theirs = f"transformer.blocks.{layer}"
+        yield from rules.norm(f"{theirs}.norm_1", f"{ours}.attention_norm", config.model_dim)
+        yield from rules.fused(f"{theirs}.attn.Wqkv", f"{ours}.attention", config, grouped=False, bias=False)
+        yield from rules.output(f"{theirs}.attn.out_proj", f"{ours}.attention", config)
+        yield from rules.norm(f"{theirs}.norm_2", f"{ours}.mlp_norm", config.model_dim)
+        yield from rules.mlp(f"{theirs}.ffn", f"{ours}.mlp", config, {"up": "up_proj", "down": "down_proj"})
+
+    yield from rules.per_layer(config, block)
+    yield from rules.norm("transformer.norm_f", "norm", config.model_dim)
+    yield from rules.head("lm_head.weight", config)

@@ -1,0 +1,108 @@
+"""gpt-oss: learned sinks, a window in every second layer, yarn, experts; as floats or in MXFP4."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from kvattn.models.config import DecoderConfig
+from kvattn.models.hf import rules
+from kvattn.models.hf.fields import Fields
+from kvattn.models.hf.llama import BUFFERS, sizes
+from kvattn.models.hf.rules import Family, Rule, Shape
+
+# The sixteen values of a 4-bit float with two bits of exponent and one of fraction.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+BLOCK = 32
+"""How many numbers of MXFP4 share a scale."""
+
+
+def gpt_oss(fields: Fields) -> Family:
+    """gpt-oss 20B and 120B."""
+    layers = fields.size("num_hidden_layers")
+    packed = _is_packed(fields)
+    bias = fields.flag("attention_bias", True)
+    fields.only("hidden_act", "silu")
+    fields.get("experts_per_token", "swiglu_limit", "swiglu_alpha", "max_position_embeddings")
+    config = DecoderConfig(
+        **sizes(fields, 64) | {"norm_epsilon": fields.get("rms_norm_eps", default=1e-5)},
+        **fields.rope(150000.0),
+        windows=fields.windows(layers, fields.get("sliding_window", default=128), [i % 2 == 0 for i in range(layers)]),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=bias,
+        out_bias=bias,
+        sinks=True,
+        num_experts=fields.size("num_local_experts", "num_experts", default=128),
+        experts_per_token=fields.size("num_experts_per_tok", "experts_per_token", default=4),
+        expert_alpha=fields.get("swiglu_alpha", default=1.702),
+        expert_limit=fields.get("swiglu_limit", default=7.0),
+    )
+    return Family(config, tuple(_rules(config, packed)), ("model.",), (*BUFFERS, *rules.tied(config)))
+
+
+def _is_packed(fields: Fields) -> bool:
+    """Whether the experts are stored in MXFP4."""
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return False
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if kind != "mxfp4":
+        raise rules.unsupported(fields.source, "quantization_config.quant_method", kind, "'mxfp4'")
+    return True
+
+
+def _rules(config: DecoderConfig, packed: bool) -> Iterator[Rule]:
+    features = config.model_dim
+    experts, hidden = config.num_experts, config.mlp_dim
+    yield rules.embedding("model.embed_tokens.weight", config)
+
+    def kernels(theirs: str, into: int, out: int, makes: dict[str, slice]) -> Rule:
+        """A matrix per expert [E, in, out], of which every name takes some of the outputs."""
+        if not packed:
+            return Rule({theirs: (experts, into, out)}, {n: (lambda x, s=s: x[..., s]) for n, s in makes.items()})
+        blocks: Shape = (experts, out, into // BLOCK, BLOCK // 2)
+        sources = {f"{theirs}_blocks": blocks, f"{theirs}_scales": blocks[:3]}
+
+        def unpacked(part: slice):
+            return lambda blocks, scales: np.swapaxes(from_mxfp4(blocks[:, part], scales[:, part]), 1, 2)
+
+        return Rule(sources, {name: unpacked(part) for name, part in makes.items()}, stored=("U8",))
+
+    def biases(theirs: str, out: int, makes: dict[str, slice]) -> Rule:
+        return Rule({theirs: (experts, out)}, {name: (lambda x, s=s: x[:, s]) for name, s in makes.items()})
+
+    def block(layer: int, ours: str) -> Iterator[Rule]:
+        theirs = f"model.layers.{layer}"
+        yield from rules.norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", features)
+        yield from rules.separate(f"{theirs}.self_attn", f"{ours}.attention", config)
+        yield rules.tensor(f"{theirs}.self_attn.sinks", (config.num_heads,), f"{ours}.attention.sinks")
+        yield from rules.norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", features)
+        yield from rules.linear(f"{theirs}.mlp.router", f"{ours}.mlp.router", (features,), (experts,), True)
+        # Gate and up alternate.
+        each = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+        whole = {"down": slice(None)}
+        for name, into, out, parts in (
+            ("gate_up_proj", features, 2 * hidden, each),
+            ("down_proj", hidden, features, whole),
+        ):
+            experts_of = f"{theirs}.mlp.experts.{name}"
+            yield kernels(experts_of, into, out, {f"{ours}.mlp.{n}": s for n, s in parts.items()})
+            yield biases(f"{experts_of}_bias", out, {f"{ours}.mlp.{n}_bias": s for n, s in parts.items()})
+
+    yield from rules.per_layer(config, block)
+    yield from rules.norm("model.norm", "norm", features)
+    yield from rules.head("lm_head.weight", config)
+
+
+def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Numbers of the OCP microscaling format MXFP4 as float32.
+
+    Args:
+        blocks: uint8 [..., G, 16], two numbers a byte, the first in the lower half.
+        scales: uint8 [..., G], the exponent of each block's scale, plus 127.
+
+    Returns:
+        [..., G * 32].
+    """
+    pairs = np.stack([_E2M1[blocks & 15], _E2M1[blocks >> 4]], axis=-1)
+    numbers = pairs.reshape(*blocks.shape[:-1], BLOCK)
+    return np.ldexp(numbers, scales[..., None].astype(np.int32) - 127).reshape(*blocks.shape[:-2], -1)

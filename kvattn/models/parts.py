@@ -1,0 +1,113 @@
+"""What a decoder's block is made of beside its attention: norms, the MLP, experts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvattn._typing import Array
+from kvattn.models.config import DecoderConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+"""The functions that `DecoderConfig.activation` names."""
+
+
+class Norm(nnx.Module):
+    """``x / rms(x) * scale``, or ``(x - mean(x)) / std(x) * scale + bias``; in float32, whatever goes in and comes out."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: Any = jnp.float32):
+        self.epsilon = config.norm_epsilon
+        self.centred = config.norm == "layer"
+        self.scale = nnx.Param(jnp.ones((config.model_dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((config.model_dim,), param_dtype)) if config.norm_bias else nnx.data(None)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        wide = x.astype(jnp.float32)
+        if self.centred:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        y = wide * factor * self.scale[...].astype(jnp.float32)[None, None]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)[None, None]
+        return y.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """``down(activation(gate(x)) * up(x))``, or without gate ``down(activation(up(x)))``."""
+
+    def __init__(self, config: DecoderConfig, **options: Any):
+        def linear(size_in: int, size_out: int) -> nnx.Linear:
+            return nnx.Linear(size_in, size_out, use_bias=config.mlp_bias, **options)
+
+        self.activation = config.activation
+        self.gate = linear(config.model_dim, config.mlp_dim) if config.gated else nnx.data(None)
+        self.up = linear(config.model_dim, config.mlp_dim)
+        self.down = linear(config.mlp_dim, config.model_dim)
+
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        activation = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(activation(self.up(x)))
+        return self.down(activation(self.gate(x)) * self.up(x))
+
+
+class Experts(nnx.Module):
+    """A router that gives each token to its best experts, weighted by the softmax of their scores (as in gpt-oss).
+
+    The tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so only what a token was
+    given to is computed.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        experts, model_dim, mlp_dim = config.num_experts, config.model_dim, config.mlp_dim
+        self.per_token = config.experts_per_token
+        self.alpha, self.limit = config.expert_alpha, config.expert_limit
+        self.dtype = dtype
+        self.router = nnx.Linear(model_dim, experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        draw = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+
+        def kernel(size_in: int, size_out: int) -> nnx.Param:
+            return nnx.Param(draw(rngs.params(), (experts, size_in, size_out), param_dtype))
+
+        self.gate, self.up, self.down = (
+            kernel(model_dim, mlp_dim),
+            kernel(model_dim, mlp_dim),
+            kernel(mlp_dim, model_dim),
+        )
+        self.gate_bias = nnx.Param(jnp.zeros((experts, mlp_dim), param_dtype))
+        self.up_bias = nnx.Param(jnp.zeros((experts, mlp_dim), param_dtype))
+        self.down_bias = nnx.Param(jnp.zeros((experts, model_dim), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        batch, length, features = x.shape
+        tokens = x.reshape(batch * length, features)
+        scores, chosen = jax.lax.top_k(self.router(tokens), self.per_token)
+        shares = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+
+        order = jnp.argsort(chosen.ravel(), stable=True)
+        expert = chosen.ravel()[order]
+        sizes = jnp.sum(jax.nn.one_hot(expert, self.gate.shape[0], dtype=jnp.int32), axis=0)
+        given = tokens[order // self.per_token]
+
+        def project(x: Array, kernel: Any, bias: Any) -> Array:
+            return jax.lax.ragged_dot(x, kernel[...].astype(x.dtype), sizes) + bias[...].astype(x.dtype)[expert]
+
+        gate = jnp.minimum(project(given, self.gate, self.gate_bias), self.limit)
+        up = jnp.clip(project(given, self.up, self.up_bias), -self.limit, self.limit)
+        hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+        out = project(hidden, self.down, self.down_bias) * shares.ravel()[order].astype(x.dtype)[:, None]
+        # Back to the order of the tokens, where the sum of each is always taken in the same order.
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
+        return jnp.sum(out[back].reshape(batch, length, self.per_token, features), axis=2)

@@ -1,0 +1,156 @@
+"""`from_pretrained`: a decoder from a checkpoint folder of HuggingFace's transformers."""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
+from kvattn.models import placement
+from kvattn.models.checkpoint import name_of
+from kvattn.models.decoder import Decoder
+from kvattn.models.hf import FAMILIES, Family, Fields, Rule
+from kvattn.models.tensors import Tensors, in_folder, read_json
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: Collection[str] = ()) -> Decoder:
+    """Reads a checkpoint folder: ``config.json`` and ``model.safetensors``, or the shards that its index names.
+
+    The families are those of `kvattn.models.hf.FAMILIES`, by the ``model_type`` of the config: Llama, Mistral, Qwen2,
+    Qwen3, Gemma 2, Gemma 3 (text), Falcon, OPT, MPT, BLOOM, GPT-2, GPT-BigCode, gpt-oss. Nothing is ever unpickled.
+    Tensors are read one at a time, the largest first, and go straight to their dtype and devices.
+
+    Args:
+        path: the folder.
+        dtype: what the parameters become and the model computes in. None: what most of the file is stored in.
+        mesh: devices to split the parameters over, by heads and by the MLP's hidden size along the axis "model" (the
+            last axis, if none has that name). What does not divide is replicated.
+        ignore: fields of ``config.json`` that are not known here and that the caller knows to change nothing.
+
+    Raises:
+        MissingFileError: the config, the tensors or a shard are not there.
+        CacheCorruptionError: a file that is damaged.
+        ConfigError: a config whose sizes are missing or contradict each other.
+        UnsupportedError: a model_type, or a setting, that this decoder does not have.
+        CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
+        DTypeError: a `dtype` that is not floating.
+
+    Example:
+        >>> import kvattn
+        >>> model = kvattn.models.from_pretrained("tests/golden/hf/llama3")
+        >>> kvattn.generate(model, [[5, 17, 3]], max_new_tokens=2)  # doctest: +SKIP
+        [[42, 7]]
+    """
+    folder = Path(path)
+    family = read_family(folder, ignore)
+    tensors = in_folder(folder)
+    names = _checked(family, tensors, folder)
+    if dtype is None:
+        dtype = _usual_dtype(tensors)
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise DTypeError(f"dtype must be floating, got {jnp.dtype(dtype)}.")
+    skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    shardings = placement.shardings(skeleton, mesh)
+    graph, state = nnx.split(skeleton)
+    leaves = {name_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
+    filled: dict[str, jax.Array] = {}
+    try:
+        for rule in _largest_first(family.rules):
+            given = [tensors.read(names[name]) for name in rule.sources]
+            for name, make in rule.makes.items():
+                wanted = jnp.float32 if rule.exact else dtype
+                array = np.ascontiguousarray(make(*given).astype(wanted))
+                if array.shape != leaves[name].shape:  # a mistake of a table, never of a file
+                    raise AssertionError(f"{name} was made {array.shape}, the model has {leaves[name].shape}")
+                filled[name] = jax.device_put(array, shardings[name])
+    finally:
+        tensors.close()
+    return nnx.merge(
+        graph,
+        nnx.from_flat_state([(keys, leaf.replace(filled[name_of(keys)])) for keys, leaf in nnx.to_flat_state(state)]),
+    )
+
+
+def read_family(folder: Path, ignore: Collection[str] = ()) -> Family:
+    """What a folder's ``config.json`` describes.
+
+    Raises:
+        MissingFileError, CacheCorruptionError, ConfigError, UnsupportedError: as `from_pretrained`.
+    """
+    source = folder / "config.json"
+    settings = read_json(source)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{source} names no model_type.")
+    if kind not in FAMILIES:
+        raise UnsupportedError(
+            f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(sorted(FAMILIES))}."
+        )
+    fields = Fields(settings, str(source), ignore)
+    if kind != "gpt_oss":
+        fields.only("quantization_config", why="quantised weights are read for gpt_oss (mxfp4) only")
+    try:
+        family = FAMILIES[kind](fields)
+    except KVAttnError as error:
+        if str(source) in str(error):
+            raise
+        raise type(error)(f"{source}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+    fields.finish()
+    return family
+
+
+def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
+    """The name each tensor has in the files, by the name that the table has for it.
+
+    Raises:
+        CacheVersionError: the files do not hold what the config describes.
+    """
+    names, problems = {}, []
+    for rule in family.rules:
+        for name, shape in rule.sources.items():
+            found = _located(name, tensors, family.prefixes)
+            if found is None:
+                problems.append(f"missing: {name} {shape}")
+                continue
+            names[name] = found
+            entry = tensors.entries[found]
+            if entry.shape != shape:
+                problems.append(f"shape: {found} in {entry.file.name} is {entry.shape}, the config makes it {shape}")
+            elif entry.dtype not in rule.stored:
+                problems.append(f"kind: {found} in {entry.file.name} holds {entry.dtype}, not {rule.stored}")
+    for name in sorted(set(tensors.entries) - set(names.values())):
+        if not any(re.search(pattern, name) for pattern in family.ignored):
+            entry = tensors.entries[name]
+            problems.append(f"left over: {name} {entry.shape} in {entry.file.name}")
+    if problems:
+        raise CacheVersionError(f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
+    return names
+
+
+def _located(name: str, tensors: Tensors, prefixes: Iterable[str]) -> str | None:
+    shorter = (name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))
+    return next((known for known in (name, *shorter) if known in tensors.entries), None)
+
+
+def _largest_first(rules: Iterable[Rule]) -> list[Rule]:
+    """While a large tensor is copied, little else should be there yet."""
+    return sorted(rules, key=lambda rule: -sum(int(np.prod(shape)) for shape in rule.sources.values()))
+
+
+def _usual_dtype(tensors: Tensors) -> Any:
+    """The floating dtype that most numbers are stored in."""
+    counts: dict[str, int] = {}
+    for entry in tensors.entries.values():
+        if entry.dtype in _DTYPES:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.nbytes
+    usual = jnp.dtype(_DTYPES[max(counts, key=lambda kind: counts[kind])])
+    return jnp.dtype(jnp.float32) if usual == jnp.float64 else usual

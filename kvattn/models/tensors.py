@@ -1,0 +1,151 @@
+"""The tensors of safetensors files: what is there is known at once, the numbers are read one tensor at a time."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvattn.errors import CacheCorruptionError, ConfigError, MissingFileError
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor: the file it lies in, its shape, and its dtype as safetensors names it ("BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its numbers take."""
+        return int(np.prod(self.shape, dtype=np.int64)) * _BYTES.get(self.dtype, 1)
+
+
+class Tensors:
+    """The tensors of one or more safetensors files.
+
+    Args:
+        files: all of them are opened, and their headers checked against their lengths.
+
+    Raises:
+        MissingFileError: a file is not there.
+        CacheCorruptionError: a file that is damaged or cut off, or a name that two files hold.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            with _opened(file) as opened:
+                for name in opened.keys():  # noqa: SIM118  it is no dict
+                    if name in self.entries:
+                        raise CacheCorruptionError(f"{name} lies in {self.entries[name].file} and again in {file}.")
+                    part = opened.get_slice(name)
+                    self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+        self._open: tuple[Path, Any] | None = None
+        self._read = 0
+        # What has been read of a mapped file counts as memory of this process until the file is closed.
+        self._allowance = max(sum(entry.nbytes for entry in self.entries.values()) // 32, 1 << 20)
+
+    def read(self, name: str) -> np.ndarray:
+        """The numbers of one tensor, copied.
+
+        Raises:
+            CacheCorruptionError: they cannot be read.
+        """
+        from safetensors import SafetensorError
+
+        entry = self.entries[name]
+        if self._open is None or self._open[0] != entry.file or self._read > self._allowance:
+            self.close()
+            self._open = entry.file, _opened(entry.file).__enter__()
+        self._read += entry.nbytes
+        try:
+            return self._open[1].get_tensor(name)
+        except (SafetensorError, TypeError, ValueError) as error:
+            raise CacheCorruptionError(f"{entry.file}: {name} cannot be read: {error}.") from error
+
+    def close(self) -> None:
+        """Lets go of the file that is open."""
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+        self._open, self._read = None, 0
+
+
+def in_folder(folder: Path) -> Tensors:
+    """The tensors of a folder: those of ``model.safetensors``, or of the shards that its index names.
+
+    Raises:
+        MissingFileError: there are none, or shards are missing; all are named.
+        CacheCorruptionError: a damaged file, or tensors that do not lie where the index says; all are named.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return Tensors([folder / SINGLE])
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        why = (
+            f" It holds {', '.join(others)}: pickled files are never read, save them as safetensors." if others else ""
+        )
+        raise MissingFileError(f"{folder} has neither {SINGLE} nor {INDEX}.{why}")
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        raise CacheCorruptionError(f"{index} has no weight_map from tensors to files.")
+    names = sorted(set(placed.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CacheCorruptionError(f"{index} names files outside its folder: {outside}.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        tensors = sorted(name for name, file in placed.items() if file in missing)
+        raise MissingFileError(f"{folder} lacks {', '.join(missing)}, where {INDEX} has: {', '.join(tensors)}.")
+    found = Tensors(folder / name for name in names)
+    wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if found_in(found, name) != file]
+    if wrong:
+        raise CacheCorruptionError(f"{index} has tensors that are not where it says:\n  " + "\n  ".join(wrong))
+    return found
+
+
+def found_in(tensors: Tensors, name: str) -> str | None:
+    """The name of the file that holds a tensor."""
+    entry = tensors.entries.get(name)
+    return None if entry is None else entry.file.name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        MissingFileError: it is not there.
+        CacheCorruptionError: it is no JSON.
+        ConfigError: it holds something else than an object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} is not there.") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CacheCorruptionError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a JSON object, it holds {type(fields).__name__}.")
+    return fields
+
+
+def _opened(file: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError('reading checkpoints needs safetensors: pip install "kvattn[hf]".') from error
+    if not file.is_file():
+        raise MissingFileError(f"{file} is not there.")
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CacheCorruptionError(f"{file} is damaged: {error}.") from error
