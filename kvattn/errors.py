@@ -18,6 +18,13 @@ class ConfigError(KVAttnError, ValueError):
     """A setting that can never work: head counts, capacities, unknown names, bad combinations."""
 
 
+class UnknownNameError(ConfigError, KeyError):
+    """A name that a table (models, devices) does not have; the message lists those it has, closest first."""
+
+    def __str__(self) -> str:  # KeyError would quote it
+        return str(self.args[0]) if self.args else ""
+
+
 class ShapeError(KVAttnError, ValueError):
     """An array whose shape does not fit the others."""
 
@@ -52,10 +59,6 @@ class DuplicateSequenceError(KVAttnError, ValueError):
 
 class StaleCacheError(KVAttnError, RuntimeError):
     """A cache whose buffers were donated to an earlier step, or given twice to one step."""
-
-
-class MissingFileError(KVAttnError, FileNotFoundError):
-    """A file of a checkpoint that is not there."""
 
 
 class MissingLibraryError(KVAttnError, ImportError):

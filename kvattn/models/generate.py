@@ -1,9 +1,9 @@
-"""Generation: one prefill of all prompts, then one token of every sequence per step."""
+"""Generation: the prompts go in, whole or in chunks, then one token of every sequence per step."""
 
+import collections
+import contextlib
 import functools
-import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,23 @@ from flax import nnx
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.errors import DTypeError, RangeError, ShapeError
+from kvattn.errors import DTypeError, MissingLibraryError, RangeError
+from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
+from kvattn.models.sampling import Sampler, choose
 
 _ROUND = 64
 """Prompt lengths and default capacities are rounded up to this, so that fewer programs are compiled."""
+
+_LOGITS = 2**27
+"""Most logits of a chunk of prompts unless told otherwise: 512 MiB of float32."""
+
+_AHEAD = 2
+"""Steps handed to the device before the host looks at the tokens of one: it reads while the device works. What comes
+out does not depend on it; when all rows have ended, so many steps were in vain."""
+
+_NOTHING, _UNSOUND = -1, -2
+"""In place of a token: the row had ended before; its logits were no distribution."""
 
 
 def generate(
@@ -29,29 +41,54 @@ def generate(
     policy: Any = None,
     codec: Any = None,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
+    stop_tokens: int | Iterable[int] | None = None,
+    prefill_chunk: int | None = None,
+    on_token: Callable[[int, int], Any] | None = None,
+    progress: bool | Callable[[int, int], Any] = False,
 ) -> list[list[int]]:
-    """Continues every prompt by `max_new_tokens` tokens.
+    """Continues every prompt by up to `max_new_tokens` tokens.
+
+    Temperature, `top_k`, `top_p`, seed and stop tokens may change from call to call without compiling anew. The caches
+    are donated to every step and updated in place.
 
     Args:
         model: the decoder.
         prompts: token ids, of any lengths >= 1; `bytes` are fine for a model of bytes.
-        max_new_tokens: how many tokens follow each prompt.
+        max_new_tokens: how many tokens follow each prompt, at most.
         capacity: slots of the caches. None: what the longest sequence needs.
         policy: which tokens the caches keep; as in `Decoder.make_cache`.
         codec: in how many bits.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
-        seed: of the draws. A draw depends on the seed, the row and how many tokens were drawn before, not on
-            the other prompts.
+        top_k: draw from the so many most probable tokens only. Of equal logits those of lower id stay. None: all.
+        top_p: draw from the nucleus only (Holtzman et al., arXiv:1904.09751): the smallest set of most probable tokens
+            whose probability, after temperature and `top_k`, reaches it. None, or 1: all.
+        seed: of the draws, below 2**32. A draw depends on the seed, the row and how many tokens were drawn before, not
+            on the other prompts.
+        stop_tokens: a token id or several. A row ends with the first of them that it comes to, which is part of the
+            result; the other rows go on.
+        prefill_chunk: the prompts are appended so many tokens at a time. None: whole, unless their logits would take
+            more than 512 MiB and cutting them changes nothing but rounding; then in chunks that take no more (of 64
+            tokens at least). Policies that go by attention (`H2O`, `Scissorhands`, `FastGen`) judge every chunk by
+            itself, and with `KIVI` a chunk sees those before it encoded: there the result depends on this.
+        on_token: called as ``on_token(row, token)`` for every new token, a stop token too, as soon as it is known: what
+            was passed for a row is at any time the beginning of its result. What it raises ends the generation.
+        progress: True shows a bar (tqdm); a function is called as ``progress(done, total)`` after every step, in
+            tokens: `total` is what there will be if no row ends early.
 
     Returns:
         the new tokens of each prompt.
 
     Raises:
         ShapeError: an empty prompt.
-        DTypeError: a prompt that does not hold ints.
-        RangeError: a token id outside the vocabulary, a negative count or temperature.
+        DTypeError: an argument of a wrong type, a prompt that does not hold ints.
+        RangeError: a token id outside the vocabulary, a number outside its range. Later: logits that are NaN or
+            infinite.
+        ConfigError: `top_k` or `top_p` at temperature 0.
         CapacityError: the caches cannot take prompts and new tokens.
+        MissingLibraryError: a bar is wanted and tqdm is not installed.
 
     Example:
         >>> from flax import nnx
@@ -60,76 +97,175 @@ def generate(
         >>> model = Decoder(config, rngs=nnx.Rngs(0))
         >>> [len(new) for new in generate(model, [b"one", b"another"], 5)]
         [5, 5]
+        >>> streamed = []
+        >>> new = generate(model, [b"one"], 5, temperature=0.8, top_p=0.9, on_token=lambda row, t: streamed.append(t))
+        >>> streamed == new[0]
+        True
     """
+    vocab_size = model.config.vocab_size
     _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
-    _checks.integer("seed", seed, 0, RangeError)
-    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
-        raise DTypeError(f"temperature must be a number, got {temperature!r}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise RangeError(f"temperature must be finite and >= 0, got {temperature}.")
-    rows = [_prompt(i, prompt, model.config.vocab_size) for i, prompt in enumerate(prompts)]
+    if prefill_chunk is not None:
+        _checks.integer("prefill_chunk", prefill_chunk, 1, RangeError)
+    if on_token is not None and not callable(on_token):
+        raise DTypeError(f"on_token must be a function of a row and a token, got {on_token!r}.")
+    sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    stop = given.stop_mask(stop_tokens, vocab_size)
+    reporting = _reporting(progress)
+    rows = given.checked(prompts, vocab_size)
+    results: list[list[int]] = [[] for _ in rows]
     if not rows or max_new_tokens == 0:
-        return [[] for _ in rows]
+        return results
+    lengths = np.array([len(row) for row in rows], np.int32)
+    longest = int(lengths.max())
+    if longest + max_new_tokens > _checks.INT32_MAX:
+        raise RangeError(f"max_new_tokens must leave positions within int32, got {max_new_tokens}.")
 
-    num_new = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), _rounded(int(num_new.max()))), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
     # The last token is never appended: nothing comes after it.
-    needed = jnp.asarray(num_new + (max_new_tokens - 1))
     if capacity is None:
-        capacity = _rounded(int(num_new.max()) + max_new_tokens - 1)
+        capacity = _rounded(longest + max_new_tokens - 1)
     cache = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
+    needed = jnp.asarray(lengths + np.int32(max_new_tokens - 1))
     for layer in cache:
         layer.refuse_overflow(layer.policy.fits(layer.state, layer.lengths, needed, layer.num_slots), needed)
+    chunk = _default_chunk(cache, vocab_size, longest) if prefill_chunk is None else prefill_chunk
 
-    graph, state = nnx.split(model)
-    weights, structure = jax.tree.flatten(state)
-    append = _program(graph, structure, temperature == 0)
-    key, divisor = jax.random.key(seed), jnp.asarray(temperature or 1.0, jnp.float32)
-    token, step, cache = append(weights, jnp.asarray(tokens), jnp.asarray(num_new), cache, key, divisor, jnp.int32(0))
-    new = [token]
-    for _ in range(max_new_tokens - 1):
-        token, step, cache = append(weights, token, None, cache, key, divisor, step)
-        new.append(token)
-    for layer in cache:
-        layer.check()
-    return np.concatenate(jax.device_get(new), axis=1).tolist()
+    decoding = _Decoding(model, cache, sampler, stop)
+    decoding.append_prompts(rows, lengths, min(_rounded(longest), chunk))
+    num_running, num_done = len(rows), 0
+    with reporting(len(rows) * max_new_tokens) as report:
+        for new in decoding.steps(max_new_tokens):
+            if np.any(new == _UNSOUND):
+                decoding.check()  # the caches may know more
+                raise RangeError(
+                    f"the logits of rows {np.nonzero(new == _UNSOUND)[0].tolist()} are NaN or infinite after "
+                    f"{len(results[0])} new tokens: a weight is not finite, or something overflowed. Look at the "
+                    "checkpoint, or compute in a wider dtype."
+                )
+            for row in np.nonzero(new >= 0)[0].tolist():
+                token = int(new[row])
+                results[row].append(token)
+                num_running -= int(stop[token])
+                num_done += 1
+                if on_token is not None:
+                    on_token(row, token)
+            report(num_done)
+            if num_running == 0:
+                break
+    decoding.check()
+    return results
+
+
+class _Decoding:
+    """A batch on the device: weights, caches and which rows have not ended."""
+
+    def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: np.ndarray):
+        graph, state = nnx.split(model)
+        self.weights, structure = jax.tree.flatten(state)
+        self.append, self.step = _programs(graph, structure)
+        self.cache = cache
+        self.sampler = sampler
+        self.stop = jnp.asarray(stop)
+        batch = cache[0].batch_size
+        self.new = jnp.full((batch,), _NOTHING, jnp.int32)
+        self.running = jnp.zeros((batch,), bool)
+        self.num_drawn = jnp.int32(0)
+
+    def append_prompts(self, rows: Sequence[np.ndarray], lengths: np.ndarray, chunk: int) -> None:
+        """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""
+        num_chunks = -(-int(lengths.max()) // chunk)
+        tokens = given.padded(rows, num_chunks * chunk)
+        for start in range(0, num_chunks * chunk, chunk):
+            num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
+            self.new, self.running, self.cache = self.append(
+                self.weights, tokens[:, start : start + chunk], num_new, self.cache, self.new, self.running,
+                self.sampler, self.stop,
+            )  # fmt: skip
+
+    def steps(self, count: int) -> Iterator[np.ndarray]:
+        """int32 [B] for each of `count` steps, the first of which the prompts brought: the new tokens."""
+        in_flight: collections.deque[Array] = collections.deque()
+        for number in range(count):
+            if number > 0:
+                self.new, self.running, self.num_drawn, self.cache = self.step(
+                    self.weights, self.new, self.cache, self.running, self.num_drawn, self.sampler, self.stop
+                )
+            self.new.copy_to_host_async()
+            in_flight.append(self.new)
+            if len(in_flight) > _AHEAD:
+                yield np.asarray(in_flight.popleft())
+        while in_flight:
+            yield np.asarray(in_flight.popleft())
+
+    def check(self) -> None:
+        """Raises what the steps could only record."""
+        for layer in self.cache:
+            layer.check()
 
 
 @functools.lru_cache(maxsize=16)
-def _program(graph: Any, structure: Any, greedy: bool) -> Callable[..., tuple[Array, Array, Caches]]:
-    """The jitted step of a model, the same for later calls: it crosses to the device as a flat list of weights."""
+def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The jitted programs of a model, the same for later calls: it crosses to the device as a flat list of weights.
 
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def append(weights, tokens, num_new, cache, key, temperature, step):
-        """Appends tokens [B, T] and chooses the next: int32 [B, 1], how many were chosen so far, the caches."""
+    Each is compiled once per shapes and per kind of sampling (which parts a `Sampler` has).
+    """
+
+    def advance(weights, tokens, num_new, cache, otherwise, running, num_drawn, sampler, stop):
+        """Appends tokens [B, T] and chooses the next of every row that has any; other rows stay as they were."""
         model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
         logits, cache = model(tokens, cache, num_new)
-        batch, length = tokens.shape
-        last = jnp.full((batch,), length - 1, jnp.int32) if num_new is None else num_new - 1
+        last = jnp.maximum(num_new - 1, 0)
         logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-        if greedy:
-            token = jnp.argmax(logits, axis=-1)
-        else:
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(jnp.arange(batch))
-            token = jax.vmap(jax.random.categorical)(keys, logits / temperature)
-        return token.astype(jnp.int32)[:, None], step + 1, cache
+        token, sound = choose(sampler, logits, num_drawn)
+        came = num_new > 0
+        running = jnp.where(came, sound & ~stop[token], running)
+        return jnp.where(came, jnp.where(sound, token, _UNSOUND), otherwise), running, cache
 
-    return append
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def append(weights, tokens, num_new, cache, new, running, sampler, stop):
+        """A chunk of the prompts. A row's token is that of its last chunk."""
+        return advance(weights, tokens, num_new, cache, new, running, jnp.int32(0), sampler, stop)
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(weights, new, cache, running, num_drawn, sampler, stop):
+        """The tokens that the last call chose. Rows that have ended append nothing."""
+        tokens, nothing = jnp.maximum(new, 0)[:, None], jnp.full_like(new, _NOTHING)
+        num_new, num_drawn = running.astype(jnp.int32), num_drawn + 1
+        new, running, cache = advance(weights, tokens, num_new, cache, nothing, running, num_drawn, sampler, stop)
+        return new, running, num_drawn, cache
+
+    return append, step
 
 
-def _prompt(index: int, prompt: Sequence[int], vocab_size: int) -> np.ndarray:
-    values = np.asarray(list(prompt) if isinstance(prompt, bytes) else prompt)
-    if values.ndim != 1 or values.size == 0:
-        raise ShapeError(f"prompt {index} must be a sequence of at least one token id, its shape is {values.shape}.")
-    if not np.issubdtype(values.dtype, np.integer):
-        raise DTypeError(f"prompt {index} must hold integers, got {values.dtype}.")
-    if values.min() < 0 or values.max() >= vocab_size:
-        raise RangeError(
-            f"prompt {index}: token ids must lie in [0, {vocab_size}), got {values.min()} to {values.max()}."
-        )
-    return values.astype(np.int32)
+def _default_chunk(cache: Caches, vocab_size: int, longest: int) -> int:
+    """Tokens appended at once: all, unless there would be too many logits and chunks make no difference."""
+    for layer in cache:
+        if layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec:
+            return _rounded(longest)
+    return max(_LOGITS // (cache[0].batch_size * vocab_size * _ROUND), 1) * _ROUND
+
+
+def _reporting(progress: Any) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]:
+    """What opens a report on a total number of tokens; it takes how many there are."""
+    if progress is not True and progress is not False:
+        if not callable(progress):
+            raise DTypeError(f"progress must be a bool or a function of two numbers, got {progress!r}.")
+        return lambda total: contextlib.nullcontext(lambda done: progress(done, total))
+    if not progress:
+        return lambda total: contextlib.nullcontext(lambda done: None)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise MissingLibraryError(
+            "progress=True shows a bar of tqdm, which is not installed: pip install 'kvattn[hf]', or pass a function "
+            "progress(done, total)."
+        ) from error
+
+    @contextlib.contextmanager
+    def bar(total: int) -> Iterator[Callable[[int], Any]]:
+        with tqdm(total=total, unit="token") as shown:
+            yield lambda done: shown.update(done - shown.n)
+
+    return bar
 
 
 def _rounded(count: int) -> int:
