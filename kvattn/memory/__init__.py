@@ -1,0 +1,17 @@
+"""How large is a cache, what fits, and which lever helps most: arithmetic, without making an array.
+
+`plan` answers for a model on a device; `levers` says what one change at a time would do. `MODELS` and `DEVICES` are
+tables of both, and `from_config` reads any HuggingFace ``config.json``. The command ``kvattn memory`` prints all this.
+"""
+
+from kvattn.memory.devices import DEVICES as DEVICES
+from kvattn.memory.formula import bytes_per_token as bytes_per_token
+from kvattn.memory.formula import cache_bytes as cache_bytes
+from kvattn.memory.hf_config import from_config as from_config
+from kvattn.memory.levers import Lever as Lever
+from kvattn.memory.levers import levers as levers
+from kvattn.memory.models import MODELS as MODELS
+from kvattn.memory.plan import Plan as Plan
+from kvattn.memory.plan import plan as plan
+from kvattn.memory.specs import DeviceSpec as DeviceSpec
+from kvattn.memory.specs import ModelSpec as ModelSpec

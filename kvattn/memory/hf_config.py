@@ -1,0 +1,185 @@
+"""HuggingFace's ``config.json`` as a `ModelSpec`."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvattn import _checks
+from kvattn.errors import ConfigError, DTypeError, UnsupportedError
+from kvattn.memory.hf_params import COUNTERS, Fields, expert_params
+from kvattn.memory.specs import ModelSpec, Window
+
+# What transformers takes where a config.json leaves a setting out; files written by it leave defaults out.
+_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+_MISTRAL = _LLAMA | {"num_attention_heads": 32, "intermediate_size": 14336, "num_key_value_heads": 8}
+_GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": _LLAMA | {"num_attention_heads": 32, "max_position_embeddings": 2048},
+    "mistral": _MISTRAL | {"sliding_window": 4096},
+    "mixtral": _MISTRAL | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3": {"head_dim": 128},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "gpt_oss": {"head_dim": 64, "sliding_window": 128},
+    "falcon": {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024},
+    "opt": {"vocab_size": 50272, "ffn_dim": 3072, "max_position_embeddings": 2048},
+    "mpt": {"max_seq_len": 2048},
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+}
+
+_EVERY: Mapping[str, tuple[int, int]] = {
+    # (period, which): layers whose number is `which` modulo `period` see everything, the others a window.
+    "gemma2": (2, 1),
+    "gpt_oss": (2, 1),
+    "gemma3_text": (6, 5),
+    "cohere2": (4, 3),
+}
+_ALL_WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
+_LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3", "kimi_k2")
+
+
+def from_config(
+    config: Mapping[str, Any] | str | os.PathLike[str], *, name: str | None = None, num_params: int | None = None
+) -> ModelSpec:
+    """A model by its HuggingFace settings.
+
+    Args:
+        config: the settings; or the file, or the checkpoint folder that holds a ``config.json``. Of a model of text and
+            images the text part counts.
+        name: what to call it. None: the name the config has, or the folder.
+        num_params: parameters. None: counted, for the families of `kvattn.memory.hf_params.COUNTERS`.
+
+    Returns:
+        layers, heads, windows layer by layer and parameters.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: settings that are no such config, or of a family whose parameters are not known.
+        UnsupportedError: layers whose cache is not one of keys and values per head: latent (MLA), linear, recurrent,
+            chunked, or an encoder's.
+
+    Example:
+        >>> from kvattn.memory import from_config
+        >>> spec = from_config({"model_type": "llama", "num_hidden_layers": 80, "num_attention_heads": 64,
+        ...     "num_key_value_heads": 8, "hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 32000})
+        >>> spec.num_params, spec.head_dim
+        (68976648192, 128)
+    """
+    where = "the config"
+    if isinstance(config, str | os.PathLike):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        where, name = str(path), name or (path.parent.name if path.name == "config.json" else path.stem) or None
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{where} must be an object of settings, got {type(config).__name__}.")
+    outer_name = config.get("_name_or_path")
+    config = _text_part(config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
+    fields = Fields(config, DEFAULTS.get(kind, {}))
+    _refuse(config, kind)
+
+    counter = COUNTERS.get(kind)
+    if num_params is None:
+        if counter is None:
+            raise ConfigError(
+                f"parameters of model_type {kind!r} cannot be counted: give num_params. Counted are "
+                f"{', '.join(sorted(COUNTERS))}."
+            )
+        num_params = counter(fields)
+    experts = fields.get("num_local_experts") or fields.get("num_experts")
+    moe: dict[str, Any] = {}
+    if experts and counter is not None and (each := expert_params(fields)):
+        chosen = fields.size("num_experts_per_tok")
+        idle = (_checks.integer("num_experts", experts, 1) - chosen) * each
+        moe = {"num_experts": experts, "experts_per_token": chosen, "num_active_params": num_params - idle}
+    return ModelSpec(
+        name=str(name or outer_name or kind),
+        num_layers=fields.size("layers"),
+        num_heads=fields.size("heads"),
+        num_kv_heads=fields.kv_heads,
+        head_dim=fields.head_dim,
+        num_params=num_params,
+        window=_windows(fields, kind),
+        model_dim=fields.size("model_dim"),
+        max_length=next((n for n in map(fields.get, Fields.NAMES["positions"]) if n), None),
+        source="config.json",
+        **moe,
+    )
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder of a model that also takes images."""
+    inner = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
+    if inner is None or "model_type" not in config:
+        return config
+    if inner.get("model_type") is None and config["model_type"] == "gemma3":
+        return {**inner, "model_type": "gemma3_text"}
+    return inner
+
+
+def _refuse(config: Mapping[str, Any], kind: str) -> None:
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedError(f"model_type {kind!r} has an encoder and a decoder: plan its decoder with a ModelSpec.")
+    if kind in _LATENT or config.get("kv_lora_rank"):
+        raise UnsupportedError(
+            f"model_type {kind!r} caches latent vectors (MLA), not keys and values per head: this library has no such "
+            "cache."
+        )
+    other = sorted(set(map(str, config.get("layer_types") or ())) - {"full_attention", "sliding_attention"})
+    if other or any(key in config for key in ("ssm_cfg", "mamba_d_state", "attn_layer_period", "block_types")):
+        raise UnsupportedError(
+            f"model_type {kind!r} has layers without a cache of keys and values ({', '.join(other) or 'state space'}): "
+            "plan those that have one with a ModelSpec."
+        )
+
+
+def _windows(fields: Fields, kind: str) -> Window:
+    """None, one window, or one entry per layer."""
+    layers, window = fields.size("layers"), fields.get("sliding_window")
+    if not window or fields.get("use_sliding_window") is False:
+        return None
+    _checks.window(window)
+    types = fields.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list | tuple) or len(types) != layers:
+            raise ConfigError(f"layer_types must have {layers} entries, one per layer, got {types!r}.")
+        windowed = [x == "sliding_attention" for x in types]
+    elif kind in _EVERY:
+        period, which = _EVERY[kind]
+        period = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or period
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise DTypeError(f"sliding_window_pattern must be an int >= 1, got {period!r}.")
+        which = period - 1 if kind in ("gemma3_text", "cohere2") else which
+        windowed = [i % period != which for i in range(layers)]
+    elif kind.startswith("qwen"):
+        if not fields.get("use_sliding_window", False):
+            return None
+        first = fields.get("max_window_layers", 28)
+        windowed = [i >= first for i in range(layers)]
+    elif kind in _ALL_WINDOWED:
+        return window
+    else:
+        raise ConfigError(f"which layers of model_type {kind!r} have the window of {window}? Give it layer_types.")
+    if all(windowed):
+        return window
+    return tuple(window if x else None for x in windowed) if any(windowed) else None

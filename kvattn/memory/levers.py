@@ -1,0 +1,162 @@
+"""Levers: what one change at a time would do to a plan, best first."""
+
+import dataclasses
+from typing import Any
+
+from kvattn.codecs import KIVI, Float8, Int4, Int8
+from kvattn.errors import KVAttnError
+from kvattn.memory.formula import pages_for
+from kvattn.memory.plan import Plan
+from kvattn.memory.specs import ModelSpec
+from kvattn.policies import H2O, Full, Scissorhands, SlidingWindow, StreamingLLM
+
+SAME, ROUNDED, FEWER, OTHER = "the same", "rounded", "fewer tokens", "retrained"
+"""What becomes of a model's outputs: nothing; cache or weights are rounded; it attends to fewer tokens; it is
+converted and has to be trained on."""
+
+DEFAULT_LENGTH = 4096
+"""Tokens per sequence where neither the plan nor the model says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lever:
+    """One change, and the plan with it.
+
+    Attributes:
+        name: the change.
+        outputs: "the same", "rounded", "fewer tokens" or "retrained".
+        gain: sequences that fit with it over sequences that fit without; infinity where none did.
+        cache_ratio: the caches' bytes on a device with it over those without.
+        plan: everything else.
+    """
+
+    name: str
+    outputs: str
+    gain: float
+    cache_ratio: float
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it (an infinite gain is null)."""
+        p = self.plan
+        return {
+            "name": self.name,
+            "outputs": self.outputs,
+            "gain": self.gain if self.gain != float("inf") else None,
+            "cache_ratio": self.cache_ratio,
+            "bytes_per_token": p.bytes_per_token,
+            "device_cache_bytes": p.device_cache_bytes,
+            "max_batch": p.max_batch,
+            "max_length": p.max_length,
+            "step_seconds": p.step_seconds,
+            "tokens_per_second": p.tokens_per_second,
+        }
+
+
+def levers(of: Plan) -> list[Lever]:
+    """What each lever alone would change, the one that makes room for most sequences first.
+
+    Those that the plan has pulled already, or that do not go with it, are left out. Without a length, sequences are
+    taken to be as long as the model was trained for (4096 if that is not known); pages, for sequences that are half
+    full on average unless `mean_length` says otherwise.
+
+    Args:
+        of: the plan to start from.
+    """
+    length = of.length or of.model.max_length or DEFAULT_LENGTH
+    base = of.changed(length=length)
+    had = _room(base)
+    found = []
+    for name, outputs, change in _changes(base, length):
+        try:
+            changed = base.changed(**change)
+        except KVAttnError:
+            continue  # does not go with the policy, codec or pages of the plan
+        if changed.mean_length != base.mean_length:  # what is assumed to count pages is not assumed of the step
+            times = ("step_seconds", "tokens_per_second")
+            changed = dataclasses.replace(changed, **{name: getattr(base, name) for name in times})
+        room = _room(changed)
+        ratio = _bytes(changed) / _bytes(base)
+        if room <= had and ratio >= 1:
+            continue
+        found.append(
+            Lever(
+                name=name,
+                outputs=outputs,
+                gain=room / had if had else float("inf"),
+                cache_ratio=ratio,
+                plan=changed,
+            )
+        )
+    return sorted(found, key=lambda lever: (-_room(lever.plan), lever.plan.step_seconds))
+
+
+def _bytes(p: Plan) -> int:
+    assert p.device_cache_bytes is not None  # a plan with a length has it
+    return p.device_cache_bytes
+
+
+def _room(p: Plan) -> float:
+    """Sequences that fit, fractions of one included, so that levers differ where none or one does."""
+    return p.free_bytes / (_bytes(p) / (p.batch_size or 1))
+
+
+def _changes(base: Plan, length: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, what becomes of the outputs, and the settings that change."""
+    model, keeps_all = base.model, base.policy is None or isinstance(base.policy, Full)
+    changes: list[tuple[str, str, dict[str, Any]]] = []
+    for heads in dict.fromkeys(k for k in (8, 1) if k < model.num_kv_heads and model.num_heads % k == 0):
+        kind = "MQA, 1 key/value head" if heads == 1 else f"GQA, {heads} key/value heads"
+        changes.append((kind, OTHER, {"model": with_kv_heads(model, heads)}))
+
+    if keeps_all:
+        window = DEFAULT_LENGTH if length > DEFAULT_LENGTH else max(length // 4, 1)
+        few = 1024 if length > 1024 else max(length // 4, 8)
+        tenth = max(length // 10, 1)
+        changes += [
+            (f"SlidingWindow({window})", FEWER, {"policy": SlidingWindow(window)}),
+            (f"StreamingLLM(4, {few - 4})", FEWER, {"policy": StreamingLLM(4, few - 4)}),
+            (f"H2O({tenth}, {tenth}): 20 %", FEWER, {"policy": H2O(tenth, tenth)}),
+            (f"Scissorhands({2 * tenth}): 20 %", FEWER, {"policy": Scissorhands(2 * tenth)}),
+        ]
+    if base.codec is None:
+        # Windows are rings, which KIVI does not serve; everything in order is its condition.
+        changes += [
+            ("Int8()", ROUNDED, {"codec": Int8()}),
+            ("Float8()", ROUNDED, {"codec": Float8()}),
+            ("Int4()", ROUNDED, {"codec": Int4()}),
+            ("KIVI(4)", ROUNDED, {"codec": KIVI(4)}),
+            ("KIVI(2)", ROUNDED, {"codec": KIVI(2)}),
+        ]
+    if base.weight_dtype in ("float32", "bfloat16", "float16"):
+        changes += [(f"weights in {name}", ROUNDED, {"weight_dtype": name}) for name in ("int8", "int4")]
+    if base.page_size is None and keeps_all and (base.codec is None or base.codec.rows is None):
+        mean = base.mean_length or max(length // 2, 1)
+        share = f"{100 * mean / length:.0f} % full"
+        if pages_for(mean, 16) * 16 < length:
+            changes.append((f"pages of 16, sequences {share}", SAME, {"page_size": 16, "mean_length": mean}))
+    for more in (2, 8):
+        n = base.num_devices * more
+        changes.append((f"{n} devices, by heads", SAME, {"num_devices": n, "by": "heads"}))
+        if model.num_kv_heads % n:
+            changes.append((f"{n} devices, by batch", SAME, {"num_devices": n, "by": "batch"}))
+            changes.append((f"{n} devices, by sequence", SAME, {"num_devices": n, "by": "sequence"}))
+    return changes
+
+
+def with_kv_heads(model: ModelSpec, num_kv_heads: int) -> ModelSpec:
+    """The model converted to fewer key/value heads (Ainslie et al., arXiv:2305.13245).
+
+    Its key and value projections shrink too, where the spec knows D.
+    """
+    saved = 0
+    if model.model_dim is not None:
+        gone = model.num_kv_heads - num_kv_heads
+        saved = 2 * model.num_layers * model.model_dim * gone * model.head_dim
+    active = model.num_active_params
+    return dataclasses.replace(
+        model,
+        num_kv_heads=num_kv_heads,
+        num_params=model.num_params - saved,
+        num_active_params=None if active is None else active - saved,
+    )

@@ -1,0 +1,188 @@
+"""What the planner knows of a model and of a device, and tables of them that are kind to typing errors."""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from kvattn import _checks
+from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
+
+Window = int | None | tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The sizes of a decoder that memory depends on.
+
+    Attributes:
+        name: what it is called.
+        num_layers: layers that have a cache.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads.
+        head_dim: H.
+        num_params: parameters, tied ones once.
+        window: tokens a query sees, its own included: None for all of them, one int for all layers, or one entry per
+            layer (`layer_windows`). A layer with a window keeps a cache of that size.
+        model_dim: D; None where it is not known (then the planner does not say what fewer heads save in weights).
+        max_length: tokens it was trained for, or None.
+        num_active_params: parameters one token is multiplied with; None: all.
+        num_experts: experts of a layer; None for a dense model.
+        experts_per_token: how many of them a token goes to.
+        source: where the numbers are from.
+
+    Raises:
+        ConfigError, DTypeError, RangeError: sizes that cannot be.
+
+    Example:
+        >>> from kvattn.memory import ModelSpec
+        >>> spec = ModelSpec(name="mine", num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, num_params=10**7)
+        >>> spec.layer_windows
+        (None, None, None, None)
+    """
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_params: int
+    window: Window = None
+    model_dim: int | None = None
+    max_length: int | None = None
+    num_active_params: int | None = None
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _checks.head_counts(self.num_heads, self.num_kv_heads)
+        for field in ("num_layers", "head_dim"):
+            _checks.integer(field, getattr(self, field), 1)
+        _checks.integer("num_params", self.num_params, 0)
+        for field in ("model_dim", "max_length", "num_active_params", "num_experts", "experts_per_token"):
+            if getattr(self, field) is not None:
+                _checks.integer(field, getattr(self, field), 1)
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
+        if len(self.layer_windows) != self.num_layers:
+            raise ConfigError(f"window has {len(self.layer_windows)} entries for {self.num_layers} layers.")
+        for window in set(self.layer_windows):
+            _checks.window(window)
+        if (self.num_experts is None) != (self.experts_per_token is None):
+            raise ConfigError("num_experts and experts_per_token go together: give both or none.")
+        if self.num_experts is not None and self.experts_per_token is not None:
+            if self.experts_per_token > self.num_experts:
+                raise ConfigError(f"{self.experts_per_token} experts per token, but only {self.num_experts} experts.")
+            if self.num_active_params is None:
+                raise ConfigError("a model with experts needs num_active_params.")
+        if self.num_active_params is not None and self.num_active_params > self.num_params:
+            raise ConfigError(f"num_active_params ({self.num_active_params}) exceeds num_params ({self.num_params}).")
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return self.window if isinstance(self.window, tuple) else (self.window,) * self.num_layers
+
+    @property
+    def active_params(self) -> int:
+        """Parameters one token is multiplied with."""
+        return self.num_params if self.num_active_params is None else self.num_active_params
+
+    def touched_params(self, num_tokens: int) -> float:
+        """Parameters that a step of so many tokens reads, on average, if every expert is as likely as the next.
+
+        All of a dense model. With E experts of which a token takes k, a share 1 - (1 - k/E)^n of them for n tokens.
+        """
+        if self.num_experts is None or self.experts_per_token is None:
+            return self.active_params
+        share = self.experts_per_token / self.num_experts
+        if share == 1:
+            return self.num_params
+        of_experts = (self.num_params - self.active_params) / (1 - share)
+        return self.num_params - of_experts * (1 - share) ** num_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """An accelerator: how much fits, and how fast it can be read.
+
+    Attributes:
+        name: what it is called.
+        memory_bytes: bytes of its memory.
+        bandwidth: bytes per second read from it, at best.
+        flops: floating-point operations per second in bfloat16 (float16 where there is none), dense, at best; or None.
+        backend: "gpu", "tpu" or "cpu": caches are laid out differently (`kvattn.cache.layout`).
+        source: where the numbers are from.
+
+    Raises:
+        ConfigError, DTypeError, RangeError: sizes that cannot be.
+    """
+
+    name: str
+    memory_bytes: int
+    bandwidth: float
+    flops: float | None = None
+    backend: str = "gpu"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _checks.integer("memory_bytes", self.memory_bytes, 1)
+        positive("bandwidth", self.bandwidth)
+        if self.flops is not None:
+            positive("flops", self.flops)
+        _checks.one_of("backend", self.backend, ("cpu", "gpu", "tpu"))
+
+
+def positive(name: str, value: Any) -> float:
+    """Checks a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise DTypeError(f"{name} must be a number, got {value!r}.")
+    if not (math.isfinite(value) and float(value) > 0):
+        raise RangeError(f"{name} must be finite and > 0, got {value}.")
+    return float(value)
+
+
+Spec = TypeVar("Spec", ModelSpec, DeviceSpec)
+
+
+class Table(Mapping[str, Spec]):
+    """Specs by name. Case, underscores, an organisation before a slash and the suffix -hf do not matter.
+
+    Raises:
+        UnknownNameError: (on look-up) a name that is not there; the closest ones are named first.
+    """
+
+    def __init__(self, kind: str, specs: list[Spec], aliases: Mapping[str, str]):
+        self._kind = kind
+        self._specs = {spec.name: spec for spec in specs}
+        self._aliases = dict(aliases)
+
+    def __getitem__(self, name: str) -> Spec:
+        if not isinstance(name, str):
+            raise DTypeError(f"a {self._kind} is known by its name, got {name!r}.")
+        plain = _plain(name)
+        plain = self._aliases.get(plain, plain)
+        if plain not in self._specs:
+            known = list(self._specs)
+            close = difflib.get_close_matches(plain, known, n=6, cutoff=0.5)
+            rest = [other for other in known if other not in close]
+            raise UnknownNameError(f"unknown {self._kind} {name!r}; the known ones are {', '.join([*close, *rest])}.")
+        return self._specs[plain]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self._kind}s: {', '.join(self)}>"
+
+
+def _plain(name: str) -> str:
+    name = name.strip().lower().replace("_", "-").replace(" ", "-").rsplit("/", 1)[-1]
+    return re.sub(r"-(hf|base)$", "", name)
