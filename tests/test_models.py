@@ -1,4 +1,4 @@
-"""The decoder: cached calls against the whole forward pass, checkpoints, generation."""
+"""The decoder: cached calls against the whole forward pass, checkpoints."""
 
 import dataclasses
 import json
@@ -15,7 +15,6 @@ import kvattn
 from kvattn.errors import (
     CacheCorruptionError,
     CacheVersionError,
-    CapacityError,
     ConfigError,
     DTypeError,
     KVAttnError,
@@ -23,7 +22,7 @@ from kvattn.errors import (
     ShapeError,
 )
 from kvattn.layers import stateless
-from kvattn.models import Decoder, DecoderConfig, generate, load, save
+from kvattn.models import Decoder, DecoderConfig, load, save
 
 TINY = DecoderConfig(vocab_size=61, model_dim=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=40)
 CONFIGS = {
@@ -132,92 +131,6 @@ def test_compute_and_parameter_dtypes(tmp_path):
         cached, _ = model(tokens, model.make_cache(1, 8))
         for other in (full, cached):
             assert 0 < float(jnp.std(logits - other)) < 0.1 * float(jnp.std(full))
-
-
-# Generation ---------------------------------------------------------------------------------------
-
-
-def test_greedy_is_the_argmax_of_full_passes():
-    model = decoder()
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
-    new = generate(model, prompts, 6)
-    apply, weights = stateless(model)
-    full = jax.jit(apply)
-    for prompt, got in zip(prompts, new, strict=True):
-        tokens = list(prompt)
-        for _ in range(6):
-            padded = jnp.asarray([tokens + [0] * (16 - len(tokens))], jnp.int32)
-            tokens.append(int(jnp.argmax(full(weights, padded)[0][0, len(tokens) - 1])))
-        assert got == tokens[len(prompt) :]
-    assert kvattn.generate is generate
-    assert generate(model, [bytes([8])], 6) == [new[1]]
-
-
-def test_draws_depend_on_seed_and_row_only():
-    model = decoder()
-    new = generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=3)
-    assert new == generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=3)
-    assert new != generate(model, [[1, 2, 3], [4]], 12, temperature=1.0, seed=4)
-    assert new[0] == generate(model, [[1, 2, 3], [5, 6, 7, 8]], 12, temperature=1.0, seed=3)[0]
-    cold = generate(model, [[1, 2, 3], [4]], 12, temperature=1e-4, seed=3)
-    assert cold == generate(model, [[1, 2, 3], [4]], 12)
-
-
-def test_draws_follow_the_probabilities():
-    model = decoder(dataclasses.replace(TINY, vocab_size=5, num_layers=1))
-    prompts = [[1, 2]] * 500
-    drawn = np.bincount(np.ravel(generate(model, prompts, 1, temperature=2.0)), minlength=5) / 500
-    logits, _ = model(jnp.asarray([[1, 2]], jnp.int32))
-    np.testing.assert_allclose(drawn, jax.nn.softmax(logits[0, -1] / 2), atol=0.08)
-
-
-def test_generation_compiles_two_programs():
-    from kvattn.models import generate as function
-    from kvattn.models.generate import _program
-
-    model = decoder(dataclasses.replace(TINY, norm_epsilon=1e-5))
-    before = _program.cache_info().misses
-    function(model, [[1, 2, 3]], 30, capacity=128)
-    function(model, [[4] * 20], 9, capacity=128)
-    assert _program.cache_info().misses == before + 1
-    graph, state = nnx.split(model)
-    assert _program(graph, jax.tree.structure(state), True)._cache_size() == 2  # the prompt and the step
-
-
-def test_policies_and_capacity():
-    model = decoder()
-    wide = generate(model, [[1, 2, 3, 4]], 8, policy=kvattn.SlidingWindow(64))
-    assert wide == generate(model, [[1, 2, 3, 4]], 8, capacity=11)  # the last token is not appended
-    assert len(generate(model, [[1, 2, 3, 4]], 40, policy=kvattn.SlidingWindow(4))[0]) == 40
-    with pytest.raises(CapacityError, match="11"):
-        generate(model, [[1, 2, 3, 4]], 8, capacity=10)
-    assert generate(model, [], 5) == [] and generate(model, [[1], [2]], 0) == [[], []]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (dict(prompts=[[]]), ShapeError),
-        (dict(prompts=[[[1]]]), ShapeError),
-        (dict(prompts=[[1.5]]), DTypeError),
-        (dict(prompts=[[True]]), DTypeError),
-        (dict(prompts=["text"]), (ShapeError, DTypeError)),
-        (dict(prompts=[[61]]), RangeError),
-        (dict(prompts=[[-1]]), RangeError),
-        (dict(max_new_tokens=-1), RangeError),
-        (dict(max_new_tokens=2.0), DTypeError),
-        (dict(temperature=-0.1), RangeError),
-        (dict(temperature=float("nan")), RangeError),
-        (dict(temperature="hot"), DTypeError),
-        (dict(seed=-1), RangeError),
-        (dict(seed=0.5), DTypeError),
-        (dict(capacity=0), ConfigError),
-    ],
-    ids=str,
-)
-def test_generation_refuses(arguments, error):
-    with pytest.raises(error):
-        generate(decoder(), **{"prompts": [[1]], "max_new_tokens": 2, **arguments})
 
 
 @pytest.mark.parametrize(

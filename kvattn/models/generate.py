@@ -119,10 +119,17 @@ def generate(
     longest = int(lengths.max())
     if longest + max_new_tokens > _checks.INT32_MAX:
         raise RangeError(f"max_new_tokens must leave positions within int32, got {max_new_tokens}.")
-
     # The last token is never appended: nothing comes after it.
+    appended = longest + max_new_tokens - 1
+    limit = model.config.max_positions if model.config.positions == "learned" else None
+    if limit is not None and appended > limit:
+        raise RangeError(
+            f"the model has {limit} learned positions; a prompt of {longest} tokens and {max_new_tokens} new ones take "
+            f"{appended}: at most {max(limit + 1 - longest, 0)} new tokens fit."
+        )
+
     if capacity is None:
-        capacity = _rounded(longest + max_new_tokens - 1)
+        capacity = _rounded(appended)
     cache = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
     needed = jnp.asarray(lengths + np.int32(max_new_tokens - 1))
     for layer in cache:

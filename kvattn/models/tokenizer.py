@@ -15,8 +15,7 @@ NAME = "tokenizer.json"
 """The file of a checkpoint's folder that `load_tokenizer` reads."""
 
 _REPLACEMENT = "\ufffd"
-_LONGEST = 3
-"""Bytes of a UTF-8 character that may be there without the last one."""
+"""What decoders make of bytes that are no text, or not yet."""
 
 
 class Decodes(Protocol):
@@ -65,10 +64,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> "Tokenizer":
 class TextStream:
     """Text from tokens as they come, for `kvattn.generate`'s `on_token`.
 
-    A token may end within a character: what is incomplete is held back until the rest has come. What `push` returned,
-    with what `finish` returns, is what the tokenizer decodes from all tokens at once. (Where these hold bytes that are
-    no UTF-8, byte-fallback tokenizers decode text around them differently when they see more of it; what was returned
-    stays as it is.)
+    A token may end within a character: what is incomplete is held back until the rest has come, and bytes that are no
+    UTF-8 until other text follows. What `push` returned, with what `finish` returns, is what the tokenizer decodes from
+    all tokens at once. (Not so where tokenizers with byte fallback come to bytes that are no UTF-8: they take back
+    the characters before.)
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`, or another with its `decode`.
@@ -100,8 +99,8 @@ class TextStream:
         """
         self._new.append(_checks.integer("a token", token, 0, RangeError))
         text = self._decode(self._context + self._new)
+        # All of them: byte fallback makes one of every byte since the last token of another kind.
         whole = text.rstrip(_REPLACEMENT)
-        whole = text[: max(len(whole), len(text) - _LONGEST)]
         added = whole[self._returned :]
         self._returned = max(self._returned, len(whole))
         if added and len(whole) == len(text):

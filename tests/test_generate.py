@@ -1,0 +1,692 @@
+"""Generation against full forward passes, one token at a time; sampling against NumPy in float64."""
+
+import dataclasses
+import inspect
+import itertools
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+import kvattn
+from kvattn.errors import (
+    CapacityError,
+    ConfigError,
+    DTypeError,
+    KVAttnError,
+    MissingLibraryError,
+    RangeError,
+    ShapeError,
+)
+from kvattn.layers import stateless
+from kvattn.models import Decoder, DecoderConfig, generate, sampling
+from kvattn.models.sampling import Sampler, best_reaching, choose
+
+module = sys.modules[generate.__module__]
+
+V = 61
+TINY = DecoderConfig(vocab_size=V, model_dim=24, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=40)
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [19, 20, 21, 22, 23]]
+"""Ragged, the longest longer than the window; every call with them and the same capacity shares its programs."""
+NEW = 10
+
+
+def decoder(config=TINY):
+    """A model whose every parameter matters: larger than Flax initialises them, norms that are not one."""
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + (0.2 * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder()
+
+
+def full_passes(model):
+    """The oracle: logits after a list of tokens by a full pass without a cache."""
+    apply, weights = stateless(model)
+    full = jax.jit(apply)
+
+    def after(tokens):
+        padded = jnp.asarray([tokens + [0] * (32 - len(tokens))], jnp.int32)
+        return full(weights, padded)[0][0, len(tokens) - 1]
+
+    return after
+
+
+def best_of_full_passes(last_logits):
+    """NEW greedy tokens of every prompt, by the oracle."""
+
+    def one(prompt):
+        tokens = list(prompt)
+        for _ in range(NEW):
+            tokens.append(int(np.argmax(last_logits(tokens))))
+        return tokens[len(prompt) :]
+
+    return [one(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def last_logits(model):
+    return full_passes(model)
+
+
+@pytest.fixture(scope="module")
+def greedy(last_logits):
+    return best_of_full_passes(last_logits)
+
+
+def cut(tokens, stops):
+    """Up to the first stop token, which is kept."""
+    ends = [i for i, token in enumerate(tokens) if token in stops]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The caches that generations end with."""
+    seen, check = [], module._Decoding.check
+    monkeypatch.setattr(module._Decoding, "check", lambda self: (seen.append(self.cache), check(self))[1])
+    return seen
+
+
+# Greedy, lengths, chunks --------------------------------------------------------------------------
+
+
+def test_greedy_is_the_argmax_of_full_passes(model, greedy):
+    assert generate(model, PROMPTS, NEW) == greedy
+    assert generate(model, [bytes(prompt) for prompt in PROMPTS], NEW) == greedy
+    assert generate(model, [np.array(prompt, np.uint8) for prompt in PROMPTS], NEW) == greedy
+    assert kvattn.generate is generate
+    assert all(type(token) is int for row in generate(model, PROMPTS, NEW) for token in row)
+
+
+def test_layers_of_different_windows():
+    model = decoder(dataclasses.replace(TINY, num_layers=2, windows=(6, None)))
+    expected = best_of_full_passes(full_passes(model))
+    assert [layer.num_slots for layer in model.make_cache(3, 64)] == [6, 64]
+    assert generate(model, PROMPTS, NEW) == generate(model, PROMPTS, NEW, prefill_chunk=7) == expected
+
+
+def check_chunks(generate, model, greedy, chunks=(1, 3, 7, 16, 64)):
+    """Prompts in chunks give the tokens of whole ones."""
+    for chunk in chunks:
+        assert generate(model, PROMPTS, NEW, prefill_chunk=chunk) == greedy, chunk
+
+
+def test_chunks_of_prompts_change_nothing(model, greedy):
+    check_chunks(generate, model, greedy)
+    assert generate(model, PROMPTS, NEW, prefill_chunk=10**9) == greedy
+
+
+CHUNKED = {
+    "window": dict(policy=kvattn.SlidingWindow(5)),
+    "streaming": dict(policy=kvattn.StreamingLLM(2, 5)),
+    "heavy hitters, all kept": dict(policy=kvattn.H2O(20, 20)),
+    "int8": dict(codec=kvattn.Int8()),
+    "float8": dict(codec=kvattn.Float8()),
+    "int4 in a window": dict(policy=kvattn.SlidingWindow(5), codec=kvattn.Int4(8)),
+    "kivi, nothing encoded yet": dict(codec=kvattn.KIVI(group_size=8, residual=32)),
+    "scissorhands, all kept": dict(policy=kvattn.Scissorhands(40)),
+}
+QUICK = ("streaming", "int8")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CHUNKED], ids=str
+)
+def test_chunks_with_policies_and_codecs(model, name):
+    whole = generate(model, PROMPTS, NEW, **CHUNKED[name])
+    assert generate(model, PROMPTS, NEW, prefill_chunk=7, **CHUNKED[name]) == whole
+    assert [len(new) for new in whole] == [NEW] * 3
+
+
+def test_policies_that_go_by_attention_see_chunks(model):
+    """With a small budget the result is that of the same chunks, given to the model by hand."""
+    policy, chunk = kvattn.H2O(2, 2), 7
+    apply, weights = stateless(model)
+    step = jax.jit(apply)
+
+    def by_hand(prompt):
+        cache, tokens = model.make_cache(1, policy=policy), list(prompt)
+        for start in range(0, len(prompt), chunk):
+            part = prompt[start : start + chunk]
+            padded = jnp.asarray([part + [0] * (chunk - len(part))], jnp.int32)
+            logits, cache = step(weights, padded, cache, jnp.asarray([len(part)], jnp.int32))
+        tokens, logits = [], logits[0, len(part) - 1]
+        while len(tokens) < NEW:
+            tokens.append(int(np.argmax(logits)))
+            logits, cache = step(weights, jnp.asarray([tokens[-1:]], jnp.int32), cache)
+            logits = logits[0, 0]
+        return tokens
+
+    chunked = generate(model, PROMPTS, NEW, policy=policy, prefill_chunk=chunk)
+    assert chunked == [by_hand(prompt) for prompt in PROMPTS]
+    assert chunked != generate(model, PROMPTS, NEW, policy=policy)  # so this matters, as documented
+
+
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({}, [(2, 64), (2, 64)]),
+        ({"prefill_chunk": 100}, [(2, 100)]),
+        ({"prefill_chunk": 1000}, [(2, 128)]),
+        ({"policy": kvattn.H2O(4, 4)}, [(2, 128)]),
+        ({"codec": kvattn.KIVI(group_size=8, residual=32)}, [(2, 128)]),
+    ],
+    ids=str,
+)
+def test_prompts_whose_logits_would_be_large_come_in_chunks(model, monkeypatch, options, shapes):
+    """But not by themselves where chunks make a difference."""
+    given = []
+
+    def programs(graph, structure):
+        def append(weights, tokens, num_new, cache, new, running, sampler, stop):
+            given.append(tokens.shape)
+            return new, running, cache
+
+        return append, None
+
+    monkeypatch.setattr(module, "_programs", programs)
+    monkeypatch.setattr(module, "_LOGITS", 2 * V * 100)
+    generate(model, [[1] * 100, [2]], 1, **options)
+    assert given == shapes
+
+
+def test_capacity(model, greedy):
+    enough = len(PROMPTS[0]) + NEW - 1  # the last token is not appended
+    assert generate(model, PROMPTS, NEW, capacity=enough) == greedy
+    with pytest.raises(CapacityError, match=str(enough)):
+        generate(model, PROMPTS, NEW, capacity=enough - 1)
+    assert [len(new) for new in generate(model, PROMPTS, 40, policy=kvattn.StreamingLLM(2, 5))] == [40] * 3
+    assert generate(model, [], 5) == [] and generate(model, [[1], [2]], 0) == [[], []]
+
+
+# Stop tokens --------------------------------------------------------------------------------------
+
+
+def check_stops(generate, model, greedy, caches):
+    """Each row ends with its first stop token, whatever the others do, and appends nothing after it."""
+    for stops in itertools.chain(
+        [greedy[0][0], greedy[1][4]],
+        [(greedy[0][2], greedy[2][5]), [row[3] for row in greedy], [row[0] for row in greedy], ()],
+    ):
+        got = generate(model, PROMPTS, NEW, stop_tokens=stops)
+        expected = [cut(row, np.atleast_1d(stops).tolist()) for row in greedy]
+        assert got == expected
+        for layer in caches[-1]:
+            lengths = [len(prompt) + len(new) - 1 for prompt, new in zip(PROMPTS, expected, strict=True)]
+            assert layer.lengths.tolist() == lengths, stops
+
+
+def test_rows_end_with_their_stop_token(model, greedy, caches):
+    check_stops(generate, model, greedy, caches)
+
+
+def test_stop_tokens_in_chunks_and_draws(model):
+    options = dict(temperature=1.5, seed=4)
+    free = generate(model, PROMPTS, NEW, **options)
+    stops = {free[0][3], free[1][0], free[2][7]}
+    expected = [cut(row, stops) for row in free]
+    for chunk in (None, 3):
+        assert generate(model, PROMPTS, NEW, stop_tokens=stops, prefill_chunk=chunk, **options) == expected
+    assert generate(model, PROMPTS, NEW, stop_tokens=np.array(sorted(stops)), **options) == expected
+    assert generate(model, PROMPTS, NEW, stop_tokens=bytes(sorted(stops)), **options) == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5, 100])
+def test_how_far_the_device_is_ahead_does_not_matter(model, greedy, monkeypatch, ahead):
+    monkeypatch.setattr(module, "_AHEAD", ahead)
+    streamed = [[] for _ in PROMPTS]
+    stops = greedy[0][2], greedy[2][5]
+    got = generate(model, PROMPTS, NEW, stop_tokens=stops, on_token=lambda row, token: streamed[row].append(token))
+    assert got == streamed == [cut(row, stops) for row in greedy]
+    assert generate(model, PROMPTS, NEW) == greedy
+
+
+def test_the_loop_ends_with_the_last_row(model, greedy, monkeypatch):
+    programs, count = module._programs, []
+
+    def counting(graph, structure):
+        append, step = programs(graph, structure)
+        return append, lambda *arguments: (count.append(1), step(*arguments))[1]
+
+    monkeypatch.setattr(module, "_programs", counting)
+    generate(model, PROMPTS, 100, capacity=128, stop_tokens=[row[2] for row in greedy])
+    assert 2 <= len(count) <= 2 + module._AHEAD
+
+
+def test_rows_that_ended_do_not_fill_the_cache(model, greedy, caches):
+    """An ended row appends nothing, the others go on; also where nothing would overflow."""
+    for policy in (None, kvattn.StreamingLLM(2, 5), kvattn.H2O(2, 2)):
+        free = generate(model, PROMPTS, NEW, policy=policy)
+        stop = free[0][1]
+        got = generate(model, PROMPTS, NEW, policy=policy, stop_tokens=stop, capacity=len(PROMPTS[0]) + NEW - 1)
+        assert got == [cut(row, [stop]) for row in free]
+        assert int(caches[-1][0].lengths[0]) == len(PROMPTS[0]) + len(got[0]) - 1
+
+
+# Draws --------------------------------------------------------------------------------------------
+
+
+def test_draws_are_those_of_full_passes(model, last_logits):
+    """Draw n of row i is `choose` on the logits of a full pass, with i and n: not of chunks, nor of the other rows."""
+    options = dict(temperature=1.3, top_k=20, top_p=0.9, seed=7)
+    sampler = Sampler.create(V, **options)
+    one = jax.jit(choose)
+    expected = []
+    for i, prompt in enumerate(PROMPTS):
+        tokens = list(prompt)
+        for n in range(NEW):
+            rows = jnp.broadcast_to(last_logits(tokens), (len(PROMPTS), V))
+            tokens.append(int(one(sampler, rows, jnp.int32(n))[0][i]))
+        expected.append(tokens[len(prompt) :])
+    assert generate(model, PROMPTS, NEW, **options) == expected
+    assert generate(model, PROMPTS, NEW, prefill_chunk=7, **options) == expected
+    assert generate(model, [PROMPTS[0], [5, 6], [7] * 9], NEW, **options)[0] == expected[0]
+    assert generate(model, PROMPTS, NEW, **{**options, "seed": 8}) != expected
+    assert generate(model, PROMPTS, NEW, **{**options, "temperature": 1e-4}) == generate(model, PROMPTS, NEW)
+
+
+@pytest.mark.slow
+def test_draws_do_not_depend_on_the_number_of_rows(model):
+    options = dict(temperature=1.3, seed=7)
+    expected = generate(model, PROMPTS, NEW, **options)
+    assert generate(model, PROMPTS[:1], NEW, **options) == expected[:1]
+    assert generate(model, [*PROMPTS, [5, 6], [7]], NEW, **options)[:3] == expected
+
+
+def filtered(logits, temperature=1.0, top_k=None, top_p=None):
+    """Probabilities after the filters, float64; equal ones go by id."""
+    scores = np.asarray(logits, np.float64) / temperature
+    order = np.lexsort((np.arange(len(scores)), -scores))[:top_k]
+    probabilities = np.exp(scores[order] - scores[order[0]])
+    probabilities /= probabilities.sum()
+    if top_p is not None:
+        size = int(np.argmax(np.cumsum(probabilities) >= top_p)) + 1
+        order, probabilities = order[:size], probabilities[:size] / probabilities[:size].sum()
+    out = np.zeros(len(scores))
+    out[order] = probabilities
+    return out
+
+
+LOGITS = np.log(np.array([0.02, 0.30, 0.08, 0.10, 0.05, 0.17, 0.10, 0.18])).astype(np.float32)
+SETTINGS = [
+    dict(temperature=1.0),
+    dict(temperature=0.5),
+    dict(temperature=3.0),
+    dict(temperature=1.0, top_k=3),
+    dict(temperature=1.0, top_k=5),  # one of two that tie
+    dict(temperature=1.0, top_p=0.5),
+    dict(temperature=1.0, top_p=0.7),  # one of two that tie
+    dict(temperature=2.0, top_p=0.5),  # another set than before temperature
+    dict(temperature=1.0, top_k=2, top_p=0.6),  # one token; two if top_p came first
+    dict(temperature=0.7, top_k=6, top_p=0.9),
+    dict(temperature=1.0, top_p=1e-30),
+    dict(temperature=1.0, top_p=0.9999),
+]
+
+
+def check_frequencies(choose, settings, draws=20_000):
+    """Chi-square of many rows with the same logits; what the filters leave out never comes."""
+    expected = filtered(LOGITS, **settings)
+    sampler = Sampler.create(len(LOGITS), **{"top_k": None, "top_p": None, "seed": 0, **settings})
+    token, sound = choose(sampler, jnp.broadcast_to(LOGITS, (draws, len(LOGITS))), jnp.int32(3))
+    assert bool(jnp.all(sound)) and token.dtype == jnp.int32
+    counts = np.bincount(token, minlength=len(LOGITS))
+    assert np.array_equal(counts > 0, expected > 0)
+    left = expected > 0
+    if left.sum() > 1:
+        assert scipy.stats.chisquare(counts[left], expected[left] * draws).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_filtered_probabilities(settings):
+    check_frequencies(jax.jit(choose), settings)
+
+
+def test_drawn_numbers_and_rows_differ():
+    sampler = Sampler.create(V, temperature=1.0, top_k=None, top_p=None, seed=0)
+    tokens = np.stack([choose(sampler, jnp.zeros((50, V)), jnp.int32(n))[0] for n in range(50)])
+    agree = [np.mean(tokens[:, a] == tokens[:, b]) for a, b in itertools.combinations(range(50), 2)]
+    agree += [np.mean(tokens[a] == tokens[b]) for a, b in itertools.combinations(range(50), 2)]
+    assert abs(np.mean(agree) - 1 / V) < 0.005  # independent draws agree by chance only
+
+
+def test_filters_that_leave_everything_change_no_bit(model):
+    plain = generate(model, PROMPTS, NEW, temperature=1.3, seed=5)
+    for same in (dict(top_p=1.0), dict(top_p=1), dict(top_k=V), dict(top_k=V, top_p=1.0)):
+        assert generate(model, PROMPTS, NEW, temperature=1.3, seed=5, **same) == plain
+
+
+def test_one_candidate_is_the_greedy_choice(model, greedy):
+    ties = jnp.asarray([[-0.0, 0.0, -1.0, 0.0], [2.0, 3.0, 3.0, -jnp.inf]])
+    one = jax.jit(choose)
+    for temperature in (1e-37, 1.0, 1e30):
+        options = dict(temperature=temperature, top_k=1, top_p=0.9)
+        assert generate(model, PROMPTS, NEW, **options) == greedy
+        assert one(Sampler.create(4, seed=0, **options), ties, jnp.int32(0))[0].tolist() == [0, 1]
+    assert jnp.argmax(ties, axis=-1).tolist() == [0, 1]
+    assert generate(model, PROMPTS, NEW, temperature=1.0, top_k=30, top_p=1e-9) == greedy
+
+
+def smallest_set(scores, weights, target):
+    """NumPy: the best scores, equal ones by index, until their weights reach the target."""
+    order = np.lexsort((np.arange(len(scores)), -scores.astype(np.float64)))
+    total = np.cumsum(weights[order].astype(np.float64))
+    size = int(np.argmax(total >= target)) + 1 if total[-1] >= target else len(scores)
+    return sorted(order[:size].tolist())
+
+
+def check_sets(best_reaching):
+    """Counts and probabilities, with ties, zeros of both signs and -inf."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(6, 50)).astype(np.float32)
+    scores[1] = np.round(scores[1])  # a few values
+    scores[2] = 0
+    scores[2, ::3] = -0.0
+    scores[3, 20:] = -np.inf
+    scores[4] *= 1e30
+    scores[5] *= 1e-30
+    ones = jnp.ones(scores.shape)
+    for count in (1, 2, 7, 20, 21, 49, 50):
+        keep = np.asarray(best_reaching(jnp.asarray(scores), ones, jnp.float32(count)))
+        for row, taken in zip(scores, keep, strict=True):
+            assert np.nonzero(taken)[0].tolist() == smallest_set(row, np.ones(50), count), count
+    probabilities = np.asarray(jax.nn.softmax(scores, axis=-1))
+    for p in (1e-38, 1e-6, 0.1, 0.3, 0.5, 0.77, 0.9, 0.99):
+        keep = np.asarray(best_reaching(jnp.asarray(scores), jnp.asarray(probabilities), jnp.float32(p)))
+        for row, weights, taken in zip(scores, probabilities, keep, strict=True):
+            got = np.nonzero(taken)[0].tolist()
+            # Sums of float32 may fall on either side of p where they come to it.
+            assert got in [smallest_set(row, weights, p * (1 + error)) for error in (-1e-6, 0, 1e-6)], p
+
+
+def test_the_smallest_set_that_reaches_a_weight():
+    check_sets(jax.jit(best_reaching))
+    uniform = jnp.zeros((1, 8))
+    for size in range(1, 9):  # exact in float32
+        keep = best_reaching(uniform, jnp.full((1, 8), 0.125), jnp.float32(size / 8))
+        assert np.nonzero(keep[0])[0].tolist() == list(range(size))
+    assert bool(jnp.all(best_reaching(uniform, jnp.full((1, 8), 0.1), jnp.float32(0.9))))  # never reached: all
+
+
+# What it costs ------------------------------------------------------------------------------------
+
+
+def test_one_program_for_the_prompts_and_one_for_the_step():
+    model = decoder(dataclasses.replace(TINY, norm_epsilon=1e-5))
+    graph, state = nnx.split(model)
+    before = module._programs.cache_info().misses
+
+    def compiled():
+        return [program._cache_size() for program in module._programs(graph, jax.tree.structure(state))]
+
+    generate(model, [[1, 2, 3]], 30, capacity=128)
+    generate(model, [[4] * 20], 9, capacity=128, stop_tokens=3)
+    generate(model, [[5]], 1, capacity=128, stop_tokens=(1, 2, 3), on_token=lambda row, token: None, seed=3)
+    assert compiled() == [1, 1]
+    for change in (dict(top_p=0.5), dict(temperature=2.0), dict(top_p=0.9, seed=4), dict(stop_tokens=7)):
+        generate(model, [[1, 2, 3]], 3, capacity=128, **{"temperature": 1.0, "top_p": 0.7, **change})
+    assert compiled() == [2, 2]  # another kind of choice
+    for top_k in (1, 5, 20):
+        generate(model, [[1, 2, 3]], 3, capacity=128, temperature=1.0, top_k=top_k)
+    assert compiled() == [3, 3]
+    for length in (1, 16, 17, 60, 100):
+        generate(model, [[1] * length], 3, capacity=128, prefill_chunk=16)
+    assert compiled() == [4, 3]  # one for chunks, however many
+    assert module._programs.cache_info().misses == before + 1
+
+
+def test_caches_are_updated_in_place(model, monkeypatch):
+    made, make = [], Decoder.make_cache
+    monkeypatch.setattr(
+        Decoder, "make_cache", lambda *args, **options: (made.append(make(*args, **options)), made[-1])[1]
+    )
+    amounts = []
+
+    def count(row, token):
+        amounts.append(sum(x.size for x in jax.live_arrays() if not x.is_deleted() and x.shape == shape))
+
+    shape = jax.tree.leaves(jax.eval_shape(lambda: make(model, 3, 64))[0].values)[0].shape
+    generate(model, PROMPTS, NEW, prefill_chunk=7, on_token=count)
+    assert all(x.is_deleted() for x in jax.tree.leaves((made[0][0].keys, made[0][0].values)))
+    assert set(amounts) <= {int(np.prod(shape)), 2 * int(np.prod(shape))}  # one cache: keys may lie otherwise
+
+
+# Streaming and progress ---------------------------------------------------------------------------
+
+
+def test_tokens_come_step_by_step(model, greedy):
+    for options in ({}, dict(temperature=1.2, top_p=0.8), dict(stop_tokens=greedy[1][2])):
+        streamed = []
+        got = generate(model, PROMPTS, NEW, on_token=lambda *pair, to=streamed: to.append(pair), **options)
+        assert got == generate(model, PROMPTS, NEW, **options)
+        steps = itertools.zip_longest(*got)
+        assert streamed == [(row, token) for step in steps for row, token in enumerate(step) if token is not None]
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_what_a_callback_raises_comes_through(model, greedy):
+    def interrupt(row, token):
+        streamed.append(token)
+        if len(streamed) == 5:
+            raise Interrupt
+
+    for progress in (False, lambda done, total: None):
+        streamed = []
+        with pytest.raises(Interrupt):
+            generate(model, PROMPTS, NEW, on_token=interrupt, progress=progress)
+        assert len(streamed) == 5
+    assert generate(model, PROMPTS, NEW) == greedy
+
+
+def test_progress(model, greedy, capsys, monkeypatch):
+    calls = []
+    assert generate(model, PROMPTS, NEW, progress=lambda *numbers: calls.append(numbers)) == greedy
+    assert calls == [(3 * n, 3 * NEW) for n in range(1, NEW + 1)]
+    calls.clear()
+    stop = greedy[1][2]
+    got = generate(model, PROMPTS, NEW, stop_tokens=stop, progress=lambda *numbers: calls.append(numbers))
+    assert calls[-1] == (sum(map(len, got)), 3 * NEW)
+    assert capsys.readouterr().err == ""
+    assert generate(model, PROMPTS, NEW, progress=True) == greedy
+    assert f"{3 * NEW}/{3 * NEW}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(MissingLibraryError, match=r"kvattn\[hf\]"):
+        generate(model, PROMPTS, NEW, progress=True)
+    assert issubclass(MissingLibraryError, ImportError)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "part"),
+    [
+        (dict(prompts=[[]]), ShapeError, "prompt 0"),
+        (dict(prompts=[[1], []]), ShapeError, "prompt 1"),
+        (dict(prompts=[[[1]]]), ShapeError, "prompt 0"),
+        (dict(prompts=[[[1], [1, 2]]]), ShapeError, "prompt 0"),
+        (dict(prompts=[1, 2]), ShapeError, "list"),
+        (dict(prompts=b"bytes"), ShapeError, "list"),
+        (dict(prompts="text"), ShapeError, "list"),
+        (dict(prompts=3), DTypeError, "int"),
+        (dict(prompts=[[1.5]]), DTypeError, "float64"),
+        (dict(prompts=[[True]]), DTypeError, "bool"),
+        (dict(prompts=[[1, True]]), DTypeError, "bool"),
+        (dict(prompts=[np.array([True])]), DTypeError, "bool"),
+        (dict(prompts=[["a"]]), DTypeError, "prompt 0"),
+        (dict(prompts=["text"]), DTypeError, "encode"),
+        (dict(prompts=[[V]]), RangeError, "61"),
+        (dict(prompts=[[-1]]), RangeError, "-1"),
+        (dict(prompts=[[2**70]]), RangeError, str(2**70)),
+        (dict(max_new_tokens=-1), RangeError, "max_new_tokens"),
+        (dict(max_new_tokens=2.0), DTypeError, "max_new_tokens"),
+        (dict(max_new_tokens=True), DTypeError, "max_new_tokens"),
+        (dict(max_new_tokens=2**31), RangeError, "int32"),
+        (dict(temperature=-0.1), RangeError, "-0.1"),
+        (dict(temperature=NAN), RangeError, "nan"),
+        (dict(temperature=INF), RangeError, "inf"),
+        (dict(temperature=1e-45), RangeError, "float32"),
+        (dict(temperature=1e39), RangeError, "float32"),
+        (dict(temperature="hot"), DTypeError, "hot"),
+        (dict(temperature=True), DTypeError, "True"),
+        (dict(temperature=None), DTypeError, "None"),
+        (dict(seed=-1), RangeError, "seed"),
+        (dict(seed=2**32), RangeError, "seed"),
+        (dict(seed=0.5), DTypeError, "seed"),
+        (dict(temperature=1.0, top_k=0), RangeError, "top_k"),
+        (dict(temperature=1.0, top_k=-3), RangeError, "top_k"),
+        (dict(temperature=1.0, top_k=V + 1), RangeError, "61"),
+        (dict(temperature=1.0, top_k=2.0), DTypeError, "top_k"),
+        (dict(temperature=1.0, top_k=True), DTypeError, "top_k"),
+        (dict(temperature=1.0, top_p=0), RangeError, "temperature=0"),
+        (dict(temperature=1.0, top_p=-0.5), RangeError, "-0.5"),
+        (dict(temperature=1.0, top_p=1.5), RangeError, "1.5"),
+        (dict(temperature=1.0, top_p=NAN), RangeError, "top_p"),
+        (dict(temperature=1.0, top_p="0.5"), DTypeError, "top_p"),
+        (dict(temperature=1.0, top_p=True), DTypeError, "top_p"),
+        (dict(top_k=5), ConfigError, "temperature"),
+        (dict(top_p=0.5), ConfigError, "temperature"),
+        (dict(stop_tokens=V), RangeError, "61"),
+        (dict(stop_tokens=-1), RangeError, "stop token"),
+        (dict(stop_tokens=[1, -1]), RangeError, "stop token"),
+        (dict(stop_tokens=True), DTypeError, "bool"),
+        (dict(stop_tokens=1.0), DTypeError, "1.0"),
+        (dict(stop_tokens=[1, None]), DTypeError, "None"),
+        (dict(stop_tokens=np.array([1.0])), DTypeError, "1.0"),
+        (dict(stop_tokens="</s>"), DTypeError, "token_to_id"),
+        (dict(stop_tokens=len), DTypeError, "stop_tokens"),
+        (dict(prefill_chunk=0), RangeError, "prefill_chunk"),
+        (dict(prefill_chunk=-1), RangeError, "prefill_chunk"),
+        (dict(prefill_chunk=1.5), DTypeError, "prefill_chunk"),
+        (dict(prefill_chunk=True), DTypeError, "prefill_chunk"),
+        (dict(on_token="print"), DTypeError, "on_token"),
+        (dict(progress="yes"), DTypeError, "progress"),
+        (dict(progress=1), DTypeError, "progress"),
+        (dict(capacity=0), ConfigError, "capacity"),
+    ],
+    ids=str,
+)
+def test_generation_refuses(model, arguments, error, part):
+    with pytest.raises(error, match=None) as caught:
+        generate(model, **{"prompts": [[1]], "max_new_tokens": 2, **arguments})
+    assert isinstance(caught.value, KVAttnError) and part in str(caught.value)
+
+
+def test_learned_positions_are_not_run_past():
+    config = dataclasses.replace(TINY, positions="learned", max_positions=12)
+    model = decoder(config)
+    assert len(generate(model, [[1, 2, 3, 4], [5]], 9)[0]) == 9  # the last is not appended: 12 positions
+    with pytest.raises(RangeError, match="12"):
+        generate(model, [[1, 2, 3, 4], [5]], 10)
+
+
+def test_logits_that_are_no_distribution_are_an_error(model):
+    broken = nnx.clone(model)
+    broken.embed.embedding[...] = broken.embed.embedding[...].at[5].set(jnp.nan)
+    for options in ({}, dict(temperature=1.0, top_k=3, top_p=0.5), dict(stop_tokens=range(V))):
+        with pytest.raises(RangeError, match=r"rows \[0, 1, 2\].*NaN"):
+            generate(broken, PROMPTS, NEW, **options)
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.0, top_k=2, top_p=0.5)], ids=str)
+def test_unsound_logits_are_found(settings):
+    sampler = Sampler.create(4, **{"top_k": None, "top_p": None, "seed": 0, **settings})
+    rows = [[0, 1, NAN, 0], [0, 1, INF, 0], [-INF] * 4, [-INF, 1, -INF, -INF], [0, -3e38, 3e38, 0]]
+    token, sound = choose(sampler, jnp.asarray(rows, jnp.float32), jnp.int32(0))
+    assert sound.tolist() == [False, False, False, True, True]
+    assert token[3:].tolist() == [1, 2]
+
+
+# Planted faults -----------------------------------------------------------------------------------
+
+
+def planted(module, right, wrong):
+    """The module with a part of its source replaced."""
+    source = inspect.getsource(module)
+    assert source.count(right) == 1, f"{source.count(right)} times: {right}"
+    faulty = types.ModuleType(module.__name__ + "_with_fault")
+    faulty.__dict__.update(__name__=module.__name__, __file__=module.__file__)
+    exec(compile(source.replace(right, wrong), module.__file__, "exec"), faulty.__dict__)
+    return faulty
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("last = jnp.maximum(num_new - 1, 0)", "last = jnp.full_like(num_new, tokens.shape[1] - 1)"),
+        ("came = num_new > 0", "came = num_new >= 0"),
+        ("np.clip(lengths - start, 0, chunk)", "np.clip(lengths, 0, chunk)"),
+        ("tokens[:, start : start + chunk]", "tokens[:, :chunk]"),
+    ],
+)
+def test_planted_faults_in_chunks(model, greedy, right, wrong):
+    with pytest.raises((AssertionError, CapacityError)):
+        check_chunks(planted(module, right, wrong).generate, model, greedy, chunks=(7,))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("running.astype(jnp.int32)", "jnp.ones_like(running, jnp.int32)"),  # ended rows go on
+        ("sound & ~stop[token]", "sound | stop[token]"),
+        ("sound & ~stop[token]", "sound & ~stop[token] & (num_drawn < 4)"),
+        ("if num_running == 0:", "if num_running < 3:"),
+        ("num_running -= int(stop[token])", "num_running -= 1"),
+    ],
+)
+def test_planted_faults_in_stopping(model, greedy, monkeypatch, right, wrong):
+    faulty = planted(module, right, wrong)
+    caches, check = [], faulty._Decoding.check
+    monkeypatch.setattr(faulty._Decoding, "check", lambda self: (caches.append(self.cache), check(self))[1])
+    with pytest.raises((AssertionError, KVAttnError)):
+        check_stops(faulty.generate, model, greedy, caches)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(logits - best) / temperature", "(logits - best) * temperature"),
+        ("weight(above) + tied_before * weights < target", "weight(above) <= 2 * target"),
+        ("weight(order >= higher) >= target", "weight(order > higher) >= target"),
+        ("jax.nn.softmax(scores, axis=-1)", "jax.nn.softmax(logits, axis=-1)"),  # neither temperature nor top_k
+        ("return above | (tied", "return above & (tied"),
+        ("bits | sign, ~bits", "bits, bits"),  # negative ones the wrong way round
+    ],
+)
+def test_planted_faults_in_sampling(right, wrong):
+    faulty = planted(sampling, right, wrong)
+    with pytest.raises(AssertionError):
+        for settings in SETTINGS:
+            check_frequencies(jax.jit(faulty.choose), settings)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("jnp.where(scores == 0, 0.0, scores)", "scores"),
+        ("jnp.where(bits < sign, bits | sign, ~bits)", "bits | sign"),
+        ("jnp.maximum(target, FLOAT32_TINY)", "jnp.maximum(target, 0.2)"),
+        ("dtype=jnp.float32) - 1", "dtype=jnp.float32)"),
+        ("jnp.uint32(0), jnp.uint32(32), refine", "jnp.uint32(0), jnp.uint32(24), refine"),
+    ],
+)
+def test_planted_faults_in_sets(right, wrong):
+    with pytest.raises(AssertionError):
+        check_sets(planted(sampling, right, wrong).best_reaching)
