@@ -9,28 +9,22 @@ python examples/decode_gqa.py --random --heads 32 --kv-heads 8 --head-dim 128 --
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import corpus
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import kvattn
-from kvattn.attend import api
+from kvattn.cli import measure
 from kvattn.layers import GroupedQueryAttention, stateless
-from kvattn.masks import Mask
-from kvattn.request import Request
 
 WEIGHTS = Path(__file__).parent / "weights" / "bytes.safetensors"
 console = Console(highlight=False, width=min(Console().width, 120) if Console().is_terminal else 100)
@@ -63,42 +57,8 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call that waits for its result. The first calls, which compile, do not count."""
-    for _ in range(2):
-        run()
-    times = []
-    with console.status("measuring ..."):
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def filled(cache: kvattn.KVCache, key: jax.Array, value: jax.Array, length: int) -> kvattn.KVCache:
-    """A cache that has seen `length` tokens and holds the given ones [B, S, K, H] in its first slots: no prefill."""
-    slots = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape[:2])
-    return dataclasses.replace(cache.write(slots, key, value), lengths=jnp.full(key.shape[:1], length, jnp.int32))
-
-
-def reader(cache: kvattn.KVCache, num_heads: int, dtype: Any, implementation: str | None = None) -> str:
-    """Which implementation reads this cache for a new token, and why not another."""
-    batch, features = cache.lengths.shape[0], cache.key_head_dim
-    found = []
-
-    def ask(cache):
-        query, positions = jnp.zeros((batch, 1, num_heads, features), dtype), jnp.zeros((batch, 1), jnp.int32)
-        request = Request(query, positions, cache.view(), None, mask=Mask(), scale=features**-0.5)
-        found.append(api.choose(request, implementation))
-
-    jax.eval_shape(ask, cache)
-    name, reasons = found[0]
-    return f'"{name}"' + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -147,7 +107,7 @@ def text_demo(args: argparse.Namespace) -> None:
         )
         rows[f"cache as {name}"] = f"{size(sum(c.nbytes for c in caches))}  ({capacity} tokens, bfloat16)"
     caches = jax.eval_shape(lambda: model.make_cache(1, capacity, codec=codec))
-    rows["cache read by"] = f"{reader(caches[0], config.num_heads, jnp.float32)}, {cache_dtype}"
+    rows["cache read by"] = f"{measure.reader(caches[0], config.num_heads, jnp.float32)}, {cache_dtype}"
     rows["cached - full"] = cached_against_full(model, [*prompt, *new], codec)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim)
     rows["this layer's step"] = beside_flax(8, args.context or 4096, *heads, repeats=40, codec=codec)
@@ -213,7 +173,7 @@ def beside_flax(
 
     apply, weights = stateless(ours)
     kvattn_step = jax.jit(apply, donate_argnames="cache")
-    cache = filled(ours.make_cache(batch, context, codec=codec), keys, values, past.shape[1])
+    cache = measure.filled(ours.make_cache(batch, context, codec=codec), keys, values, past.shape[1])
 
     flax_times, times = [], []
     with console.status("measuring beside flax.nnx.MultiHeadAttention ..."):
@@ -228,11 +188,16 @@ def beside_flax(
             times.append(time.perf_counter() - middle)
     cache.check()
     step, flax = statistics.median(times[3:]), statistics.median(flax_times[3:])
+    reads = measure.reader(cache, num_heads, x.dtype)
     return (
         f"{step * 1e3:.2f} ms, flax.nnx.MultiHeadAttention {flax * 1e3:.2f} ms: {flax / step:.1f} times; "
         f"largest difference {float(jnp.max(jnp.abs(y - z))):.0e} (batch {batch}, {context} tokens, "
         f"{num_heads} heads on {num_kv_heads} of {head_dim}, float32"
-        + ("" if codec is None else f", the cache in {codec.dtype}, read by {reader(cache, num_heads, x.dtype)}")
+        + (
+            ""
+            if codec is None
+            else f", the cache in {codec.dtype}, read by {measure.reader(cache, num_heads, x.dtype)}"
+        )
         + ")"
     )
 
@@ -241,121 +206,43 @@ def beside_flax(
 
 
 def bare_demo(args: argparse.Namespace) -> None:
-    dtype, context = jnp.dtype(args.dtype), args.context or 4096
-    keys = jax.random.split(jax.random.key(args.seed), 5)
-    shape = (args.batch, context, args.kv_heads, args.head_dim)
-    query = jax.random.normal(keys[0], (args.batch, 1, args.heads, args.head_dim), dtype)
-    token = [jax.random.normal(k, (args.batch, 1, *shape[2:]), dtype) for k in keys[1:3]]
-
-    @jax.jit
-    def fresh() -> kvattn.KVCache:
-        policy = kvattn.SlidingWindow(args.window) if args.window else kvattn.Full()
-        cache = kvattn.KVCache.create(args.batch, *shape[2:], capacity=context, policy=policy, dtype=dtype)
-        tokens = [jax.random.normal(k, (args.batch, cache.num_slots, *shape[2:]), dtype) for k in keys[3:]]
-        return filled(cache, *tokens, context - 1)
-
-    with console.status("filling the cache ..."):
-        cache = jax.block_until_ready(fresh())
-    tokens_read = min(context, cache.num_slots)
-    read = 2 * args.batch * tokens_read * args.kv_heads * args.head_dim * dtype.itemsize
+    case = measure.Case(
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        batch_size=args.batch,
+        context=args.context or 4096,
+        window=args.window,
+        dtype=args.dtype,
+        seed=args.seed,
+    )
     console.print(
         f"{jax.devices()[0].device_kind}: batch {args.batch}, {args.heads} query heads, {args.kv_heads} key/value "
-        f"heads of {args.head_dim}, {tokens_read} of {context} tokens, {dtype}: {size(read)} of keys and values"
+        f"heads of {args.head_dim}, {case.tokens_read} of {case.context} tokens, {case.dtype}: "
+        f"{size(case.read_bytes)} of keys and values"
     )
-
-    inner = steps_per_call(read)
-    copied = copy_bandwidth(max(read, 2**28), args.repeats)
+    with console.status("measuring ..."):
+        results = list(measure.timings(case, args.implementation or [None], args.repeats))
+        copied = measure.copy_bandwidth(max(case.read_bytes, 2**28), args.repeats)
     table = Table("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error", box=None)
-    unsupported = []
-    reference, _ = bare_step("reference")(query, *token, fresh())
-    for implementation in args.implementation or [None]:
-        step = bare_step(implementation)
-        try:
-            out, cache = step(query, *token, cache)
-        except kvattn.errors.UnsupportedError as error:
-            unsupported.append(str(error))
-            continue
-        error = float(jnp.max(jnp.abs(out.astype(jnp.float32) - reference.astype(jnp.float32))))
-        alone = StepLoop(step, query, token, cache)
-        looped = StepLoop(bare_step(implementation, inner), query, token, alone.cache)
-        each = seconds(alone, args.repeats)
-        looped.cache = alone.cache
-        per_step = seconds(looped, args.repeats) / inner
-        cache = looped.cache
-        rate = read / per_step
-        table.add_row(
-            implementation or "best", f"{per_step * 1e6:,.1f}", f"{each * 1e6:,.1f}", f"{rate / 1e9:,.1f}",
-            f"{100 * rate / copied:.0f}", f"{error:.1e}",
-        )  # fmt: skip
+    for result in results:
+        if result.reason is None:
+            table.add_row(
+                result.implementation or "best", f"{result.seconds * 1e6:,.1f}", f"{result.seconds_alone * 1e6:,.1f}",
+                f"{result.bandwidth / 1e9:,.1f}", f"{100 * result.bandwidth / copied:.0f}", f"{result.error:.1e}",
+            )  # fmt: skip
     console.print(table)
     if not args.implementation:
-        console.print(f"best: the cache is read by {reader(cache, args.heads, dtype)}")
-    for reason in unsupported:
-        console.print(f"not run: {reason}")
+        _, _, fresh = case.inputs()
+        console.print(f"best: the cache is read by {measure.reader(jax.eval_shape(fresh), args.heads, case.dtype)}")
+    for result in results:
+        if result.reason is not None:
+            console.print(f"not run: {result.reason}")
     console.print(
-        f"µs/step: in a compiled loop of {inner}; µs alone: one step called from Python. Medians of {args.repeats}, "
-        f"the cache donated. GB/s: of keys and values; a copy reads and writes {copied / 1e9:,.1f} GB/s. "
-        'error: the largest difference from implementation="reference".'
+        f"µs/step: in a compiled loop of {measure.steps_per_call(case.read_bytes)}; µs alone: one step called from "
+        f"Python. Medians of {args.repeats}, the cache donated. GB/s: of keys and values; a copy reads and writes "
+        f'{copied / 1e9:,.1f} GB/s. error: the largest difference from implementation="reference".'
     )
-
-
-@functools.cache
-def bare_step(implementation: str | None, inner: int = 1) -> Callable:
-    """`inner` steps of `kvattn.cached_attention`, one after the other, each at the full context."""
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def steps(query, key, value, cache):
-        def one(_, carry):
-            out, cache = carry
-            # The queries depend on what came before, so no step can be left out.
-            out, cache = kvattn.cached_attention(query + 0 * out, key, value, cache, implementation=implementation)
-            return out, rewound(cache)
-
-        return one(0, (query, cache)) if inner == 1 else jax.lax.fori_loop(0, inner, one, (query, cache))
-
-    return steps
-
-
-def rewound(cache: kvattn.KVCache) -> kvattn.KVCache:
-    """The same cache without its last token, so that every step sees the same context. A ring just turns."""
-    return cache if isinstance(cache.policy, kvattn.SlidingWindow) else cache.trim(1)
-
-
-@dataclasses.dataclass
-class StepLoop:
-    """A step that hands its donated cache on to its next call."""
-
-    step: Callable
-    query: jax.Array
-    token: list[jax.Array]
-    cache: kvattn.KVCache
-
-    def __call__(self) -> None:
-        """One call, waited for."""
-        out, self.cache = self.step(self.query, *self.token, self.cache)
-        out.block_until_ready()
-
-
-def steps_per_call(read: int) -> int:
-    """Enough steps in one call for its launch not to count: about 20 ms of work."""
-    bandwidth = 10e9 if jax.default_backend() == "cpu" else 2e12
-    return int(np.clip(0.02 * bandwidth / read, 1, 1000))
-
-
-def copy_bandwidth(count: int, repeats: int) -> float:
-    """Bytes per second, read and written together, of copying `count` bytes."""
-    x, inner = jnp.zeros((count // 4096, 1024), jnp.float32), steps_per_call(2 * count)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def copy(x):
-        return jax.lax.fori_loop(0, inner, lambda _, x: x + 1, x)
-
-    def run():
-        nonlocal x
-        x = copy(x)
-        x.block_until_ready()
-
-    return 2 * x.nbytes * inner / seconds(run, repeats)
 
 
 def main() -> None:

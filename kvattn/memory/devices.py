@@ -40,7 +40,7 @@ DEVICES = Table(
         _gpu("a40", 48, 696, 149.7, f"{_NVIDIA}: A40"),
         _gpu("l40", 48, 864, 181, f"{_NVIDIA}: L40"),
         _gpu("l40s", 48, 864, 362, f"{_NVIDIA}: L40S"),
-        _gpu("rtx-4090", 24, 1008, 165, "NVIDIA Ada GPU architecture, whitepaper"),
+        _gpu("rtx-4090", 24, 1008, 165, "NVIDIA Ada architecture whitepaper"),
         _gpu("a100-40gb", 40, 1555, 312, f"{_NVIDIA}: A100 SXM 40 GB"),
         _gpu("a100-80gb", 80, 2039, 312, f"{_NVIDIA}: A100 SXM 80 GB"),
         _gpu("a100-80gb-pcie", 80, 1935, 312, f"{_NVIDIA}: A100 PCIe 80 GB"),

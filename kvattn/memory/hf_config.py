@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvattn import _checks
-from kvattn.errors import ConfigError, DTypeError, UnsupportedError
+from kvattn.errors import ConfigError, DTypeError, MissingFileError, UnsupportedError
 from kvattn.memory.hf_params import COUNTERS, Fields, expert_params
 from kvattn.memory.specs import ModelSpec, Window
 
@@ -67,7 +67,7 @@ def from_config(
         layers, heads, windows layer by layer and parameters.
 
     Raises:
-        FileNotFoundError: no such file.
+        MissingFileError: no such file.
         ConfigError: settings that are no such config, or of a family whose parameters are not known.
         UnsupportedError: layers whose cache is not one of keys and values per head: latent (MLA), linear, recurrent,
             chunked, or an encoder's.
@@ -84,6 +84,8 @@ def from_config(
         path = Path(config)
         path = path / "config.json" if path.is_dir() else path
         where, name = str(path), name or (path.parent.name if path.name == "config.json" else path.stem) or None
+        if not path.is_file():
+            raise MissingFileError(f"{path} is not there: give a config.json, or the folder that has one.")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

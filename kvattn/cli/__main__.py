@@ -1,0 +1,5 @@
+"""``python -m kvattn.cli``."""
+
+from kvattn.cli import main
+
+main()

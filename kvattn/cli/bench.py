@@ -1,0 +1,163 @@
+"""``kvattn bench`` and ``kvattn tune``: the decode step on this machine."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+
+from kvattn.cli import measure, parse, show
+from kvattn.errors import ConfigError
+from kvattn.memory import MODELS
+
+Model = Annotated[str | None, typer.Option(help="Take the heads of a model of `kvattn memory`.")]
+Heads = Annotated[str | None, typer.Option(metavar="INT", help="Query heads (32).")]
+KVHeads = Annotated[str | None, typer.Option(metavar="INT", help="Key/value heads (8).")]
+HeadDim = Annotated[str | None, typer.Option(metavar="INT", help="Head dim (128).")]
+Batch = Annotated[str, typer.Option(metavar="INT", help="Rows.")]
+Context = Annotated[str, typer.Option(metavar="INT", help="Tokens in the cache.")]
+Window = Annotated[str | None, typer.Option(metavar="INT", help="Keep and attend to the last tokens only.")]
+DType = Annotated[str, typer.Option(help="Of queries and tokens: bfloat16, float16, float32.")]
+CodecOption = Annotated[str | None, typer.Option(help="Cache in int8, float8 or int4:64.")]
+
+
+@show.reports_errors
+def bench(
+    model: Model = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    batch: Batch = "8",
+    context: Context = "4096",
+    window: Window = None,
+    dtype: DType = "bfloat16",
+    codec: CodecOption = None,
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="Time this one; may be given several times. Default: the best.")
+    ] = None,
+    repeats: Annotated[str, typer.Option(metavar="INT", help="Timings; the median counts.")] = "15",
+    as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
+) -> None:
+    """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run."""
+    case = _case(model, heads, kv_heads, head_dim, batch, context, window, dtype, codec)
+    times = parse.required("repeats", repeats)
+    names: list[str | None] = list(implementation or [None])
+    for name in names:
+        if name is not None:
+            measure.api.candidates(name)  # refuses unknown names before anything is timed
+    results = list(measure.timings(case, names, times))
+    copied = measure.copy_bandwidth(max(case.read_bytes, 2**28), times)
+    kind = jax.devices()[0].device_kind
+    if as_json:
+        content = {
+            "device": kind,
+            "case": dataclasses.asdict(case) | {"dtype": str(case.dtype), "codec": case.codec and repr(case.codec)},
+            "read_bytes": case.read_bytes,
+            "copy_bandwidth": copied,
+            "timings": [dataclasses.asdict(result) for result in results],
+        }
+        typer.echo(json.dumps(content, indent=1))
+        return
+    stored = case.codec or case.dtype
+    what = (
+        f"{kind}: batch {case.batch_size}, {case.num_heads} query heads, {case.num_kv_heads} key/value heads of "
+        f"{case.head_dim}, {case.tokens_read} of {case.context} tokens, {stored}: {show.size(case.read_bytes)} of keys "
+        "and values"
+    )
+    table = show.columns("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error")
+    reasons = []
+    for result in results:
+        if result.reason is not None:
+            reasons.append(f"not run: {result.reason}")
+            continue
+        table.add_row(
+            result.implementation or "best",
+            f"{result.seconds * 1e6:,.1f}",
+            f"{result.seconds_alone * 1e6:,.1f}",
+            f"{result.bandwidth / 1e9:,.1f}",
+            f"{100 * result.bandwidth / copied:.0f}",
+            f"{result.error:.1e}",
+        )
+    if names == [None]:
+        _, _, fresh = case.inputs()
+        reads = measure.reader(jax.eval_shape(fresh), case.num_heads, case.dtype)
+        reasons.append(f"best: the cache is read by {reads}")
+    legend = (
+        f"µs/step: in a compiled loop of {measure.steps_per_call(case.read_bytes)}; µs alone: one step called from "
+        f"Python. Medians of {times}. A copy reads and writes {copied / 1e9:,.1f} GB/s. error: the largest difference "
+        'from implementation="reference".'
+    )
+    show.display(what, "", table, "", *reasons, legend)
+
+
+@show.reports_errors
+def tune(
+    model: Model = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    batch: Batch = "8",
+    context: Context = "4096",
+    window: Window = None,
+    dtype: DType = "bfloat16",
+    codec: CodecOption = None,
+    repeats: Annotated[str, typer.Option(metavar="INT", help="Calls per measurement.")] = "20",
+    save: Annotated[Path | None, typer.Option(help="Write the table; kvattn.pallas.tuning.use reads it.")] = None,
+) -> None:
+    """Measure sizes of the decode kernel for one shape on this GPU or TPU."""
+    from kvattn.pallas import tuning
+
+    case = _case(model, heads, kv_heads, head_dim, batch, context, window, dtype, codec)
+    count = parse.required("repeats", repeats)
+    if save is not None and not (save.parent.is_dir() and os.access(save.parent, os.W_OK)):
+        raise ConfigError(f"--save {save}: {save.parent} is no folder that can be written to.")
+    query, _, fresh = case.inputs()
+    cache = dataclasses.replace(fresh(), lengths=jnp.full((case.batch_size,), case.context, jnp.int32))
+    table, seconds = tuning.tune(query, cache, mask=case.policy.mask(), repeats=count)
+    shown = show.columns("sizes", "µs", "GB/s")
+    for config, each in sorted(seconds.items(), key=lambda item: item[1]):
+        shown.add_row(str(config), f"{each * 1e6:,.1f}", f"{case.read_bytes / each / 1e9:,.1f}")
+    lines = [f"best for {key}: {config}" for key, config in table.items()]
+    if save is not None:
+        tuning.save(save, table)
+        lines.append(f"written: {save}")
+    show.display(shown, "", *lines)
+
+
+def _case(
+    model: str | None,
+    heads: str | None,
+    kv_heads: str | None,
+    head_dim: str | None,
+    batch: str,
+    context: str,
+    window: str | None,
+    dtype: str,
+    codec: str | None,
+) -> measure.Case:
+    given: dict[str, Any] = {
+        "num_heads": parse.count("heads", heads),
+        "num_kv_heads": parse.count("kv-heads", kv_heads),
+        "head_dim": parse.count("head-dim", head_dim),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if model is not None:
+        spec = MODELS[model]
+        given = {name: getattr(spec, name) for name in ("num_heads", "num_kv_heads", "head_dim")} | given
+    chosen, plain = parse.codec(codec)
+    if plain is not None and plain != dtype:
+        raise ConfigError(f"--codec {codec} is no codec but a dtype: give it as --dtype {plain}.")
+    if dtype not in parse.DTYPES:
+        raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
+    return measure.Case(
+        **given,
+        batch_size=parse.required("batch", batch),
+        context=parse.required("context", context, 2),
+        window=parse.count("window", window),
+        dtype=dtype,
+        codec=chosen,
+    )

@@ -1,0 +1,125 @@
+"""``kvattn generate``: a checkpoint continues text."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+
+from kvattn.cli import parse, show
+from kvattn.errors import ConfigError, MissingFileError
+
+
+class _Text(Protocol):
+    """What turns text into tokens and back."""
+
+    def encode(self, text: str) -> Any:
+        """Something with `ids`."""
+        ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        ...
+
+
+class _Bytes:
+    """The tokens of a model of bytes."""
+
+    def __init__(self, text: str = ""):
+        self.ids = list(text.encode())
+
+    def encode(self, text: str) -> "_Bytes":
+        return _Bytes(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@show.reports_errors
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A HuggingFace folder, or a .safetensors that kvattn.models.save wrote.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[str, typer.Option(metavar="INT")] = "128",
+    temperature: Annotated[str, typer.Option(metavar="NUMBER", help="0 takes the most probable token.")] = "0",
+    top_k: Annotated[str | None, typer.Option(metavar="INT", help="Draw from the so many most probable.")] = None,
+    top_p: Annotated[str | None, typer.Option(metavar="SHARE", help="Draw from the nucleus.")] = None,
+    seed: Annotated[str, typer.Option(metavar="INT")] = "0",
+    policy: Annotated[str | None, typer.Option(help="As for `kvattn memory`.")] = None,
+    codec: Annotated[str | None, typer.Option(help="As for `kvattn memory`.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute in bfloat16, float16 or float32. Default: as stored.")
+    ] = None,
+    start_token: Annotated[str | None, typer.Option(metavar="INT", help="Put this token before every prompt.")] = None,
+    ignore_end: Annotated[bool, typer.Option(help="Go on after the model's end of text.")] = False,
+) -> None:
+    """Continue text with the model of a checkpoint; one prompt is printed as its tokens come."""
+    import kvattn.models as models
+    from kvattn.codecs import Plain
+
+    settings: dict[str, Any] = {
+        "temperature": parse.number("temperature", temperature),
+        "top_k": parse.count("top-k", top_k),
+        "top_p": parse.number("top-p", top_p),
+        "seed": parse.required("seed", seed, 0),
+        "policy": parse.policy(policy),
+    }
+    settings["codec"], plain = parse.codec(codec)
+    if plain is not None:
+        import jax.numpy as jnp
+
+        settings["codec"] = Plain(jnp.dtype(plain))
+    count = parse.required("max-new-tokens", max_new_tokens, 0)
+    first = parse.count("start-token", start_token, 0)
+    if dtype is not None and dtype not in parse.DTYPES:
+        raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
+
+    model, text, ends = _opened(models, checkpoint, dtype)
+    texts = [sys.stdin.read() if p == "-" else p for p in prompt]
+    prompts = [([] if first is None else [first]) + list(text.encode(p).ids) for p in texts]
+    stream = models.TextStream(text)
+    start = time.perf_counter()
+    if len(prompts) == 1:
+        typer.echo(texts[0], nl=False)
+        settings["on_token"] = lambda row, token: typer.echo(stream.push(token), nl=False)
+    tokens = models.generate(model, prompts, count, stop_tokens=None if ignore_end else ends or None, **settings)
+    if len(prompts) == 1:
+        typer.echo(stream.finish())
+    else:
+        for given, new in zip(texts, tokens, strict=True):
+            typer.echo(f"--- {given}\n{text.decode(new)}")
+    new = sum(map(len, tokens))
+    taken = time.perf_counter() - start
+    message = f"{new} tokens in {taken:.1f} s, compiling included: {new / taken:,.1f} tokens/s"
+    typer.echo(message, err=True)
+
+
+def _opened(models: Any, path: Path, dtype: str | None) -> tuple[Any, _Text, list[int]]:
+    """The model, its tokenizer, and the tokens that end a text."""
+    if path.suffix == ".safetensors":
+        model = models.load(path, dtype=dtype)
+        if model.config.vocab_size != 256:
+            raise ConfigError(
+                f"{path} has a vocabulary of {model.config.vocab_size} tokens and no tokenizer: only models of bytes "
+                "(256) need none."
+            )
+        return model, _Bytes(), []
+    if not path.is_dir():
+        raise MissingFileError(f"{path} is no folder: give a checkpoint's, with config.json and model.safetensors.")
+    text = models.load_tokenizer(path)
+    return models.from_pretrained(path, dtype=dtype), text, _ends(path)
+
+
+def _ends(folder: Path) -> list[int]:
+    """The end-of-text tokens that the checkpoint names."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return list(found) if isinstance(found, list) else [found]
+    return []

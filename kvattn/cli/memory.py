@@ -1,0 +1,299 @@
+"""``kvattn memory``: what fits, how fast a step can be, which lever helps most."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvattn.cli import parse, show
+from kvattn.errors import ConfigError
+from kvattn.memory import (
+    DEVICES,
+    MODELS,
+    Lever,
+    ModelSpec,
+    Plan,
+    bytes_per_token,
+    cache_bytes,
+    from_config,
+    levers,
+    plan,
+)
+from kvattn.memory.dtypes import num_bytes
+
+
+@show.reports_errors
+def memory(
+    model: Annotated[str | None, typer.Option(help="A model's name; without one, all are listed.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A HuggingFace config.json, or the folder that has one.")] = None,
+    device: Annotated[str | None, typer.Option(help="A device's name, such as a10, h100, tpu-v5e.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="INT", help="Sequences at a time.")] = None,
+    length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of the longest sequence.")] = None,
+    mean_length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens on average.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Which tokens are kept: full, window:4096, streaming:4,1020, h2o:512,512, ..."),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ...")
+    ] = None,
+    weight_dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, int8, int4, mxfp4, ...")] = "bfloat16",
+    page_size: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of a page of a shared pool.")] = None,
+    tensor_parallel: Annotated[
+        str, typer.Option("--tensor-parallel", "--devices", metavar="INT", help="Devices that share every layer.")
+    ] = "1",
+    by: Annotated[str, typer.Option(help="How they divide the cache: auto, heads, batch, sequence.")] = "auto",
+    pipeline_parallel: Annotated[str, typer.Option(metavar="INT", help="Stages of layers besides.")] = "1",
+    reserve: Annotated[str, typer.Option(metavar="BYTES", help="Kept free on a device: 2GB, 512MiB.")] = "0",
+    memory_fraction: Annotated[
+        str, typer.Option(metavar="SHARE", help="Share of a device that caches may take at most.")
+    ] = "1",
+    num_params: Annotated[
+        str | None, typer.Option(metavar="INT", help="Parameters, where --config cannot be counted.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw cache size against length, a line per lever.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """How large is my cache, what fits, and which lever helps most?
+
+    Without a model: every model and device there is. Without a device: sizes only.
+    """
+    spec = _model(model, config, parse.count("num-params", num_params))
+    chosen, dtype = parse.codec(codec)
+    settings: dict[str, Any] = {
+        "batch_size": parse.count("batch", batch),
+        "length": parse.count("length", length),
+        "mean_length": parse.count("mean-length", mean_length),
+        "policy": parse.policy(policy),
+        "codec": chosen,
+        "dtype": dtype or "bfloat16",
+        "weight_dtype": weight_dtype,
+        "page_size": parse.count("page-size", page_size),
+        "num_devices": parse.required("tensor-parallel", tensor_parallel),
+        "by": by,
+        "pipeline_stages": parse.required("pipeline-parallel", pipeline_parallel),
+        "reserved_bytes": parse.num_bytes("reserve", reserve),
+        "memory_fraction": parse.number("memory-fraction", memory_fraction),
+    }
+    if spec is None:
+        if as_json:
+            typer.echo(json.dumps({"models": _models_json(), "devices": _devices_json()}, indent=1))
+        else:
+            show.display(*tables())
+        return
+    if device is None:
+        # Sizes do not depend on the device but for how rows are rounded; any will do.
+        found = plan(spec, "h100", **settings)
+    else:
+        found = plan(spec, device, **settings)
+    lengths = [found.length] if found.length else usual_lengths(found)
+    plans = [found.changed(length=n) for n in lengths]
+    pulled = levers(plans[-1]) if device is not None or plot is not None else []
+    if plot is not None:
+        from kvattn.cli.plot import draw
+
+        draw(plans[-1], pulled, plot, with_limit=device is not None)
+    if as_json:
+        typer.echo(json.dumps(_json(found, plans, pulled, device is not None), indent=1))
+        return
+    parts = sizes(found) if device is None else summary(found)
+    parts += ["", by_length(plans, with_device=device is not None)]
+    if device is not None:
+        parts += ["", by_lever(plans[-1], pulled), *notes(found)]
+    show.display(*parts)
+    if plot is not None:
+        typer.echo(f"drawn: {plot}")
+
+
+def _model(name: str | None, config: Path | None, num_params: int | None) -> ModelSpec | None:
+    if name is not None and config is not None:
+        raise ConfigError("give --model or --config, not both.")
+    if num_params is not None and config is None:
+        raise ConfigError("--num-params goes with --config.")
+    if config is not None:
+        return from_config(config, num_params=num_params)
+    return None if name is None else MODELS[name]
+
+
+def usual_lengths(p: Plan) -> list[int]:
+    """Up to six lengths by powers of two, ending with what the model was trained for."""
+    last = p.model.max_length or 4096
+    return [n for n in (last >> shift for shift in (5, 4, 3, 2, 1, 0)) if n >= 1]
+
+
+# What is printed.
+
+
+def tables() -> list[Any]:
+    """Every model with its bytes per token, every device."""
+    models = show.columns("model", "layers", "heads", "on", "of", "window", "params", "cache/token")
+    for m in MODELS.values():
+        per_token = bytes_per_token(m.num_layers, m.num_kv_heads, m.head_dim)
+        heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
+        params = f"{m.num_params / 1e9:.3g} B"
+        models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
+    devices = show.columns("device", "memory", "GB/s", "TFLOP/s", "source", left=(0, 4))
+    for d in DEVICES.values():
+        flops = "" if d.flops is None else f"{d.flops / 1e12:,.4g}"
+        devices.add_row(d.name, show.size(d.memory_bytes), f"{d.bandwidth / 1e9:,.0f}", flops, d.source)
+    hint = "heads on key/value heads of a dimension; cache of a token in bfloat16, all layers."
+    return [models, hint, "", devices, "", "What fits, how fast: kvattn memory --model NAME --device NAME"]
+
+
+def windows(spec: ModelSpec) -> str:
+    """Its window; "4096, half" and the like where some layers have one."""
+    sizes = {w for w in spec.layer_windows if w is not None}
+    if not sizes:
+        return ""
+    having = sum(w is not None for w in spec.layer_windows)
+    text = ", ".join(map(str, sorted(sizes)))
+    return text if having == spec.num_layers else f"{text} in {having}"
+
+
+def sizes(p: Plan) -> list[Any]:
+    """Model, weights, bytes per token: what no device is needed for."""
+    m = p.model
+    heads = f"{m.num_heads} query heads on {m.num_kv_heads} key/value head{'s' * (m.num_kv_heads > 1)} of {m.head_dim}"
+    per_token = p.bytes_per_token
+    binary = f"{per_token / 2**20:.3f} MiB" if per_token >= 2**20 / 10 else f"{per_token / 2**10:.4g} KiB"
+    how = [p.dtype if p.codec is None else str(p.codec)]
+    how += [] if p.policy is None else [str(p.policy)]
+    how += [] if p.page_size is None else [f"pages of {p.page_size}"]
+    params = f"{m.num_params:,} parameters in {p.weight_dtype}"
+    rows = [
+        ("model", f"{m.name}: {m.num_layers} layers, {heads}"),
+        ("weights", f"{show.size(p.weight_bytes)}: {params}"),
+        ("cache", f"{per_token:,} bytes per token in all layers ({binary}): {', '.join(how)}"),
+    ]
+    if m.window is not None:
+        rows.insert(
+            1, ("window", f"{windows(m)} of {m.num_layers} layers" if isinstance(m.window, tuple) else windows(m))
+        )
+    if m.num_experts is not None:
+        active = f"{m.experts_per_token} of {m.num_experts} experts per token: {m.active_params / 1e9:.3g} B parameters"
+        rows.insert(-1, ("active", active))
+    return [show.pairs(rows)]
+
+
+def summary(p: Plan) -> list[Any]:
+    """`sizes`, and what a device makes of it."""
+    d, many = p.device, p.num_devices * p.pipeline_stages
+    flops = "" if d.flops is None else f", {d.flops / 1e12:,.4g} TFLOP/s"
+    rows = [("device", f"{d.name}: {show.size(d.memory_bytes)}, {d.bandwidth / 1e9:,.0f} GB/s{flops}")]
+    if many > 1:
+        stages = "" if p.pipeline_stages == 1 else f", {p.pipeline_stages} stages of layers"
+        divided = f"cache by {p.by}" if p.num_devices > 1 else "each holding layers of its own"
+        held = show.size(p.device_weight_bytes)
+        rows.append(("devices", f"{many}, {divided}{stages}; weights on each: {held}"))
+    if p.free_bytes == 0:
+        least = p.device_weight_bytes + p.reserved_bytes - d.memory_bytes
+        rows.append(("room", f"none: the weights exceed the memory by {show.size(least)}"))
+    else:
+        each = " on each device" if many > 1 else ""
+        rows.append(("room", f"{show.size(p.free_bytes)} for caches{each}: {p.max_tokens:,} tokens"))
+    if p.max_length != 0:
+        n = p.batch_size or 1
+        most = "any length" if p.max_length is None else f"up to {p.max_length:,} tokens"
+        rows.append(("longest", f"{n} sequence{'s' * (n > 1)} of {most}{'' if n == 1 else ' each'}"))
+    n = p.batch_size or 1
+    if p.crossover_length is not None:
+        what = "one sequence" if n == 1 else f"{n} sequences"
+        rows.append(("balance", f"the cache of {what} outweighs the weights from {p.crossover_length:,} tokens on"))
+    else:
+        rows.append(("balance", "the cache never outweighs the weights: it stops growing"))
+    return [*sizes(p), show.pairs(rows)]
+
+
+def by_length(plans: list[Plan], with_device: bool) -> Any:
+    """One row per length."""
+    batch = plans[0].batch_size or 1
+    if not with_device:
+        table = show.columns("tokens", "cache of one", f"of {batch}" if batch > 1 else "of 32", left=())
+        for p in plans:
+            one = _one(p)
+            table.add_row(f"{p.length:,}", show.size(one), show.size((batch if batch > 1 else 32) * one))
+        return table
+    table = show.columns(
+        "tokens", "cache", "ms/step", "tokens/s", "prefill", "most fit", "ms/step", "tokens/s", left=()
+    )
+    table.title = f"Batch of {batch}, then the largest that fits (times are floors)"
+    for p in plans:
+        fits = p.max_batch and p.max_batch >= batch
+        times = (show.milliseconds(p.step_seconds), f"{p.tokens_per_second:,.0f}") if fits else ("", "")
+        prefill = "" if p.prefill_seconds is None or not fits else show.duration(p.prefill_seconds)
+        full = p.changed(batch_size=p.max_batch) if p.max_batch else None
+        most = ("", "") if full is None else (show.milliseconds(full.step_seconds), f"{full.tokens_per_second:,.0f}")
+        cache = "" if p.cache_bytes is None else show.size(p.cache_bytes)
+        table.add_row(f"{p.length:,}", cache, *times, prefill, f"{p.max_batch:,}", *most)
+    return table
+
+
+def by_lever(p: Plan, pulled: list[Lever]) -> Any:
+    """One row per lever, best first."""
+    table = show.columns("one change", "cache", "most fit", "gain", "ms/step", "outputs", left=(0, 5))
+    batch = p.batch_size or 1
+    table.title = f"At {p.length:,} tokens, best first; ms/step at a batch of {batch}"
+    for lever in pulled:
+        most = lever.plan.max_batch
+        if p.free_bytes == 0 and not most:
+            continue  # nothing fits with it either
+        gain = "" if lever.gain == float("inf") else f"{lever.gain:,.1f}x"
+        step = show.milliseconds(lever.plan.step_seconds)
+        table.add_row(lever.name, f"{100 * lever.cache_ratio:.0f} %", f"{most:,}", gain, step, lever.outputs)
+    return table
+
+
+def notes(p: Plan) -> list[str]:
+    """What one should know besides."""
+    found = [f"Note: {note}." for note in p.notes]
+    if p.length and p.model.max_length and p.length > p.model.max_length:
+        found.append(f"Note: {p.model.name} was trained for {p.model.max_length:,} tokens.")
+    if p.free_bytes == 0:
+        found.append("Note: nothing fits; more devices or fewer bits of weights make room.")
+    return ["", *found] if found else []
+
+
+def _one(p: Plan) -> int:
+    """Bytes of one sequence."""
+    assert p.length is not None
+    options = {"policy": p.policy, "codec": p.codec, "dtype": p.dtype, "page_size": p.page_size}
+    return cache_bytes(p.model, 1, p.length, backend=p.device.backend, **options)
+
+
+def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Any]:
+    if with_device:
+        return {
+            "plan": found.to_json(),
+            "lengths": [
+                {
+                    "length": p.length,
+                    "cache_bytes": p.cache_bytes,
+                    "device_cache_bytes": p.device_cache_bytes,
+                    "max_batch": p.max_batch,
+                    "step_seconds": p.step_seconds,
+                    "tokens_per_second": p.tokens_per_second,
+                    "prefill_seconds": p.prefill_seconds,
+                }
+                for p in plans
+            ],
+            "levers": [lever.to_json() for lever in pulled],
+        }
+    return {
+        "model": found.to_json()["model"],
+        "weight_bytes": num_bytes(found.model.num_params, found.weight_dtype),
+        "bytes_per_token": found.bytes_per_token,
+        "lengths": [{"length": p.length, "cache_bytes": _one(p) * (p.batch_size or 1)} for p in plans],
+    }
+
+
+def _models_json() -> list[dict[str, Any]]:
+    return [
+        dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_layers, m.num_kv_heads, m.head_dim)}
+        for m in MODELS.values()
+    ]
+
+
+def _devices_json() -> list[dict[str, Any]]:
+    return [dataclasses.asdict(d) for d in DEVICES.values()]
