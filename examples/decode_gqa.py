@@ -193,11 +193,7 @@ def beside_flax(
         f"{step * 1e3:.2f} ms, flax.nnx.MultiHeadAttention {flax * 1e3:.2f} ms: {flax / step:.1f} times; "
         f"largest difference {float(jnp.max(jnp.abs(y - z))):.0e} (batch {batch}, {context} tokens, "
         f"{num_heads} heads on {num_kv_heads} of {head_dim}, float32"
-        + (
-            ""
-            if codec is None
-            else f", the cache in {codec.dtype}, read by {measure.reader(cache, num_heads, x.dtype)}"
-        )
+        + ("" if codec is None else f", the cache in {codec.dtype}, read by {reads}")
         + ")"
     )
 
