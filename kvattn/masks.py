@@ -8,6 +8,7 @@ rule is a conjunction, so adding a condition can only remove pairs::
     causal            kv <= q
     window = w        kv > q - w            (w tokens, the query's own included)
     num_sinks = n     kv < n                (exempts the first n tokens from the window)
+    reach = r         kv > q - r            (for those n tokens too)
     begin, end        begin <= kv < end     (a part of the keys, to be merged with the others)
     segments          equal segment ids
 
@@ -41,24 +42,27 @@ class Mask:
         causal: keys of later positions are hidden.
         window: how many tokens a query sees, its own included. None: all.
         num_sinks: so many first tokens of the sequence stay visible whatever the window is.
+        reach: and even of those a query sees none that is not among the last `reach` tokens. None: all.
         begin: keys of smaller positions are hidden.
         end: keys from this position on are hidden. None: none.
 
     Raises:
-        RangeError: window < 1.
+        RangeError: window or reach < 1.
         ConfigError: num_sinks < 0, or a window without causality.
     """
 
     causal: bool = True
     window: int | None = None
     num_sinks: int = 0
+    reach: int | None = None
     begin: int = 0
     end: int | None = None
 
     def __post_init__(self):
         _checks.window(self.window)
+        _checks.window(self.reach)
         _checks.integer("num_sinks", self.num_sinks, 0)
-        if self.window is not None and not self.causal:
+        if (self.window is not None or self.reach is not None) and not self.causal:
             raise ConfigError("a window is causal: it counts the query's own token and those before it.")
 
     def allowed(
@@ -117,13 +121,17 @@ class Mask:
         if self.window is not None:
             near = kv > first - self.window
             ok &= near | (kv < self.num_sinks) if self.num_sinks else near
+        if self.reach is not None:
+            ok &= kv > first - self.reach
         return ok
 
     def narrowed(self, window: int | None) -> "Mask":
-        """This mask with a window of at most `window` tokens."""
-        if window is None or (self.window is not None and self.window <= window):
+        """What this mask and a window of `window` tokens both allow."""
+        if window is None:
             return self
-        return dataclasses.replace(self, window=window)
+        if self.window is None or window <= self.window:
+            return dataclasses.replace(self, window=window, num_sinks=0)
+        return dataclasses.replace(self, reach=window) if self.num_sinks else self
 
 
 def row_positions(num_tokens: int, lengths: Array | None = None, starts: Array | None = None) -> Array:

@@ -377,7 +377,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         return jnp.asarray(inputs_q), jnp.asarray(inputs_k), jnp.asarray(inputs_v)
 
     def _project(self, projection: Any, inputs: Array, sharding: Any, norm: Any = None) -> Array:
-        """Projects to heads [..., T, heads, size], clipped where the layer says so, normalised where `norm` is given."""
+        """Projects to heads [..., T, heads, size], clipped if the layer says so, normalised where `norm` is given."""
         if sharding is None:
             sharding = placement.product_spec(inputs, projection.kernel[...], 1)
         x = settings.clipped(projection(inputs, out_sharding=sharding), self.qkv_clip)

@@ -7,7 +7,6 @@ norm and the logits. The caches are explicit: one per layer goes in, one per lay
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 

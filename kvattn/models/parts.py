@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Norm(nnx.Module):
-    """``x / rms(x) * scale``, or ``(x - mean(x)) / std(x) * scale + bias``; in float32, whatever goes in and comes out."""
+    """``x / rms(x) * scale``, or ``(x - mean(x)) / std(x) * scale + bias``, in float32 whatever comes in."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: Any = jnp.float32):
         self.epsilon = config.norm_epsilon

@@ -143,6 +143,101 @@ FAMILIES = {
     ),
 }
 
+# What else the flags of a family can say, in smaller models.
+SMALL = {**SIZES, "hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 2}
+TINY = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+VARIANTS = {
+    "llama_biases": ("Llama", {**SMALL, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "head_dim": 6}),
+    "llama_yarn": (
+        "Llama",
+        {
+            **SMALL,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+        },
+    ),
+    "mistral_full": ("Mistral", {**SMALL, "sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2_window": (
+        "Qwen2",
+        {**SMALL, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "gemma3_scaled": (
+        "Gemma3",
+        {
+            **SMALL,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 9.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "falcon_rw": (
+        "Falcon",
+        {
+            **SIZES,
+            "hidden_size": 16,
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon11b": (
+        "Falcon",
+        {
+            **SIZES,
+            "hidden_size": 16,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "ffn_hidden_size": 24,
+        },
+    ),
+    "opt350m": (
+        "OPT",
+        {
+            **SIZES,
+            "hidden_size": 16,
+            "ffn_dim": 24,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 12,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "mpt_clip": (
+        "Mpt",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 24,
+            "n_heads": 6,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "attn_config": {"clip_qkv": 0.8, "softmax_scale": 0.7, "model_type": ""},
+        },
+    ),
+    "bloom_post": (
+        "Bloom",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "apply_residual_connection_post_layernorm": True,
+        },
+    ),
+    "gpt_bigcode_mha": ("GPTBigCode", {**TINY, "multi_query": False, "scale_attn_weights": False, "n_inner": 24}),
+    "gpt2_scaled": (
+        "GPT2",
+        {**TINY, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+}
+
 
 def model_of(kind: str, settings: dict, seed: int):
     """A model whose every parameter is drawn."""
@@ -195,7 +290,7 @@ def golden(model, seed: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Writes all families, or those named."""
-    for number, (name, (kind, settings)) in enumerate(FAMILIES.items()):
+    for number, (name, (kind, settings)) in enumerate({**FAMILIES, **VARIANTS}.items()):
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         model = model_of(kind, settings, number)

@@ -48,7 +48,8 @@ def mpt(fields: Fields) -> Family:
     attention.only("qk_ln", False)
     attention.only("attn_uses_sequence_id", False)
     scale, clip = attention.get("softmax_scale"), attention.get("clip_qkv")
-    steepest = attention.get("alibi_bias_max", default=8)
+    # The authors' code goes by it, transformers does not: other values would mean two different models.
+    attention.only("alibi_bias_max", 8)
     attention.finish()
     fields.only("no_bias", True)
     fields.only("embedding_fraction", 1.0, 1)
@@ -65,7 +66,7 @@ def mpt(fields: Fields) -> Family:
         num_heads=heads,
         mlp_dim=4 * features,
         positions="alibi",
-        alibi_slopes=_mpt_slopes(heads, steepest),
+        alibi_slopes=_mpt_slopes(heads),
         norm="layer",
         norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
         activation="gelu",
@@ -87,10 +88,10 @@ MPT_IGNORED = (
 )  # fmt: skip
 
 
-def _mpt_slopes(heads: int, steepest: float) -> tuple[float, ...]:
+def _mpt_slopes(heads: int) -> tuple[float, ...]:
     """ALiBi's slopes in MPT's order: those of the next power of two, every second one first."""
     power = 2 ** math.ceil(math.log2(heads))
-    slopes = [2.0 ** (-steepest * (i + 1) / power) for i in range(power)]
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     return tuple(slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads])
 
 

@@ -162,7 +162,7 @@ class Fields:
         unread = {n: self._fields[n] for n in sorted(self._left) if self._fields[n] not in (None, False, [], {}, "")}
         if unread:
             raise UnsupportedError(
-                f"{self.source} has fields that are not known for model_type {self._fields.get('model_type')!r} and may "
-                f"change what the model computes: {unread}. If they do not, name them in ignore=, such as "
+                f"{self.source} has fields that are not known for model_type {self._fields.get('model_type')!r} and "
+                f"may change what the model computes: {unread}. If they do not, name them in ignore=, such as "
                 f"from_pretrained(path, ignore={tuple(unread)!r})."
             )

@@ -55,7 +55,7 @@ def tensor(theirs: str, shape: Shape, ours: str, make: Make = lambda x: x, *, ex
 
 
 def linear(theirs: str, ours: str, into: Shape, out: Shape, bias: bool, transposed: bool = True) -> Iterator[Rule]:
-    """A projection from axes `into` to axes `out`: torch's weight is [out, in], GPT-2's (not `transposed`) [in, out]."""
+    """A projection from `into` to `out`: torch's weight is [out, in], GPT-2's (`transposed` False) [in, out]."""
     rows, columns = math.prod(into), math.prod(out)
 
     def kernel(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,184 @@
+"""A decoder in float64 NumPy, one sequence and one token at a time, whose caches are lists of tokens.
+
+It goes by `DecoderConfig` and reads the parameters of a `Decoder`, and shares nothing else with it.
+"""
+
+import math
+
+import numpy as np
+from flax import nnx
+from policy_oracles import softmax
+from scipy.special import erf
+
+import kvattn
+from kvattn.models.checkpoint import parameters_of
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+def rotated(rope, x, position):
+    """[heads, H] turned to one position."""
+    if rope is None:
+        return x
+    half = rope.num_pairs
+    angle = position * rope.inv_freq
+    cos, sin = np.cos(angle) * rope.attention_factor, np.sin(angle) * rope.attention_factor
+    a, b, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def int8(x):
+    """What is left of [K, H] after a scale per head."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.round(x / np.where(scale == 0, 1, scale)) * scale
+
+
+class Layer:
+    """One block with its list of tokens, per key/value head."""
+
+    def __init__(self, config, parameters, index, policy, codec):
+        self.config, self.policy, self.codec = config, policy, codec
+        start = f"layers.{index}."
+        self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
+        self.rope, self.window = config.rope_of(index), config.layer_windows[index]
+        scale = config.layer_scales[index]
+        self.scale = config.head_dim**-0.5 if scale is None else scale
+        self.slopes = None
+        if config.positions == "alibi":
+            self.slopes = config.alibi_slopes or np.asarray(kvattn.alibi_slopes(config.num_heads), np.float64)
+        self.keys, self.values = {}, {}
+        self.tokens = [[] for _ in range(config.num_kv_heads)]
+        self.score = [{} for _ in range(config.num_kv_heads)]
+
+    def norm(self, name, x):
+        c = self.config
+        if c.norm == "layer":
+            x = x - x.mean()
+        x = x / np.sqrt((x**2).mean() + c.norm_epsilon) * self.w[f"{name}.scale"]
+        return x + self.w[f"{name}.bias"] if c.norm_bias else x
+
+    def linear(self, name, x):
+        y = np.tensordot(x, self.w[f"{name}.kernel"], axes=x.ndim)
+        return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
+
+    def mlp(self, x):
+        c = self.config
+        if not c.num_experts:
+            up = self.linear("mlp.up", x)
+            act = ACTIVATIONS[c.activation]
+            return self.linear("mlp.down", act(self.linear("mlp.gate", x)) * up if c.gated else act(up))
+        scores = self.linear("mlp.router", x)
+        best = np.argsort(-scores)[: c.experts_per_token]
+        y = 0
+        for share, e in zip(softmax(scores[best]), best, strict=True):
+            gate = np.minimum(x @ self.w["mlp.gate"][e] + self.w["mlp.gate_bias"][e], c.expert_limit)
+            up = np.clip(x @ self.w["mlp.up"][e] + self.w["mlp.up_bias"][e], -c.expert_limit, c.expert_limit)
+            hidden = (up + 1) * gate / (1 + np.exp(-c.expert_alpha * gate))
+            y = y + share * (hidden @ self.w["mlp.down"][e] + self.w["mlp.down_bias"][e])
+        return y
+
+    def attention(self, x, t):
+        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
+        q, k, v = (self.linear(f"attention.{name}", x) for name in ("query", "key", "value"))
+        if c.qkv_clip:
+            q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
+        if c.qk_norm:
+            q, k = (
+                y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
+                for y, name in ((q, "query_ln"), (k, "key_ln"))
+            )
+        self.keys[t], self.values[t] = k, v
+        if self.codec:
+            self.keys[t], self.values[t] = int8(rotated(self.rope, k, t)), int8(v)
+        out = np.zeros((c.num_heads, v.shape[-1]))
+        for head, tokens in enumerate(self.tokens):
+            tokens.append(t)
+            places = self.places(tokens, t)
+            near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
+            mass = np.zeros(len(tokens))
+            for n in range(head * group, (head + 1) * group):
+                query = rotated(self.rope, q[n][None], places[-1])[0]
+                keys = [
+                    self.keys[tokens[i]] if self.codec else rotated(self.rope, self.keys[tokens[i]], places[i])
+                    for i in near
+                ]
+                scores = np.array([key[head] @ query for key in keys]) * self.scale
+                if c.softcap:
+                    scores = np.tanh(scores / c.softcap) * c.softcap
+                if self.slopes is not None:
+                    scores = scores + self.slopes[n] * (np.array(places)[near] - places[-1])
+                if c.sinks:
+                    scores = np.append(scores, self.w["attention.sinks"][n])
+                probs = softmax(scores)[: len(near)]
+                out[n] = sum(p * self.values[tokens[i]][head] for p, i in zip(probs, near, strict=True))
+                mass[near] += probs / group
+            self.forget(head, t, mass)
+        return self.linear("attention.out", out)
+
+    def places(self, tokens, t):
+        """Where positions are counted; StreamingLLM lets go before it attends."""
+        if isinstance(self.policy, kvattn.StreamingLLM):
+            p = self.policy
+            tokens[:] = [j for j in tokens if j < p.num_sinks or j > t - p.window]
+            return list(range(len(tokens)))
+        return list(tokens)
+
+    def forget(self, head, t, mass):
+        """H2O lets go afterwards."""
+        if not isinstance(self.policy, kvattn.H2O):
+            return
+        tokens, score, p = self.tokens[head], self.score[head], self.policy
+        for j, m in zip(tokens, mass, strict=True):
+            score[j] = score.get(j, 0.0) + m
+        if len(tokens) > p.num_heavy + p.num_recent:
+            tokens.remove(min((j for j in tokens if j <= t - p.num_recent), key=lambda j: (score[j], j)))
+
+    def __call__(self, x, t):
+        c = self.config
+        inner = x if c.norm_position == "post" else self.norm("attention_norm", x)
+        y = self.attention(inner, t)
+        if c.parallel:
+            return x + y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x))
+        for name, function in (("attention", None), ("mlp", self.mlp)):
+            if function is not None:
+                inner = x if c.norm_position == "post" else self.norm("mlp_norm", x)
+                y = function(inner)
+            if c.norm_position == "sandwich":
+                y = self.norm(f"{name}_post_norm", y)
+            x = (inner if c.residual_after_norm else x) + y
+            if c.norm_position == "post":
+                x = self.norm(f"{name}_norm", x)
+        return x
+
+
+def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
+    """Logits [T, V] of one sequence, token by token, and the layers with the tokens they kept."""
+    config = model.config
+    parameters = {name: np.asarray(x, np.float64) for name, x in parameters_of(model).items()}
+    layers = [Layer(config, parameters, i, policy, codec) for i in range(config.num_layers)]
+    outer = Layer.__new__(Layer)
+    outer.config, outer.w = config, parameters
+    table, rows = parameters["embed.embedding"], []
+    for t, token in enumerate(tokens):
+        x = table[token] * (config.embedding_scale or 1)
+        if config.embedding_dim is not None:
+            x = x @ parameters["embed_in.kernel"]
+        if config.positions == "learned":
+            x = x + parameters["positions.embedding"][t]
+        if config.embedding_norm:
+            x = outer.norm("embed_norm", x)
+        for layer in layers:
+            x = layer(x, t)
+        if config.final_norm:
+            x = outer.norm("norm", x)
+        if config.embedding_dim is not None:
+            x = x @ parameters["embed_out.kernel"]
+        row = x @ (table.T if config.tie_embeddings else parameters["head.kernel"])
+        cap = config.logit_softcap
+        rows.append(np.tanh(row / cap) * cap if cap else row)
+    return np.stack(rows), layers

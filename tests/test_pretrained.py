@@ -1,0 +1,239 @@
+"""Checkpoints of other libraries: every family against what transformers computes with the same files.
+
+`golden/hf_generate.py` made the checkpoints and the numbers. The quick tests take the plain form of each family; what
+else its flags can say, and the policies of the other families, are slow.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_oracle import logits_of
+from flax import nnx
+
+import kvattn
+from kvattn.layers import stateless
+from kvattn.models import Decoder, DecoderConfig, from_pretrained
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
+PLAIN = (
+    "bloom", "falcon40b", "falcon7b", "gemma2", "gemma3", "gpt2", "gpt_bigcode", "gpt_oss", "llama2", "llama3",
+    "mistral", "mpt", "opt", "qwen2", "qwen3",
+)  # fmt: skip
+VARIANTS = (
+    "bloom_post", "falcon11b", "falcon_rw", "gemma3_scaled", "gpt2_scaled", "gpt_bigcode_mha", "llama_biases",
+    "llama_yarn", "mistral_full", "mpt_clip", "opt350m", "qwen2_window",
+)  # fmt: skip
+EVERY = [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiling takes longer than running here."""
+TOLERANCE = 2e-4
+B, T = 3, 23
+
+
+@functools.cache
+def family(name):
+    """The model, its jitted call, and the golden numbers."""
+    model = from_pretrained(GOLDEN / name)
+    apply, weights = stateless(model)
+    call = jax.jit(apply, donate_argnames="cache", compiler_options=FAST)
+    with np.load(GOLDEN / name / "golden.npz") as golden:
+        return model, functools.partial(call, weights), dict(golden)
+
+
+def some(*quick):
+    """Every family; all but the named are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in (*PLAIN, *VARIANTS)]
+
+
+def real(golden):
+    """bool [B, T]: the tokens that are no padding."""
+    return np.arange(T)[None] < golden["lengths"][:, None]
+
+
+def assert_logits(logits, golden, where=None):
+    where = real(golden) if where is None else where
+    spread = golden["logits"][real(golden)].std()
+    error = np.abs(np.asarray(logits) - golden["logits"])[where].max()
+    assert error <= TOLERANCE * spread, f"{error / spread:.2e} of the logits' deviation"
+
+
+def test_every_golden_is_tested():
+    folders = {path.name for path in GOLDEN.iterdir() if path.is_dir()}
+    assert folders == {*PLAIN, *VARIANTS}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *VARIANTS])
+def test_whole_prompts(name):
+    _, call, golden = family(name)
+    logits, cache = call(jnp.asarray(golden["prompts"]))
+    assert cache is None and logits.dtype == jnp.float32
+    assert_logits(logits, golden)
+
+
+def through(call, cache, golden, size):
+    """Logits [B, T, V] of the prompts, `size` tokens of every row at a time, and the caches then."""
+    prompts, lengths, out = golden["prompts"], golden["lengths"], []
+    for start in range(0, T, size):
+        chunk = np.zeros((B, size), np.int32)
+        given = prompts[:, start : start + size]
+        chunk[:, : given.shape[1]] = given
+        logits, cache = call(jnp.asarray(chunk), cache, jnp.asarray(np.clip(lengths - start, 0, size)))
+        out.append(np.asarray(logits)[:, : given.shape[1]])
+    for layer in cache:
+        assert layer.check().lengths.tolist() == lengths.tolist()
+    return np.concatenate(out, axis=1), cache
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_chunks_and_what_follows(name):
+    """The ragged batch in chunks, then the most probable token of every row, step by step."""
+    model, call, golden = family(name)
+    lengths, steps = golden["lengths"], golden["greedy"].shape[1]
+    logits, cache = through(call, model.make_cache(B, T + steps), golden, 8)
+    assert_logits(logits, golden)
+    last = np.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
+    spread = golden["logits"][real(golden)].std()
+    sure = np.ones(B, bool)  # the rows whose tokens so far are those of the golden run
+    ones = jnp.ones((B,), jnp.int32)
+    for step in range(steps):
+        sure &= golden["margins"][:, step] > TOLERANCE * spread
+        token = last.argmax(-1)
+        np.testing.assert_array_equal(token[sure], golden["greedy"][sure, step])
+        logits, cache = call(jnp.asarray(token, jnp.int32)[:, None], cache, ones)
+        last = np.asarray(logits)[:, 0]
+    assert sure.any()
+    for layer in cache:
+        assert layer.check().lengths.tolist() == (lengths + steps).tolist()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_token_by_token(name):
+    model, call, golden = family(name)
+    logits, _ = through(call, model.make_cache(B, T + golden["greedy"].shape[1]), golden, 1)
+    assert_logits(logits, golden)
+
+
+@pytest.mark.parametrize("name", some("gemma2", "opt"))
+def test_a_ragged_batch_at_once(name):
+    model, call, golden = family(name)
+    logits, _ = through(call, model.make_cache(B, T + golden["greedy"].shape[1]), golden, T)
+    assert_logits(logits, golden)
+
+
+def test_layers_keep_caches_of_their_own_size():
+    slots = {name: [layer.num_slots for layer in family(name)[0].make_cache(B, T)] for name in ("gemma3", "gpt_oss")}
+    assert slots == {"gemma3": [5, 5, T], "gpt_oss": [5, T]}
+    assert [layer.num_slots for layer in family("mistral")[0].make_cache(B)] == [5, 5]  # needs no capacity
+
+
+# Policies and codecs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", some("gemma2"))
+@pytest.mark.parametrize("policy", [kvattn.StreamingLLM(4, T), kvattn.H2O(12, 12)], ids=["StreamingLLM", "H2O"])
+def test_a_budget_that_holds_all_is_full(name, policy):
+    model, call, golden = family(name)
+    for size in (1, T):
+        logits, _ = through(call, model.make_cache(B, policy=policy), golden, size)
+        assert_logits(logits, golden)
+
+
+@pytest.mark.parametrize("name", some("bloom", "gemma2", "gpt_oss", "opt"))
+@pytest.mark.parametrize(
+    ("policy", "codec"),
+    [(None, None), (kvattn.StreamingLLM(2, 4), None), (kvattn.H2O(4, 4), None), (None, kvattn.Int8())],
+    ids=["Full", "StreamingLLM", "H2O", "Int8"],
+)
+def test_small_budgets_are_lists_of_tokens(name, policy, codec):
+    """Token by token against the decoder of `decoder_oracle.py`, which also is a second opinion of the whole model."""
+    model, call, golden = family(name)
+    if codec is not None and any(model.config.layer_windows):
+        policy = kvattn.Full()  # the oracle keeps what it does not look at
+    capacity = T + golden["greedy"].shape[1] if policy is codec is None else T
+    logits, cache = through(call, model.make_cache(B, capacity, policy=policy, codec=codec), golden, 1)
+    spread = golden["logits"][real(golden)].std()
+    for row, length in enumerate(golden["lengths"]):
+        tokens = golden["prompts"][row, :length]
+        expected, layers = logits_of(model, tokens, policy, codec)
+        error = np.abs(logits[row, :length] - expected).max()
+        if codec is not None:
+            # A number next to the middle of two codes may become either.
+            assert error <= 0.02 * spread
+            assert np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread
+            continue
+        assert error <= TOLERANCE * spread
+        if policy is None:
+            continue
+        assert np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread or length <= 9
+        for layer, oracle in zip(cache, layers, strict=True):
+            held = np.atleast_2d(np.asarray(layer.positions)[row])
+            for positions, kept in zip(
+                np.broadcast_to(held, (len(oracle.tokens), held.shape[1])), oracle.tokens, strict=True
+            ):
+                assert sorted(positions[positions >= 0]) == kept
+
+
+def test_each_layer_its_own():
+    model, call, golden = family("llama3")
+    policies, codecs = [kvattn.H2O(11, 11), None], (None, kvattn.Int8())
+    cache = model.make_cache(B, T, policy=policies, codec=codecs)
+    assert [type(layer.policy) for layer in cache] == [kvattn.H2O, kvattn.Full]
+    assert isinstance(cache[1].codec, kvattn.Int8) and not isinstance(cache[0].codec, kvattn.Int8)
+    logits, _ = call(jnp.asarray(golden["prompts"]), cache, jnp.asarray(golden["lengths"]))
+    error = np.abs(np.asarray(logits) - golden["logits"])[real(golden)].max()
+    assert error < 0.1 * golden["logits"][real(golden)].std()
+    with pytest.raises(kvattn.errors.ShapeError, match="3 entries for 2 layers"):
+        model.make_cache(B, T, policy=[None] * 3)
+
+
+# The decoder itself -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_parameter_matters():
+    """A golden that some tensor does not move would not see it misread."""
+    for name in (*PLAIN, *VARIANTS):
+        model, _, golden = family(name)
+        graph, state = nnx.split(model)
+        tokens = jnp.asarray(golden["prompts"][:1])
+        gradients = jax.jit(
+            jax.grad(lambda s, graph=graph, tokens=tokens: jnp.sum(jnp.sin(nnx.merge(graph, s)(tokens)[0])))
+        )(state)
+        for path, x in jax.tree.leaves_with_path(gradients):
+            where = f"{name} {jax.tree_util.keystr(path)}"
+            # Keys move all scores of a query alike by their bias.
+            assert ("key" in where and "bias" in where) or float(jnp.max(jnp.abs(x))) > 1e-5, where
+
+
+def test_learned_positions_end():
+    model, call, _ = family("opt")
+    tokens = jnp.ones((1, 65), jnp.int32)
+    with pytest.raises(kvattn.errors.RangeError, match="64 learned positions"):
+        model(tokens)
+    assert np.isfinite(np.asarray(call(tokens[:, :64])[0])).all()
+    _, cache = call(tokens[:, :64], model.make_cache(1, 80), jnp.asarray([63], jnp.int32))
+    _, cache = call(tokens[:, :2], cache, jnp.asarray([1], jnp.int32))  # the second is no token
+    with pytest.raises(kvattn.errors.RangeError, match="position 64"):
+        model(tokens[:, :1], cache)
+    logits, _ = call(tokens[:, :1], cache)
+    assert np.isnan(np.asarray(logits)).all()
+
+
+def test_palm_style():
+    """No weights of PaLM are public: random ones against the oracle, through the cache."""
+    config = DecoderConfig.palm(
+        vocab_size=50, num_layers=2, model_dim=24, num_heads=71, head_dim=4, mlp_dim=32, norm_epsilon=1e-5
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    assert DecoderConfig.palm().head_dim == 256 and DecoderConfig.palm().num_kv_heads == 1
+    tokens = np.random.default_rng(0).integers(0, 50, 7)
+    expected, _ = logits_of(model, tokens)
+    apply, weights = stateless(model)
+    call = jax.jit(apply, compiler_options=FAST)
+    for cache in (None, model.make_cache(1, 8)):
+        logits, _ = call(weights, jnp.asarray(tokens)[None], cache)
+        np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4 * expected.std())
