@@ -96,14 +96,13 @@ def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
         if any(getattr(layer, name, None) is not None for name in CACHE_NAMES):
             raise _holds_cache(path)
         _changes(path, _leaves(nnx.state(layer)), num_kv_heads)
-    # Only now, when all of it is known to work. Layers may share variables: each is pooled once.
-    variables = [x for layer in layers.values() for p in (layer.key, layer.value) for x in (p.kernel, p.bias)]
-    for variable in {id(x): x for x in variables if x is not None}.values():
-        variable.set_value(_pool(variable.get_value(), num_kv_heads))
     for layer in layers.values():
         layer.num_kv_heads = num_kv_heads
         for projection in (layer.key, layer.value):
             projection.out_features = (num_kv_heads, *projection.out_features[1:])
+            for variable in (projection.kernel, projection.bias):
+                if variable is not None:  # Layers may share one: the second time nothing is left to do.
+                    variable.set_value(_pool(variable.get_value(), num_kv_heads))
     for module in modules.values():
         config = getattr(module, "config", None)
         if isinstance(config, DecoderConfig):
