@@ -4,6 +4,10 @@ python examples/decode_gqa.py
     text, with the byte model of examples/weights: speed, cache sizes as MHA, GQA and MQA, cached decoding
     against the full forward pass, and the layer's step beside flax.nnx.MultiHeadAttention's
 
+python examples/decode_gqa.py --checkpoint DIR --prompt "Once upon a time"
+    text from a HuggingFace folder of any family that kvattn.models.from_pretrained reads; without a tokenizer.json in
+    it, prompt and text are token ids
+
 python examples/decode_gqa.py --random --heads 32 --kv-heads 8 --head-dim 128 --batch 8 --context 4096
     the bare decode step at the shapes of a real model: time, bandwidth, per cent of a copy in the same run
 """
@@ -35,6 +39,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     text = p.add_argument_group("text")
     text.add_argument("--weights", type=Path, default=WEIGHTS)
+    text.add_argument("--checkpoint", type=Path, help="a HuggingFace folder, instead of the byte model")
+    text.add_argument("--dtype-of-weights", choices=["bfloat16", "float16", "float32"], help="default: as stored")
     text.add_argument("--prompt", help="default: the beginning of a page the model was not trained on")
     text.add_argument("--max-new-tokens", type=int, default=400)
     text.add_argument("--temperature", type=float, default=0.4)
@@ -112,6 +118,57 @@ def text_demo(args: argparse.Namespace) -> None:
     heads = (config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim)
     rows["this layer's step"] = beside_flax(8, args.context or 4096, *heads, repeats=40, codec=codec)
     rows["a larger layer's"] = beside_flax(8, args.context or 4096, 32, 8, 128, 256, repeats=5, codec=codec)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+
+
+def checkpoint_demo(args: argparse.Namespace) -> None:
+    """Text, or token ids, from a HuggingFace folder."""
+    with console.status(f"reading {args.checkpoint} ..."):
+        model = kvattn.models.from_pretrained(args.checkpoint, dtype=args.dtype_of_weights)
+    config, kind = model.config, jnp.dtype(model.embed.embedding[...].dtype)
+    tokenizer = None
+    if (args.checkpoint / "tokenizer.json").is_file():
+        tokenizer = kvattn.models.load_tokenizer(args.checkpoint)
+        prompt = tokenizer.encode(args.prompt or "The key to a fast decoder is").ids
+    else:
+        try:
+            prompt = [int(token) for token in (args.prompt or "1 2 3").replace(",", " ").split()]
+        except ValueError:
+            raise SystemExit(
+                f"{args.checkpoint} has no tokenizer.json: give --prompt as token ids, such as '1 2 3'."
+            ) from None
+    cache_dtype = jnp.dtype(args.cache_dtype or kind)
+    codec = None if cache_dtype == kind else kvattn.codecs.Plain(cache_dtype)
+    stream = kvattn.models.TextStream(tokenizer) if tokenizer else None
+
+    def show(_: int, token: int) -> None:
+        console.print(Text(stream.push(token) if stream else f"{token} ", style="bold"), end="")
+
+    console.rule("prompt", align="left")
+    console.print(Text(args.prompt or str(prompt), style="dim"))
+    console.rule(f"decoded, temperature {args.temperature}", align="left")
+    times = []
+    for on_token in (show, None):  # the first run compiles
+        start = time.perf_counter()
+        new = kvattn.generate(
+            model, [prompt], args.max_new_tokens, codec=codec, temperature=args.temperature, seed=args.seed,
+            on_token=on_token,
+        )[0]  # fmt: skip
+        times.append(time.perf_counter() - start)
+    console.print(Text(stream.finish() if stream else ""))
+    console.rule("numbers", align="left")
+    capacity = len(prompt) + len(new)
+    caches = jax.eval_shape(lambda: model.make_cache(1, capacity, codec=codec))
+    rows = {
+        "model": f"{config.num_layers} layers, {config.num_heads} query heads, {config.num_kv_heads} key/value heads "
+        f"of {config.head_dim}, {sum(x.size for x in jax.tree.leaves(nnx.state(model))):,} parameters in {kind}",
+        "speed": f"{len(new) / times[1]:,.0f} tokens/s, prompt of {len(prompt)} included ({times[0]:.1f} s at first)",
+        "cache": f"{size(sum(cache.nbytes for cache in caches))} for {capacity} tokens, read by "
+        f"{measure.reader(caches[0], config.num_heads, kind)}, {cache_dtype}",
+    }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows.items():
         table.add_row(*row)
@@ -245,6 +302,8 @@ def main() -> None:
     args = arguments()
     if args.random:
         bare_demo(args)
+    elif args.checkpoint:
+        checkpoint_demo(args)
     else:
         text_demo(args)
 

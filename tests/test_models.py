@@ -238,7 +238,7 @@ def _without(name):
     ("edit", "error", "part"),
     [
         (lambda text: text[:20], CacheCorruptionError, "JSON"),
-        (lambda text: "[]", ConfigError, "format"),
+        (lambda text: "[]", ConfigError, "JSON object"),
         (_without("format"), ConfigError, "format"),
         (_without("model_dim"), ConfigError, "model_dim"),
         (lambda text: text.replace('"softcap"', '"hardcap"', 1), ConfigError, "hardcap"),

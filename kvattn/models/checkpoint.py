@@ -36,7 +36,7 @@ def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> 
     path = _checked(path)
     tensors = {name: np.asarray(x if dtype is None else x.astype(dtype)) for name, x in parameters_of(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.withname_of(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial, metadata={"format": FORMAT})
     settings = json.dumps({"format": FORMAT, **model.config.to_json()}, indent=2) + "\n"
     partial_settings = path.with_suffix(".json.partial")

@@ -172,7 +172,7 @@ class DecoderConfig:
                 continue
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise DTypeError(f"{name} must be a number, got {value!r}.")
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < float(value) < math.inf:
                 raise RangeError(f"{name} must be finite and > 0, got {value}.")
         if self.embedding_dim is not None:
             _checks.integer("embedding_dim", self.embedding_dim, 1)

@@ -43,10 +43,10 @@ def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: C
         DTypeError: a `dtype` that is not floating.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import kvattn
-        >>> model = kvattn.models.from_pretrained("tests/golden/hf/llama3")
-        >>> kvattn.generate(model, [[5, 17, 3]], max_new_tokens=2)  # doctest: +SKIP
-        [[42, 7]]
+        >>> model = kvattn.models.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
+        >>> kvattn.generate(model, [[128000, 791, 6864]], max_new_tokens=8)  # doctest: +SKIP
     """
     folder = Path(path)
     family = read_family(folder, ignore)

@@ -23,7 +23,7 @@ def bloom(fields: Fields) -> Family:
         positions="alibi",
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         residual_after_norm=fields.flag("apply_residual_connection_post_layernorm", False),
         activation="gelu_tanh",
         gated=False,
@@ -47,7 +47,7 @@ def mpt(fields: Fields) -> Family:
     attention.only("prefix_lm", False, why="a decoder is causal")
     attention.only("qk_ln", False)
     attention.only("attn_uses_sequence_id", False)
-    scale, clip = attention.get("softmax_scale"), attention.get("clip_qkv")
+    scale, clip = attention.number("softmax_scale"), attention.number("clip_qkv")
     # The authors' code goes by it, transformers does not: other values would mean two different models.
     attention.only("alibi_bias_max", 8)
     attention.finish()
@@ -68,7 +68,7 @@ def mpt(fields: Fields) -> Family:
         positions="alibi",
         alibi_slopes=_mpt_slopes(heads),
         norm="layer",
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         activation="gelu",
         gated=False,
         attention_scale=scale,

@@ -33,7 +33,7 @@ def falcon(fields: Fields) -> Family:
         mlp_dim=fields.size("ffn_hidden_size", default=4 * features),
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         activation=fields.activation("activation", default="gelu"),
         gated=False,
         parallel=parallel,

@@ -73,6 +73,17 @@ class Fields:
             raise ConfigError(f"{self.source}: {names[0]} must be a whole number >= 1, got {value!r}.")
         return value
 
+    def number(self, *names: str, default: float | None = None) -> Any:
+        """A number; `default` where there is none or null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(*names, default=default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{self.source}: {names[0]} must be a number, got {value!r}.")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """A bool.
 
@@ -114,12 +125,16 @@ class Fields:
         """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
         newer, older, theta = self.get("rope_parameters"), self.get("rope_scaling"), self.get("rope_theta")
         most = self.get("max_position_embeddings", "n_positions")
+        self.only("partial_rotary_factor", 1.0, 1)
         scaling = newer or older
         if scaling is None:
             return {"rope_theta": default_theta if theta is None else theta, "rope_scaling": None}
         if not isinstance(scaling, Mapping):
             raise ConfigError(f"{self.source}: rope_parameters must be an object, got {scaling!r}.")
         scaling = dict(scaling)
+        turned = scaling.pop("partial_rotary_factor", None)
+        if turned not in (None, 1.0):
+            raise UnsupportedError(f"{self.source}: partial_rotary_factor is {turned!r}, supported is 1.0.")
         within = scaling.pop("rope_theta", None)
         theta = within if within is not None else default_theta if theta is None else theta
         kind = scaling.get("rope_type", scaling.get("type"))

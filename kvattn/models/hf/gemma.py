@@ -18,7 +18,7 @@ def gemma2(fields: Fields) -> Family:
         fields,
         **fields.rope(),
         windows=fields.windows(layers, fields.get("sliding_window", default=4096), [i % 2 == 0 for i in range(layers)]),
-        softcap=fields.get("attn_logit_softcapping"),
+        softcap=fields.number("attn_logit_softcapping"),
     )
 
 
@@ -37,7 +37,7 @@ def _ropes(fields: Fields) -> dict[str, Any]:
     """Frequencies of both kinds of layers, from either form that transformers has written."""
     kinds = fields.get("rope_parameters")
     if not (isinstance(kinds, dict) and "full_attention" in kinds):
-        return fields.rope(1e6) | {"local_rope_theta": fields.get("rope_local_base_freq", default=10000.0)}
+        return fields.rope(1e6) | {"local_rope_theta": fields.number("rope_local_base_freq", default=10000.0)}
     inner = Fields({"rope_parameters": kinds["full_attention"]}, fields.source).rope(1e6)
     local = Fields({"rope_parameters": kinds.get("sliding_attention")}, fields.source).rope()
     if local["rope_scaling"] is not None:
@@ -56,8 +56,8 @@ def _family(fields: Fields, **rest: Any) -> Family:
     config = DecoderConfig(
         **sizes(fields, 256),
         activation=fields.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
-        attention_scale=fields.get("query_pre_attn_scalar", default=256) ** -0.5,
-        logit_softcap=fields.get("final_logit_softcapping"),
+        attention_scale=fields.number("query_pre_attn_scalar", default=256) ** -0.5,
+        logit_softcap=fields.number("final_logit_softcapping"),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
         embedding_scale=math.sqrt(features),
         norm_position="sandwich",

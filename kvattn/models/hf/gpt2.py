@@ -79,7 +79,7 @@ def _config(fields: Fields, *, kv_heads: int | None, activation: str, by_layer: 
         max_positions=fields.size("n_positions", "max_position_embeddings"),
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         activation=fields.activation("activation_function", default=activation),
         gated=False,
         mlp_bias=True,

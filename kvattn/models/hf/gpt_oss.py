@@ -24,7 +24,7 @@ def gpt_oss(fields: Fields) -> Family:
     fields.only("hidden_act", "silu")
     fields.get("experts_per_token", "swiglu_limit", "swiglu_alpha", "max_position_embeddings")
     config = DecoderConfig(
-        **sizes(fields, 64) | {"norm_epsilon": fields.get("rms_norm_eps", default=1e-5)},
+        **sizes(fields, 64) | {"norm_epsilon": fields.number("rms_norm_eps", default=1e-5)},
         **fields.rope(150000.0),
         windows=fields.windows(layers, fields.get("sliding_window", default=128), [i % 2 == 0 for i in range(layers)]),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -33,8 +33,8 @@ def gpt_oss(fields: Fields) -> Family:
         sinks=True,
         num_experts=fields.size("num_local_experts", "num_experts", default=128),
         experts_per_token=fields.size("num_experts_per_tok", "experts_per_token", default=4),
-        expert_alpha=fields.get("swiglu_alpha", default=1.702),
-        expert_limit=fields.get("swiglu_limit", default=7.0),
+        expert_alpha=fields.number("swiglu_alpha", default=1.702),
+        expert_limit=fields.number("swiglu_limit", default=7.0),
     )
     return Family(config, tuple(_rules(config, packed)), ("model.",), (*BUFFERS, *rules.tied(config)))
 

@@ -54,7 +54,7 @@ def sizes(fields: Fields, head_dim: int | None = None) -> dict[str, Any]:
         "num_kv_heads": fields.size("num_key_value_heads", default=heads),
         "head_dim": fields.get("head_dim", default=head_dim),
         "mlp_dim": fields.size("intermediate_size"),
-        "norm_epsilon": fields.get("rms_norm_eps", default=1e-6),
+        "norm_epsilon": fields.number("rms_norm_eps", default=1e-6),
     }
 
 

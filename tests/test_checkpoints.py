@@ -1,0 +1,427 @@
+"""Checkpoint folders: what is read, in which forms, and what is refused by name."""
+
+import json
+import pathlib
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
+
+import kvattn
+from kvattn.errors import (
+    CacheCorruptionError,
+    CacheVersionError,
+    ConfigError,
+    DTypeError,
+    KVAttnError,
+    MissingFileError,
+    ShardingError,
+    UnsupportedError,
+)
+from kvattn.models import from_pretrained
+from kvattn.models.checkpoint import parameters_of
+from kvattn.models.hf import FAMILIES
+from kvattn.models.hf.gpt_oss import from_mxfp4
+from kvattn.models.pretrained import read_family
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a golden checkpoint, by its name."""
+
+    def copy(name="llama3"):
+        return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+    return copy
+
+
+def tensors(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def set_config(folder, drop=(), **fields):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config = {name: value for name, value in (config | fields).items() if name not in drop}
+    path.write_text(json.dumps(config))
+
+
+def assert_same(a, b):
+    """The same configuration and parameters, bit by bit."""
+    assert a.config == b.config
+    a, b = parameters_of(a), parameters_of(b)
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(b[name], np.float32), err_msg=name)
+
+
+def shards(folder, count=3):
+    """Spreads a checkpoint over several files, with their index."""
+    given = sorted(tensors(folder).items())
+    placed = {}
+    for i in range(count):
+        file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        part = dict(given[i::count])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(part, file)
+    (folder / WEIGHTS).unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
+    return placed
+
+
+# What is read -------------------------------------------------------------------------------------
+
+
+def test_shards(folder):
+    path = folder()
+    shards(path)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / "llama3"))
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("bloom", "transformer.")])
+def test_names_without_their_prefix(folder, name, prefix):
+    """The oldest files of these families have the names of the inner model."""
+    path = folder(name)
+    save_file({k.removeprefix(prefix): x for k, x in tensors(path).items()}, path / WEIGHTS)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / name))
+
+
+def test_buffers_and_tied_heads_are_passed_over(folder):
+    path = folder("gpt2")
+    given = tensors(path)
+    more = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "h.1.attn.masked_bias": np.array(-1e9, np.float32)}
+    save_file(given | more | {"lm_head.weight": given["transformer.wte.weight"]}, path / WEIGHTS)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / "gpt2"))
+
+
+OLDER = {
+    "llama3": (
+        {"rope_theta": 500000.0, "rope_scaling": "inner", "torch_dtype": "float32"},
+        ("rope_parameters", "dtype"),
+    ),
+    "mistral": ({"rope_theta": 10000.0}, ("rope_parameters",)),
+    "gemma2": ({"rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"}, ("rope_parameters", "layer_types")),
+    "gemma3": (
+        {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 3, "cache_implementation": "x"},
+        ("rope_parameters", "layer_types", "_sliding_window_pattern"),
+    ),
+    "falcon40b": (
+        {"n_head_kv": 2, "n_layer": 2, "n_head": 4, "rope_theta": 10000.0},
+        ("num_kv_heads", "rope_parameters"),
+    ),
+    "bloom": ({"n_embed": 48, "num_attention_heads": 6, "seq_length": 64}, ("hidden_size", "n_head")),
+    "gpt_oss": ({"rope_scaling": "inner", "rope_theta": 150000.0, "experts_per_token": 2}, ("rope_parameters",)),
+    "qwen2": ({"rope_theta": 10000.0}, ("rope_parameters", "layer_types")),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_configs_of_older_releases(folder, name):
+    path = folder(name)
+    more, drop = OLDER[name]
+    if more.get("rope_scaling") == "inner":
+        scaling = json.loads((path / "config.json").read_text())["rope_parameters"]
+        more = more | {"rope_scaling": {k: v for k, v in scaling.items() if k != "rope_theta"}}
+    set_config(path, drop, **more)
+    assert read_family(path).config == read_family(GOLDEN / name).config
+
+
+def test_dtypes(folder):
+    """Stored in bfloat16: stays so, or becomes what is asked for; Gemma's norms, one added, stay exact."""
+    path = folder("gemma2")
+    given = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors(path).items()}
+    save_file(given, path / WEIGHTS)
+    model = from_pretrained(path)
+    parameters = parameters_of(model)
+    kinds = {name.rsplit(".", 1)[1]: x.dtype for name, x in parameters.items()}
+    assert kinds == {"embedding": jnp.bfloat16, "kernel": jnp.bfloat16, "scale": jnp.float32}
+    norm = given["model.norm.weight"].astype(np.float32) + 1
+    np.testing.assert_array_equal(parameters["norm.scale"], norm)
+    assert model.make_cache(1, 8)[1].dtype == jnp.bfloat16
+    wide = from_pretrained(path, dtype=jnp.float32)
+    assert {x.dtype for x in parameters_of(wide).values()} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(wide.embed.embedding[...], given["model.embed_tokens.weight"].astype(np.float32))
+    with pytest.raises(DTypeError, match="int8"):
+        from_pretrained(path, dtype=jnp.int8)
+
+
+def test_mxfp4():
+    """Against the format's definition, one number at a time."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 3, 2, 16), np.uint8)
+    scales = rng.integers(110, 140, (2, 3, 2), np.uint8)
+    got = from_mxfp4(blocks, scales)
+    assert got.shape == (2, 3, 64) and got.dtype == np.float32
+
+    def number(code, exponent):
+        sign, power, fraction = code >> 3, (code >> 1) & 3, code & 1
+        value = fraction * 0.5 if power == 0 else (1 + fraction * 0.5) * 2.0 ** (power - 1)
+        return (-1) ** sign * value * 2.0 ** (exponent - 127)
+
+    for e, row, i in np.ndindex(2, 3, 64):
+        byte = int(blocks[e, row, i // 32, i % 32 // 2])
+        assert got[e, row, i] == number((byte >> 4) if i % 2 else byte & 15, int(scales[e, row, i // 32]))
+
+
+def test_packed_experts(folder):
+    """gpt-oss as it is published: experts in MXFP4, the rest in bfloat16."""
+    path = folder("gpt_oss")
+    plain, packed, rng = {}, {}, np.random.default_rng(0)
+    # Groups of 32 need features that are multiples of it: the hidden size is 32, the experts' 48 becomes 64.
+    for name, x in tensors(path).items():
+        if "experts" not in name:
+            plain[name] = packed[name] = x
+            continue
+        into, out = (32, 128) if "gate_up" in name else (64, 32)
+        if name.endswith("_bias"):
+            plain[name] = packed[name] = rng.normal(size=(4, out)).astype(np.float32)
+            continue
+        blocks = rng.integers(0, 256, (4, out, into // 32, 16), np.uint8)
+        scales = rng.integers(122, 126, (4, out, into // 32), np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = np.ascontiguousarray(from_mxfp4(blocks, scales).swapaxes(1, 2))
+    set_config(path, intermediate_size=64)
+    save_file(plain, path / WEIGHTS)
+    expected = from_pretrained(path)
+    set_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    save_file(packed, path / WEIGHTS)
+    assert_same(from_pretrained(path), expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh(kind):
+    """Kernels are split by heads where they divide; numbers stay what they are."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+    whole, split = from_pretrained(GOLDEN / "gpt_oss"), from_pretrained(GOLDEN / "gpt_oss", mesh=mesh)
+    assert_same(whole, split)
+    spec = lambda name: tuple(parameters_of(split)[name].sharding.spec)
+    assert spec("layers.0.attention.query.kernel") == (None, "model", None)
+    assert spec("layers.1.attention.out.kernel") == ("model", None, None)
+    assert spec("layers.1.mlp.gate") == (None, None, "model") and spec("layers.1.mlp.down") == (None, "model", None)
+    one_head = from_pretrained(GOLDEN / "falcon7b", mesh=jax.make_mesh((2,), ("x",), axis_types=(kind,)))
+    assert tuple(parameters_of(one_head)["layers.0.attention.key.kernel"].sharding.spec) == ()
+    assert tuple(parameters_of(one_head)["layers.0.mlp.up.kernel"].sharding.spec) == (None, "x")
+    with pytest.raises(ShardingError, match="Mesh"):
+        from_pretrained(GOLDEN / "gpt_oss", mesh=4)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def refused(error, path, *parts, **options):
+    """That the folder is refused with this error, whose message has all these parts."""
+    with pytest.raises(error) as caught:
+        from_pretrained(path, **options)
+    assert isinstance(caught.value, KVAttnError)
+    for part in parts:
+        assert str(part) in str(caught.value), f"{part!r} not in {caught.value}"
+
+
+def test_files_that_are_not_there(folder, tmp_path):
+    refused(MissingFileError, tmp_path / "nowhere", "config.json")
+    path = folder()
+    (path / WEIGHTS).rename(path / "pytorch_model.bin")
+    refused(MissingFileError, path, "pytorch_model.bin", "never read", "safetensors")
+    path = folder("llama2")
+    placed = shards(path)
+    (path / "model-00002-of-00003.safetensors").unlink()
+    lost = sorted(name for name, file in placed.items() if "00002" in file)
+    refused(MissingFileError, path, "model-00002-of-00003.safetensors", *lost)
+
+
+def test_an_index_that_lies(folder):
+    path = folder()
+    placed = shards(path)
+    index = path / "model.safetensors.index.json"
+    name = "model.norm.weight"
+    index.write_text(json.dumps({"weight_map": placed | {"model.more.weight": placed[name]}}))
+    refused(CacheCorruptionError, path, "model.more.weight", placed[name])
+    index.write_text(json.dumps({"weight_map": placed | {name: "../model.safetensors"}}))
+    refused(CacheCorruptionError, path, "../model.safetensors")
+    for text in ("{}", '{"weight_map": 3}', "[", "[]"):
+        index.write_text(text)
+        refused((CacheCorruptionError, ConfigError), path, index.name)
+    shards_of_two = {name: np.zeros(3, np.float32)}
+    save_file(shards_of_two, path / "model-00001-of-00003.safetensors")
+    save_file(shards_of_two, path / "model-00002-of-00003.safetensors")
+    index.write_text(json.dumps({"weight_map": placed}))
+    refused(CacheCorruptionError, path, name)
+
+
+def test_another_models_tensors(folder):
+    path = folder()
+    given = tensors(path)
+    lost, odd = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+    wrong = {name: x for name, x in given.items() if name != lost}
+    wrong |= {odd: given[odd].T.copy(), "model.layers.2.new": np.zeros(3, np.float32)}
+    wrong["model.norm.weight"] = np.ones(32, np.int32)
+    save_file(wrong, path / WEIGHTS)
+    refused(
+        CacheVersionError, path, path, f"missing: {lost} (48, 32)", f"shape: {odd} in {WEIGHTS} is (32, 16)",
+        "(16, 32)", "left over: model.layers.2.new (3,)", "kind: model.norm.weight", "I32",
+    )  # fmt: skip
+    shutil.copy(GOLDEN / "gpt2" / WEIGHTS, path / WEIGHTS)
+    refused(CacheVersionError, path, "missing: model.embed_tokens.weight", "left over: transformer.wte.weight")
+
+
+def test_damaged_files(folder):
+    path = folder()
+    whole = (path / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    for size in (0, 7, 8, 8 + length // 2, 8 + length, len(whole) - 1):
+        (path / WEIGHTS).write_bytes(whole[:size])
+        refused(CacheCorruptionError, path, WEIGHTS)
+    for bad in (
+        struct.pack("<Q", 2**60) + whole[8:],
+        whole[:8] + b"[" + whole[9:],
+        whole + b"more",
+        whole[:8] + b"\xff" * length + whole[8 + length :],
+    ):
+        (path / WEIGHTS).write_bytes(bad)
+        refused(CacheCorruptionError, path, WEIGHTS)
+    for text in (b"\xff\xfe", b"{", b""):
+        (path / "config.json").write_bytes(text)
+        refused(CacheCorruptionError, path, "config.json")
+    (path / "config.json").write_text("[]")
+    refused(ConfigError, path, "config.json")
+
+
+def test_unknown_models(folder):
+    path = folder()
+    set_config(path, model_type="mamba")
+    refused(UnsupportedError, path, "mamba", "llama", "gpt_oss")
+    set_config(path, drop=("model_type",))
+    refused(ConfigError, path, "model_type")
+
+
+FLAGS = [
+    ("llama3", {"hidden_act": "tanh"}, UnsupportedError),
+    ("llama3", {"quantization_config": {"quant_method": "gptq"}}, UnsupportedError),
+    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ConfigError),
+    ("llama3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, UnsupportedError),
+    ("llama3", {"partial_rotary_factor": 0.5}, UnsupportedError),
+    ("llama3", {"residual_multiplier": 0.22}, UnsupportedError),
+    ("llama3", {"hidden_size": "32"}, ConfigError),
+    ("llama3", {"num_key_value_heads": 3}, ConfigError),
+    ("llama3", {"attention_bias": "no"}, ConfigError),
+    ("llama3", {"rms_norm_eps": "tiny"}, KVAttnError),
+    ("llama3", {"rope_parameters": 5}, ConfigError),
+    ("mistral", {"sliding_window": 0}, KVAttnError),
+    ("qwen2", {"layer_types": ["full_attention"]}, ConfigError),
+    ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, UnsupportedError),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, ConfigError),
+    ("gemma2", {"use_bidirectional_attention": True}, UnsupportedError),
+    ("gemma2", {"attn_logit_softcapping": "x"}, KVAttnError),
+    ("gemma3", {"attn_logit_softcapping": 30.0}, UnsupportedError),
+    ("falcon40b", {"parallel_attn": False}, UnsupportedError),
+    ("falcon7b", {"num_ln_in_parallel_attn": 2}, UnsupportedError),
+    ("opt", {"layer_norm_elementwise_affine": False}, UnsupportedError),
+    ("mpt", {"no_bias": False}, UnsupportedError),
+    ("mpt", {"logit_scale": "inv_sqrt_d_model"}, UnsupportedError),
+    ("mpt", {"norm_type": "rmsnorm"}, UnsupportedError),
+    ("mpt", {"attn_config": {"alibi": False}}, UnsupportedError),
+    ("mpt", {"attn_config": {"qk_ln": True}}, UnsupportedError),
+    ("mpt", {"attn_config": {"prefix_lm": True}}, UnsupportedError),
+    ("mpt", {"attn_config": {"alibi_bias_max": 16}}, UnsupportedError),
+    ("mpt", {"attn_config": {"attn_type": "grouped_query_attention"}}, UnsupportedError),
+    ("mpt", {"attn_config": [1]}, ConfigError),
+    ("bloom", {"n_head": 5}, ConfigError),
+    ("gpt2", {"add_cross_attention": True}, UnsupportedError),
+    ("gpt2", {"n_head": 5}, ConfigError),
+    ("gpt_bigcode", {"inference_runner": 2}, UnsupportedError),
+    ("gpt_oss", {"hidden_act": "gelu"}, UnsupportedError),
+    ("gpt_oss", {"num_experts_per_tok": 9}, ConfigError),
+    ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError),
+]
+
+
+OURS = {
+    "window must": "sliding_window",
+    "sliding_window is null": "layer_types",
+    "num_heads": "n_head",
+    "num_kv_heads": "num_key_value_heads",
+    "experts_per_token": "num_experts_per_tok",
+}
+"""Where the decoder's settings say it, by their own names."""
+
+
+@pytest.mark.parametrize(("name", "fields", "error"), FLAGS, ids=lambda x: str(x)[:60])
+def test_flags_that_cannot_be_honoured(folder, name, fields, error):
+    path = folder(name)
+    set_config(path, **fields)
+    field = next(iter(fields))
+    inner = fields[field] if isinstance(fields[field], dict) else {}
+    with pytest.raises(error) as caught:
+        from_pretrained(path)
+    assert "config.json" in str(caught.value)
+    assert isinstance(caught.value, KVAttnError)
+    said = str(caught.value)
+    for ours, theirs in OURS.items():
+        said = said.replace(ours, f"{ours} {theirs}")
+    assert field in said or any(name in said for name in inner), caught.value
+
+
+def test_fields_that_are_known_to_change_nothing(folder):
+    path = folder()
+    set_config(path, residual_multiplier=1.0, _name_or_path="x", torch_dtype="float32", something=None, other=False)
+    refused(UnsupportedError, path, "residual_multiplier", "ignore=")
+    assert_same(from_pretrained(path, ignore=("residual_multiplier",)), from_pretrained(GOLDEN / "llama3"))
+
+
+def test_every_family_is_documented():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    for name in FAMILIES:
+        assert f"`{name}`" in text, name
+
+
+# What it costs ------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys, jax, jax.numpy as jnp, kvattn.models, safetensors.numpy, numpy
+kvattn.models.from_pretrained(sys.argv[1])  # everything is imported and warm
+jax.block_until_ready(jnp.ones(8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = kvattn.models.from_pretrained(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_loading_needs_little_more_than_the_checkpoint(folder):
+    """The peak of a process's memory, in a process of its own, against the file's bytes."""
+    path = folder("llama2")
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16000, "head_dim": 96}
+    set_config(path, **sizes, num_attention_heads=8, num_key_value_heads=8)
+    rng = np.random.default_rng(0)
+    given = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for rule in read_family(path).rules
+        for name, shape in rule.sources.items()
+    }
+    save_file(given, path / WEIGHTS)
+    stored = (path / WEIGHTS).stat().st_size
+    del given
+    run = [sys.executable, "-c", MEASURE, str(GOLDEN / "llama2"), str(path)]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, timeout=300).stdout
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert resource.getpagesize() and int(out.split()[-1]) * unit < 1.2 * stored, (out, stored)
+
+
+def test_nothing_is_unpickled():
+    package = pathlib.Path(kvattn.__file__).parent
+    for path in package.rglob("*.py"):
+        for word in ("import pickle", "torch.load", "allow_pickle=True"):
+            assert word not in path.read_text(), path
