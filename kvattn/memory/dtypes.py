@@ -3,6 +3,8 @@
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError
 
@@ -52,10 +54,11 @@ def name_of(what: str, dtype: Any) -> str:
     if isinstance(dtype, str):
         name = ALIASES.get(dtype.lower(), dtype.lower())
     else:
-        # np.dtype(jnp.bfloat16) and friends have a name; classes and scalar types know their dtype.
-        found = getattr(dtype, "dtype", dtype)
-        name = getattr(found, "name", None) or getattr(found, "__name__", None)
-        if not isinstance(name, str) or isinstance(dtype, bool):
+        try:
+            name = np.dtype(dtype).name
+        except TypeError as error:
+            raise DTypeError(f"{what} must be a dtype or its name, got {dtype!r}.") from error
+        if dtype is None or name == "object":  # NumPy takes None for float64
             raise DTypeError(f"{what} must be a dtype or its name, got {dtype!r}.")
     if name not in BITS:
         raise ConfigError(f"unknown {what} {dtype!r}; the known ones are {', '.join(BITS)}.")

@@ -1,0 +1,144 @@
+"""Published configurations, as config.json has them, and published parameter counts: what the planner is held to."""
+
+
+def gated(kind, layers, heads, kv_heads, dim, mlp, vocab, **more):
+    return {
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": dim,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+    } | more
+
+
+def opt(layers, heads, dim):
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": dim, "ffn_dim": 4 * dim}
+    return {"model_type": "opt", "vocab_size": 50272, "word_embed_proj_dim": dim} | sizes
+
+
+def gemma3(**inner):
+    """Image and text models leave what is the default out of their text part."""
+    return {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "sliding_window": 1024} | inner}
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+WHOLE = {"sliding_window": None}
+
+CONFIGS = {
+    "llama-2-7b": gated("llama", 32, 32, 32, 4096, 11008, 32000),
+    "llama-2-13b": gated("llama", 40, 40, 40, 5120, 13824, 32000),
+    "llama-2-70b": gated("llama", 80, 64, 8, 8192, 28672, 32000),
+    "llama-3-8b": gated("llama", 32, 32, 8, 4096, 14336, 128256),
+    "llama-3-70b": gated("llama", 80, 64, 8, 8192, 28672, 128256),
+    "llama-3.1-405b": gated("llama", 126, 128, 8, 16384, 53248, 128256),
+    "llama-3.2-1b": gated("llama", 16, 32, 8, 2048, 8192, 128256, head_dim=64, **TIED),
+    "llama-3.2-3b": gated("llama", 28, 24, 8, 3072, 8192, 128256, head_dim=128, **TIED),
+    "mistral-7b-v0.1": gated("mistral", 32, 32, 8, 4096, 14336, 32000, sliding_window=4096),
+    "mistral-7b-v0.3": gated("mistral", 32, 32, 8, 4096, 14336, 32768, **WHOLE),
+    "mistral-nemo-12b": gated("mistral", 40, 32, 8, 5120, 14336, 131072, head_dim=128, **WHOLE),
+    "mixtral-8x7b": gated("mixtral", 32, 32, 8, 4096, 14336, 32000, num_local_experts=8, num_experts_per_tok=2),
+    "mixtral-8x22b": gated("mixtral", 56, 48, 8, 6144, 16384, 32768, num_local_experts=8, num_experts_per_tok=2),
+    "qwen2.5-7b": gated("qwen2", 28, 28, 4, 3584, 18944, 152064, use_sliding_window=False, sliding_window=131072),
+    "qwen2.5-32b": gated("qwen2", 64, 40, 8, 5120, 27648, 152064),
+    "qwen2.5-72b": gated("qwen2", 80, 64, 8, 8192, 29568, 152064),
+    "qwen3-0.6b": gated("qwen3", 28, 16, 8, 1024, 3072, 151936, head_dim=128, **TIED),
+    "qwen3-8b": gated("qwen3", 36, 32, 8, 4096, 12288, 151936, head_dim=128, **UNTIED),
+    "qwen3-32b": gated("qwen3", 64, 64, 8, 5120, 25600, 151936, head_dim=128, **UNTIED),
+    "qwen3-30b-a3b": gated(
+        "qwen3_moe", 48, 32, 4, 2048, 6144, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, **UNTIED,
+    ),
+    "qwen3-235b-a22b": gated(
+        "qwen3_moe", 94, 64, 4, 4096, 12288, 151936, head_dim=128, moe_intermediate_size=1536, num_experts=128,
+        num_experts_per_tok=8, **UNTIED,
+    ),
+    "gemma-2-2b": gated("gemma2", 26, 8, 4, 2304, 9216, 256000, head_dim=256, sliding_window=4096),
+    "gemma-2-9b": gated("gemma2", 42, 16, 8, 3584, 14336, 256000, head_dim=256, sliding_window=4096),
+    "gemma-2-27b": gated("gemma2", 46, 32, 16, 4608, 36864, 256000, head_dim=128, sliding_window=4096),
+    "gemma-3-1b": gated(
+        "gemma3_text", 26, 4, 1, 1152, 6912, 262144, head_dim=256, sliding_window=512, sliding_window_pattern=6
+    ),
+    "gemma-3-4b": gemma3(num_hidden_layers=34, hidden_size=2560, intermediate_size=10240),
+    "gemma-3-12b": gemma3(
+        num_hidden_layers=48, hidden_size=3840, intermediate_size=15360, num_attention_heads=16, num_key_value_heads=8
+    ),
+    "gemma-3-27b": gemma3(
+        num_hidden_layers=62, hidden_size=5376, intermediate_size=21504, num_attention_heads=32,
+        num_key_value_heads=16, head_dim=128,
+    ),
+    "gpt-oss-20b": gated(
+        "gpt_oss", 24, 64, 8, 2880, 2880, 201088, head_dim=64, sliding_window=128, num_local_experts=32,
+        num_experts_per_tok=4, **UNTIED,
+    ),
+    "gpt-oss-120b": gated(
+        "gpt_oss", 36, 64, 8, 2880, 2880, 201088, head_dim=64, sliding_window=128, num_local_experts=128,
+        num_experts_per_tok=4, **UNTIED,
+    ),
+    "falcon-7b": {"model_type": "falcon", "bias": False, "multi_query": True, "parallel_attn": True},
+    "falcon-40b": {
+        "model_type": "falcon", "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8,
+        "hidden_size": 8192, "new_decoder_architecture": True, "bias": False,
+    },
+    "falcon-180b": {
+        "model_type": "falcon", "num_hidden_layers": 80, "num_attention_heads": 232, "num_kv_heads": 8,
+        "hidden_size": 14848, "new_decoder_architecture": True, "bias": False,
+    },
+    "starcoder": {
+        "model_type": "gpt_bigcode", "n_layer": 40, "n_head": 48, "n_embd": 6144, "n_inner": 24576,
+        "n_positions": 8192, "vocab_size": 49152, "multi_query": True,
+    },
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2-xl": {"model_type": "gpt2", "n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "pythia-6.9b": {
+        "model_type": "gpt_neox", "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096,
+        "intermediate_size": 16384, "vocab_size": 50432, "max_position_embeddings": 2048,
+    },
+    "mpt-7b": {"model_type": "mpt", "n_layers": 32, "n_heads": 32, "d_model": 4096, "vocab_size": 50432},
+    "mpt-30b": {"model_type": "mpt", "n_layers": 48, "n_heads": 64, "d_model": 7168, "vocab_size": 50432},
+    "bloom-176b": {"model_type": "bloom", "n_layer": 70, "n_head": 112, "hidden_size": 14336, "vocab_size": 250880},
+    "opt-125m": opt(12, 12, 768),
+    "opt-1.3b": opt(24, 32, 2048),
+    "opt-2.7b": opt(32, 32, 2560),
+    "opt-6.7b": opt(32, 32, 4096),
+    "opt-13b": opt(40, 40, 5120),
+    "opt-30b": opt(48, 56, 7168),
+    "opt-66b": opt(64, 72, 9216),
+    "opt-175b": opt(96, 96, 12288),
+}  # fmt: skip
+
+# What the model pages and papers say, to the digit where weights are published. The counters never saw these.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "starcoder": 15_517_456_384,
+    "bloom-176b": 176_247_271_424,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "pythia-6.9b": 6_857_302_016,
+    "mpt-7b": 6_649_286_656,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+}

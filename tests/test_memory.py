@@ -1,0 +1,733 @@
+"""The planner against the arrays themselves, against published figures, and against arithmetic done another way."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from memory_configs import CONFIGS, PUBLISHED
+
+import kvattn
+from kvattn import errors, memory
+from kvattn.cache import Layout
+from kvattn.codecs import Plain
+from kvattn.memory import DEVICES, MODELS, ModelSpec, bytes_per_token, cache_bytes, formula, from_config, levers, plan
+from kvattn.memory.plan import _seen
+from kvattn.policies import Full
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = sorted(path.parent for path in (ROOT / "tests" / "golden" / "hf").glob("*/config.json"))
+
+
+def tiny(layers=1, heads=4, kv_heads=2, head_dim=16, window=None, num_params=1000):
+    sizes = {"num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return ModelSpec(name="tiny", num_params=num_params, window=window, **sizes)
+
+
+# The published figures ------------------------------------------------------------------------------------------------
+
+# layers, query heads, key/value heads, head dim, bytes per token in half precision.
+TABLES = {
+    "llama-2-7b": (32, 32, 32, 128, 524_288),
+    "llama-2-13b": (40, 40, 40, 128, 819_200),
+    "llama-2-70b": (80, 64, 8, 128, 327_680),
+    "opt-125m": (12, 12, 12, 64, 36_864),
+    "opt-1.3b": (24, 32, 32, 64, 196_608),
+    "opt-2.7b": (32, 32, 32, 80, 327_680),
+    "opt-6.7b": (32, 32, 32, 128, 524_288),
+    "opt-13b": (40, 40, 40, 128, 819_200),
+    "opt-30b": (48, 56, 56, 128, 1_376_256),
+    "opt-66b": (64, 72, 72, 128, 2_359_296),
+    "opt-175b": (96, 96, 96, 128, 4_718_592),
+    "mpt-7b": (32, 32, 32, 128, 524_288),
+    "mpt-30b": (48, 64, 64, 112, 1_376_256),
+    "bloom-176b": (70, 112, 112, 128, 4_014_080),
+    "palm-8b": (32, 16, 1, 256, 32_768),
+    "palm-62b": (64, 32, 1, 256, 65_536),
+    "palm-540b": (118, 48, 1, 256, 120_832),
+    "falcon-7b": (32, 71, 1, 64, 8_192),
+    "falcon-40b": (60, 128, 8, 64, 122_880),
+    "falcon-180b": (80, 232, 8, 64, 163_840),
+    "mistral-7b-v0.1": (32, 32, 8, 128, 131_072),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_bytes_per_token_of_the_tables(name):
+    layers, heads, kv_heads, head_dim, expected = TABLES[name]
+    m = MODELS[name]
+    assert (m.num_layers, m.num_heads, m.num_kv_heads, m.head_dim) == (layers, heads, kv_heads, head_dim)
+    assert bytes_per_token(layers, kv_heads, head_dim) == expected
+    assert plan(name, "h100").bytes_per_token == expected
+
+
+def test_figures_of_the_article():
+    """Half a MiB and 4 MB a token; 14 GiB are 28,672 tokens; 20 thousand on an A10; 1,000 tokens: 524 MB, 13.5e12."""
+    assert plan("llama-2-7b", "a10").bytes_per_token == 2**19
+    assert round(plan("bloom-176b", "a10").bytes_per_token / 1e6, 2) == 4.01
+    assert 14 * 2**30 // bytes_per_token(32, 32, 128) == 28_672 == 56 * 512
+    p = plan("llama-2-7b", "a10", batch_size=1, length=1000)
+    assert p.weight_bytes == 13_476_831_232
+    assert p.max_tokens == 20_071
+    assert p.weight_bytes // p.bytes_per_token == p.crossover_length == 25_705
+    assert 10 * 10**9 // 500_000 == 20_000  # the article's own rounding
+    assert round(p.bytes_per_token * 1000 / 1e6) == 524
+    assert round(p.prefill_flops / 1e12, 1) == 13.5
+    assert p.prefill_attention_flops / p.prefill_flops < 0.02  # the quadratic part that the article leaves out
+    assert max(plan(name, "a10").bytes_per_token for name in TABLES) == 4_718_592  # "about 1 MB": the order
+
+
+def test_floor_of_a_step():
+    """13.48 GB over 600 GB/s; every 1,000 tokens of cache 0.87 ms more."""
+    empty = plan("llama-2-7b", "a10")
+    full = plan("llama-2-7b", "a10", length=1000)
+    assert round(1e3 * empty.step_seconds, 1) == 22.5
+    assert round(1e3 * (full.step_seconds - empty.step_seconds), 2) == 0.87
+    assert full.tokens_per_second == 1 / full.step_seconds
+    many = plan("llama-2-7b", "a10", batch_size=4, length=1000)
+    assert math.isclose(many.step_seconds, (13_476_831_232 + 4 * 524_288_000) / 600e9)
+    assert math.isclose(many.tokens_per_second, 4 / many.step_seconds)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "by", "published"),
+    [(48, 128, "heads", (1320, 330)), (1, 256, "heads", (660, 165)), (1, 256, "batch", (43_000, 10_700))],
+    ids=["multihead", "multiquery, by heads", "multiquery, by batch"],
+)
+def test_longest_contexts_of_pope_et_al(kv_heads, head_dim, by, published):
+    """arXiv:2211.05102, table 1: PaLM 540B on 64 TPU v4, 30 % of memory for caches, batches of 128 and 512."""
+    model = dataclasses.replace(MODELS["palm-540b"], num_kv_heads=kv_heads, head_dim=head_dim)
+    for batch, expected in zip((128, 512), published, strict=True):
+        p = plan(model, "tpu-v4", batch_size=batch, num_devices=64, by=by, memory_fraction=0.3)
+        assert abs(p.max_tokens / batch / expected - 1) < 0.02
+        # In whole rows of eight slots, which a length of 165 feels.
+        assert 0 <= p.max_tokens / batch - p.max_length < 9
+    assert by == plan(model, "tpu-v4", batch_size=128, num_devices=64, memory_fraction=0.3).by or by == "heads"
+
+
+def test_three_terabytes_of_pope_et_al():
+    model = dataclasses.replace(MODELS["palm-540b"], num_kv_heads=48, head_dim=128)
+    assert round(plan(model, "tpu-v4", batch_size=512, length=2048).cache_bytes / 1e12, 2) == 3.04
+
+
+def test_window_of_mistral():
+    """32,768 tokens: 4 GiB without the window, half a GiB with it."""
+    whole = cache_bytes(MODELS["mistral-7b-v0.1"], 1, 32768, policy=Full())
+    ring = cache_bytes(MODELS["mistral-7b-v0.1"], 1, 32768)
+    assert round(whole / 2**30, 3) == 4 and round(ring / 2**30, 3) == 0.5
+    p = plan("mistral-7b-v0.1", "a10", length=32768)
+    assert p.max_length is None and p.crossover_length is None
+
+
+# The arrays themselves ------------------------------------------------------------------------------------------------
+
+POLICIES = [
+    None,
+    kvattn.SlidingWindow(100),
+    kvattn.StreamingLLM(4, 60),
+    kvattn.H2O(5, 9),
+    kvattn.H2O(5, 9, positions_in="cache"),
+    kvattn.Scissorhands(33, history=41),
+    kvattn.FastGen(),
+]
+CODECS = [
+    None,
+    kvattn.Int8(),
+    kvattn.Float8(),
+    kvattn.Int4(),
+    kvattn.Int4(7),
+    kvattn.KIVI(),
+    kvattn.KIVI(4, 16, 48),
+]
+BUDGETED = (kvattn.H2O, kvattn.Scissorhands)
+
+
+def shapes(policy, codec, heads, head_dim, capacity, batch, backend, dtype):
+    """A cache's arrays by shape."""
+
+    def create():
+        options = {"policy": policy, "codec": codec, "dtype": dtype, "capacity": capacity}
+        if isinstance(policy, BUDGETED):
+            options["capacity"] = None
+        if backend != "cpu":  # what KVCache.create takes there
+            slots = (policy or Full()).num_slots(options["capacity"])
+            options["layout"] = Layout.best(slots, 0, backend, head_dim)
+        return kvattn.KVCache.create(batch, heads, head_dim, **options)
+
+    return jax.eval_shape(create)
+
+
+CASES = list(itertools.product(POLICIES, CODECS))
+
+
+@functools.cache
+def real_bytes():
+    """Of every policy and codec that go together, at sizes that change from case to case."""
+    found = {}
+    sizes = itertools.cycle(itertools.product([(2, 64), (1, 5), (3, 128)], (1, 50, 300, 1000), ("cpu", "gpu", "tpu")))
+    for policy, codec in CASES:
+        for (heads, head_dim), capacity, backend in itertools.islice(sizes, 5):
+            dtype = "float32" if capacity == 50 else "bfloat16"
+            case = (policy, codec, heads, head_dim, capacity, backend, dtype)
+            try:
+                found[case] = shapes(policy, codec, heads, head_dim, capacity, 3, backend, dtype).nbytes
+            except errors.UnsupportedError:
+                assert isinstance(codec, kvattn.KIVI)
+    assert len(found) > 150
+    return found
+
+
+def predicted(case):
+    policy, codec, heads, head_dim, capacity, backend, dtype = case
+    model = tiny(1, heads, heads, head_dim)
+    return cache_bytes(model, 3, capacity, policy=policy, codec=codec, dtype=dtype, backend=backend)
+
+
+def wrong():
+    return [case for case, size in real_bytes().items() if predicted(case) != size]
+
+
+def test_every_policy_and_codec_to_the_byte():
+    assert not wrong()
+
+
+@pytest.mark.parametrize("fault", ["no state", "no lengths", "no rounding", "no scales", "keys only", "residual"])
+def test_a_fault_in_the_formula_is_seen(monkeypatch, fault):
+    whole = formula.storage
+    if fault == "no state":
+        monkeypatch.setattr(formula, "state_bytes", lambda policy, heads: (0, 0))
+    elif fault == "no lengths":
+        monkeypatch.setattr(formula, "ROW_BYTES", 0)
+    elif fault == "no rounding":
+        monkeypatch.setattr(formula.Layer, "_rows", lambda self, slots: self.codec.rows or 1)
+    elif fault == "residual":
+        monkeypatch.setattr(formula, "storage", lambda *a: dataclasses.replace(whole(*a), rest=0))
+    elif fault == "keys only":
+        monkeypatch.setattr(formula, "storage", lambda *a: dataclasses.replace(whole(*a), block=whole(*a).block // 2))
+    else:
+
+        def bare(codec, head_dim, dtype):
+            store = whole(codec, head_dim, dtype)
+            bits = {kvattn.Int8: 8, kvattn.Float8: 8, kvattn.Int4: 4, kvattn.KIVI: getattr(codec, "bits", 0)}
+            kind = type(codec)
+            return (
+                store
+                if kind is Plain
+                else dataclasses.replace(store, block=2 * store.rows * head_dim * bits[kind] // 8)
+            )
+
+        monkeypatch.setattr(formula, "storage", bare)
+    assert wrong()
+
+
+def test_the_formula_written_out():
+    """2 * layers * K * H * bytes * slots, and scales, and tables: by hand, for sizes that nothing rounds."""
+    layers, heads, head_dim, batch, slots = 3, 2, 64, 5, 256
+    model = tiny(layers, 4, heads, head_dim)
+    numbers = 2 * layers * heads * head_dim * slots * batch
+    groups = numbers // head_dim  # (token, head, key or value)
+    rows = 8 * layers * batch
+    size = functools.partial(cache_bytes, model, batch, slots)
+    assert size() == 2 * numbers + rows
+    assert size(dtype="float32") == 4 * numbers + rows
+    assert size(codec=kvattn.Int8()) == numbers + 4 * groups + rows
+    assert size(codec=kvattn.Int4(32)) == numbers // 2 + (head_dim // 32) * 4 * groups + rows
+    kivi = kvattn.KIVI(2, 32, 128)
+    residual = 2 * layers * heads * head_dim * 128 * batch * 2
+    assert size(codec=kivi) == numbers // 4 + (numbers // 32) * 4 + residual + rows
+    per_slot = layers * heads * slots * batch
+    assert size(policy=kvattn.FastGen()) == 2 * numbers + 12 * per_slot + layers * batch * (4 * heads + 4) + rows
+    # H2O: positions and scores of budget + 1 slots, rounded up to eight for keys and values only.
+    kept = 2 * layers * heads * head_dim * 2 * batch * 24
+    assert size(policy=kvattn.H2O(10, 8)) == kept + 8 * layers * heads * batch * 19 + rows
+    pages, most = 40, 16
+    paged = cache_bytes(model, batch, slots, page_size=16, num_pages=pages)
+    assert paged == 2 * layers * heads * head_dim * 2 * pages * 16 + layers * batch * 4 * most + rows
+
+
+@pytest.mark.parametrize("codec", [None, kvattn.Int8(), kvattn.Int4(), kvattn.KIVI(2, 16, 16)], ids=str)
+@pytest.mark.parametrize("num_pages", [None, 7])
+def test_pages(codec, num_pages):
+    model = tiny(1, 6, 3, 64)
+
+    def create():
+        pages = num_pages or 4 * 5
+        options = {"batch_size": 4, "max_pages": 5, "codec": codec}
+        return kvattn.PagedKVCache.create(pages, 16, 3, 64, **options)
+
+    expected = jax.eval_shape(create).nbytes
+    assert cache_bytes(model, 4, 70, codec=codec, page_size=16, num_pages=num_pages) == expected
+
+
+@pytest.mark.parametrize("folder", [f for f in GOLDEN if f.name in ("gemma3", "mistral", "gpt_oss", "falcon7b")],
+                         ids=lambda f: f.name)  # fmt: skip
+@pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=str)
+def test_the_caches_of_a_model(folder, codec):
+    """`make_cache` of a checkpoint's model: windows layer by layer, heads as the family has them."""
+    model = models()[folder.name]
+    caches = jax.eval_shape(lambda: model.make_cache(2, 40, codec=codec, dtype=jnp.float32))
+    size = cache_bytes(from_config(folder), 2, 40, codec=codec, dtype="float32", backend="cpu")
+    assert size == sum(cache.nbytes for cache in caches)
+
+
+@functools.cache
+def models():
+    return {name: kvattn.models.from_pretrained(ROOT / "tests" / "golden" / "hf" / name)
+            for name in ("gemma3", "mistral", "gpt_oss", "falcon7b")}  # fmt: skip
+
+
+COMPILED = [
+    (None, None),
+    (None, kvattn.Int8()),
+    (kvattn.SlidingWindow(96), kvattn.Int4()),
+    (kvattn.H2O(40, 40), None),
+]
+
+
+@pytest.mark.parametrize(("policy", "codec"), COMPILED, ids=str)
+def test_the_compiled_step(policy, codec):
+    """What the program of a decode step is given, and updates in place, is what the planner says, within 1 %."""
+    model = tiny(1, 4, 2, 64)
+    capacity = None if isinstance(policy, kvattn.H2O) else 640
+    cache = jax.eval_shape(
+        lambda: kvattn.KVCache.create(2, 2, 64, capacity=capacity, policy=policy, codec=codec, dtype=jnp.float32)
+    )
+    query = jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.float32)
+    token = jax.ShapeDtypeStruct((2, 1, 2, 64), jnp.float32)
+    compiled = kvattn.jit(kvattn.cached_attention).lower(query, token, token, cache).compile()
+    found = compiled.memory_analysis()
+    expected = cache_bytes(model, 2, 640, policy=policy, codec=codec, dtype="float32", backend="cpu")
+    given = found.argument_size_in_bytes - 4 * (query.size + 2 * token.size)
+    assert abs(given / expected - 1) < 0.01
+    assert abs(found.alias_size_in_bytes / expected - 1) < 0.01
+
+
+MESH_CASES = [
+    ("heads", 4, 4, None, None),
+    ("heads", 8, 4, kvattn.H2O(20, 11), kvattn.Int8()),
+    ("batch", 1, 8, None, None),
+    ("batch", 2, 8, kvattn.StreamingLLM(4, 60), kvattn.Int4()),
+    ("sequence", 1, 3, None, kvattn.Int8()),
+]
+
+
+@pytest.mark.parametrize(("by", "kv_heads", "batch", "policy", "codec"), MESH_CASES)
+def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
+    """Against the shards that `kvattn.sharding` makes, within 1 %."""
+    mesh = jax.make_mesh((4,), ("model",))
+    capacity = None if isinstance(policy, BUDGETED) else 1024
+    cache = jax.eval_shape(
+        lambda: kvattn.KVCache.create(batch, kv_heads, 64, capacity=capacity, policy=policy, codec=codec)
+    )
+    real = kvattn.sharding.bytes_per_device(cache, mesh, by=by)
+    model, device = tiny(1, 8, kv_heads, 64), dataclasses.replace(DEVICES["a10"], backend="cpu")
+    options = {"policy": policy, "codec": codec, "num_devices": 4, "by": by}
+    p = plan(model, device, batch_size=batch, length=1024, **options)
+    assert abs(p.device_cache_bytes / real - 1) < 0.01
+
+
+def test_auto_is_what_sharding_chooses():
+    for kv_heads, batch in itertools.product((1, 2, 8), (1, 3, 8, 16)):
+        p = plan(tiny(1, 16, kv_heads), "a10", batch_size=batch, length=64, num_devices=8)
+        assert p.by == kvattn.sharding.choose(16, kv_heads, batch, 8)
+    assert plan(tiny(1, 16, 1), "a10", length=64, num_devices=8).by == "batch"  # a batch that divides
+
+
+def test_nothing_is_allocated_and_flax_stays_away():
+    code = """
+import sys, jax
+from kvattn import memory
+p = memory.plan("bloom-176b", "tpu-v4", batch_size=10**5, length=10**6)
+memory.levers(memory.plan("gpt2", "t4", length=10**6))
+print("flax" in sys.modules, len(jax.live_arrays()), p.cache_bytes > 4 * 10**17)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.split() == ["False", "0", "True"], done.stderr
+
+
+# Models and devices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    assert from_config(CONFIGS[name]).num_params == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_is_what_the_config_says(name):
+    found, listed = from_config(CONFIGS[name]), MODELS[name]
+    for field in dataclasses.fields(ModelSpec):
+        if field.name not in ("name", "source", "max_length"):
+            assert getattr(found, field.name) == getattr(listed, field.name), field.name
+
+
+def test_the_rest_of_the_table():
+    """PaLM's sizes are its paper's; Llama 3.1 is Llama 3 for longer texts."""
+    rest = set(MODELS) - set(CONFIGS)
+    assert rest == {"palm-8b", "palm-62b", "palm-540b", "llama-3.1-8b", "llama-3.1-70b"}
+    assert all(model.source for model in MODELS.values()) and all(device.source for device in DEVICES.values())
+    for size in ("8b", "70b"):
+        ours, older = MODELS[f"llama-3.1-{size}"], MODELS[f"llama-3-{size}"]
+        assert dataclasses.replace(ours, name=older.name, max_length=older.max_length, source=older.source) == older
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_parameters_of_real_checkpoints(folder):
+    """Counted from the config, and from the header of the weights."""
+    data = (folder / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    tensors = [math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    spec = from_config(folder)
+    assert spec.num_params == sum(tensors)
+    assert spec.name == folder.name and from_config(folder / "config.json", name="mine").name == "mine"
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_sizes_of_real_checkpoints(folder):
+    """Heads and windows, read by the planner and by what loads the checkpoint."""
+    from kvattn.models.pretrained import read_family
+
+    config, spec = read_family(folder, ()).config, from_config(folder)
+    assert spec.layer_windows == config.layer_windows
+    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
+    assert [getattr(spec, name) for name in names] == [getattr(config, name) for name in names]
+
+
+def test_windows_layer_by_layer():
+    base = CONFIGS["qwen3-8b"] | {"num_hidden_layers": 6, "sliding_window": 100}
+    assert from_config(base).window is None
+    assert from_config(base | {"use_sliding_window": False}).window is None
+    some = from_config(base | {"use_sliding_window": True, "max_window_layers": 4})
+    assert some.window == (None, None, None, None, 100, 100)
+    gemma = CONFIGS["gemma-2-2b"] | {"num_hidden_layers": 5}
+    assert from_config(gemma).window == (4096, None, 4096, None, 4096)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert from_config(gemma | {"layer_types": kinds}).window == (None, 4096, 4096, None, 4096)
+    three = CONFIGS["gemma-3-1b"] | {"num_hidden_layers": 4, "sliding_window_pattern": 2}
+    assert from_config(three).window == (512, None, 512, None)
+    assert from_config(CONFIGS["mistral-7b-v0.1"]).window == 4096
+    # A file that leaves it out means the family's default; a null means none.
+    left_out = {key: x for key, x in CONFIGS["mistral-7b-v0.1"].items() if key != "sliding_window"}
+    assert from_config(left_out).window == 4096 and from_config(left_out | {"sliding_window": None}).window is None
+
+
+def test_experts_that_a_step_reads():
+    """Against every way in which two or three tokens can choose two of four experts."""
+    spec = ModelSpec(
+        name="m", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=1, num_params=100 + 4 * 30,
+        num_active_params=100 + 2 * 30, num_experts=4, experts_per_token=2,
+    )  # fmt: skip
+    pairs = list(itertools.combinations(range(4), 2))
+    for count in (1, 2, 3):
+        chosen = [len(set().union(*choice)) for choice in itertools.product(pairs, repeat=count)]
+        assert math.isclose(spec.touched_params(count), 100 + 30 * sum(chosen) / len(chosen))
+    mixtral = MODELS["mixtral-8x7b"]
+    assert round(mixtral.active_params / 1e9, 1) == 12.9  # as its paper says
+    assert plan("mixtral-8x7b", "h200").step_seconds == 2 * mixtral.active_params / 4.8e12
+    assert plan("mixtral-8x7b", "h200", length=10).prefill_flops == 2 * mixtral.active_params * 10
+
+
+def test_names_are_forgiven_and_unknown_ones_listed():
+    assert MODELS["Llama_2_7B"] is MODELS["meta-llama/Llama-2-7b-hf"] is MODELS["llama-2-7b"]
+    assert DEVICES["H100"].bandwidth == 3.35e12 and DEVICES["v5e"] is DEVICES["tpu-v5e"]
+    assert "mistral-7b" in MODELS and "nonsense" not in MODELS and MODELS.get("nonsense") is None
+    with pytest.raises(errors.UnknownNameError) as caught:
+        MODELS["lama-2-7b"]
+    assert isinstance(caught.value, KeyError | ValueError)
+    message = str(caught.value)
+    assert message.startswith("unknown model 'lama-2-7b'; the known ones are llama-2-7b, ")
+    assert all(name in message for name in MODELS)
+    with pytest.raises(errors.UnknownNameError, match="unknown device 'h10'; the known ones are h100, "):
+        plan("gpt2", "h10")
+
+
+def test_devices():
+    """The rows of the article's table and those of today, in bytes and bytes per second."""
+    rows = {
+        "t4": (16e9, 320), "v100-16gb": (16e9, 900), "a10": (24e9, 600), "l4": (24e9, 300), "a40": (48e9, 696),
+        "l40s": (48e9, 864), "a100-40gb": (40e9, 1555), "a100-80gb": (80e9, 2039), "a100-80gb-pcie": (80e9, 1935),
+        "h100": (80e9, 3350), "h200": (141e9, 4800), "b200": (180e9, 8000), "tpu-v4": (32 * 2**30, 1200),
+        "tpu-v5e": (16 * 2**30, 819), "tpu-v5p": (95 * 2**30, 2765), "tpu-v6e": (32 * 2**30, 1640),
+        "tpu-7x": (192 * 2**30, 7380),
+    }  # fmt: skip
+    for name, (size, bandwidth) in rows.items():
+        assert (DEVICES[name].memory_bytes, DEVICES[name].bandwidth) == (size, bandwidth * 1e9)
+        assert DEVICES[name].backend == ("tpu" if name.startswith("tpu") else "gpu")
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+SMALL = dataclasses.replace(DEVICES["t4"], name="small", memory_bytes=3_000_000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"codec": kvattn.Int8()},
+        {"codec": kvattn.KIVI(2, 16, 32)},
+        {"policy": kvattn.H2O(50, 50)},
+        {"num_devices": 2, "by": "batch"},
+        {"num_devices": 2, "by": "sequence"},
+        {"pipeline_stages": 3},
+        {"page_size": 16},
+        {"reserved_bytes": 500_000},
+        {"memory_fraction": 0.25},
+    ],
+    ids=str,
+)
+def test_the_largest_batch_and_length(options):
+    """Everything up to it fits, and nothing beyond."""
+    model = tiny(5, 4, 2, 16, window=(None, 64, None, 64, None), num_params=100_000)
+    if isinstance(options.get("codec"), kvattn.KIVI):
+        model = dataclasses.replace(model, window=None)
+    p = plan(model, SMALL, batch_size=6, length=200, **options)
+
+    def fits(batch, length):
+        q = p.changed(batch_size=batch, length=length)
+        assert q.fits == (q.device_cache_bytes <= p.free_bytes)
+        return q.fits
+
+    if p.max_length is None:
+        assert fits(6, 10**6)
+    else:
+        lengths = {1, 2, 10, p.max_length // 2, *range(p.max_length - 9, p.max_length + 18), 2 * p.max_length}
+        assert [fits(6, n) for n in sorted(lengths)] == [n <= p.max_length for n in sorted(lengths)]
+    step = 2 if p.by == "batch" else 1
+    batches = {1, p.max_batch // 2, p.max_batch, p.max_batch + step, 2 * p.max_batch}
+    assert [fits(n, 200) for n in sorted(batches)] == [n <= p.max_batch for n in sorted(batches)]
+    assert fits(6, 200) == p.fits and p.max_batch > 1
+    room = 3_000_000 - p.device_weight_bytes - p.reserved_bytes
+    assert p.free_bytes == min(room, int(3_000_000 * p.memory_fraction))
+
+
+def test_stages_hold_their_own_layers():
+    model = tiny(5, 4, 2, 16, window=(None, 64, None, 64, None), num_params=100_000)
+    p = plan(model, "t4", batch_size=3, length=200, pipeline_stages=3)
+    # Layers 0-1, 2-3 and 4: the fullest stage holds one whole layer and one with a window.
+    one = cache_bytes(dataclasses.replace(model, num_layers=2, window=(None, 64)), 3, 200)
+    assert p.device_cache_bytes == one and p.cache_bytes == cache_bytes(model, 3, 200)
+    assert p.device_weight_bytes == 2 * 100_000 * 2 // 5
+    alone = plan(model, "t4", batch_size=3, length=200)
+    assert p.step_seconds >= alone.step_seconds  # one stage after the other
+
+
+def test_weights_that_do_not_fit():
+    p = plan("llama-2-70b", "a10", batch_size=1, length=100)
+    assert (p.fits, p.free_bytes, p.max_tokens, p.max_batch, p.max_length) == (False, 0, 0, 0, 0)
+    assert plan("llama-2-70b", "a10", weight_dtype="int4", num_devices=2).fits
+
+
+def test_weights_by_dtype():
+    for dtype, size in {"float32": 400, "bfloat16": 200, "int8": 100, jnp.float16: 200, "int4": 50}.items():
+        assert plan(tiny(num_params=100), "t4", weight_dtype=dtype).weight_bytes == size
+    assert plan(tiny(num_params=3), "t4", weight_dtype="int4").weight_bytes == 2  # rounded up
+    assert plan(tiny(num_params=64), "t4", weight_dtype="mxfp4").weight_bytes == 34
+
+
+def test_bits_that_fill_no_byte_are_rounded_up():
+    assert bytes_per_token(1, 1, 5, "int4") == 5
+    assert bytes_per_token(1, 1, 5, "uint2") == 3
+    assert bytes_per_token(1, 3, 7, "int8") == 42 and bytes_per_token(2, 3, 7, np.float32) == 336
+
+
+def test_mean_length_and_pages():
+    """Contiguous caches are as long as the longest sequence; pages as the tokens that are there."""
+    model = tiny(2, 4, 2, 16)
+    one = plan(model, "t4", batch_size=4, length=1000, mean_length=300)
+    paged = plan(model, "t4", batch_size=4, length=1000, mean_length=300, page_size=16)
+    assert one.cache_bytes == cache_bytes(model, 4, 1000) and one.unused_share == 0.7
+    assert paged.cache_bytes == cache_bytes(model, 4, 1000, page_size=16, num_pages=4 * 19)
+    assert math.isclose(paged.unused_share, 1 - 300 / 304)
+    assert one.step_seconds == paged.step_seconds < plan(model, "t4", batch_size=4, length=1000).step_seconds
+    # A window's ring is full, whatever the longest sequence is.
+    assert plan(tiny(window=8), "t4", length=1000, mean_length=300).unused_share == 0
+
+
+def test_what_attention_computes():
+    for length, window in itertools.product((1, 5, 9), (None, 1, 4, 9, 20)):
+        assert _seen(length, window) == sum(min(t, window or t) for t in range(1, length + 1))
+    p = plan(tiny(3, 4, 2, 16, window=(None, 4, None)), "t4", batch_size=2, length=9)
+    assert p.prefill_attention_flops == 2 * 4 * 4 * 16 * (45 + 30 + 45)
+    assert math.isclose(p.prefill_seconds, (p.prefill_flops + p.prefill_attention_flops) / DEVICES["t4"].flops)
+
+
+def test_crossover_by_walking():
+    for options in ({}, {"codec": kvattn.Int8()}, {"policy": kvattn.StreamingLLM(4, 60)}):
+        model = tiny(2, 4, 2, 16, num_params=50_000)
+        p = plan(model, "t4", batch_size=2, **options)
+        heavier = [n for n in range(1, 3000) if cache_bytes(model, 2, n, **options) >= 100_000]
+        assert p.crossover_length == (heavier[0] if heavier else None)
+
+
+def test_what_a_step_reads():
+    """Tokens that are kept, in their bits; never empty slots."""
+    model, device = tiny(1, 2, 2, 64, num_params=0), DEVICES["t4"]
+
+    def read(length, **options):
+        return plan(model, device, length=length, **options).step_seconds * device.bandwidth
+
+    assert math.isclose(read(100), 100 * 2 * 2 * 64 * 2)
+    assert math.isclose(read(100, codec=kvattn.Int8()), 100 * 2 * 2 * (64 + 4))
+    assert math.isclose(read(10**6, policy=kvattn.SlidingWindow(50)), 50 * 512)
+    assert math.isclose(read(10**6, policy=kvattn.H2O(20, 29)), 50 * 512)
+    kivi = kvattn.KIVI(2, 32, 128)
+    assert math.isclose(read(100, codec=kivi), 100 * 512)  # all of them as they came
+    assert math.isclose(read(128 + 96, codec=kivi), 128 * 512 + 96 * 2 * 2 * 64 * 3 / 8)
+    assert math.isclose(read(100, num_devices=2, by="heads"), 100 * 256)
+    assert math.isclose(read(100, num_devices=2, by="sequence"), 100 * 256)
+
+
+# Levers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_levers_best_first():
+    p = plan("llama-2-7b", "a10", batch_size=2, length=4096)
+    found = levers(p)
+    names = [lever.name for lever in found]
+    # GQA, windows, StreamingLLM, H2O, 8 and 4 bits, KIVI, devices, pages, lighter weights: one of each at least.
+    for part in ("GQA, 8", "MQA", "SlidingWindow", "StreamingLLM", "H2O", "Int8", "Int4", "KIVI(2)", "8 devices",
+                 "pages", "weights in int8"):  # fmt: skip
+        assert any(part in name for name in names), part
+    room = [lever.plan.free_bytes / lever.plan.device_cache_bytes for lever in found]
+    assert room == sorted(room, reverse=True)
+    for lever in found:
+        assert math.isclose(
+            lever.gain, lever.plan.free_bytes / lever.plan.device_cache_bytes * p.device_cache_bytes / p.free_bytes
+        )
+        assert math.isclose(lever.cache_ratio, lever.plan.device_cache_bytes / p.device_cache_bytes)
+        assert lever.plan.length == 4096 and lever.plan.batch_size == 2
+    by_name = dict(zip(names, found, strict=True))
+    assert by_name["GQA, 8 key/value heads"].cache_ratio == pytest.approx(1 / 4, rel=1e-4)
+    assert by_name["Int8()"].cache_ratio == pytest.approx(8.25 / 16, rel=1e-4)
+    assert by_name["weights in int8"].cache_ratio == 1 and by_name["weights in int8"].gain > 1.6
+    assert by_name["Int8()"].outputs == "rounded" and by_name["2 devices, by heads"].outputs == "the same"
+    # Keys and values of 24 heads less: 2 * 32 layers * 4096 * 24 * 128 weights.
+    saved = 2 * 32 * 4096 * 24 * 128
+    assert by_name["GQA, 8 key/value heads"].plan.model.num_params == 6_738_415_616 - saved
+
+
+def test_gqa_of_llama_is_counted_as_its_config_would_be():
+    converted = from_config(CONFIGS["llama-2-7b"] | {"num_key_value_heads": 8})
+    lever = next(x for x in levers(plan("llama-2-7b", "a10")) if x.name.startswith("GQA"))
+    assert lever.plan.model.num_params == converted.num_params
+
+
+def test_levers_that_are_pulled_or_do_not_go_together_are_left_out():
+    names = {lever.name for lever in levers(plan("falcon-7b", "a10", length=2048, codec=kvattn.Int8()))}
+    assert not any(name.startswith(("GQA", "MQA", "Int", "KIVI")) for name in names)
+    windowed = [lever.name for lever in levers(plan("mistral-7b-v0.1", "a10", length=32768))]
+    assert not any(name.startswith("KIVI") for name in windowed)  # a ring's slots are given away one by one
+    assert "SlidingWindow(4096)" not in windowed  # it has that window
+    paged = [lever.name for lever in levers(plan("gpt2", "t4", length=512, page_size=16))]
+    assert not any("pages" in name or "H2O" in name for name in paged)
+    mqa = {lever.name: lever for lever in levers(plan("palm-8b", "h100", batch_size=64, length=2048))}
+    assert "8 devices, by heads" in mqa  # lighter weights make room, but the cache stays whole
+    assert mqa["8 devices, by heads"].cache_ratio == 1 and mqa["8 devices, by batch"].cache_ratio == 1 / 8
+
+
+def test_levers_where_nothing_fits():
+    found = levers(plan("llama-2-70b", "a10", length=1000))
+    assert all(lever.gain == float("inf") for lever in found if lever.plan.max_batch)
+    assert json.loads(json.dumps([lever.to_json() for lever in found]))[0]["gain"] is None
+
+
+def test_a_plan_as_json_and_again():
+    p = plan("gemma-3-1b", "tpu-v5e", batch_size=3, length=2048, codec=kvattn.Int8(), num_devices=2)
+    assert p.changed() == p
+    as_json = json.loads(json.dumps(p.to_json()))
+    assert as_json["codec"] == "Int8()" and as_json["model"]["num_layers"] == 26
+    assert as_json["cache_bytes"] == p.cache_bytes and as_json["by"] == p.by
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+LLAMA = CONFIGS["llama-2-7b"]
+GPT2 = functools.partial(plan, "gpt2", "t4")
+REFUSED = {
+    "no such window": (errors.RangeError, "window", lambda: tiny(window=0)),
+    "a window per layer, too few": (errors.ConfigError, "2 entries for 3 layers", lambda: tiny(3, window=(1, None))),
+    "heads that do not group": (errors.ConfigError, "divisible", lambda: tiny(heads=16, kv_heads=5)),
+    "a batch below 1": (errors.RangeError, "batch_size must be >= 1, got -1", lambda: GPT2(batch_size=-1)),
+    "a batch that is a bool": (errors.DTypeError, "batch_size", lambda: GPT2(batch_size=True)),
+    "a length that is a float": (errors.DTypeError, "length", lambda: GPT2(length=1e3)),
+    "a length of 0": (errors.RangeError, "length must be >= 1", lambda: GPT2(length=0)),
+    "a length past int32": (errors.RangeError, "int32", lambda: GPT2(length=2**31)),
+    "nan of the memory": (errors.RangeError, "memory_fraction", lambda: GPT2(memory_fraction=float("nan"))),
+    "none of the memory": (errors.RangeError, "memory_fraction", lambda: GPT2(memory_fraction=0)),
+    "all of it and more": (errors.RangeError, "memory_fraction", lambda: GPT2(memory_fraction=1.5)),
+    "a fraction that is a bool": (errors.DTypeError, "memory_fraction", lambda: GPT2(memory_fraction=True)),
+    "5 bits": (errors.ConfigError, "unknown weight_dtype 'int5'", lambda: GPT2(weight_dtype="int5")),
+    "a dtype that is none": (errors.DTypeError, "dtype", lambda: bytes_per_token(1, 1, 1, 5)),
+    "an unknown dtype": (errors.ConfigError, "bfloat17", lambda: bytes_per_token(1, 1, 1, "bfloat17")),
+    "a cache dtype of 8 bits": (errors.DTypeError, "codec", lambda: GPT2(dtype="int8")),
+    "no layers": (errors.ConfigError, "num_layers", lambda: bytes_per_token(0, 1, 1)),
+    "a head dim of half": (errors.DTypeError, "head_dim", lambda: bytes_per_token(1, 1, 0.5)),
+    "no devices": (errors.ConfigError, "num_devices", lambda: GPT2(num_devices=0)),
+    "an unknown placement": (errors.ConfigError, "'rows'", lambda: GPT2(num_devices=2, by="rows")),
+    "more stages than layers": (errors.ConfigError, "pipeline_stages", lambda: GPT2(pipeline_stages=13)),
+    "pages of nothing": (errors.ConfigError, "page_size", lambda: GPT2(page_size=0)),
+    "pages of a policy": (
+        errors.UnsupportedError, "H2O", lambda: GPT2(length=9, page_size=16, policy=kvattn.H2O(1, 1)),
+    ),
+    "KIVI in other pages": (
+        errors.ConfigError, "same size", lambda: GPT2(length=9, page_size=16, codec=kvattn.KIVI()),
+    ),
+    "KIVI under H2O": (
+        errors.UnsupportedError, "does not work", lambda: GPT2(codec=kvattn.KIVI(), policy=kvattn.H2O(1, 1)),
+    ),
+    "no policy": (errors.ConfigError, "policy", lambda: GPT2(policy="h2o")),
+    "no codec": (errors.ConfigError, "codec", lambda: GPT2(codec=8)),
+    "a mean above the longest": (errors.RangeError, "mean_length", lambda: GPT2(length=9, mean_length=10)),
+    "a mean of nothing": (errors.RangeError, "mean_length", lambda: GPT2(mean_length=10)),
+    "memory of less than nothing": (errors.RangeError, "reserved", lambda: GPT2(reserved_bytes=-1)),
+    "a device of no bandwidth": (errors.RangeError, "bandwidth", lambda: dataclasses.replace(SMALL, bandwidth=0)),
+    "a model that is a number": (errors.ConfigError, "model", lambda: plan(7, "t4")),
+    "experts without active ones": (errors.ConfigError, "experts", lambda: dataclasses.replace(tiny(), num_experts=2)),
+    "an unknown family": (errors.ConfigError, "give num_params", lambda: from_config(LLAMA | {"model_type": "x"})),
+    "a config that is a list": (errors.ConfigError, "object", lambda: from_config([])),
+    "a config without a family": (errors.ConfigError, "model_type", lambda: from_config({"hidden_size": 3})),
+    "a config without sizes": (errors.ConfigError, "hidden_size", lambda: from_config({"model_type": "qwen2"})),
+    "half a layer": (errors.DTypeError, "num_hidden_layers", lambda: from_config(LLAMA | {"num_hidden_layers": 1.5})),
+    "a config with a window of -1": (
+        errors.RangeError, "window", lambda: from_config(CONFIGS["mistral-7b-v0.1"] | {"sliding_window": -1}),
+    ),
+    "latent attention": (errors.UnsupportedError, "MLA", lambda: from_config(LLAMA | {"kv_lora_rank": 512})),
+    "linear attention": (
+        errors.UnsupportedError, "linear_attention", lambda: from_config(LLAMA | {"layer_types": ["linear_attention"]}),
+    ),
+    "an encoder": (errors.UnsupportedError, "encoder", lambda: from_config(LLAMA | {"is_encoder_decoder": True})),
+    "a file that is not there": (errors.MissingFileError, "nowhere", lambda: from_config("nowhere/config.json")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what):
+    kind, part, call = REFUSED[what]
+    with pytest.raises(kind) as caught:
+        call()
+    assert part in str(caught.value)
+    assert isinstance(caught.value, errors.KVAttnError)
+
+
+def test_files_that_are_no_config(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{")
+    with pytest.raises(errors.ConfigError, match=r"is no JSON"):
+        from_config(tmp_path)
+    file.write_text(json.dumps(LLAMA | {"model_type": "brand_new"}))
+    spec = from_config(tmp_path, num_params=7_000_000_000)
+    assert (spec.num_params, spec.num_layers, spec.head_dim) == (7 * 10**9, 32, 128)
+
+
+def test_public_names():
+    assert kvattn.memory is memory
