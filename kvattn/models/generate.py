@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,22 @@ def generate(
     return results
 
 
+class _Rows(NamedTuple):
+    """Where the rows of a batch are.
+
+    Attributes:
+        new: int32 [B], the tokens of the last step, `_NOTHING` or `_UNSOUND`.
+        running: bool [B], rows that have not ended.
+        num_drawn: int32 [], tokens that every running row drew before that.
+    """
+
+    new: Array
+    running: Array
+    num_drawn: Array
+
+
 class _Decoding:
-    """A batch on the device: weights, caches and which rows have not ended."""
+    """A batch on the device: weights, caches and where its rows are."""
 
     def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: np.ndarray):
         graph, state = nnx.split(model)
@@ -173,9 +187,7 @@ class _Decoding:
         self.sampler = sampler
         self.stop = jnp.asarray(stop)
         batch = cache[0].batch_size
-        self.new = jnp.full((batch,), _NOTHING, jnp.int32)
-        self.running = jnp.zeros((batch,), bool)
-        self.num_drawn = jnp.int32(0)
+        self.rows = _Rows(jnp.full((batch,), _NOTHING, jnp.int32), jnp.zeros((batch,), bool), jnp.int32(0))
 
     def append_prompts(self, rows: Sequence[np.ndarray], lengths: np.ndarray, chunk: int) -> None:
         """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""
@@ -183,21 +195,19 @@ class _Decoding:
         tokens = given.padded(rows, num_chunks * chunk)
         for start in range(0, num_chunks * chunk, chunk):
             num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-            self.new, self.running, self.cache = self.append(
-                self.weights, tokens[:, start : start + chunk], num_new, self.cache, self.new, self.running,
-                self.sampler, self.stop,
-            )  # fmt: skip
+            part = tokens[:, start : start + chunk]
+            self.rows, self.cache = self.append(
+                self.weights, part, num_new, self.cache, self.rows, self.sampler, self.stop
+            )
 
     def steps(self, count: int) -> Iterator[np.ndarray]:
         """int32 [B] for each of `count` steps, the first of which the prompts brought: the new tokens."""
         in_flight: collections.deque[Array] = collections.deque()
         for number in range(count):
             if number > 0:
-                self.new, self.running, self.num_drawn, self.cache = self.step(
-                    self.weights, self.new, self.cache, self.running, self.num_drawn, self.sampler, self.stop
-                )
-            self.new.copy_to_host_async()
-            in_flight.append(self.new)
+                self.rows, self.cache = self.step(self.weights, self.cache, self.rows, self.sampler, self.stop)
+            self.rows.new.copy_to_host_async()
+            in_flight.append(self.rows.new)
             if len(in_flight) > _AHEAD:
                 yield np.asarray(in_flight.popleft())
         while in_flight:
@@ -216,29 +226,29 @@ def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[
     Each is compiled once per shapes and per kind of sampling (which parts a `Sampler` has).
     """
 
-    def advance(weights, tokens, num_new, cache, otherwise, running, num_drawn, sampler, stop):
-        """Appends tokens [B, T] and chooses the next of every row that has any; other rows stay as they were."""
+    def advance(weights, tokens, num_new, cache, rows, sampler, stop):
+        """Appends tokens [B, T] and chooses the next of every row that has any; other rows stay as they are."""
         model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
         logits, cache = model(tokens, cache, num_new)
         last = jnp.maximum(num_new - 1, 0)
         logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-        token, sound = choose(sampler, logits, num_drawn)
+        token, sound = choose(sampler, logits, rows.num_drawn)
         came = num_new > 0
-        running = jnp.where(came, sound & ~stop[token], running)
-        return jnp.where(came, jnp.where(sound, token, _UNSOUND), otherwise), running, cache
+        new = jnp.where(came, jnp.where(sound, token, _UNSOUND), rows.new)
+        running = jnp.where(came, sound & ~stop[token], rows.running)
+        return _Rows(new, running, rows.num_drawn), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def append(weights, tokens, num_new, cache, new, running, sampler, stop):
+    def append(weights, tokens, num_new, cache, rows, sampler, stop):
         """A chunk of the prompts. A row's token is that of its last chunk."""
-        return advance(weights, tokens, num_new, cache, new, running, jnp.int32(0), sampler, stop)
+        return advance(weights, tokens, num_new, cache, rows, sampler, stop)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def step(weights, new, cache, running, num_drawn, sampler, stop):
-        """The tokens that the last call chose. Rows that have ended append nothing."""
-        tokens, nothing = jnp.maximum(new, 0)[:, None], jnp.full_like(new, _NOTHING)
-        num_new, num_drawn = running.astype(jnp.int32), num_drawn + 1
-        new, running, cache = advance(weights, tokens, num_new, cache, nothing, running, num_drawn, sampler, stop)
-        return new, running, num_drawn, cache
+    def step(weights, cache, rows, sampler, stop):
+        """Appends the tokens that the last call chose. Rows that have ended append nothing."""
+        tokens, num_new = jnp.maximum(rows.new, 0)[:, None], rows.running.astype(jnp.int32)
+        rows = _Rows(jnp.full_like(rows.new, _NOTHING), rows.running, rows.num_drawn + 1)
+        return advance(weights, tokens, num_new, cache, rows, sampler, stop)
 
     return append, step
 
