@@ -81,14 +81,17 @@ def generate(
     model, text, ends = _opened(models, checkpoint, dtype)
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
     prompts = [([] if first is None else [first]) + list(text.encode(p).ids) for p in texts]
-    stream = models.TextStream(text)
-    start = time.perf_counter()
+    stream, unsaid = models.TextStream(text), [texts[0]]  # the prompt comes with its first token: once nothing is wrong
+
+    def show_token(row: int, token: int) -> None:
+        typer.echo((unsaid.pop() if unsaid else "") + stream.push(token), nl=False)
+
     if len(prompts) == 1:
-        typer.echo(texts[0], nl=False)
-        settings["on_token"] = lambda row, token: typer.echo(stream.push(token), nl=False)
+        settings["on_token"] = show_token
+    start = time.perf_counter()
     tokens = models.generate(model, prompts, count, stop_tokens=None if ignore_end else ends or None, **settings)
     if len(prompts) == 1:
-        typer.echo(stream.finish())
+        typer.echo("".join(unsaid) + stream.finish())
     else:
         for given, new in zip(texts, tokens, strict=True):
             typer.echo(f"--- {given}\n{text.decode(new)}")
