@@ -28,12 +28,14 @@ from kvattn.positions import alibi_slopes as alibi_slopes
 
 if TYPE_CHECKING:
     from kvattn import layers as layers
+    from kvattn import memory as memory
     from kvattn import models as models
     from kvattn import pallas as pallas
+    from kvattn import sharding as sharding
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = {"layers": "kvattn.layers", "models": "kvattn.models", "pallas": "kvattn.pallas"}
+_ON_FIRST_USE = {name: f"kvattn.{name}" for name in ("layers", "memory", "models", "pallas", "sharding")}
 
 
 def __getattr__(name: str):

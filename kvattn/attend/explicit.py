@@ -62,7 +62,12 @@ def by_shard[C: Cache](
         kv_heads = None
 
     tokens = P(rows, None, kv_heads, None)
-    cache_specs = _specs(cache, rows, kv_heads)
+    if isinstance(cache, PagedKVCache) and rows is not None:
+        raise ShardingError(
+            f"the rows of the queries are split over {rows}, but the sequences of a PagedKVCache share one pool: "
+            "split by heads, or give every device pages of its own (kvattn.sharding.cached_attention)."
+        )
+    cache_specs = specs_of(cache, rows, kv_heads)
     q_spec = P(rows, None, q_heads, None)
     specs = (
         q_spec,
@@ -80,23 +85,30 @@ def by_shard[C: Cache](
     return mapped(*args)
 
 
-def _specs(cache: Cache, rows: Any, kv_heads: Any) -> Any:
-    """The cache's tree of placements."""
+def specs_of(cache: Cache, rows: Any, kv_heads: Any, slots: Any = None, pages: Any = None) -> Any:
+    """The cache's tree of placements.
+
+    Args:
+        cache: any cache.
+        rows: mesh axes (None, a name, several) that split the sequences.
+        kv_heads: those that split the key/value heads.
+        slots: those that split the slots of a block of a `KVCache`.
+        pages: those that split the pool of a `PagedKVCache`.
+    """
     specs: Any = jax.tree.map(lambda _: P(rows), cache)
     if isinstance(cache, PagedKVCache):
-        if rows is not None:
-            raise ShardingError(
-                f"the rows of the queries are split over {rows}, but the sequences of a PagedKVCache share one pool: "
-                "split by heads, or give every device a pool and its rows."
-            )
-        store = lambda tree: {n: P(None, rows, kv_heads) if n == "residual" else P(kv_heads) for n in tree}
+        store = lambda tree: {n: P(None, rows, kv_heads) if n == "residual" else P(kv_heads, pages) for n in tree}
         return dataclasses.replace(specs, keys=store(cache.keys), values=store(cache.values))
+
+    def blocks(role: Any, name: str) -> P:
+        last = cache.codec.transposed(cache.store, role, name)
+        return P(None, rows, kv_heads, None, slots) if last else P(None, rows, kv_heads, slots, None)
+
     state = lambda x: P(rows, kv_heads) if cache.policy.per_head and x.ndim > 1 else P(rows)
-    blocks = P(None, rows, kv_heads, None, None)
     return dataclasses.replace(
         specs,
-        keys=jax.tree.map(lambda _: blocks, cache.keys),
-        values=jax.tree.map(lambda _: blocks, cache.values),
+        keys={n: blocks("keys", n) for n in cache.keys},
+        values={n: blocks("values", n) for n in cache.values},
         state=jax.tree.map(state, cache.state),
     )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ def cached_attention[C: Cache](
         padding: where the other tokens lie, "right" (after the real ones) or "left". Pads are not appended, take no
             position, and come out as zeros.
         rope: rotates query and key at the positions the policy wants.
-        window: attend to the last `window` tokens only, the query's own included; with a policy's window, the smaller.
+        window: attend to the last `window` tokens only, the query's own included; with a policy's window, the
+            smaller, for its sinks too (by the positions they are seen from).
         scale: factor of the scores. None: 1/sqrt(H).
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: float [N], a learned logit per head that joins the softmax sum only.
@@ -80,20 +81,66 @@ def cached_attention[C: Cache](
         UnsupportedError: the named implementation cannot do this.
         StaleCacheError: the cache was donated to an earlier step.
     """
+    step, arguments = prepared(
+        query,
+        key,
+        value,
+        cache,
+        num_new=num_new,
+        padding=padding,
+        rope=rope,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        token_ids=token_ids,
+        implementation=implementation,
+    )
+    return step(*arguments) if step.is_empty else explicit.by_shard(step, *arguments)
+
+
+def prepared(
+    query: Any,
+    key: Any,
+    value: Any,
+    cache: Cache,
+    *,
+    num_new: Any,
+    padding: str,
+    rope: RoPE | None,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Any,
+    alibi_slopes: Any,
+    token_ids: Any,
+    implementation: api.Implementation,
+    num_heads: int | None = None,
+) -> tuple["Step", tuple[Any, ...]]:
+    """Checks the arguments of `cached_attention`, and raises what it raises.
+
+    `num_heads`: N, where `query` has heads behind those that are filling. None: all are real.
+
+    Returns:
+        the step, and its arguments: query, key, value, cache, given int32 [B], bad_count bool [B], sinks,
+        alibi_slopes, token_ids. Rows, and key/value heads with their queries, do not depend on each other.
+    """
     _checks.not_donated("the cache", cache)
     query = _checks.floating("query", query)
     if query.ndim != 4:
         raise ShapeError(f"query must be [B, T, N, H], got shape {query.shape}.")
-    batch, length, num_heads, head_dim = query.shape
+    batch, length, _, head_dim = query.shape
+    heads = query.shape[2] if num_heads is None else num_heads
     if batch != cache.batch_size:
         raise ShapeError(f"query has {batch} rows, the cache {cache.batch_size}.")
-    _checks.head_counts(num_heads, cache.num_kv_heads)
+    _checks.head_counts(heads, cache.num_kv_heads)
     if head_dim != cache.key_head_dim:
         raise ShapeError(f"query has head dim {head_dim}, the keys of the cache {cache.key_head_dim}.")
     _checks.finite_scale(scale)
     _checks.positive_softcap(softcap)
-    sinks = _checks.per_head("sinks", sinks, num_heads)
-    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, num_heads)
+    sinks = _checks.per_head("sinks", sinks, heads)
+    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
     if window is not None and cache.policy.places(cache.state) is not None:
@@ -116,18 +163,61 @@ def cached_attention[C: Cache](
             raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
         if rope is not None or window is not None:
             raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
-        step = _cross
+        run = _cross
     else:
         key, value = _new_tokens(key, value, query, cache)
         cache, given = cache.vouched(given)
         fits = _fits(cache, given)
         cache.refuse_overflow(fits, given)
-        step = _decode if length == 1 else _chunk
+        run = _decode if length == 1 else _chunk
     if length == 0 or batch == 0:
-        return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
+        run = _nothing
+    return Step(run, call), (query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
 
-    step = functools.partial(_step, step, call)
-    return explicit.by_shard(step, query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What a step reads and writes of a cache: all its slots.
+
+    `kvattn.sharding.sequence` has one whose slots are a device's share of them.
+    """
+
+    is_share: ClassVar[bool] = False
+    """Whether there are slots elsewhere, so that attention to these is a part of it."""
+
+    def write(self, cache: Cache, slots: Array, key: Array, value: Array, implementation: Any = "xla") -> Cache:
+        """`Cache.write`, by a kernel where `implementation` has one."""
+        return cache.write(slots, key, value, api.writer(cache.store, implementation))
+
+    def view(self, cache: Cache, places: Array | None) -> View:
+        """The slots; with `places` int32 [B, K, C] every token stands where the policy says."""
+        view = cache.view()
+        return view if places is None else dataclasses.replace(view, positions=block_positions(view.layout, places))
+
+    def of_chunk(self, key: Array, value: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """The new tokens [B, T, K, H] and their positions [B, T] that are read here."""
+        return key, value, positions
+
+    def joined(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """Attention to the slots and new tokens of all, from that to those read here."""
+        return out, lse
+
+    def of_group(self, tree: Any) -> Any:
+        """The mean over all the query heads of a group, from that over those that are here."""
+        return tree
+
+    def all_slots(self, cache: Cache, tree: Any) -> Any:
+        """Arrays [B, K, C, ...] of all slots, from those of the slots here."""
+        del cache
+        return tree
+
+    def all_new(self, tree: Any, length: int) -> Any:
+        """Arrays [B, K, T, ...] of all new tokens, from those of the tokens read here."""
+        del length
+        return tree
+
+
+ALL_SLOTS = Slots()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,23 +231,50 @@ class _Call:
     rope: RoPE | None
     implementation: api.Implementation
     key_rope: RoPE | None = None
+    slots: Slots = ALL_SLOTS
 
     def request(self, query: Array, positions: Array, view: View, slopes: Array | None, **more: Any) -> Request:
         settings = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "key_rope": self.key_rope, **more}
         return Request(query, positions, view, slopes, **settings)
 
 
-def _step(step: Any, call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids) -> Any:
-    """The step itself, on arrays that fit together; under an Explicit mesh once per device."""
-    length, dtype = query.shape[1], query.dtype
-    if call.padding == "left":
-        late = length - given
-        query, key, value, token_ids = (
-            None if x is None else _shift_left(x, late) for x in (query, key, value, token_ids)
-        )
-    out, cache = step(call, query, key, value, cache, given, bad_count, sinks, slopes, token_ids)
-    out = out.astype(dtype)
-    return _shift_left(out, given - length) if call.padding == "left" else out, cache
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The step itself, on arrays that fit together; on a mesh once per device. Hashable.
+
+    Attributes:
+        run: which kind of step.
+        call: its settings.
+    """
+
+    run: Any
+    call: _Call
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do: no rows, or no new tokens."""
+        return self.run is _nothing
+
+    def over(self, slots: Slots) -> "Step":
+        """The same step on other slots."""
+        return dataclasses.replace(self, call=dataclasses.replace(self.call, slots=slots))
+
+    def __call__(self, query, key, value, cache, given, bad_count, sinks, slopes, token_ids) -> tuple[Array, Any]:
+        """out [B, T, N, Hv] and the new cache."""
+        length, dtype = query.shape[1], query.dtype
+        if self.call.padding == "left":
+            late = length - given
+            query, key, value, token_ids = (
+                None if x is None else _shift_left(x, late) for x in (query, key, value, token_ids)
+            )
+        out, cache = self.run(self.call, query, key, value, cache, given, bad_count, sinks, slopes, token_ids)
+        out = out.astype(dtype)
+        return _shift_left(out, given - length) if self.call.padding == "left" else out, cache
+
+
+def _nothing(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+    """No rows, or no new tokens."""
+    return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
 
 
 def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
@@ -165,14 +282,18 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
     slots = policy.place(cache.state, lengths, new, 1, num_slots)
-    written = cache.write(slots, key, value, api.writer(cache.store, call.implementation))
+    written = call.slots.write(cache, slots, key, value, call.implementation)
     seen = policy.enter(cache.state, slots, lengths, new)
-    view = written.replace(lengths=lengths + new, state=seen).view()
-    view = _as_seen(view, policy.places(seen))
-    requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass)
+    view = call.slots.view(written.replace(lengths=lengths + new, state=seen), policy.places(seen))
+    # Mass goes by the whole softmax sum: where that is not known from one request, it is taken afterwards.
+    late = sinks is not None or call.slots.is_share
+    requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass and not late)
     out, lse, mass = _attend_all(call, requests, sinks)
-    if policy.needs_mass and (sinks is not None or len(requests) > 1):
+    if policy.needs_mass and (late or len(requests) > 1):
         mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
+        mass = call.slots.all_slots(written, mass)
+    if mass is not None:
+        mass = call.slots.of_group(mass)
     state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
     written = written.replace(state=state, status=_scorable(policy, written.status, lse))
     return out, written.advance(new, ~fits, bad_count)
@@ -185,11 +306,12 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
     """
     policy, num_slots, lengths, length = cache.policy, cache.num_slots, cache.lengths, query.shape[1]
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    layout = Layout.best(length, key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
+    own_tokens = call.slots.of_chunk(key, value, positions)
+    layout = Layout.best(own_tokens[0].shape[1], key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
-    own = token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
+    own = token_view(cache.codec.for_chunk(key.dtype), *own_tokens, layout)
     places = policy.places(cache.state)
-    old_requests = _requests(call, queries, positions, _as_seen(cache.view(), places), slopes)
+    old_requests = _requests(call, queries, positions, call.slots.view(cache, places), slopes)
     own_requests = _requests(call, queries, positions, own, slopes)
     out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
     kept = fresh = None
@@ -200,14 +322,20 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
         def true(where):
             return jnp.where(where < 0, EMPTY, where + gone.reshape(-1, *(1,) * (where.ndim - 1)))
 
-        def measured(requests):
-            function = lambda probs, q, kv: policy.measure(cache.state, probs, true(q), true(kv), lengths, new)
-            parts = [_xla.measure(request, lse, function) for request in requests]
-            return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+        # Sums of attention may be averaged over the heads of a group at last; what else is measured is of the average.
+        first, last = call.slots.of_group, lambda x: x
+        if policy.measures_sums:
+            first, last = last, first
 
-        kept, fresh = measured(old_requests), measured(own_requests)
+        def measured(requests):
+            function = lambda probs, q, kv: policy.measure(cache.state, first(probs), true(q), true(kv), lengths, new)
+            parts = [_xla.measure(request, lse, function) for request in requests]
+            return last(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts))
+
+        kept = call.slots.all_slots(cache, measured(old_requests))
+        fresh = call.slots.all_new(measured(own_requests), length)
     state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
-    cache = cache.write(slots, key, value)
+    cache = call.slots.write(cache, slots, key, value)
     cache = cache.replace(state=state, status=_scorable(policy, cache.status, lse))
     return out, cache.advance(new, ~fits, bad_count)
 
@@ -230,7 +358,7 @@ def _cross(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
     del key, value, token_ids
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(t < given[:, None], t, EMPTY)
-    request = call.request(query, positions, cache.view(), slopes, mask=Mask(causal=False))
+    request = call.request(query, positions, call.slots.view(cache, None), slopes, mask=Mask(causal=False))
     out, _, _ = _attend_all(call, [request], sinks)
     nothing = jnp.zeros_like(given)
     return out, cache.advance(nothing, nothing > 0, bad_count)
@@ -242,18 +370,15 @@ def _requests(call: _Call, queries, positions, view: View, slopes, want_mass: bo
     if not near:
         return [call.request(query, positions, view, slopes, want_mass=want_mass)]
     ((sink_query, (num_sinks, sink_positions)),) = near
-    rest = dataclasses.replace(call.mask, begin=num_sinks, num_sinks=0)
-    sinks = Mask(causal=True, end=num_sinks)
+    # The mask may end before the sinks do: a window of the model that is smaller than the policy's has none.
+    rest = dataclasses.replace(call.mask, begin=num_sinks, num_sinks=0, reach=None)
+    reach = call.mask.reach if call.mask.num_sinks else call.mask.window
+    sinks = Mask(causal=True, end=num_sinks, window=reach)
     sink_positions = jnp.where(positions >= 0, sink_positions, EMPTY)
     return [
         call.request(query, positions, view, slopes, mask=rest),
         call.request(sink_query, sink_positions, view, slopes, mask=sinks),
     ]
-
-
-def _as_seen(view: View, places: Array | None) -> View:
-    """The view with every token where the policy says that it stands."""
-    return view if places is None else dataclasses.replace(view, positions=block_positions(view.layout, places))
 
 
 def _count(places: Array) -> Array:
@@ -266,6 +391,7 @@ def _attend_all(call: _Call, requests: list[Request], sinks) -> tuple[Array, Arr
     (out, lse, mass), *others = [api.attend(request, call.implementation) for request in requests]
     for other_out, other_lse, _ in others:
         out, lse = merge_states(out, lse, other_out, other_lse)
+    out, lse = call.slots.joined(out, lse)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     return out, lse, mass

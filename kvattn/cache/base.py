@@ -97,10 +97,10 @@ class Cache:
         return self.replace(
             keys=codec.write(self.keys, store, "keys", slots, key),
             values=codec.write(self.values, store, "values", slots, value),
-            status=bits.mark(self.status, self._unfit(slots, key, value), bits.NONFINITE),
+            status=bits.mark(self.status, self.unfit(slots, key, value), bits.NONFINITE),
         )
 
-    def _unfit(self, slots: Array, key: Array, value: Array) -> Array:
+    def unfit(self, slots: Array, key: Array, value: Array) -> Array:
         """bool [B]: rows with tokens [B, K, T, H] that the codec cannot encode; an error if they can be seen."""
         unfit = [x for x in (self.codec.unfit(key), self.codec.unfit(value)) if x is not None]
         stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0

@@ -236,9 +236,7 @@ class PagedKVCache(Cache):
 
     def vouched(self, num_new: Array) -> tuple["PagedKVCache", Array]:
         """Every page that holds a token or will take one must exist; see `Cache.vouched`."""
-        used = -(-jnp.minimum(self.lengths + num_new, self.num_slots) // self.page_size)
-        wanted = jnp.arange(self.max_pages, dtype=jnp.int32)[None] < used[:, None]
-        unknown = wanted & ((self.page_table < 0) | (self.page_table >= self.num_pages))
+        unknown = self.pages_outside(num_new, 0, self.num_pages)
         bad = jnp.any(unknown, axis=1)
         if _checks.is_concrete(bad) and np.any(bad):
             row, column = np.argwhere(np.asarray(unknown))[0].tolist()
@@ -250,6 +248,12 @@ class PagedKVCache(Cache):
             self._refuse_shared_writes(np.asarray(num_new))
         status = bits.mark(self.status, bad, bits.BAD_PAGE)
         return dataclasses.replace(self, status=status), jnp.where(bad, 0, num_new)
+
+    def pages_outside(self, num_new: Array, first: Any, end: Any) -> Array:
+        """bool [B, max_pages]: entries that the tokens seen and int32 [B] new ones need, not in [first, end)."""
+        used = -(-jnp.minimum(self.lengths + num_new, self.num_slots) // self.page_size)
+        wanted = jnp.arange(self.max_pages, dtype=jnp.int32)[None] < used[:, None]
+        return wanted & ((self.page_table < first) | (self.page_table >= end))
 
     def _refuse_shared_writes(self, num_new: np.ndarray) -> None:
         """Raises for two rows whose new tokens would go to one page; under jit nobody looks."""

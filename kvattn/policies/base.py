@@ -38,6 +38,9 @@ class Policy:
     needs_mass: ClassVar[bool] = False
     """Whether `absorb` and `observe` want the attention that slots received."""
 
+    measures_sums: ClassVar[bool] = True
+    """Whether `measure` adds attention up: of several heads it may then be taken one by one, and averaged."""
+
     per_head: ClassVar[bool] = False
     """Whether key/value heads keep different tokens: slots and positions then carry a K axis."""
 

@@ -63,6 +63,7 @@ class Scissorhands(Policy):
     positions_in: str = dataclasses.field(default="original", kw_only=True)
 
     needs_mass: ClassVar[bool] = True
+    measures_sums: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
 
     def __post_init__(self):

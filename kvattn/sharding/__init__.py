@@ -1,0 +1,12 @@
+"""Which device holds which part of a cache, and the step over it: by heads, by batch, by sequence, by layers."""
+
+from kvattn.sharding.attention import cached_attention as cached_attention
+from kvattn.sharding.cache import arrange as arrange
+from kvattn.sharding.cache import bytes_per_device as bytes_per_device
+from kvattn.sharding.cache import cache_sharding as cache_sharding
+from kvattn.sharding.cache import shard_cache as shard_cache
+from kvattn.sharding.choose import Explanation as Explanation
+from kvattn.sharding.choose import choose as choose
+from kvattn.sharding.choose import explain as explain
+from kvattn.sharding.programs import Collective as Collective
+from kvattn.sharding.programs import collectives as collectives

@@ -1,0 +1,196 @@
+"""Placing a cache on a mesh."""
+
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from kvattn import _checks
+from kvattn.cache import Cache
+from kvattn.cache.base import nbytes_of
+from kvattn.errors import ShardingError
+from kvattn.sharding import batch, heads, replicated, sequence
+from kvattn.sharding.choose import KNOWN, choose
+from kvattn.sharding.place import Place, place_of
+
+SCHEMES: dict[str, Any] = {"heads": heads, "batch": batch, "sequence": sequence, "replicated": replicated}
+"""Modules of the same functions: check, arrange, cache_specs, token_specs, local."""
+
+
+def cache_sharding(
+    cache: Cache, mesh: Any, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
+) -> Any:
+    """Where each array of a cache lies: the cache's tree with a `jax.sharding.NamedSharding` at each leaf.
+
+    For ``jax.jit(..., out_shardings=...)``, `jax.device_put`, checkpoints. The cache's arrays must divide as they are;
+    `arrange` makes them.
+
+    Args:
+        cache: a `KVCache` or `PagedKVCache`, or its shapes (`jax.eval_shape`).
+        mesh: the devices.
+        by: "heads", "batch", "sequence", "replicated", or "auto": as `choose` says.
+        axis: the mesh axis to split over.
+        data_axis: the mesh axis that splits rows besides, where the mesh has it; None: rows are not split besides.
+
+    Raises:
+        ShardingError: an axis that the mesh does not have; rows, heads or slots that do not divide.
+        UnsupportedError: a codec whose tokens cannot be split this way.
+    """
+    place = place_of(mesh, axis, data_axis)
+    by = resolved(place, cache, by)
+    check_divides(place, cache, by, None)
+    return jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), SCHEMES[by].cache_specs(place, cache))
+
+
+def shard_cache(
+    cache: Cache,
+    mesh: Any,
+    *,
+    by: str = "auto",
+    axis: str = "model",
+    data_axis: str | None = "data",
+    num_kv_heads: int | None = None,
+) -> Any:
+    """The cache on a mesh; from one placement to another too (prompts by heads, then decoding by batch).
+
+    It is `arrange`, then `jax.device_put` (under jit a constraint, so that what is moved is the compiler's business:
+    from "replicated" to "batch" nothing is, from "heads" to "batch" each device sends what it does not keep). A cache
+    too large for one device is best made in place: ``jax.jit(lambda: shard_cache(KVCache.create(...), mesh))()``.
+
+    Args:
+        cache: anywhere.
+        mesh: as in `cache_sharding`.
+        by: likewise.
+        axis: likewise.
+        data_axis: likewise.
+        num_kv_heads: K, of a cache whose heads `arrange` copied, to take the copies back. None: it has none.
+
+    Raises:
+        ShardingError, UnsupportedError: as `cache_sharding`.
+        StaleCacheError: the cache was donated.
+    """
+    _checks.not_donated("the cache", cache)
+    place = place_of(mesh, axis, data_axis)
+    cache = arrange(cache, mesh, by=by, axis=axis, data_axis=data_axis, num_kv_heads=num_kv_heads)
+    return place.put(cache, SCHEMES[resolved(place, cache, by)].cache_specs(place, cache))
+
+
+def arrange(
+    cache: Cache,
+    mesh: Any,
+    *,
+    by: str = "auto",
+    axis: str = "model",
+    data_axis: str | None = "data",
+    num_kv_heads: int | None = None,
+) -> Any:
+    """The cache with arrays that divide over the mesh, wherever they are now. Works under `jax.eval_shape`.
+
+    By heads with fewer key/value heads than devices, each is stored n / K times, neighbours: the cache then has n. By
+    sequence, blocks of slots are made longer. Else, and where all divides already, it is the cache itself.
+
+    Args:
+        cache: a `KVCache` or `PagedKVCache`.
+        mesh: as in `cache_sharding`.
+        by: likewise.
+        axis: likewise.
+        data_axis: likewise.
+        num_kv_heads: as in `shard_cache`.
+
+    Raises:
+        ShardingError, UnsupportedError: as `cache_sharding`.
+    """
+    place = place_of(mesh, axis, data_axis)
+    if num_kv_heads is not None and num_kv_heads != cache.num_kv_heads:
+        _checks.integer("num_kv_heads", num_kv_heads, 1)
+        if cache.num_kv_heads % num_kv_heads:
+            raise ShardingError(
+                f"{cache.num_kv_heads} key/value heads are no copies of {num_kv_heads}: give the number that the cache "
+                "was created with."
+            )
+        cache = heads.without_copies(cache, cache.num_kv_heads // num_kv_heads)
+    scheme = SCHEMES[resolved(place, cache, by)]
+    if scheme is not sequence:
+        scheme.check(place, cache, None)
+    cache = scheme.arrange(place, cache)
+    scheme.check(place, cache, None)
+    return cache
+
+
+def bytes_per_device(
+    cache: Cache, mesh: Any, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
+) -> int:
+    """Bytes of a cache on each device of the mesh: codes, scales, policy state, tables, all of it.
+
+    Args:
+        cache: a cache or its shapes, placed or not.
+        mesh: as in `cache_sharding`.
+        by: likewise.
+        axis: likewise.
+        data_axis: likewise.
+    """
+    if isinstance(jax.tree.leaves(cache)[0], Tracer):
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+    place = place_of(mesh, axis, data_axis)
+    by = resolved(place, cache, by)
+    options = {"by": by, "axis": axis, "data_axis": data_axis}
+    cache = jax.eval_shape(lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), cache))
+    cache = jax.eval_shape(lambda c: arrange(c, mesh, **options), cache)
+    specs = SCHEMES[by].cache_specs(place, cache)
+
+    def size(x: Any, spec: Any) -> int:
+        shards = math.prod(place.mesh.shape[name] for entry in spec for name in names(entry))
+        return nbytes_of(x) // shards
+
+    return sum(jax.tree.leaves(jax.tree.map(size, cache, specs)))
+
+
+def check_divides(place: Place, cache: Cache, by: str, num_heads: int | None) -> None:
+    """Raises `ShardingError` or `UnsupportedError` for a cache whose arrays do not divide as they are."""
+    SCHEMES[by].check(place, cache, num_heads)
+    if by == "heads" and cache.num_kv_heads < place.size:
+        raise ShardingError(
+            f"{cache.num_kv_heads} key/value heads do not divide over {place.size} devices as they are: "
+            f'kvattn.sharding.shard_cache(cache, mesh, by="heads") stores each {place.size // cache.num_kv_heads} '
+            "times."
+        )
+
+
+def resolved(place: Place, cache: Cache, by: str, num_heads: int | None = None) -> str:
+    """The scheme that `by` means: "auto" is the one that the cache lies in, if that is known, else as `choose` says."""
+    _checks.one_of("by", by, (*KNOWN, "auto"))
+    if by != "auto":
+        return by
+    known = placed_by(place, cache)
+    if known is not None:
+        return known
+    heads_ = cache.num_kv_heads * place.size if num_heads is None else num_heads
+    return choose(heads_, cache.num_kv_heads, cache.batch_size // place.num_data, place.size)
+
+
+def placed_by(place: Place, cache: Cache) -> str | None:
+    """The scheme that a cache is known to lie in; None: not known, or not split over the axis."""
+    for name, scheme in SCHEMES.items():
+        specs = scheme.cache_specs(place, cache)
+        leaves = zip(jax.tree.leaves(cache), jax.tree.leaves(specs), strict=True)
+        if name != "replicated" and all(_lies(x, spec, place.axis) for x, spec in leaves):
+            return name
+    return None
+
+
+def _lies(x: Any, spec: Any, axis: str) -> bool:
+    """Whether an array is known to be split over the axis just where the spec is."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return False
+    where = lambda spec: [i for i, entry in enumerate(spec) if axis in names(entry)]
+    return where(sharding.spec) == where(spec)
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -1,0 +1,120 @@
+"""A mesh, and which of its axes split rows, and what else."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from kvattn._typing import Array
+from kvattn.errors import ShardingError
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a cache lies. Hashable.
+
+    Attributes:
+        mesh: of Explicit or Auto axes.
+        axis: the axis that splits heads, rows or slots.
+        data: the axis that splits rows besides; None: there is none.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axis: str
+    data: str | None
+
+    @property
+    def size(self) -> int:
+        """n, devices along the axis."""
+        return self.mesh.shape[self.axis]
+
+    @property
+    def num_data(self) -> int:
+        """Devices along the data axis."""
+        return 1 if self.data is None else self.mesh.shape[self.data]
+
+    @property
+    def rows(self) -> Any:
+        """The axes that split rows both ways."""
+        return self.axis if self.data is None else (self.data, self.axis)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether arrays carry their placement in their types."""
+        return self.mesh.are_all_axes_explicit
+
+    def check_rows(self, batch_size: int, shards: int, advice: str) -> None:
+        """Raises `ShardingError` where the rows do not divide."""
+        if batch_size % shards:
+            axes = self.rows if shards > self.num_data else self.data
+            raise ShardingError(f"{batch_size} rows do not divide over {shards} devices (mesh axes {axes!r}): {advice}")
+
+    def put(self, tree: Any, specs: Any) -> Any:
+        """The tree with every leaf where its spec says."""
+
+        def one(x: Array, spec: Any) -> Array:
+            sharding = NamedSharding(self.mesh, spec)
+            if not isinstance(x, Tracer):
+                return jax.device_put(x, sharding)
+            return jax.reshard(x, sharding) if self.is_explicit else jax.lax.with_sharding_constraint(x, sharding)
+
+        return jax.tree.map(one, tree, specs)
+
+    def check_mesh(self, what: str, tree: Any) -> None:
+        """Raises `ShardingError` for arrays that are known to be split over another mesh."""
+        for leaf in jax.tree.leaves(tree):
+            other = _mesh_of(leaf)
+            if other is not None and not self._is(other):
+                raise ShardingError(
+                    f"{what} lies on {_described(other)}, not on {_described(self.mesh)}: call "
+                    "kvattn.sharding.shard_cache(cache, mesh) with the mesh of the step, or pass the cache's."
+                )
+
+    def _is(self, other: Mesh | AbstractMesh) -> bool:
+        if isinstance(other, Mesh) and isinstance(self.mesh, Mesh):
+            return other == self.mesh
+        return other.axis_names == self.mesh.axis_names and other.axis_sizes == self.mesh.axis_sizes
+
+
+def place_of(mesh: Any, axis: str, data_axis: str | None) -> Place:
+    """Checks a mesh and the names of its axes.
+
+    Raises:
+        ShardingError: an axis that the mesh does not have, axes of several types, a call inside `jax.shard_map`.
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ShardingError(f"mesh must be a jax.sharding.Mesh such as jax.make_mesh returns, got {mesh!r}.")
+    if axis not in mesh.axis_names:
+        raise ShardingError(
+            f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, mesh.axis_names))}: name one of them as axis."
+        )
+    if axis == data_axis:
+        data_axis = None
+    types = set(mesh.axis_types)
+    if AxisType.Manual in types or axis in _manual_axes():
+        raise ShardingError(
+            f"the axis {axis!r} is jax.shard_map's here: call kvattn.cached_attention on each device's part instead."
+        )
+    if len(types) > 1:
+        raise ShardingError(f"the axes of the mesh are of types {mesh.axis_types}: make all Explicit, or all Auto.")
+    return Place(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
+
+
+def _manual_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+
+
+def _mesh_of(x: Any) -> Mesh | AbstractMesh | None:
+    """The mesh of several devices an array is known to lie on."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return None if mesh is None or mesh.empty or math.prod(mesh.axis_sizes) == 1 else mesh
+
+
+def _described(mesh: Mesh | AbstractMesh) -> str:
+    axes = ", ".join(f"{name}: {size}" for name, size in zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    return f"the mesh ({axes})"
