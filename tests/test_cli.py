@@ -98,6 +98,15 @@ def test_llama_on_an_a10():
         assert f" {lever.plan.max_batch:,} " in line and line.endswith(lever.outputs)
 
 
+def test_the_page_shows_what_is_printed():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    command = "$ kvattn memory --model llama-2-7b --device a10\n"
+    shown = page[page.index(command) + len(command) :]
+    assert shown[: shown.index("```")] == printed("memory", "--model", "llama-2-7b", "--device", "a10")
+    options = re.findall(r"--[a-z][a-z-]+", printed("memory", "--help"))
+    assert set(options) - {"--help"} <= set(re.findall(r"--[a-z][a-z-]+", page))
+
+
 def test_json_is_the_plan():
     words = ("--model", "llama-3-8b", "--device", "h100", "--batch", 4, "--length", 8192, "--codec", "int4:32")
     found = json.loads(printed("memory", *words, "--json"))

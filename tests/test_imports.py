@@ -151,10 +151,8 @@ print("flax" in sys.modules)
     assert result.stdout.split() == ["False", "True"]
 
 
-PUBLIC = [
-    name for name in ("layers", "models", "pallas", "serving", "sharding") if (PACKAGE / name / "__init__.py").exists()
-]
-PUBLIC += [name for name in ("memory",) if (PACKAGE / f"{name}.py").exists()]
+NAMES = ("layers", "memory", "models", "pallas", "serving", "sharding")
+PUBLIC = [name for name in NAMES if (PACKAGE / name / "__init__.py").exists()]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -167,7 +167,7 @@ def plan(
         >>> p.max_tokens, round(1000 * p.step_seconds, 1)  # what fits beside the weights; ms, with an empty cache
         (20071, 22.5)
         >>> kvattn.memory.plan("llama-2-7b", "a10", length=2048, codec=kvattn.Int8()).max_batch
-        18
+        19
     """
     model = MODELS[model] if isinstance(model, str) else model
     device = DEVICES[device] if isinstance(device, str) else device
