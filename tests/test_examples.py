@@ -99,6 +99,37 @@ def test_study_of_smaller_caches(trained, tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_uptraining(tmp_path):
+    """The tiny model learns little, but every figure is there, and each says the same as the others."""
+    out = tmp_path / "uptrain.json"
+    small = {"steps": 20, "kv-heads": 1, "uptrain-rates": 1, "batch": 2, "context": 32, "layers": 1, "model-dim": 32}
+    small |= {"heads": 4, "head-dim": 8, "mlp-dim": 32, "decode-length": 32, "decode-batch": 2, "repeats": 3}
+    done = run("uptrain_gqa.py", "--out", out, *[word for name, x in small.items() for word in (f"--{name}", x)])
+    assert done.returncode == 0, done.stderr
+    assert "converted" in done.stdout and "100%" in done.stderr
+    report = json.loads(out.read_text())
+    mha, mqa = report["rows"]
+    assert (mha["num_kv_heads"], mqa["num_kv_heads"]) == (4, 1)
+    assert mha["cache_bytes_per_token"] == 4 * mqa["cache_bytes_per_token"] == 2 * 4 * 8 * 4
+    assert mha["converted"] == report["mha"] == report["pretraining"][-1]["valid"] < report["pretraining"][0]["valid"]
+    assert mqa["converted"] > mha["converted"] and report["uptraining_steps"] == 1
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_of_a_checkpoint():
+    """Token ids where there is no tokenizer; the golden run of transformers begins with the same ones."""
+    folder = EXAMPLES.parent / "tests" / "golden" / "hf" / "falcon7b"
+    golden = np.load(folder / "golden.npz")
+    prompt = " ".join(map(str, golden["prompts"][1, : golden["lengths"][1]]))
+    settings = ("--max-new-tokens", 4, "--temperature", 0)
+    done = run("decode_gqa.py", "--checkpoint", folder, "--prompt", prompt, *settings)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(map(str, golden["greedy"][1, :4])) in done.stdout and "1 key/value heads" in done.stdout
+    done = run("decode_gqa.py", "--checkpoint", folder, "--prompt", "Once upon a time")
+    assert done.returncode != 0 and "token ids" in done.stderr
+
+
 def test_text_without_weights(tmp_path):
     done = run("decode_gqa.py", "--weights", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "train_bytes.py" in done.stderr

@@ -4,9 +4,11 @@
 else its flags can say, and the policies of the other families, are slow.
 """
 
+import dataclasses
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from flax import nnx
 import kvattn
 from kvattn.layers import stateless
 from kvattn.models import Decoder, DecoderConfig, from_pretrained
+from kvattn.models.hf import FAMILIES, rules
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
 PLAIN = (
@@ -237,3 +240,70 @@ def test_palm_style():
     for cache in (None, model.make_cache(1, 8)):
         logits, _ = call(weights, jnp.asarray(tokens)[None], cache)
         np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4 * expected.std())
+
+
+def test_a_step_compiles_once_and_works_in_place():
+    model, _, golden = family("gemma3")
+    apply, weights = stateless(model)
+    step = jax.jit(chex.assert_max_traces(apply, n=1), donate_argnames="cache", compiler_options=FAST)
+    cache = model.make_cache(B, T)
+    for t in range(T):
+        given = jax.tree.leaves([(layer.keys, layer.values) for layer in cache])
+        _, cache = step(weights, jnp.asarray(golden["prompts"][:, t : t + 1]), cache)
+        assert all(x.is_deleted() for x in given)
+
+
+# Planted faults -----------------------------------------------------------------------------------
+
+
+def _config(**changes):
+    """The family's table as it is, with another configuration."""
+
+    def plant(patch, kind):
+        read = FAMILIES[kind]
+
+        def changed(fields):
+            family = read(fields)
+            return dataclasses.replace(family, config=dataclasses.replace(family.config, **changes))
+
+        patch.setitem(FAMILIES, kind, changed)
+
+    return plant
+
+
+def _rule(name, wrong):
+    def plant(patch, kind):
+        del kind
+        patch.setattr(rules, name, wrong(getattr(rules, name)))
+
+    return plant
+
+
+FAULTS = {
+    "scale of the embedding": ("gemma3", "gemma3_text", _config(embedding_scale=None)),
+    "frequencies of layers with a window": ("gemma3", "gemma3_text", _config(local_rope_theta=None)),
+    "a window off by one": ("mistral", "mistral", _config(windows=6)),
+    "cap of the scores": ("gemma2", "gemma2", _config(softcap=None)),
+    "scale of the scores": ("gemma2", "gemma2", _config(attention_scale=None)),
+    "slopes": ("mpt_clip", "mpt", _config(alibi_slopes=tuple(2.0 ** -(i + 1) for i in range(6)))),
+    "clipping": ("mpt_clip", "mpt", _config(qkv_clip=None)),
+    "experts' limit": ("gpt_oss", "gpt_oss", _config(expert_limit=1.0)),
+    "residual": ("bloom_post", "bloom", _config(residual_after_norm=False)),
+    "activation": ("bloom", "bloom", _config(activation="gelu")),
+    "epsilon": ("opt", "opt", _config(norm_epsilon=1e-3)),
+    "no groups": ("falcon40b", "falcon", _rule("fused", lambda f: lambda *a, **k: f(*a, **k | {"grouped": False}))),
+    "one not added": ("gemma2", "gemma2", _rule("norm", lambda f: lambda *a, **k: f(*a, **k | {"plus_one": False}))),
+    "weights not transposed": ("gpt2", "gpt2", _rule("output", lambda f: lambda a, b, c, d: f(a, b, c))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, monkeypatch):
+    name, kind, plant = FAULTS[fault]
+    plant(monkeypatch, kind)
+    model = from_pretrained(GOLDEN / name)
+    apply, weights = stateless(model)
+    golden = family(name)[2]
+    logits, _ = jax.jit(apply, compiler_options=FAST)(weights, jnp.asarray(golden["prompts"]))
+    with pytest.raises(AssertionError, match="deviation"):
+        assert_logits(logits, golden)

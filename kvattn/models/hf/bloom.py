@@ -1,6 +1,5 @@
 """BLOOM and MPT: ALiBi, layer norms, no gate."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,15 +57,14 @@ def mpt(fields: Fields) -> Family:
     # In transformers the MLP is four times as wide whatever expansion_ratio says, and with ALiBi there are no learned
     # positions whatever learned_pos_emb says; a file that has them otherwise does not fit these tensors.
     fields.get("expansion_ratio", "learned_pos_emb", "max_seq_len")
-    features, heads = fields.size("d_model", "hidden_size"), fields.size("n_heads", "num_attention_heads")
+    features = fields.size("d_model", "hidden_size")
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
         num_layers=fields.size("n_layers", "num_hidden_layers"),
-        num_heads=heads,
+        num_heads=fields.size("n_heads", "num_attention_heads"),
         mlp_dim=4 * features,
         positions="alibi",
-        alibi_slopes=_mpt_slopes(heads),
         norm="layer",
         norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         activation="gelu",
@@ -86,13 +84,6 @@ MPT_IGNORED = (
     "num_return_sequences", "num_beam_groups", "diversity_penalty", "encoder_no_repeat_ngram_size", "typical_p",
     "no_repeat_ngram_size",
 )  # fmt: skip
-
-
-def _mpt_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's slopes in MPT's order: those of the next power of two, every second one first."""
-    power = 2 ** math.ceil(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    return tuple(slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads])
 
 
 def _bloom(config: DecoderConfig) -> Iterator[Rule]:
