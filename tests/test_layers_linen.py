@@ -51,6 +51,7 @@ KINDS = {
         MultiQueryAttention,
         {"head_dim": 8, "alibi": True, "window": 4, "softcap": 2.0, "sinks": True, "qk_norm": "rms", "scale": 0.7},
     ),
+    "clipped": (GroupedQueryAttention, {"num_kv_heads": 2, "qkv_clip": 0.2, "use_out_bias": False}),
 }
 
 

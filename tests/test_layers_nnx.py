@@ -507,6 +507,21 @@ def test_stateless_refuses_to_lose_an_update():
     close(apply(weights, inputs(), deterministic=True), dropping(inputs(), deterministic=True))
 
 
+def test_clipped_projections_and_a_bias_of_the_output_alone():
+    """The same as a layer with wide open projections whose results were clipped by hand."""
+    options = {"num_kv_heads": 2, "head_dim": 4, "rngs": nnx.Rngs(0)}
+    layer = randomised(MultiHeadAttention(4, D, **options, use_bias=False, use_out_bias=True, qkv_clip=0.4))
+    assert layer.query.bias is layer.value.bias is None and layer.out.bias[...].shape == (D,)
+    assert MultiHeadAttention(4, D, **options, use_out_bias=False).out.bias is None
+    x = inputs()
+    raw = [np.asarray(getattr(layer, name)(x)) for name in ("query", "key", "value")]
+    assert all((np.abs(y) > 0.4).any() for y in raw)
+    q, k, v = (jnp.asarray(np.clip(y, -0.4, 0.4)) for y in raw)
+    want = layer.out(kvattn.dot_product_attention(q, k, v, is_causal=True))
+    close(layer(x, is_causal=True), want)
+    close(layer(x, cache=layer.make_cache(B, L))[0], want)
+
+
 def test_grouped_heads_are_repeated_heads():
     gqa = make("gqa_rope")
     mha = MultiHeadAttention(4, D, rope=kvattn.RoPE(4), rngs=nnx.Rngs(0))
@@ -540,6 +555,8 @@ def test_dropout_of_grouped_heads_keeps_the_mean():
         ({"window": 0}, errors.RangeError, "window must be >= 1"),
         ({"window": True}, errors.DTypeError, "window must be an int"),
         ({"softcap": 0.0}, errors.RangeError, "softcap"),
+        ({"qkv_clip": 0.0}, errors.RangeError, "qkv_clip must be finite and > 0"),
+        ({"qkv_clip": "8"}, errors.DTypeError, "qkv_clip must be a number"),
         ({"scale": float("nan")}, errors.RangeError, "scale must be finite"),
         ({"dropout_rate": 1.0}, errors.RangeError, r"dropout_rate must be in the range \[0, 1\)"),
         ({"qk_norm": "batch"}, errors.ConfigError, "'layer', 'rms'"),
