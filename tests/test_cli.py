@@ -466,7 +466,8 @@ def test_generate_refuses(words, part):
 def test_in_a_pipe():
     """As a user runs it: another process, a narrow and colourful terminal told of, a pipe in truth."""
     environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "JAX_PLATFORMS")}
-    environment |= {"TERM": "xterm-256color", "COLUMNS": "40", "COLORTERM": "truecolor", "PYTHONPATH": str(ROOT)}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "40", "COLORTERM": "truecolor"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, "-m", "kvattn.cli", "memory", "--model", "llama-2-7b", "--device", "a10"]
     done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", timeout=120, env=environment)
     assert done.returncode == 0, done.stderr

@@ -186,6 +186,20 @@ def real_bytes():
     return found
 
 
+def test_what_caches_refuse_is_refused():
+    """A policy and a codec that do not go together, by the words of the cache itself."""
+    refused = 0
+    for policy, codec in CASES:
+        try:
+            shapes(policy, codec, 2, 64, 50, 1, "cpu", "bfloat16")
+        except errors.UnsupportedError as error:
+            refused += 1
+            with pytest.raises(errors.UnsupportedError) as caught:
+                cache_bytes(tiny(1, 2, 2, 64), 1, 50, policy=policy, codec=codec)
+            assert str(caught.value) == str(error)
+    assert refused == 2 * (len(POLICIES) - 1)
+
+
 def predicted(case):
     policy, codec, heads, head_dim, capacity, backend, dtype = case
     model = tiny(1, heads, heads, head_dim)

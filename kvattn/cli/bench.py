@@ -49,8 +49,9 @@ def bench(
     for name in names:
         if name is not None:
             measure.api.candidates(name)  # refuses unknown names before anything is timed
-    results = list(measure.timings(case, names, times))
-    copied = measure.copy_bandwidth(max(case.read_bytes, 2**28), times)
+    with show.waiting("measuring ..."):
+        results = list(measure.timings(case, names, times))
+        copied = measure.copy_bandwidth(max(case.read_bytes, 2**28), times)
     kind = jax.devices()[0].device_kind
     if as_json:
         content = {
@@ -117,7 +118,8 @@ def tune(
         raise ConfigError(f"--save {save}: {save.parent} is no folder that can be written to.")
     query, _, fresh = case.inputs()
     cache = dataclasses.replace(fresh(), lengths=jnp.full((case.batch_size,), case.context, jnp.int32))
-    table, seconds = tuning.tune(query, cache, mask=case.policy.mask(), repeats=count)
+    with show.waiting("measuring ..."):
+        table, seconds = tuning.tune(query, cache, mask=case.policy.mask(), repeats=count)
     shown = show.columns("sizes", "µs", "GB/s")
     for config, each in sorted(seconds.items(), key=lambda item: item[1]):
         shown.add_row(str(config), f"{each * 1e6:,.1f}", f"{case.read_bytes / each / 1e9:,.1f}")

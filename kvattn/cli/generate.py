@@ -122,7 +122,10 @@ def _ends(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{file} is no JSON object: {error}.") from error
             if found is not None:
                 return list(found) if isinstance(found, list) else [found]
     return []

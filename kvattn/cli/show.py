@@ -1,5 +1,6 @@
 """How the command prints: 80 columns in a pipe, no colours there, errors in one line."""
 
+import contextlib
 import functools
 import shutil
 import sys
@@ -21,6 +22,13 @@ def console() -> Console:
     terminal = sys.stdout.isatty()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 110) if terminal else WIDTH
     return Console(highlight=False, width=width, soft_wrap=False)
+
+
+def waiting(what: str) -> Any:
+    """A context that says on a terminal's standard error what takes so long."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return Console(stderr=True).status(what)
 
 
 def display(*parts: Any) -> None:
