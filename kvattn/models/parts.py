@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn._typing import Array
+from kvattn.layers.placement import explicit_spec, product_spec
 from kvattn.models.config import DecoderConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -42,6 +43,11 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def dense(linear: nnx.Linear, x: Array) -> Array:
+    """``linear(x)``, on an Explicit mesh split as its kernel says."""
+    return linear(x, out_sharding=product_spec(x, linear.kernel[...], 1))
+
+
 class MLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or without gate ``down(activation(up(x)))``."""
 
@@ -57,9 +63,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
         activation = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+        up = dense(self.up, x)
+        return dense(self.down, activation(up) if self.gate is None else activation(dense(self.gate, x)) * up)
 
 
 class Experts(nnx.Module):
@@ -91,23 +96,41 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
+        kernels = [p[...] for p in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)]
+        scores = self.router(x)
+        # What a sorted token is split like, no type can say: on an Explicit mesh that is left to the compiler.
+        spec = explicit_spec(x)
+        apply = self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=spec)
+        return apply(x, scores, *kernels)
+
+    def _apply(
+        self,
+        x: Array,
+        scores: Array,
+        gate: Array,
+        up: Array,
+        down: Array,
+        gate_bias: Array,
+        up_bias: Array,
+        down_bias: Array,
+    ) -> Array:
         batch, length, features = x.shape
         tokens = x.reshape(batch * length, features)
-        scores, chosen = jax.lax.top_k(self.router(tokens), self.per_token)
+        scores, chosen = jax.lax.top_k(scores.reshape(batch * length, -1), self.per_token)
         shares = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
 
         order = jnp.argsort(chosen.ravel(), stable=True)
         expert = chosen.ravel()[order]
-        sizes = jnp.sum(jax.nn.one_hot(expert, self.gate.shape[0], dtype=jnp.int32), axis=0)
+        sizes = jnp.sum(jax.nn.one_hot(expert, gate.shape[0], dtype=jnp.int32), axis=0)
         given = tokens[order // self.per_token]
 
-        def project(x: Array, kernel: Any, bias: Any) -> Array:
-            return jax.lax.ragged_dot(x, kernel[...].astype(x.dtype), sizes) + bias[...].astype(x.dtype)[expert]
+        def project(x: Array, kernel: Array, bias: Array) -> Array:
+            return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes) + bias.astype(x.dtype)[expert]
 
-        gate = jnp.minimum(project(given, self.gate, self.gate_bias), self.limit)
-        up = jnp.clip(project(given, self.up, self.up_bias), -self.limit, self.limit)
-        hidden = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
-        out = project(hidden, self.down, self.down_bias) * shares.ravel()[order].astype(x.dtype)[:, None]
+        gated = jnp.minimum(project(given, gate, gate_bias), self.limit)
+        linear = jnp.clip(project(given, up, up_bias), -self.limit, self.limit)
+        hidden = (linear + 1) * gated * jax.nn.sigmoid(self.alpha * gated)
+        out = project(hidden, down, down_bias) * shares.ravel()[order].astype(x.dtype)[:, None]
         # Back to the order of the tokens, where the sum of each is always taken in the same order.
         back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
         return jnp.sum(out[back].reshape(batch, length, self.per_token, features), axis=2)
