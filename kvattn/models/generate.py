@@ -235,7 +235,7 @@ def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[
         token, sound = choose(sampler, logits, rows.num_drawn)
         came = num_new > 0
         new = jnp.where(came, jnp.where(sound, token, _UNSOUND), rows.new)
-        running = jnp.where(came, sound & ~stop[token], rows.running)
+        running = jnp.where(came, ~stop[token], rows.running)
         return _Rows(new, running, rows.num_drawn), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
