@@ -132,6 +132,6 @@ def per_head(name: str, x: Any, num_heads: int) -> jax.Array | None:
     x = floating(name, x)
     if x.shape != (num_heads,):
         raise ShapeError(f"{name} must have shape ({num_heads},), one value per query head, got {x.shape}.")
-    if is_concrete(x) and bool(jnp.any(jnp.isnan(x))):
+    if is_concrete(x) and np.any(np.isnan(np.asarray(x))):  # NumPy: a constant may be looked at inside jit too
         raise RangeError(f"{name} must not hold NaN.")
     return x
