@@ -8,5 +8,7 @@ from kvattn.sharding.cache import shard_cache as shard_cache
 from kvattn.sharding.choose import Explanation as Explanation
 from kvattn.sharding.choose import choose as choose
 from kvattn.sharding.choose import explain as explain
+from kvattn.sharding.pipeline import layer_caches as layer_caches
+from kvattn.sharding.pipeline import pipeline as pipeline
 from kvattn.sharding.programs import Collective as Collective
 from kvattn.sharding.programs import collectives as collectives

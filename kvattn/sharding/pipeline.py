@@ -1,0 +1,141 @@
+"""By layers: pipeline stages that keep their layers' weights and caches, microbatches moved from stage to stage.
+
+The schedule of GPipe (Huang et al., arXiv:1811.06965): S stages and M microbatches take S + M - 1 ticks. At tick t
+stage s works on microbatch t - s, then hands its activations to stage s + 1 (`jax.lax.ppermute`). Each stage idles for
+S - 1 ticks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from kvattn import _checks
+from kvattn._typing import Array
+from kvattn.errors import ConfigError, ShapeError, ShardingError
+from kvattn.sharding.place import Place, place_of
+
+Layer = Callable[..., tuple[Array, Any]]
+
+
+def pipeline(
+    layer: Layer, weights: Any, inputs: Array, caches: Any, *, mesh: Any, axis: str = "stage", extras: Any = ()
+) -> tuple[Array, Any]:
+    """Runs L layers one after the other, the layers split over the devices of a mesh axis.
+
+    The same as ``for i in range(L): x, caches[i] = layer(weights[i], x, caches[i])`` on every microbatch. Under
+    `jax.jit` donate the caches: each stage updates its own in place, one microbatch at a time.
+
+    Args:
+        layer: ``layer(weights, x, cache, *extras) -> (x, cache)``, one layer on one microbatch, x keeping shape and
+            dtype: `kvattn.cached_attention` and whatever surrounds it. It sees no mesh.
+        weights: a tree whose arrays are [L, ...].
+        inputs: [M, B / M, ...], the activations of M microbatches.
+        caches: a tree whose arrays are [L, M, ...]: of each layer, one cache per microbatch (`layer_caches`).
+        mesh: of Explicit or Auto axes.
+        axis: the one that splits the layers; L is a multiple of its size. Over other axes all is whole.
+        extras: a tuple of trees whose arrays are [M, ...]: what layers want to know of a microbatch (`num_new`).
+
+    Returns:
+        outputs [M, B / M, ...], on every device, and the caches, on their stages.
+
+    Raises:
+        ShardingError: an axis that the mesh does not have, layers that do not divide.
+        ShapeError: leading axes that are not L and M.
+    """
+    place = place_of(mesh, axis, None)
+    num_layers, count = _leading(weights, "weights", 1)[0], _leading(inputs, "inputs", 1)[0]
+    if num_layers % place.size:
+        raise ShardingError(
+            f"{num_layers} layers do not divide over {place.size} stages (mesh axis {axis!r}): use a divisor of "
+            f"{num_layers}."
+        )
+    if jax.tree.leaves(caches) and _leading(caches, "caches", 2) != (num_layers, count):
+        raise ShapeError(
+            f"caches must be [L, M, ...] = [{num_layers}, {count}, ...] for these weights and inputs, got "
+            f"{_leading(caches, 'caches', 2)}."
+        )
+    if jax.tree.leaves(extras) and _leading(extras, "extras", 1)[0] != count:
+        raise ShapeError(f"extras must be [M, ...], M = {count} as of inputs, got {_leading(extras, 'extras', 1)}.")
+    split = lambda tree: jax.tree.map(lambda _: P(axis), tree)
+    whole = lambda tree: jax.tree.map(lambda _: P(), tree)
+    args, specs = (weights, inputs, caches, extras), (split(weights), P(), split(caches), whole(extras))
+    if place.is_explicit:
+        args = place.put(args, specs)
+    run = jax.shard_map(_stages(place, layer), mesh=mesh, in_specs=specs, out_specs=(P(), specs[2]), check_vma=False)
+    return run(*args)
+
+
+def layer_caches(make: Callable[[], Any], num_layers: int, num_microbatches: int) -> Any:
+    """The caches of `pipeline`, all as `make` makes one (of B / M rows): arrays [L, M, ...].
+
+    Best under ``jax.jit(..., out_shardings=NamedSharding(mesh, P("stage")))``, so that no device holds them all.
+    """
+    _checks.integer("num_layers", num_layers, 1)
+    _checks.integer("num_microbatches", num_microbatches, 1)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), make())
+
+
+def _stages(place: Place, layer: Layer) -> Callable[..., Any]:
+    """What each device does: its layers, on one microbatch after the other."""
+    num_stages, axis = place.size, place.axis
+    onwards = [(i, i + 1) for i in range(num_stages - 1)]
+
+    def run(weights: Any, inputs: Array, caches: Any, extras: Any) -> tuple[Array, Any]:
+        stage, count = jax.lax.axis_index(axis), inputs.shape[0]
+
+        more = lambda at: jax.tree.map(lambda e: jax.lax.dynamic_index_in_dim(e, at, 0, keepdims=False), extras)
+
+        def stage_on(microbatch: Array, x: Array, caches: Any) -> tuple[Array, Any]:
+            def one(carry: Any, own: Any) -> tuple[Any, None]:
+                # Only this layer's cache of this microbatch is taken out of the others, and put back.
+                (x, caches), (number, w) = carry, own
+                cache = jax.tree.map(lambda c: _at(c, number, microbatch), caches)
+                x, cache = layer(w, x, cache, *more(microbatch))
+                return (x, jax.tree.map(lambda c, new: _put(c, number, microbatch, new), caches, cache)), None
+
+            numbers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
+            return jax.lax.scan(one, (x, caches), (numbers, weights))[0]
+
+        def tick(carry: Any, t: Array) -> tuple[Any, None]:
+            x, outputs, caches = carry
+            microbatch = t - stage
+            busy = (microbatch >= 0) & (microbatch < count)
+            at = jnp.clip(microbatch, 0, count - 1)
+            x = jnp.where(stage == 0, jax.lax.dynamic_index_in_dim(inputs, at, 0, keepdims=False), x)
+            # An idle stage must leave its caches alone.
+            x, caches = jax.lax.cond(busy, stage_on, lambda _, x, caches: (x, caches), at, x, caches)
+            done = jax.lax.dynamic_update_index_in_dim(outputs, x, at, 0)
+            outputs = jnp.where(busy & (stage == num_stages - 1), done, outputs)
+            return (jax.lax.ppermute(x, axis, onwards), outputs, caches), None
+
+        ticks = jnp.arange(num_stages + count - 1, dtype=jnp.int32)
+        start = jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs), caches
+        (_, outputs, caches), _ = jax.lax.scan(tick, start, ticks)
+        # Only the last stage has them: to the others they are zeros.
+        return jax.lax.psum(outputs, axis), caches
+
+    return run
+
+
+def _at(x: Array, number: Array, microbatch: Array) -> Array:
+    start = (number, microbatch, *(0,) * (x.ndim - 2))
+    return jax.lax.dynamic_slice(x, start, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
+
+
+def _put(x: Array, number: Array, microbatch: Array, new: Array) -> Array:
+    start = (number, microbatch, *(0,) * (x.ndim - 2))
+    return jax.lax.dynamic_update_slice(x, new[None, None], start)
+
+
+def _leading(tree: Any, name: str, rank: int) -> tuple[int, ...]:
+    """The first `rank` axes, which all arrays of the tree share."""
+    leaves = jax.tree.leaves(tree)
+    shapes = {tuple(jnp.shape(x)[:rank]) for x in leaves}
+    if not leaves:
+        raise ConfigError(f"{name} has no arrays.")
+    if len(shapes) != 1 or len(next(iter(shapes))) != rank:
+        raise ShapeError(f"all arrays of {name} must share their first {rank} axes, got {sorted(shapes)}.")
+    return shapes.pop()
