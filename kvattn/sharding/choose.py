@@ -108,7 +108,7 @@ def explain(
         size["batch"], reasons["batch"] = None, f"{batch_size} rows do not divide over {n} devices."
     else:
         size["batch"] = batch_size // n * num_slots * num_kv_heads * token
-        pads = "" if padded == num_heads else f" {padded - num_heads} query heads are added and dropped on the way."
+        pads = "" if padded == num_heads else f" {num_heads} query heads are filled up to {padded} on the way."
         reasons["batch"] = f"Each device holds {batch_size // n} rows.{pads}"
     size["sequence"] = batch_size * -(-num_slots // n) * num_kv_heads * token
     reasons["sequence"] = f"Each device holds {-(-num_slots // n)} slots of every row."
@@ -133,14 +133,15 @@ def _choice(num_heads: int, num_kv_heads: int, batch_size: int, axis_size: int) 
     _checks.head_counts(num_heads, num_kv_heads)
     _checks.integer("batch_size", batch_size, 0)
     n = _checks.integer("axis_size", axis_size, 1)
+    heads = "one key/value head is" if num_kv_heads == 1 else f"{num_kv_heads} key/value heads are"
     if num_kv_heads % n == 0:
-        return "heads", f"{num_kv_heads} key/value heads divide over {n} devices."
+        return "heads", "The heads divide."
     if batch_size and batch_size % n == 0:
-        return "batch", f"{num_kv_heads} key/value heads are too few for {n} devices, and the rows divide."
+        return "batch", f"Taken because the rows divide, and {heads} too few for {n} devices."
     if batch_size > n and against_heads(num_heads, num_kv_heads, n) is None:
-        return "heads", f"{batch_size} rows do not divide over {n} devices."
-    few = "too few" if batch_size < n else "not divisible either"
-    return "sequence", f"{num_kv_heads} key/value heads are too few for {n} devices, and {batch_size} rows are {few}."
+        return "heads", f"Taken because {batch_size} rows do not divide."
+    few = "too few" if batch_size < n else "not a multiple of the devices"
+    return "sequence", f"Taken because {heads} too few for {n} devices, and {batch_size} rows are {few}."
 
 
 def _readable(size: int) -> str:
