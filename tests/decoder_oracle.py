@@ -11,7 +11,7 @@ from policy_oracles import softmax
 from scipy.special import erf
 
 import kvattn
-from kvattn.models.checkpoint import parameters_of
+from kvattn.models.parameters import parameters_of
 
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),

@@ -28,9 +28,9 @@ from kvattn.errors import (
     UnsupportedError,
 )
 from kvattn.models import from_pretrained
-from kvattn.models.checkpoint import parameters_of
 from kvattn.models.hf import FAMILIES
 from kvattn.models.hf.gpt_oss import from_mxfp4
+from kvattn.models.parameters import parameters_of
 from kvattn.models.pretrained import read_family
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
@@ -211,11 +211,14 @@ def test_a_mesh(kind):
     assert spec("layers.0.attention.query.kernel") == (None, "model", None)
     assert spec("layers.1.attention.out.kernel") == ("model", None, None)
     assert spec("layers.1.mlp.gate") == (None, None, "model") and spec("layers.1.mlp.down") == (None, "model", None)
-    one_head = from_pretrained(GOLDEN / "falcon7b", mesh=jax.make_mesh((2,), ("x",), axis_types=(kind,)))
+    one_axis = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    one_head = from_pretrained(GOLDEN / "falcon7b", mesh=one_axis, axis="x")
     assert tuple(parameters_of(one_head)["layers.0.attention.key.kernel"].sharding.spec) == ()
     assert tuple(parameters_of(one_head)["layers.0.mlp.up.kernel"].sharding.spec) == (None, "x")
     with pytest.raises(ShardingError, match="Mesh"):
         from_pretrained(GOLDEN / "gpt_oss", mesh=4)
+    with pytest.raises(ShardingError, match="no axis 'model'"):
+        from_pretrained(GOLDEN / "gpt_oss", mesh=one_axis)
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_kernel_init
+from jax.sharding import PartitionSpec
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -58,9 +59,16 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         policy: which tokens `make_cache` keeps by default.
         codec: in how many bits `make_cache` keeps them by default.
         implementation: who reads the cache, as in `kvattn.cached_attention`.
+        mesh: devices to split the layer over. Parameters without metadata of their own are split by heads over `axis`
+            (key/value heads that do not divide lie on every device); `make_cache` and calls with a cache go by
+            `kvattn.sharding`.
+        by: how caches are split: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose`
+            says.
+        axis: the mesh axis for all of this.
 
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.
+        ShardingError: a mesh without the axis.
         RangeError: a window, scale, soft cap, clip or dropout rate outside its range.
         DTypeError: a setting of the wrong type.
 
@@ -129,6 +137,9 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         policy: Any = None,
         codec: Any = None,
         implementation: Any = None,
+        mesh: Any = None,
+        by: str = "auto",
+        axis: str = "model",
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _checks.head_counts(num_heads, num_kv_heads)
@@ -174,6 +185,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.policy = policy
         self.codec = codec
         self.implementation = implementation
+        self.mesh, self.by, self.axis = mesh, by, axis
         check_additions(
             attention_fn,
             self.head_dim,
@@ -215,6 +227,15 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
                 scale_metadata=metadata,
             )
 
+        sinks_metadata: Mapping[str, Any] = EMPTY
+        if mesh is not None:
+            split = placement.head_metadata(mesh, axis, num_heads, num_kv_heads, self.head_dim)
+            kv_metadata = kv_metadata or kernel_metadata or split.kv
+            kv_bias_metadata = kv_bias_metadata or bias_metadata or split.kv_bias
+            kernel_metadata, bias_metadata = kernel_metadata or split.query, bias_metadata or split.query_bias
+            out_kernel_metadata = out_kernel_metadata or split.out
+            out_bias_metadata = out_bias_metadata or {"out_sharding": PartitionSpec(), "mesh": mesh}
+            sinks_metadata = split.sinks
         # The order of these draws is Flax's: equal seeds give equal parameters.
         for_kv = kernel_metadata if kv_metadata is None else kv_metadata
         for_kv_bias = bias_metadata if kv_bias_metadata is None else kv_bias_metadata
@@ -240,7 +261,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             kernel_metadata=out_kernel_metadata or kernel_metadata,
             bias_metadata=out_bias_metadata or bias_metadata,
         )
-        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **sinks_metadata) if sinks else nnx.data(None)
         self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
         self.cached_key = nnx.data(None)
         self.cached_value = nnx.data(None)
@@ -330,6 +351,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             query, key, value, mask, bias, fits = step.query, step.key, step.value, step.mask, step.bias, step.fits
             window, is_causal, input_positions = None, False, None
         elif not cross:
+            if self.mesh is not None:
+                query, key, value = (placement.whole_heads(x) for x in (query, key, value))
             query, key = (full.rotate(self._rope(), x, input_positions) for x in (query, key))
         x = self._attend(
             query,

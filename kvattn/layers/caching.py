@@ -5,13 +5,15 @@ A layer hands in anything that has the attributes of `Caching`; nothing here kno
 
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 
+from kvattn import sharding
 from kvattn._typing import Array
 from kvattn.attend.step import cached_attention
 from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import settings
+from kvattn.layers import placement, settings
 from kvattn.policies import SlidingWindow
 
 
@@ -27,6 +29,10 @@ class Caching(Protocol):
     implementation: Any
     dtype: Any
     param_dtype: Any
+    mesh: Any
+    by: str
+    axis: str
+    num_heads: int
 
 
 def create(
@@ -45,16 +51,37 @@ def create(
     policy = layer.policy if policy is None else policy
     if policy is None and layer.window is not None:
         policy = SlidingWindow(layer.window)
-    return KVCache.create(
-        batch_size,
-        num_kv_heads,
-        head_dim,
-        capacity=capacity,
-        policy=policy,
-        codec=layer.codec if codec is None else codec,
-        dtype=storage_dtype(layer, dtype),
-        value_head_dim=value_head_dim,
-    )
+
+    def empty() -> KVCache:
+        return KVCache.create(
+            batch_size,
+            num_kv_heads,
+            head_dim,
+            capacity=capacity,
+            policy=policy,
+            codec=layer.codec if codec is None else codec,
+            dtype=storage_dtype(layer, dtype),
+            value_head_dim=value_head_dim,
+        )
+
+    if layer.mesh is None:
+        return empty()
+    on = {"mesh": layer.mesh, "by": scheme(layer, batch_size, num_kv_heads), "axis": layer.axis}
+
+    def arranged() -> KVCache:
+        return sharding.arrange(empty(), **on)
+
+    # Compiled, so that no device ever holds more than its part.
+    return jax.jit(arranged, out_shardings=sharding.cache_sharding(jax.eval_shape(arranged), **on))()
+
+
+def scheme(layer: Caching, batch_size: int, num_kv_heads: int) -> str:
+    """How the caches of a layer with a mesh are split."""
+    if layer.by != "auto":
+        return layer.by
+    parts = placement.axis_size(layer.mesh, layer.axis)
+    rows = batch_size // dict(layer.mesh.shape).get("data", 1) if layer.axis != "data" else batch_size
+    return sharding.choose(layer.num_heads, num_kv_heads, rows, parts)
 
 
 def storage_dtype(layer: Caching, dtype: Any = None) -> Any:
@@ -77,22 +104,23 @@ def attend(
     rope: Any,
 ) -> tuple[Array, Cache]:
     """One step of `layer` with the cache: `kvattn.cached_attention` with the layer's settings."""
-    return cached_attention(
-        query,
-        key,
-        value,
-        cache,
-        num_new=num_new,
-        padding=padding,
-        rope=rope,
-        window=layer.window,
-        scale=layer.scale,
-        softcap=layer.softcap,
-        sinks=None if sinks is None else sinks.astype(jnp.float32),
-        alibi_slopes=settings.slopes_array(alibi_slopes),
-        token_ids=token_ids,
-        implementation=layer.implementation,
-    )
+    rules = {
+        "num_new": num_new,
+        "padding": padding,
+        "rope": rope,
+        "window": layer.window,
+        "scale": layer.scale,
+        "softcap": layer.softcap,
+        "sinks": None if sinks is None else sinks.astype(jnp.float32),
+        "alibi_slopes": settings.slopes_array(alibi_slopes),
+        "token_ids": token_ids,
+        "implementation": layer.implementation,
+    }
+    if layer.mesh is None:
+        return cached_attention(query, key, value, cache, **rules)
+    num_kv_heads = cache.num_kv_heads if key is None else key.shape[2]
+    by = scheme(layer, cache.batch_size, num_kv_heads)
+    return sharding.cached_attention(query, key, value, cache, mesh=layer.mesh, by=by, axis=layer.axis, **rules)
 
 
 def check_call(inputs_q: Array, **refused: Any) -> None:

@@ -55,6 +55,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         policy: which tokens `make_cache` keeps by default.
         codec: in how many bits `make_cache` keeps them by default.
         implementation: who reads the cache, as in `kvattn.cached_attention`.
+        mesh: devices that `make_cache` and calls with a cache split the cache over, as `kvattn.sharding` does.
+            (Parameters lie as their initialisers say: `flax.linen.with_partitioning`.)
+        by: how: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose` says.
+        axis: the mesh axis for this.
 
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.
@@ -93,6 +97,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     policy: Any = None
     codec: Any = None
     implementation: Any = None
+    mesh: Any = None
+    by: str = "auto"
+    axis: str = "model"
 
     def __post_init__(self):
         super().__post_init__()

@@ -38,6 +38,10 @@ class LayerParts:
     policy: Any
     codec: Any
     implementation: Any
+    mesh: Any
+    by: str
+    axis: str
+    num_heads: int
     query: Any
     key: Any
     value: Any

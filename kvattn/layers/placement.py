@@ -6,6 +6,7 @@ as the kernel has them), so the layers work it out where the caller says nothing
 in an Auto mesh, every function here returns None.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -26,7 +27,12 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
 
-def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> PartitionSpec | None:
+def on_mesh_of(x: Any, *entries: Any) -> NamedSharding:
+    """A placement on the mesh that `x` is typed with, which need not be the current one."""
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries))
+
+
+def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> NamedSharding | None:
     """How ``inputs [..., *in] @ kernel [*in, *out]`` should be split; None when JAX infers it alone."""
     left, right = explicit_spec(inputs), explicit_spec(kernel)
     if left is None or right is None:
@@ -37,7 +43,75 @@ def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> Partition
     contracted = tuple(left[inputs.ndim - num_contracted :]) + tuple(right[:num_contracted])
     if not clash and not any(entry is not None for entry in contracted):
         return None
-    return PartitionSpec(*batch, *(None if taken.intersection(_names(entry)) else entry for entry in features))
+    features = (None if taken.intersection(_names(entry)) else entry for entry in features)
+    return on_mesh_of(kernel, *batch, *features)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMetadata:
+    """The metadata of an attention layer's parameters that splits their heads over a mesh axis.
+
+    Attributes:
+        query: of the kernel [D, N, H].
+        query_bias: [N, H].
+        kv: of the kernels [D, K, H].
+        kv_bias: [K, H].
+        out: of the kernel [N, H, D].
+        sinks: [N].
+    """
+
+    query: dict[str, Any]
+    query_bias: dict[str, Any]
+    kv: dict[str, Any]
+    kv_bias: dict[str, Any]
+    out: dict[str, Any]
+    sinks: dict[str, Any]
+
+
+def head_metadata(mesh: Any, axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> HeadMetadata:
+    """Splits query heads over `axis`, and key/value heads where they divide; else these lie on every device.
+
+    Query heads that do not divide (71 over 8) are split within: each device has some features of every head.
+
+    Raises:
+        ShardingError: no mesh, or one without the axis.
+    """
+    parts = axis_size(mesh, axis)
+    by_head = axis if num_heads % parts == 0 else None
+    within = axis if by_head is None and head_dim % parts == 0 else None
+    kv = axis if num_kv_heads % parts == 0 else None
+
+    def on(*entries: str | None) -> dict[str, Any]:
+        return {"out_sharding": PartitionSpec(*entries), "mesh": mesh}
+
+    return HeadMetadata(
+        on(None, by_head, within),
+        on(by_head, within),
+        on(None, kv, None),
+        on(kv, None),
+        on(by_head, within, None),
+        on(by_head),
+    )
+
+
+def axis_size(mesh: Any, axis: str) -> int:
+    """How many devices a mesh has along an axis.
+
+    Raises:
+        ShardingError: no mesh, or one without the axis.
+    """
+    names = getattr(mesh, "axis_names", None)
+    if names is None:
+        raise ShardingError(f"mesh must be a jax.sharding.Mesh such as jax.make_mesh returns, got {mesh!r}.")
+    if axis not in names:
+        raise ShardingError(f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, names))}: name one as axis.")
+    return mesh.shape[axis]
+
+
+def whole_heads(x: Array) -> Array:
+    """[B, T, heads, H] with all features of a head together, where an Explicit mesh splits them."""
+    spec = explicit_spec(x)
+    return x if spec is None or spec[3] is None else jax.reshard(x, on_mesh_of(x, *spec[:3], None))
 
 
 def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
@@ -57,8 +131,8 @@ def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         if own is None:
             return x
         if repeats > 1:
-            x = jnp.repeat(jax.reshard(x, PartitionSpec(spec[0], own[1], None, own[3])), repeats, axis=2)
-        return jax.reshard(x, PartitionSpec(spec[0], own[1], spec[2], own[3]))
+            x = jnp.repeat(jax.reshard(x, on_mesh_of(x, spec[0], own[1], None, own[3])), repeats, axis=2)
+        return jax.reshard(x, on_mesh_of(x, spec[0], own[1], spec[2], own[3]))
 
     return moved(key), moved(value)
 
@@ -101,7 +175,15 @@ def like(x: Array, reference: Array) -> Array:
     spec = explicit_spec(reference)
     if spec is None or spec == explicit_spec(x):
         return x
-    return jax.reshard(x, spec)
+    return jax.reshard(x, on_mesh_of(reference, *spec))
+
+
+def like_rows(x: Array, reference: Array) -> Array:
+    """Moves the rows of `x` to where those of `reference` are on an Explicit mesh; the rest of it is whole."""
+    if explicit_spec(x) is None:
+        return x
+    spec = explicit_spec(reference)
+    return jax.reshard(x, on_mesh_of(x, None if spec is None else spec[0]))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

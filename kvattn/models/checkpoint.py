@@ -12,6 +12,7 @@ from flax import nnx
 from kvattn.errors import CacheVersionError, ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.decoder import Decoder
+from kvattn.models.parameters import name_of, parameters_of
 from kvattn.models.tensors import Tensors, read_json
 
 FORMAT = "kvattn-decoder"
@@ -86,16 +87,6 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
 
 def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
     return leaf.replace(jnp.asarray(tensor, dtype))
-
-
-def name_of(keys: tuple[Any, ...]) -> str:
-    """The name of a parameter by its path."""
-    return ".".join(map(str, keys))
-
-
-def parameters_of(model: Decoder) -> dict[str, Any]:
-    """The parameters by name, such as ``layers.0.attention.query.kernel``."""
-    return {name_of(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

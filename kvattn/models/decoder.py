@@ -14,10 +14,11 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
 from kvattn.errors import DTypeError, RangeError, ShapeError
-from kvattn.layers import GroupedQueryAttention
+from kvattn.layers import GroupedQueryAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.models.config import DecoderConfig
 from kvattn.models.parts import MLP, Experts, Norm
+from kvattn.models.placement import Split
 
 Caches = tuple[Cache, ...]
 
@@ -25,9 +26,9 @@ Caches = tuple[Cache, ...]
 class Block(nnx.Module):
     """Attention and MLP, each with its norms, added to what came in."""
 
-    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Any, **options: Any):
+    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Any, split: Split, **options: Any):
         def norm() -> Norm:
-            return Norm(config, param_dtype=options["param_dtype"])
+            return Norm(config, split, param_dtype=options["param_dtype"])
 
         def norm_if(wanted: bool) -> Any:
             return norm() if wanted else nnx.data(None)
@@ -53,11 +54,12 @@ class Block(nnx.Module):
             attention_fn=attention_fn,
             use_bias=config.qkv_bias,
             use_out_bias=config.out_bias,
+            **split.of_layer,
             **options,
         )
         self.attention_post_norm = norm_if(config.norm_position == "sandwich")
         self.mlp_norm = norm_if(not config.shared_norm)
-        self.mlp = Experts(config, **options) if config.num_experts else MLP(config, **options)
+        self.mlp = Experts(config, split, **options) if config.num_experts else MLP(config, split, **options)
         self.mlp_post_norm = norm_if(config.norm_position == "sandwich")
 
     def __call__(
@@ -91,7 +93,14 @@ class Decoder(nnx.Module):
         dtype: the dtype to compute in; that of the parameters if None.
         param_dtype: the dtype of the parameters.
         attention_fn: what attends where no cache is given, as the argument of `flax.nnx.MultiHeadAttention`.
+        mesh: devices to split the model over: parameters by heads and by the MLP's hidden size (what does not divide,
+            embeddings and norms lie on every device), the caches as `by` says.
+        by: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose` says.
+        axis: the mesh axis for all of this.
         rngs: where the initial parameters are drawn from.
+
+    Raises:
+        ShardingError: a mesh without the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,19 +120,27 @@ class Decoder(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         attention_fn: Callable[..., Array] = default_attention,
+        mesh: Any = None,
+        by: str = "auto",
+        axis: str = "model",
         rngs: nnx.Rngs,
     ):
+        split = Split(mesh, by, axis)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        table = {"embedding_init": nnx.initializers.normal(0.02), **options}
+        whole = split.along((), None)
+        table = {"embedding_init": nnx.initializers.normal(0.02), "embedding_metadata": whole, **options}
         width = config.embedding_dim or config.model_dim
 
         def linear(size_in: int, size_out: int, wanted: bool) -> Any:
-            return nnx.Linear(size_in, size_out, use_bias=False, **options) if wanted else nnx.data(None)
+            if not wanted:
+                return nnx.data(None)
+            return nnx.Linear(size_in, size_out, use_bias=False, kernel_metadata=whole, **options)
 
         def norm(wanted: bool) -> Any:
-            return Norm(config, param_dtype=param_dtype) if wanted else nnx.data(None)
+            return Norm(config, split, param_dtype=param_dtype) if wanted else nnx.data(None)
 
         self.config = config
+        self.split = split
         self.embed = nnx.Embed(config.vocab_size, width, **table)
         self.positions = (
             nnx.Embed(config.max_positions or 1, config.model_dim, **table)
@@ -132,7 +149,7 @@ class Decoder(nnx.Module):
         )
         self.embed_in = linear(width, config.model_dim, config.embedding_dim is not None)
         self.embed_norm = norm(config.embedding_norm)
-        self.layers = nnx.List([Block(config, i, attention_fn, **options) for i in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, i, attention_fn, split, **options) for i in range(config.num_layers)])
         self.norm = norm(config.final_norm)
         self.embed_out = linear(config.model_dim, width, config.embedding_dim is not None)
         self.head = linear(width, config.vocab_size, not config.tie_embeddings)
@@ -166,11 +183,13 @@ class Decoder(nnx.Module):
                 f"the model has {len(self.layers)} layers but was given {len(cache)} caches: one for each."
             )
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
+        if cache is not None:
+            x = self.split.rows(x)
         caches = []
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens)
             caches.append(layer_cache)
-        return self._logits(x), None if cache is None else tuple(caches)
+        return placement.like_rows(self._logits(x), tokens), None if cache is None else tuple(caches)
 
     def make_cache(
         self, batch_size: int, capacity: int | None = None, *, policy: Any = None, codec: Any = None, dtype: Any = None

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn._typing import Array
-from kvattn.layers.placement import explicit_spec, product_spec
+from kvattn.layers.placement import explicit_spec, on_mesh_of, product_spec
 from kvattn.models.config import DecoderConfig
+from kvattn.models.placement import Split
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -25,11 +26,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Norm(nnx.Module):
     """``x / rms(x) * scale``, or ``(x - mean(x)) / std(x) * scale + bias``, in float32 whatever comes in."""
 
-    def __init__(self, config: DecoderConfig, *, param_dtype: Any = jnp.float32):
+    def __init__(self, config: DecoderConfig, split: Split, *, param_dtype: Any = jnp.float32):
+        shape, whole = (config.model_dim,), split.along((config.model_dim,), None)
         self.epsilon = config.norm_epsilon
         self.centred = config.norm == "layer"
-        self.scale = nnx.Param(jnp.ones((config.model_dim,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((config.model_dim,), param_dtype)) if config.norm_bias else nnx.data(None)
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype), **whole)
+        self.bias = nnx.Param(jnp.zeros(shape, param_dtype), **whole) if config.norm_bias else nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
@@ -51,14 +53,21 @@ def dense(linear: nnx.Linear, x: Array) -> Array:
 class MLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or without gate ``down(activation(up(x)))``."""
 
-    def __init__(self, config: DecoderConfig, **options: Any):
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=config.mlp_bias, **options)
+    def __init__(self, config: DecoderConfig, split: Split, **options: Any):
+        def linear(size_in: int, size_out: int, hidden: int) -> nnx.Linear:
+            return nnx.Linear(
+                size_in,
+                size_out,
+                use_bias=config.mlp_bias,
+                kernel_metadata=split.along((size_in, size_out), hidden),
+                bias_metadata=split.along((size_out,), None if hidden == 0 else 0),
+                **options,
+            )
 
         self.activation = config.activation
-        self.gate = linear(config.model_dim, config.mlp_dim) if config.gated else nnx.data(None)
-        self.up = linear(config.model_dim, config.mlp_dim)
-        self.down = linear(config.mlp_dim, config.model_dim)
+        self.gate = linear(config.model_dim, config.mlp_dim, 1) if config.gated else nnx.data(None)
+        self.up = linear(config.model_dim, config.mlp_dim, 1)
+        self.down = linear(config.mlp_dim, config.model_dim, 0)
 
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
@@ -74,25 +83,33 @@ class Experts(nnx.Module):
     given to is computed.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, split: Split, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         experts, model_dim, mlp_dim = config.num_experts, config.model_dim, config.mlp_dim
         self.per_token = config.experts_per_token
         self.alpha, self.limit = config.expert_alpha, config.expert_limit
         self.dtype = dtype
-        self.router = nnx.Linear(model_dim, experts, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.router = nnx.Linear(
+            model_dim,
+            experts,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            kernel_metadata=split.along((model_dim, experts), None),
+            bias_metadata=split.along((experts,), None),
+        )
         draw = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
-        def kernel(size_in: int, size_out: int) -> nnx.Param:
-            return nnx.Param(draw(rngs.params(), (experts, size_in, size_out), param_dtype))
+        # Split within each expert, so that a token may choose any of them.
+        def kernel(size_in: int, size_out: int, hidden: int) -> nnx.Param:
+            shape = (experts, size_in, size_out)
+            return nnx.Param(draw(rngs.params(), shape, param_dtype), **split.along(shape, hidden))
 
-        self.gate, self.up, self.down = (
-            kernel(model_dim, mlp_dim),
-            kernel(model_dim, mlp_dim),
-            kernel(mlp_dim, model_dim),
-        )
-        self.gate_bias = nnx.Param(jnp.zeros((experts, mlp_dim), param_dtype))
-        self.up_bias = nnx.Param(jnp.zeros((experts, mlp_dim), param_dtype))
-        self.down_bias = nnx.Param(jnp.zeros((experts, model_dim), param_dtype))
+        def bias(size: int, hidden: int | None) -> nnx.Param:
+            return nnx.Param(jnp.zeros((experts, size), param_dtype), **split.along((experts, size), hidden))
+
+        self.gate, self.up = kernel(model_dim, mlp_dim, 2), kernel(model_dim, mlp_dim, 2)
+        self.down = kernel(mlp_dim, model_dim, 1)
+        self.gate_bias, self.up_bias, self.down_bias = bias(mlp_dim, 1), bias(mlp_dim, 1), bias(model_dim, None)
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
@@ -100,7 +117,7 @@ class Experts(nnx.Module):
         scores = self.router(x)
         # What a sorted token is split like, no type can say: on an Explicit mesh that is left to the compiler.
         spec = explicit_spec(x)
-        apply = self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=spec)
+        apply: Any = self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=on_mesh_of(x, *spec))
         return apply(x, scores, *kernels)
 
     def _apply(

@@ -12,15 +12,23 @@ from flax import nnx
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
 from kvattn.models import placement
-from kvattn.models.checkpoint import name_of
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Rule
+from kvattn.models.parameters import name_of
 from kvattn.models.tensors import Tensors, in_folder, read_json
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: Collection[str] = ()) -> Decoder:
+def from_pretrained(
+    path: Any,
+    *,
+    dtype: Any = None,
+    mesh: Any = None,
+    by: str = "auto",
+    axis: str = "model",
+    ignore: Collection[str] = (),
+) -> Decoder:
     """Reads a checkpoint folder: ``config.json`` and ``model.safetensors``, or the shards that its index names.
 
     The families are those of `kvattn.models.hf.FAMILIES`, by the ``model_type`` of the config: Llama, Mistral, Qwen2,
@@ -30,8 +38,9 @@ def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: C
     Args:
         path: the folder.
         dtype: what the parameters become and the model computes in. None: what most of the file is stored in.
-        mesh: devices to split the parameters over, by heads and by the MLP's hidden size along the axis "model" (the
-            last axis, if none has that name). What does not divide is replicated.
+        mesh: devices to split the model over, as in `Decoder`.
+        by: how its caches are split, likewise.
+        axis: the mesh axis for both.
         ignore: fields of ``config.json`` that are not known here and that the caller knows to change nothing.
 
     Raises:
@@ -41,6 +50,7 @@ def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: C
         UnsupportedError: a model_type, or a setting, that this decoder does not have.
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
         DTypeError: a `dtype` that is not floating.
+        ShardingError: a mesh without the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,15 +58,16 @@ def from_pretrained(path: Any, *, dtype: Any = None, mesh: Any = None, ignore: C
         >>> model = kvattn.models.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
         >>> kvattn.generate(model, [[128000, 791, 6864]], max_new_tokens=8)  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder, on = Path(path), {"mesh": mesh, "by": by, "axis": axis}
     family = read_family(folder, ignore)
+    placement.Split(**on)
     tensors = in_folder(folder)
     names = _checked(family, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise DTypeError(f"dtype must be floating, got {jnp.dtype(dtype)}.")
-    skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
     graph, state = nnx.split(skeleton)
     leaves = {name_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
