@@ -185,7 +185,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.policy = policy
         self.codec = codec
         self.implementation = implementation
-        self.mesh, self.by, self.axis = mesh, by, axis
+        self.mesh, self.by, self.axis = mesh, settings.scheme(by), axis
         check_additions(
             attention_fn,
             self.head_dim,
@@ -266,6 +266,8 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.cached_key = nnx.data(None)
         self.cached_value = nnx.data(None)
         self.cache_index = nnx.data(None)
+        if mesh is not None:
+            placement.put(self, mesh)
 
     def __call__(
         self,

@@ -106,6 +106,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         _checks.head_counts(self.num_heads, self._num_kv_heads)
         settings.scores(self.scale, self.softcap, self.window)
         settings.clip(self.qkv_clip)
+        settings.scheme(self.by)
         settings.dropout_rate(self.dropout_rate)
         if self.value_head_dim is not None:
             _checks.integer("value_head_dim", self.value_head_dim, 1)

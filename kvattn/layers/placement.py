@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -106,6 +107,21 @@ def axis_size(mesh: Any, axis: str) -> int:
     if axis not in names:
         raise ShardingError(f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, names))}: name one as axis.")
     return mesh.shape[axis]
+
+
+def put(module: nnx.Module, mesh: Any) -> None:
+    """Moves every parameter of a module to the mesh, split as its metadata says, whole where that says nothing."""
+    explicit = mesh.are_all_axes_explicit
+
+    def moved(leaf: Any) -> Any:
+        x = leaf.get_value()
+        sharding = NamedSharding(mesh, leaf.get_metadata().get("out_sharding", PartitionSpec()))
+        if not isinstance(x, Tracer):
+            return leaf.replace(jax.device_put(x, sharding))
+        return leaf.replace(jax.reshard(x, sharding) if explicit else jax.lax.with_sharding_constraint(x, sharding))
+
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    nnx.update(module, nnx.from_flat_state([(path, moved(leaf)) for path, leaf in flat]))
 
 
 def whole_heads(x: Array) -> Array:

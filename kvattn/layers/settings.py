@@ -11,6 +11,7 @@ import numpy as np
 
 from kvattn import _checks, positions
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
+from kvattn.sharding.choose import KNOWN
 
 
 def head_dim(num_heads: int, features: int, given: int | None) -> int:
@@ -141,6 +142,16 @@ def finite_rope(rope: Any, size: int) -> None:
     made_for = getattr(rope, "head_dim", size)
     if made_for != size:
         raise ConfigError(f"rope was made for head_dim {made_for}, but the heads of this layer have {size}.")
+
+
+def scheme(by: str) -> str:
+    """Checks how caches are to be split over a mesh.
+
+    Raises:
+        ConfigError: an unknown way.
+    """
+    _checks.one_of("by", by, (*KNOWN, "auto"))
+    return by
 
 
 def slopes_array(slopes: tuple[float, ...] | None) -> Any:

@@ -153,6 +153,8 @@ class Decoder(nnx.Module):
         self.norm = norm(config.final_norm)
         self.embed_out = linear(config.model_dim, width, config.embedding_dim is not None)
         self.head = linear(width, config.vocab_size, not config.tie_embeddings)
+        if mesh is not None:
+            placement.put(self, mesh)
 
     def __call__(
         self, tokens: Array, cache: Sequence[Cache] | None = None, num_new: Array | None = None
@@ -183,8 +185,7 @@ class Decoder(nnx.Module):
                 f"the model has {len(self.layers)} layers but was given {len(cache)} caches: one for each."
             )
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
-        if cache is not None:
-            x = self.split.rows(x)
+        x = self.split.rows(x, cache is not None)
         caches = []
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens)

@@ -117,7 +117,9 @@ class Experts(nnx.Module):
         scores = self.router(x)
         # What a sorted token is split like, no type can say: on an Explicit mesh that is left to the compiler.
         spec = explicit_spec(x)
-        apply: Any = self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=on_mesh_of(x, *spec))
+        apply: Any = (
+            self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=on_mesh_of(x, *spec))
+        )
         return apply(x, scores, *kernels)
 
     def _apply(

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from kvattn.layers.placement import axis_size, explicit_spec
+from kvattn.layers.settings import scheme
 from kvattn.models.parameters import name_of
 
 
@@ -26,6 +27,7 @@ class Split:
     axis: str = "model"
 
     def __post_init__(self) -> None:
+        scheme(self.by)
         if self.mesh is not None:
             axis_size(self.mesh, self.axis)
 
@@ -34,11 +36,18 @@ class Split:
         """The arguments of an attention layer."""
         return {"mesh": self.mesh, "by": self.by, "axis": self.axis}
 
-    def rows(self, x: jax.Array) -> jax.Array:
-        """[B, ...] on an Explicit mesh with rows split over its axis "data", as those of caches are."""
-        if self.mesh is None or explicit_spec(x) is None or "data" not in self.mesh.axis_names or self.axis == "data":
+    def rows(self, x: jax.Array, cached: bool) -> jax.Array:
+        """[B, ...] on the mesh, if its axes are Explicit: with a cache over "data" as its rows are, else as it was.
+
+        Whatever the current mesh is, its type then names this one, which the transposes of products go by.
+        """
+        if self.mesh is None or not self.mesh.are_all_axes_explicit:
             return x
-        return x if x.shape[0] % self.mesh.shape["data"] else jax.reshard(x, NamedSharding(self.mesh, PartitionSpec("data")))
+        spec = explicit_spec(x)
+        rows = None if spec is None else spec[0]
+        if cached and self.axis != "data" and x.shape[0] % dict(self.mesh.shape).get("data", x.shape[0] + 1) == 0:
+            rows = "data"
+        return jax.reshard(x, NamedSharding(self.mesh, PartitionSpec(rows)))
 
     def along(self, shape: tuple[int, ...], place: int | None) -> dict[str, Any]:
         """The metadata of a parameter that is split along one of its axes, where that divides; None: whole."""
