@@ -33,12 +33,10 @@ import kvattn
 from kvattn import errors, sharding
 
 QUICK = (
-    ("full", MHA, "heads", "auto", (8,)),
     ("h2o", GQA, "heads", "explicit", (8,)),
     ("int8", MQA, "batch", "explicit", (8,)),
     ("window", MQA, "batch", "auto", (2, 4)),
-    ("full", GQA, "sequence", "explicit", (2, 4)),
-    ("streaming", MQA, "sequence", "auto", (8,)),
+    ("streaming", MQA, "sequence", "explicit", (2, 4)),
     ("h2o", GQA, "sequence", "auto", (8,)),
 )
 ALL = [
@@ -75,9 +73,8 @@ def test_further_policies_and_codecs(name, num_kv_heads, by, kind, shape):
 # Beyond a jitted step -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("by", "num_kv_heads"), [("sequence", GQA), ("heads", GQA)])
-def test_gradients(by, num_kv_heads):
-    check_gradients(by, num_kv_heads, "auto", 3)
+def test_gradients():
+    check_gradients("sequence", GQA, "auto", 3)
 
 
 @pytest.mark.slow
@@ -142,6 +139,16 @@ def test_an_encoders_cache(by):
 
 def test_every_setting_of_the_step():
     """Sinks, slopes, soft cap, window, left padding, rows that do not fit: as one device, however it is split."""
+    check_settings("sequence", GQA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "num_kv_heads"), [("heads", GQA), ("batch", MQA), ("replicated", MQA)])
+def test_every_setting_otherwise(by, num_kv_heads):
+    check_settings(by, num_kv_heads)
+
+
+def check_settings(by, num_kv_heads):
     rng = np.random.default_rng(0)
     settings = {
         "sinks": jnp.asarray(rng.normal(size=N), jnp.float32),
@@ -152,19 +159,18 @@ def test_every_setting_of_the_step():
         "padding": "left",
     }
     alone = jax.jit(lambda q, k, v, c, n: kvattn.cached_attention(q, k, v, c, num_new=n, **settings))
-    for by, num_kv_heads in (("heads", GQA), ("batch", MQA), ("sequence", GQA)):
-        step = sharded_step(mesh_of("auto"), by, rope=None, **settings)
-        expected, there = make(num_kv_heads, capacity=8), make(num_kv_heads, capacity=8)
-        there = sharding.shard_cache(there, mesh_of("auto"), by=by)
-        for seed in (1, 2):  # the second time some rows do not fit
-            new = tokens(seed, LENGTH, num_kv_heads)
-            a, expected = alone(*new, expected, RAGGED)
-            b, there = step(*new, there, RAGGED)
-            np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=1e-5)
-        np.testing.assert_array_equal(there.lengths, expected.lengths)
-        np.testing.assert_array_equal(there.status, expected.status)
-        with pytest.raises(errors.CapacityError):
-            there.check()
+    step = sharded_step(mesh_of("auto"), by, rope=None, **settings)
+    expected, there = make(num_kv_heads, capacity=8), make(num_kv_heads, capacity=8)
+    there = sharding.shard_cache(there, mesh_of("auto"), by=by)
+    for seed in (1, 2):  # the second time some rows do not fit
+        new = tokens(seed, LENGTH, num_kv_heads)
+        a, expected = alone(*new, expected, RAGGED)
+        b, there = step(*new, there, RAGGED)
+        np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=1e-5)
+    np.testing.assert_array_equal(there.lengths, expected.lengths)
+    np.testing.assert_array_equal(there.status, expected.status)
+    with pytest.raises(errors.CapacityError):
+        there.check()
 
 
 def test_a_token_that_cannot_be_encoded_is_marked_once():

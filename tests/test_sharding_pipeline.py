@@ -82,14 +82,15 @@ def pipelined(mesh):
     return kvattn.jit(run, donate="caches")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("full", "auto"), ("h2o", "explicit")])
-def test_equals_layers_in_a_row(name, kind):
-    check(name, kind, 4)
+def test_equals_layers_in_a_row():
+    check("full", "auto", 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "stages"), [("int8", "auto", 8), ("full", "explicit", 1)])
-def test_other_numbers_of_stages(name, kind, stages):
+@pytest.mark.parametrize(
+    ("name", "kind", "stages"), [("h2o", "explicit", 4), ("int8", "auto", 8), ("full", "explicit", 1)]
+)
+def test_other_caches_and_numbers_of_stages(name, kind, stages):
     check(name, kind, stages)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from sharding_cases import GQA, KINDS, LENGTH, MHA, MQA, H, N, kinds, make, mesh_of, tokens
+from sharding_cases import GQA, KINDS, LENGTH, MHA, MQA, B, H, N, kinds, make, mesh_of, tokens
 
 import kvattn
 from kvattn import errors, sharding
@@ -13,9 +13,10 @@ from kvattn.sharding import place
 
 
 def filled(num_kv_heads, **settings):
-    cache = make(num_kv_heads, **settings)
-    new = tokens(1, LENGTH, num_kv_heads)
-    return jax.jit(kvattn.cached_attention)(*new, cache)[1]
+    """A cache that holds a prompt."""
+    cache, (_, key, value) = make(num_kv_heads, **settings), tokens(1, LENGTH, num_kv_heads)
+    slots = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (B, LENGTH))
+    return cache.write(slots, jnp.asarray(key), jnp.asarray(value)).replace(lengths=jnp.full((B,), LENGTH, jnp.int32))
 
 
 def same_contents(a, b):
