@@ -21,10 +21,11 @@ def filled(num_kv_heads, **settings):
 
 def same_contents(a, b):
     """Lengths, positions, and what lies in the slots."""
+    a, b = (jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), cache) for cache in (a, b))
     np.testing.assert_array_equal(a.lengths, b.lengths)
     np.testing.assert_array_equal(a.positions, b.positions)
+    kept = (np.asarray(a.positions) >= 0)[:, None, :, None]
     for x, y in zip(a.dense(), b.dense(), strict=True):
-        kept = (np.asarray(a.positions) >= 0)[:, None, :, None]
         np.testing.assert_array_equal(np.where(kept, x, 0), np.where(kept, y, 0))
 
 
@@ -52,9 +53,10 @@ def test_a_cache_is_made_where_it_is_to_lie():
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-def test_prompts_by_heads_then_decoding_by_batch():
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_by_heads_then_decoding_by_batch(kind):
     """One head: nothing is moved, rows are cut. Several: copies are taken back; what is sent is a device's share."""
-    mesh = mesh_of("auto")
+    mesh = mesh_of(kind)
     for num_kv_heads, before, allowed in ((MQA, "replicated", set()), (MHA, "heads", {"all-to-all"})):
         cache = sharding.shard_cache(filled(num_kv_heads, capacity=16), mesh, by=before)
         switch = jax.jit(lambda cache: sharding.shard_cache(cache, mesh, by="batch"))

@@ -110,6 +110,9 @@ def arrange(
                 f"{cache.num_kv_heads} key/value heads are no copies of {num_kv_heads}: give the number that the cache "
                 "was created with."
             )
+        if place.is_explicit:  # JAX cuts no axis there that is split: split the rows meanwhile, where they divide
+            rows = batch if cache.batch_size % (place.num_data * place.size) == 0 else replicated
+            cache = place.put(cache, rows.cache_specs(place, cache))
         cache = heads.without_copies(cache, cache.num_kv_heads // num_kv_heads)
     scheme = SCHEMES[resolved(place, cache, by)]
     if scheme is not sequence:
@@ -131,13 +134,10 @@ def bytes_per_device(
         axis: likewise.
         data_axis: likewise.
     """
-    if isinstance(jax.tree.leaves(cache)[0], Tracer):
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
     place = place_of(mesh, axis, data_axis)
     by = resolved(place, cache, by)
-    options = {"by": by, "axis": axis, "data_axis": data_axis}
-    cache = jax.eval_shape(lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), cache))
-    cache = jax.eval_shape(lambda c: arrange(c, mesh, **options), cache)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+    cache = jax.eval_shape(lambda cache: arrange(cache, mesh, by=by, axis=axis, data_axis=data_axis), shapes)
     specs = SCHEMES[by].cache_specs(place, cache)
 
     def size(x: Any, spec: Any) -> int:
