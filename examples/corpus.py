@@ -6,6 +6,7 @@ The language reference (`pydoc_data.topics`) and, for training only, the docstri
 import ast
 import pathlib
 import sysconfig
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -38,6 +39,12 @@ def split() -> tuple[np.ndarray, np.ndarray]:
     train = [fresh(name) for name in others]
     train += [text for text in docstrings() if text not in seen]
     return _join(train), _join(valid)
+
+
+def windows(text: np.ndarray, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """int32 [B, 1 + length]: pieces of the text, START before each."""
+    pieces = text[np.asarray(starts)[:, None] + np.arange(length)[None]]
+    return np.pad(pieces, ((0, 0), (1, 0)), constant_values=START).astype(np.int32)
 
 
 def docstrings() -> list[str]:

@@ -106,9 +106,18 @@ def causal_attention(query, key, value, *, is_causal, unrest=None, **rest):
     return rearrange(out, "(b k) t g h -> b t (k g) h", k=key.shape[2])
 
 
-def learning_rate(peak: float, step: int, done: float) -> float:
-    """Linear warmup over 100 steps, then a cosine down to a twentieth; `done` is in [0, 1]."""
-    return peak * min(1.0, step / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+def learning_rate(peak: float, step: int, done: float, warmup: int = 100) -> float:
+    """Linear warmup over so many steps, then a cosine down to a twentieth; `done` is in [0, 1]."""
+    return peak * min(1.0, step / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+    """The optimizer: clipped gradients, and no decay of norms and biases."""
+    decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(learning_rate, b2=0.98, weight_decay=weight_decay, mask=decayed),
+    )
 
 
 def bits(model: Decoder, windows: jax.Array) -> jax.Array:
@@ -149,14 +158,9 @@ def main() -> None:
     count = sum(x.size for x in jax.tree.leaves(weights))
     print(f"{count:,} parameters; {len(train):,} bytes to learn from, {len(valid):,} to validate on")
 
-    def adamw(learning_rate):
-        decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(learning_rate, b2=0.98, weight_decay=args.weight_decay, mask=decayed),
-        )
-
-    optimizer = optax.inject_hyperparams(adamw)(learning_rate=0.0)
+    optimizer = optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate, args.weight_decay))(
+        learning_rate=0.0
+    )
     state = optimizer.init(weights)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -174,12 +178,8 @@ def main() -> None:
     def evaluate(weights, windows):
         return bits(nnx.merge(graph, weights), windows)
 
-    def windows_at(text: np.ndarray, starts: np.ndarray) -> jax.Array:
-        """int32 [B, context + 1], START first."""
-        windows = text[np.asarray(starts)[:, None] + np.arange(args.context)[None]]
-        return jnp.asarray(np.pad(windows, ((0, 0), (1, 0)), constant_values=corpus.START), jnp.int32)
-
-    valid_windows = [windows_at(valid, [start]) for start in range(0, len(valid) - args.context, args.context)]
+    valid_starts = range(0, len(valid) - args.context, args.context)
+    valid_windows = [corpus.windows(valid, [start], args.context) for start in valid_starts]
     draw = np.random.default_rng(args.seed)
     rows, recent, best, began = [], [], math.inf, time.monotonic()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,8 @@ def main() -> None:
             done = min(1.0, max(step / args.steps, (time.monotonic() - began) / 60 / args.minutes))
             rate = learning_rate(args.learning_rate, step, done)
             state.hyperparams["learning_rate"] = jnp.asarray(rate)
-            windows = windows_at(train, draw.integers(0, len(train) - args.context, args.batch))
+            starts = draw.integers(0, len(train) - args.context, args.batch)
+            windows = corpus.windows(train, starts, args.context)
             weights, state, loss = learn(weights, state, windows)
             recent.append(float(loss))
             bar.update()

@@ -114,6 +114,7 @@ def test_uptraining(tmp_path):
     assert mha["cache_bytes_per_token"] == 4 * mqa["cache_bytes_per_token"] == 2 * 4 * 8 * 4
     assert mha["converted"] == report["mha"] == report["pretraining"][-1]["valid"] < report["pretraining"][0]["valid"]
     assert mqa["converted"] > mha["converted"] and report["uptraining_steps"] == 1
+    assert mqa["scratch"] > mqa["uptrained"] and mqa["uptrained"] != mqa["converted"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
