@@ -82,6 +82,22 @@ def test_auto_is_how_the_cache_lies():
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mesh_of_the_context(kind):
+    """What a layer has at hand inside jit: the abstract mesh."""
+    with jax.set_mesh(mesh_of(kind)):
+        cache = sharding.shard_cache(make(MQA, capacity=16), mesh_of(kind))
+
+        @jax.jit
+        def step(*args):
+            return sharding.cached_attention(*args, mesh=jax.sharding.get_abstract_mesh())
+
+        out, after = step(*tokens(0, 1, MQA), cache)
+    expected, _ = kvattn.cached_attention(*tokens(0, 1, MQA), make(MQA, capacity=16))
+    np.testing.assert_allclose(np.asarray(out), np.asarray(expected), atol=1e-6)
+    assert after.keys["data"].sharding.shard_shape(after.keys["data"].shape)[1] == B // 8
+
+
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 

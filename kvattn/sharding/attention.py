@@ -16,6 +16,7 @@ from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
 from kvattn.pallas import interpreted
 from kvattn.positions import RoPE
+from kvattn.sharding import batch
 from kvattn.sharding.cache import SCHEMES, check_divides, placed_by, resolved
 from kvattn.sharding.filling import filled_up
 from kvattn.sharding.pages import check_tables
@@ -57,8 +58,9 @@ def cached_attention(
 
     Rows are split over `data_axis` besides. Arguments that lie elsewhere are brought there; so are new keys and values:
     whole for "sequence", "replicated", and "batch" (where each device then takes its rows), by heads for "heads". Query
-    heads that do not divide (71 over 8) are filled up, and out, which cannot be split then, is whole. Where projections
-    are to stay split, fill those up: pass 72 heads and ``num_heads=71``.
+    heads that do not divide (71 over 8) are split within by "batch", if H does: queries and out have some features of
+    every head on each device, as a projection does whose kernel [D, N, H] is split along H. Otherwise they are filled
+    up, and out, which cannot be split then, is whole; or pass 72 heads and ``num_heads=71``.
 
     Arguments are checked as `kvattn.cached_attention` does. Kernels run: inside, every mesh axis is `jax.shard_map`'s.
     What only a device sees (a token that cannot be encoded or scored) sets a status bit also outside jit. Donate the
@@ -70,8 +72,8 @@ def cached_attention(
         value: float [B, T, K, Hv].
         cache: from `shard_cache`. One that lies on a single device is split by the first step, if it divides.
         mesh: of Explicit or Auto axes.
-        by: as in `shard_cache`; "auto" is how the cache lies, or, where that cannot be seen (inside jit, Auto axes),
-            what `choose` says for its shape.
+        by: as in `shard_cache`; "auto" is how the cache lies. Inside jit on Auto axes that cannot be seen: there "auto"
+            is what `choose` says for the cache's shape, and the compiler moves a cache that lies otherwise.
         axis: the mesh axis it is split over.
         data_axis: the mesh axis that splits rows besides, where the mesh has it.
         num_heads: N, where `query` has more heads than that so that they divide: the last ones come out as zeros. None:
@@ -131,8 +133,9 @@ def cached_attention(
         return step(*args)
     check_tables(cache, args[4], place.num_data * (place.size if by == "batch" else 1))
     assert num_heads is not None
-    plan = _Plan(by, place, step, num_heads, copies, interpreted())
-    if by != "sequence":
+    within = _split_within(by, place, query, cache)
+    plan = _Plan(by, place, step, num_heads, copies, within, interpreted())
+    if by != "sequence" and not within:
         args = filled_up(args, -(-query.shape[2] // place.size) * place.size)
     if place.is_explicit or not isinstance(args[0], Tracer):
         args = place.put(args, plan.specs(args))
@@ -152,12 +155,15 @@ class _Plan:
     step: Step
     num_heads: int
     copies: int
+    within: bool
     interpreted: bool
 
     def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The placements of the arguments."""
         scheme = SCHEMES[self.by]
         query, key, row, head = scheme.token_specs(self.place)
+        if self.within:
+            query = batch.split_within(self.place)
         cache = scheme.cache_specs(self.place, args[3])
         specs = (query, key, key, cache, row, row, head, head, row)
         return tuple(None if x is None else spec for x, spec in zip(args, specs, strict=True))
@@ -167,9 +173,18 @@ class _Plan:
 def _run(plan: _Plan, args: tuple[Any, ...]) -> tuple[Array, Cache]:
     """The step, once per device."""
     place, specs = plan.place, plan.specs(args)
-    local = SCHEMES[plan.by].local(place, plan.step, plan.num_heads, plan.copies)
+    if plan.within:
+        local = batch.local(place, plan.step, plan.num_heads, plan.copies, within=True)
+    else:
+        local = SCHEMES[plan.by].local(place, plan.step, plan.num_heads, plan.copies)
     out_specs = (specs[0], specs[3])
     return jax.shard_map(local, mesh=place.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+
+
+def _split_within(by: str, place: Place, query: Array, cache: Cache) -> bool:
+    """Whether each device has some features of every query head, because the heads do not divide."""
+    sizes = (cache.key_head_dim, cache.value_head_dim)
+    return by == "batch" and query.shape[2] % place.size > 0 and not any(size % place.size for size in sizes)
 
 
 def _copies(key: Any, cache: Cache, place: Place, by: str) -> int:

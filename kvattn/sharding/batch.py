@@ -45,14 +45,23 @@ def token_specs(place: Place) -> tuple[Any, Any, Any, Any]:
     return P(place.data, None, place.axis, None), P(place.rows), P(place.rows), P()
 
 
-def local(place: Place, step: Step, num_heads: int, copies: int) -> Any:
-    """What each device does: exchange some heads of all rows for all heads of its rows, attend, and back."""
+def split_within(place: Place) -> Any:
+    """The placement of queries and outputs whose heads do not divide: some features of every head."""
+    return P(place.data, None, None, place.axis)
+
+
+def local(place: Place, step: Step, num_heads: int, copies: int, within: bool = False) -> Any:
+    """What each device does: exchange some heads of all rows for all heads of its rows, attend, and back.
+
+    Or, `within`, some features of all heads.
+    """
     del copies
+    split = 3 if within else 2
     step = filling.real_heads(pages.with_own_pages(step, place.rows), num_heads)
 
     def call(query: Array, *rest: Any) -> tuple[Array, Cache]:
-        query = jax.lax.all_to_all(query, place.axis, split_axis=0, concat_axis=2, tiled=True)
+        query = jax.lax.all_to_all(query, place.axis, split_axis=0, concat_axis=split, tiled=True)
         out, cache = step(query, *rest)
-        return jax.lax.all_to_all(out, place.axis, split_axis=2, concat_axis=0, tiled=True), cache
+        return jax.lax.all_to_all(out, place.axis, split_axis=split, concat_axis=0, tiled=True), cache
 
     return call

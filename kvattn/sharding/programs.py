@@ -6,7 +6,9 @@ from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 
-_INSTRUCTION = re.compile(rf"= (?P<result>[^=\n]*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_INSTRUCTION = re.compile(rf"= (?P<result>[^=\n]*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)")
+# One that a TPU does beside other work is written into each of the fusions it runs beside.
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 _SHAPE = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -30,8 +32,12 @@ def collectives(program: Any) -> list[Collective]:
         program: what ``jax.jit(f).lower(...).compile()`` returns, or its ``as_text()``.
     """
     text = re.sub(r"/\*.*?\*/", "", program if isinstance(program, str) else program.as_text())
-    found = []
+    found, chains = [], set()
     for match in _INSTRUCTION.finditer(text):
+        if chain := _CHAIN.search(match["rest"]):
+            if chain.groups() in chains:
+                continue
+            chains.add(chain.groups())
         sizes = [_nbytes(*shape) for shape in _SHAPE.findall(match["result"])]
         # The start of an asynchronous one lists what it was given, too; then come counters.
         begun = match["start"] and match["kind"] in ("all-gather", "collective-permute")
