@@ -440,6 +440,27 @@ def test_heads_split_over_a_mesh(kind, num_devices):
         assert planned.sharding.shard_shape(planned.shape)[1] == (1 if num_devices == 2 else 2)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("count", [4, 2])
+def test_a_model_on_a_mesh_is_as_one_made_there(kind, count):
+    """One head on each of four devices, or two on all: parameters, what they say of themselves, caches, results."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(kind,))
+    given = Decoder(dataclasses.replace(SMALL, num_layers=1), mesh=mesh, rngs=nnx.Rngs(0))
+    model = convert_to_gqa(given, count)
+    wanted = Decoder(model.config, mesh=mesh, rngs=nnx.Rngs(0))
+    for (path, got), new in zip(
+        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(wanted)).leaves, strict=True
+    ):
+        assert got.get_metadata() == new.get_metadata(), path
+        assert got.get_value().sharding.is_equivalent_to(new.get_value().sharding, got.ndim), path
+    whole = convert_to_gqa(Decoder(given.config, rngs=nnx.Rngs(0)), count)
+    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, 31)
+    apply, weights = stateless(model)
+    logits, cache = jax.jit(apply, donate_argnames="cache")(weights, tokens, cache=model.make_cache(2, 8))
+    close(logits, whole(tokens)[0], 1e-5)
+    assert cache[0].num_kv_heads == count
+
+
 # Refused. -------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from M
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,6 +103,7 @@ def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
             for variable in (projection.kernel, projection.bias):
                 if variable is not None:  # Layers may share one: the second time nothing is left to do.
                     variable.set_value(_pool(variable.get_value(), num_kv_heads))
+                    _settle(variable)
     for module in modules.values():
         config = getattr(module, "config", None)
         if isinstance(config, DecoderConfig):
@@ -127,7 +128,7 @@ def _convert_tree(tree: Any, num_kv_heads: int) -> Any:
     changes = {path for prefix, layer in layers.items() for path in _changes(prefix, layer, num_kv_heads)}
 
     def converted(keys: Any, leaf: Any) -> Any:
-        return _rewrap(leaf, lambda x: _pool(x, num_kv_heads)) if _path(keys) in changes else leaf
+        return _rewrap(leaf, _pool(_unwrap(leaf), num_kv_heads)) if _path(keys) in changes else leaf
 
     return jax.tree.unflatten(structure, [converted(keys, leaf) for keys, leaf in flat])
 
@@ -257,12 +258,20 @@ def _unwrap(leaf: Any) -> Any:
     return leaf.unbox() if isinstance(leaf, AxisMetadata) else leaf
 
 
-def _rewrap(leaf: Any, change: Callable[[Any], Any]) -> Any:
-    """Applies `change` to the array in a leaf and puts the result into a box of the same kind."""
-    array = change(_unwrap(leaf))
+def _rewrap(leaf: Any, array: Any) -> Any:
+    """Puts an array into a box of the same kind."""
     if isinstance(leaf, nnx.Variable):
-        return leaf.replace(array)
+        return _settle(leaf.replace(array))
     return leaf.replace_boxed(array) if isinstance(leaf, AxisMetadata) else array
+
+
+def _settle(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    """Makes a variable say that its heads are whole, where it says that a mesh splits them and they do not divide."""
+    metadata, shape = variable.get_metadata(), variable.get_value().shape
+    mesh, spec = metadata.get("mesh"), metadata.get("out_sharding")
+    if mesh is not None and spec is not None:
+        variable.set_metadata(out_sharding=_split(spec, mesh, shape))
+    return variable
 
 
 def _pool(x: Any, num_kv_heads: int) -> Any:
@@ -284,14 +293,22 @@ def _pool(x: Any, num_kv_heads: int) -> Any:
 
 def _shardings(x: Any, num_kv_heads: int) -> tuple[NamedSharding | None, NamedSharding | None]:
     """Where a mesh splits the heads of [..., K, H]: how to lay them out to be averaged, and the means after that."""
-    spec = placement.explicit_spec(x) if isinstance(x, Tracer) else None
-    sharding = jax.typeof(x).sharding if spec is not None else getattr(x, "sharding", None)
-    if (isinstance(x, Tracer) and spec is None) or not isinstance(sharding, NamedSharding):
+    explicit = placement.explicit_spec(x) is not None if isinstance(x, Tracer) else False
+    sharding = jax.typeof(x).sharding if explicit else getattr(x, "sharding", None)
+    if (isinstance(x, Tracer) and not explicit) or not isinstance(sharding, NamedSharding):
         return None, None
-    axes = (*sharding.spec, *(None,) * (len(x.shape) - len(sharding.spec)))
-    if axes[-2] is None:
+    mesh, shape = sharding.mesh, x.shape
+    whole = _split(sharding.spec, mesh, (*shape[:-2], None, shape[-1]))
+    if whole == sharding.spec:
         return None, None
+    after = _split(sharding.spec, mesh, (*shape[:-2], num_kv_heads, shape[-1]))
+    return NamedSharding(mesh, whole), NamedSharding(mesh, after)
+
+
+def _split(spec: Any, mesh: Any, shape: Sequence[int | None]) -> PartitionSpec:
+    """`spec` for an array [..., K, H], its heads whole where the mesh does not divide them or K is None."""
+    axes = (*spec, *(None,) * (len(shape) - len(spec)))
     names = axes[-2] if isinstance(axes[-2], tuple) else (axes[-2],)
-    whole = NamedSharding(sharding.mesh, PartitionSpec(*axes[:-2], None, axes[-1]))
-    divides = num_kv_heads % math.prod(sharding.mesh.shape[name] for name in names) == 0
-    return whole, sharding if divides else whole
+    if axes[-2] is None or (shape[-2] is not None and shape[-2] % math.prod(mesh.shape[name] for name in names) == 0):
+        return PartitionSpec(*spec)
+    return PartitionSpec(*axes[:-2], None, axes[-1])
