@@ -21,6 +21,15 @@ def is_concrete(*arrays: Any) -> bool:
     return not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays))
 
 
+def on_host(x: Any) -> np.ndarray:
+    """An array's numbers. One that is split over the devices of several processes is gathered: all must ask for it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def integer(name: str, value: Any, minimum: int, error: type[KVAttnError] = ConfigError) -> int:
     """Checks a static integer setting; bools, floats and traced values are refused."""
     if isinstance(value, jax.core.Tracer):

@@ -130,10 +130,10 @@ class Cache:
     def refuse_overflow(self, fits: Array, num_new: Array) -> None:
         """Raises `CapacityError` for rows that can be seen not to fit."""
         if _checks.is_concrete(fits) and not np.all(fits):
-            rows = np.nonzero(~np.asarray(fits))[0]
+            rows = np.nonzero(~_checks.on_host(fits))[0]
             raise CapacityError(
-                f"rows {rows.tolist()} of the cache hold {np.asarray(self.lengths)[rows].tolist()} tokens of "
-                f"{self.num_slots}; {np.asarray(num_new)[rows].tolist()} more do not fit. "
+                f"rows {rows.tolist()} of the cache hold {_checks.on_host(self.lengths)[rows].tolist()} tokens of "
+                f"{self.num_slots}; {_checks.on_host(num_new)[rows].tolist()} more do not fit. "
                 f"Nothing was written. {self._advice}"
             )
 
@@ -143,6 +143,8 @@ class Cache:
 
     def check(self) -> Self:
         """Raises what a jitted step could only record; returns the cache if all is well.
+
+        In a program of several processes all must call it.
 
         Raises:
             CapacityError: an append did not fit.

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.errors import CapacityError, KVAttnError, RangeError, UnsupportedError
 
@@ -44,7 +45,7 @@ def mark(status: Array, rows: Array, bit: int) -> Array:
 
 def raise_for(status: Any) -> None:
     """Raises the typed error of the lowest bit that is set in any row."""
-    status = np.asarray(status)
+    status = _checks.on_host(status)
     for bit, (error, text) in _ERRORS.items():
         rows = np.nonzero(status & bit)[0]
         if rows.size:

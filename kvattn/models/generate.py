@@ -52,7 +52,8 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens.
 
     Temperature, `top_k`, `top_p`, seed and stop tokens may change from call to call without compiling anew. The caches
-    are donated to every step and updated in place.
+    are donated to every step and updated in place. On a mesh of several processes all call it with the same arguments,
+    and all get the same tokens.
 
     Args:
         model: the decoder.
@@ -236,7 +237,8 @@ def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[
         came = num_new > 0
         new = jnp.where(came, jnp.where(sound, token, _UNSOUND), rows.new)
         running = jnp.where(came, ~stop[token], rows.running)
-        return _Rows(new, running, rows.num_drawn), cache
+        whole = model.split.whole
+        return _Rows(whole(new), whole(running), whole(rows.num_drawn)), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def append(weights, tokens, num_new, cache, rows, sampler, stop):

@@ -49,6 +49,15 @@ class Split:
             rows = "data"
         return jax.reshard(x, NamedSharding(self.mesh, PartitionSpec(rows)))
 
+    def whole(self, x: jax.Array) -> jax.Array:
+        """`x` on every device of the mesh: what a host reads must be whole in each of several processes."""
+        if self.mesh is None:
+            return x
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if self.mesh.are_all_axes_explicit:
+            return jax.reshard(x, sharding)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
     def along(self, shape: tuple[int, ...], place: int | None) -> dict[str, Any]:
         """The metadata of a parameter that is split along one of its axes, where that divides; None: whole."""
         if self.mesh is None:

@@ -1,7 +1,7 @@
 """`from_pretrained`: a decoder from a checkpoint folder of HuggingFace's transformers."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
-from kvattn.models.hf import FAMILIES, Family, Fields, Rule
+from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
 from kvattn.models.parameters import name_of
 from kvattn.models.tensors import Tensors, in_folder, read_json
 
@@ -28,12 +29,14 @@ def from_pretrained(
     by: str = "auto",
     axis: str = "model",
     ignore: Collection[str] = (),
+    on_read: Callable[[str, int], Any] | None = None,
 ) -> Decoder:
     """Reads a checkpoint folder: ``config.json`` and ``model.safetensors``, or the shards that its index names.
 
     The families are those of `kvattn.models.hf.FAMILIES`, by the ``model_type`` of the config: Llama, Mistral, Qwen2,
     Qwen3, Gemma 2, Gemma 3 (text), Falcon, OPT, MPT, BLOOM, GPT-2, GPT-BigCode, gpt-oss. Nothing is ever unpickled.
-    Tensors are read one at a time, the largest first, and go straight to their dtype and devices.
+    Tensors are read one at a time, the largest first, and go straight to their dtype and devices. Of a tensor that is
+    split over a mesh each process reads the parts that its own devices hold.
 
     Args:
         path: the folder.
@@ -42,6 +45,8 @@ def from_pretrained(
         by: how its caches are split, likewise.
         axis: the mesh axis for both.
         ignore: fields of ``config.json`` that are not known here and that the caller knows to change nothing.
+        on_read: called as ``on_read(name, nbytes)`` after everything that this process reads of a tensor. What it
+            raises ends the loading.
 
     Raises:
         MissingFileError: the config, the tensors or a shard are not there.
@@ -61,7 +66,7 @@ def from_pretrained(
     folder, on = Path(path), {"mesh": mesh, "by": by, "axis": axis}
     family = read_family(folder, ignore)
     placement.Split(**on)
-    tensors = in_folder(folder)
+    tensors = in_folder(folder, on_read)
     names = _checked(family, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
@@ -74,19 +79,42 @@ def from_pretrained(
     filled: dict[str, jax.Array] = {}
     try:
         for rule in _largest_first(family.rules):
-            given = [tensors.read(names[name]) for name in rule.sources]
-            for name, make in rule.makes.items():
-                wanted = jnp.float32 if rule.exact else dtype
-                array = np.ascontiguousarray(make(*given).astype(wanted))
-                if array.shape != leaves[name].shape:  # a mistake of a table, never of a file
-                    raise AssertionError(f"{name} was made {array.shape}, the model has {leaves[name].shape}")
-                filled[name] = jax.device_put(array, shardings[name])
+            reader = _Reader(rule, names, tensors, jnp.float32 if rule.exact else dtype)
+            for name, layout in rule.makes.items():
+                if layout.shape != leaves[name].shape:  # a mistake of a table, never of a file
+                    raise AssertionError(f"{name} is made {layout.shape}, the model has {leaves[name].shape}")
+                filled[name] = reader.placed(name, shardings[name])
     finally:
         tensors.close()
     return nnx.merge(
         graph,
         nnx.from_flat_state([(keys, leaf.replace(filled[name_of(keys)])) for keys, leaf in nnx.to_flat_state(state)]),
     )
+
+
+class _Reader:
+    """Reads the parts of a rule's parameters that are asked for, each once."""
+
+    def __init__(self, rule: Rule, names: dict[str, str], tensors: Tensors, dtype: Any):
+        self._rule, self._names, self._tensors, self._dtype = rule, names, tensors, jnp.dtype(dtype)
+        self._parts: dict[tuple[tuple[int, int], ...], dict[str, np.ndarray]] = {}
+
+    def placed(self, name: str, sharding: Sharding | None) -> jax.Array:
+        """A parameter; each device is given its part of it."""
+        shape = self._rule.makes[name].shape
+        if sharding is None:
+            return jax.device_put(self.part(name, None))
+        return jax.make_array_from_callback(shape, sharding, lambda index: self.part(name, index))
+
+    def part(self, name: str, index: Index | None) -> np.ndarray:
+        """A part of a parameter, None: all of it. Several devices may hold it, and are given the same."""
+        shape = self._rule.makes[name].shape
+        index = (slice(None),) * len(shape) if index is None else index
+        key = tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
+        if key not in self._parts:
+            read = self._rule.read(lambda source, where: self._tensors.read(self._names[source], where), index)
+            self._parts[key] = {n: np.ascontiguousarray(x, self._dtype) for n, x in read.items()}
+        return self._parts[key][name]
 
 
 def read_family(folder: Path, ignore: Collection[str] = ()) -> Family:

@@ -1,8 +1,8 @@
-"""The tensors of safetensors files: what is there is known at once, the numbers are read one tensor at a time."""
+"""The tensors of safetensors files: what is there is known at once, numbers are read a tensor or a part at a time."""
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ class Tensors:
 
     Args:
         files: all of them are opened, and their headers checked against their lengths.
+        on_read: called as ``on_read(name, nbytes)`` after everything that is read of a tensor.
 
     Raises:
         MissingFileError: a file is not there.
         CacheCorruptionError: a file that is damaged or cut off, or a name that two files hold.
     """
 
-    def __init__(self, files: Iterable[Path]):
+    def __init__(self, files: Iterable[Path], on_read: Callable[[str, int], Any] | None = None):
+        self._on_read = on_read
         self.entries: dict[str, Entry] = {}
         for file in files:
             with _opened(file) as opened:
@@ -54,8 +56,12 @@ class Tensors:
         # What has been read of a mapped file counts as memory of this process until the file is closed.
         self._allowance = max(sum(entry.nbytes for entry in self.entries.values()) // 32, 1 << 20)
 
-    def read(self, name: str) -> np.ndarray:
-        """The numbers of one tensor, copied.
+    def read(self, name: str, where: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """The numbers of one tensor, or of a part of it, copied.
+
+        Args:
+            name: of the tensor.
+            where: the indices along each of its first axes, ascending; of the others all is read.
 
         Raises:
             CacheCorruptionError: they cannot be read.
@@ -66,11 +72,20 @@ class Tensors:
         if self._open is None or self._open[0] != entry.file or self._read > self._allowance:
             self.close()
             self._open = entry.file, _opened(entry.file).__enter__()
-        self._read += entry.nbytes
+        whole = all(len(along) == size for along, size in zip(where, entry.shape, strict=False))
         try:
-            return self._open[1].get_tensor(name)
+            runs = [self._open[1].get_tensor(name)] if whole else _runs(self._open[1].get_slice(name), where)
         except (SafetensorError, TypeError, ValueError) as error:
             raise CacheCorruptionError(f"{entry.file}: {name} cannot be read: {error}.") from error
+        nbytes = sum(run.nbytes for run in runs)
+        self._read += nbytes
+        if self._on_read is not None:
+            self._on_read(name, nbytes)
+        numbers = runs[0] if len(runs) == 1 else np.concatenate(runs)
+        for axis, along in enumerate(where[1:], 1):
+            if len(along) != numbers.shape[axis]:
+                numbers = np.take(numbers, along - along[0], axis)
+        return numbers
 
     def close(self) -> None:
         """Lets go of the file that is open."""
@@ -79,7 +94,7 @@ class Tensors:
         self._open, self._read = None, 0
 
 
-def in_folder(folder: Path) -> Tensors:
+def in_folder(folder: Path, on_read: Callable[[str, int], Any] | None = None) -> Tensors:
     """The tensors of a folder: those of ``model.safetensors``, or of the shards that its index names.
 
     Raises:
@@ -89,7 +104,7 @@ def in_folder(folder: Path) -> Tensors:
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).is_file():
-            return Tensors([folder / SINGLE])
+            return Tensors([folder / SINGLE], on_read)
         others = sorted(file.name for file in folder.glob("*.bin"))
         why = (
             f" It holds {', '.join(others)}: pickled files are never read, save them as safetensors." if others else ""
@@ -106,7 +121,7 @@ def in_folder(folder: Path) -> Tensors:
     if missing:
         tensors = sorted(name for name, file in placed.items() if file in missing)
         raise MissingFileError(f"{folder} lacks {', '.join(missing)}, where {INDEX} has: {', '.join(tensors)}.")
-    found = Tensors(folder / name for name in names)
+    found = Tensors((folder / name for name in names), on_read)
     wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if found_in(found, name) != file]
     if wrong:
         raise CacheCorruptionError(f"{index} has tensors that are not where it says:\n  " + "\n  ".join(wrong))
@@ -136,6 +151,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a JSON object, it holds {type(fields).__name__}.")
     return fields
+
+
+def _runs(part: Any, where: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Runs of rows, and of each row the range that holds what is wanted: a disk does not read less than that."""
+    rows, *others = where
+    ranges = [slice(int(along[0]), int(along[-1]) + 1) for along in others]
+    ends = np.nonzero(np.diff(rows) != 1)[0] + 1
+    return [part[(slice(int(run[0]), int(run[-1]) + 1), *ranges)] for run in np.split(rows, ends)]
 
 
 def _opened(file: Path) -> Any:

@@ -9,7 +9,7 @@ from kvattn.models.hf.gemma import gemma2, gemma3
 from kvattn.models.hf.gpt2 import gpt2, gpt_bigcode, opt
 from kvattn.models.hf.gpt_oss import gpt_oss
 from kvattn.models.hf.llama import llama, mistral, qwen2, qwen3
-from kvattn.models.hf.rules import Family, Rule
+from kvattn.models.hf.rules import Family, Index, Rule
 
 FAMILIES: dict[str, Callable[[Fields], Family]] = {
     "bloom": bloom,
@@ -28,4 +28,4 @@ FAMILIES: dict[str, Callable[[Fields], Family]] = {
 }
 """What each ``model_type`` is read by."""
 
-__all__ = ["FAMILIES", "Family", "Fields", "Rule"]
+__all__ = ["FAMILIES", "Family", "Fields", "Index", "Rule"]

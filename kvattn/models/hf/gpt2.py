@@ -6,7 +6,7 @@ from kvattn.errors import ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
 from kvattn.models.hf.fields import Fields
-from kvattn.models.hf.rules import Family, Rule
+from kvattn.models.hf.rules import Family, Layout, Rule
 
 # Masks that older files carry.
 BUFFERS = (r"\.attn\.(masked_)?bias$",)
@@ -124,8 +124,9 @@ def _opt(config: DecoderConfig) -> Iterator[Rule]:
     yield rules.embedding("model.decoder.embed_tokens.weight", config)
     # The first two rows belong to no position.
     most = config.max_positions or 0
+    rows = Layout((most, config.model_dim), ((0,), (1,)), {0: range(2, most + 2)})
     yield rules.tensor(
-        "model.decoder.embed_positions.weight", (most + 2, config.model_dim), "positions.embedding", lambda x: x[2:]
+        "model.decoder.embed_positions.weight", (most + 2, config.model_dim), "positions.embedding", rows
     )
     if config.embedding_dim is not None:
         inner, outer = (config.embedding_dim,), (config.model_dim,)

@@ -8,7 +8,7 @@ from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
 from kvattn.models.hf.fields import Fields
 from kvattn.models.hf.llama import BUFFERS, sizes
-from kvattn.models.hf.rules import Family, Rule, Shape
+from kvattn.models.hf.rules import Family, Layout, Rule, Shape
 
 # The sixteen values of a 4-bit float with two bits of exponent and one of fraction.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -55,20 +55,19 @@ def _rules(config: DecoderConfig, packed: bool) -> Iterator[Rule]:
     experts, hidden = config.num_experts, config.mlp_dim
     yield rules.embedding("model.embed_tokens.weight", config)
 
-    def kernels(theirs: str, into: int, out: int, makes: dict[str, slice]) -> Rule:
+    def kernels(theirs: str, into: int, out: int, makes: dict[str, range]) -> Rule:
         """A matrix per expert [E, in, out], of which every name takes some of the outputs."""
+        axes = ((0,), (2,), (1,)) if packed else ((0,), (1,), (2,))
+        layouts = {n: Layout((experts, into, len(taken)), axes, {2: taken}) for n, taken in makes.items()}
         if not packed:
-            return Rule({theirs: (experts, into, out)}, {n: (lambda x, s=s: x[..., s]) for n, s in makes.items()})
+            return Rule({theirs: (experts, into, out)}, layouts)
         blocks: Shape = (experts, out, into // BLOCK, BLOCK // 2)
         sources = {f"{theirs}_blocks": blocks, f"{theirs}_scales": blocks[:3]}
+        return Rule(sources, layouts, from_mxfp4, BLOCK, stored=("U8",))
 
-        def unpacked(part: slice):
-            return lambda blocks, scales: np.swapaxes(from_mxfp4(blocks[:, part], scales[:, part]), 1, 2)
-
-        return Rule(sources, {name: unpacked(part) for name, part in makes.items()}, stored=("U8",))
-
-    def biases(theirs: str, out: int, makes: dict[str, slice]) -> Rule:
-        return Rule({theirs: (experts, out)}, {name: (lambda x, s=s: x[:, s]) for name, s in makes.items()})
+    def biases(theirs: str, out: int, makes: dict[str, range]) -> Rule:
+        axes = ((0,), (1,))
+        return Rule({theirs: (experts, out)}, {n: Layout((experts, len(s)), axes, {1: s}) for n, s in makes.items()})
 
     def block(layer: int, ours: str) -> Iterator[Rule]:
         theirs = f"model.layers.{layer}"
@@ -78,8 +77,8 @@ def _rules(config: DecoderConfig, packed: bool) -> Iterator[Rule]:
         yield from rules.norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", features)
         yield from rules.linear(f"{theirs}.mlp.router", f"{ours}.mlp.router", (features,), (experts,), True)
         # Gate and up alternate.
-        each = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
-        whole = {"down": slice(None)}
+        each = {"gate": range(0, 2 * hidden, 2), "up": range(1, 2 * hidden, 2)}
+        whole = {"down": range(features)}
         for name, into, out, parts in (
             ("gate_up_proj", features, 2 * hidden, each),
             ("down_proj", hidden, features, whole),

@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint become which parameters, and how. A family is a list of rules."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,48 @@ import numpy as np
 from kvattn.errors import UnsupportedError
 from kvattn.models.config import DecoderConfig
 
-Make = Callable[..., np.ndarray]
 Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+"""A part of a parameter, one slice per axis, as JAX asks for what a device holds."""
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where in a tensor the numbers of a parameter lie, so that a part of it can be read alone.
+
+    Attributes:
+        shape: of the parameter.
+        axes: for every axis of the tensor, the axes of the parameter that lie along it, the slowest first. Torch's
+            weight [N * H, D] of a projection to [D, N, H] is ((1, 2), (0,)).
+        entries: which entries of the tensor an axis of the parameter takes, where these are not all of them in order.
+            It must be the slowest of those along the tensor's axis.
+    """
+
+    shape: Shape
+    axes: tuple[tuple[int, ...], ...]
+    entries: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
+
+    def within(self, index: Index) -> list[np.ndarray]:
+        """For every axis of the tensor int64 [...], the indices of a part of the parameter, in the part's order."""
+        found = []
+        for axes in self.axes:
+            along = np.zeros(1, np.int64)
+            for axis in axes:
+                entries = np.asarray(self.entries.get(axis, range(self.shape[axis])), np.int64)[index[axis]]
+                along = (along[:, None] * self.shape[axis] + entries).ravel()
+            found.append(along)
+        return found
+
+    def arranged(self, numbers: np.ndarray, index: Index) -> np.ndarray:
+        """A part of the parameter, from the numbers `within` found for it."""
+        sizes = [len(range(*along.indices(size))) for along, size in zip(index, self.shape, strict=True)]
+        order = list(itertools.chain(*self.axes))
+        return numbers.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
+
+
+def _unchanged(x: np.ndarray) -> np.ndarray:
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +61,51 @@ class Rule:
 
     Attributes:
         sources: the name of each tensor and the shape it must have.
-        makes: the name of each parameter, and what makes it of the tensors.
+        makes: the name of each parameter, and where in the tensors it lies. All have the same shape.
+        convert: makes numbers of the tensors, number by number (or, if `packed`, block by block along the last axis).
+        packed: how many numbers of the last axis that `makes` speaks of lie in one entry of the tensors' axis.
         exact: the parameters stay float32 whatever the model's dtype is.
         stored: the dtypes the tensors may have, as safetensors names them.
     """
 
     sources: Mapping[str, Shape]
-    makes: Mapping[str, Make]
+    makes: Mapping[str, Layout]
+    convert: Callable[..., np.ndarray] = _unchanged
+    packed: int = 1
     exact: bool = False
     stored: tuple[str, ...] = FLOATS
+
+    def read(self, read: Callable[[str, list[np.ndarray]], np.ndarray], index: Index) -> dict[str, np.ndarray]:
+        """A part of every parameter. What several of them need is read once.
+
+        Args:
+            read: gives the numbers of a source at some indices (ascending) along each of its first axes.
+            index: the part.
+        """
+        wanted = {name: layout.within(index) for name, layout in self.makes.items()}
+        *outer, last = (np.unique(np.concatenate(along)) for along in zip(*wanted.values(), strict=True))
+        stored = [*outer, np.unique(last // self.packed)]
+        given = [read(source, stored) for source in self.sources]
+        made = {}
+        for name, (*rows, inner) in wanted.items():
+            places = [np.searchsorted(known, own) for known, own in zip(outer, rows, strict=True)]
+            numbers = self.convert(*(_picked(x, places) for x in given))
+            place = np.searchsorted(stored[-1], inner // self.packed) * self.packed + inner % self.packed
+            made[name] = self.makes[name].arranged(_picked(numbers, [None] * len(rows) + [place]), index)
+        return made
+
+
+def _picked(x: np.ndarray, places: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The entries at `places` along each axis (None: all), without a copy where they are evenly spaced."""
+    for axis, place in enumerate(places):
+        if place is None:
+            continue
+        step = int(place[1] - place[0]) if len(place) > 1 else 1
+        if step > 0 and np.all(np.diff(place) == step):
+            x = x[(slice(None),) * axis + (slice(int(place[0]), int(place[-1]) + 1, step),)]
+        else:
+            x = np.take(x, place, axis)
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +125,47 @@ class Family:
     ignored: tuple[str, ...] = ()
 
 
-def tensor(theirs: str, shape: Shape, ours: str, make: Make = lambda x: x, *, exact: bool = False) -> Rule:
-    """One tensor that becomes one parameter."""
-    return Rule({theirs: shape}, {ours: make}, exact)
+def tensor(theirs: str, shape: Shape, ours: str, layout: Layout | None = None, **options: Any) -> Rule:
+    """One tensor that becomes one parameter, as it is unless there is a `layout`; `options` are those of `Rule`."""
+    return Rule({theirs: shape}, {ours: layout or whole(shape)}, **options)
 
 
-def linear(theirs: str, ours: str, into: Shape, out: Shape, bias: bool, transposed: bool = True) -> Iterator[Rule]:
-    """A projection from `into` to `out`: torch's weight is [out, in], GPT-2's (`transposed` False) [in, out]."""
-    rows, columns = math.prod(into), math.prod(out)
+def whole(shape: Shape) -> Layout:
+    """A parameter that is the tensor."""
+    return Layout(shape, tuple((axis,) for axis in range(len(shape))))
 
-    def kernel(x: np.ndarray) -> np.ndarray:
-        return (x.T if transposed else x).reshape(into + out)
 
-    yield tensor(f"{theirs}.weight", (columns, rows) if transposed else (rows, columns), f"{ours}.kernel", kernel)
+def linear(
+    theirs: str,
+    ours: str,
+    into: Shape,
+    out: Shape,
+    bias: bool,
+    transposed: bool = True,
+    *,
+    heads: Sequence[int] | None = None,
+    num_heads: int | None = None,
+) -> Iterator[Rule]:
+    """A projection from `into` to `out`: torch's weight is [out, in], GPT-2's (`transposed` False) [in, out].
+
+    Of a matrix for `num_heads` heads [num_heads, *out[1:]] of all kinds, this is the projection to `heads`.
+    """
+    stored = out if num_heads is None else (num_heads, *out[1:])
+    rows, columns = math.prod(into), math.prod(stored)
+    first = tuple(range(len(into)))
+    then = tuple(range(len(into), len(into) + len(out)))
+    shape, axes = ((columns, rows), (then, first)) if transposed else ((rows, columns), (first, then))
+    kernel = Layout(into + out, axes, {} if heads is None else {len(into): heads})
+    yield tensor(f"{theirs}.weight", shape, f"{ours}.kernel", kernel)
     if bias:
-        yield tensor(f"{theirs}.bias", (columns,), f"{ours}.bias", lambda x: x.reshape(out))
+        along = Layout(out, (tuple(range(len(out))),), {} if heads is None else {0: heads})
+        yield tensor(f"{theirs}.bias", (columns,), f"{ours}.bias", along)
 
 
 def norm(theirs: str, ours: str, size: int, *, bias: bool = False, plus_one: bool = False) -> Iterator[Rule]:
     """A norm. With `plus_one` its scale is stored as what differs from 1 (Gemma); the sum is kept in float32."""
-    make = (lambda x: x.astype(np.float32) + np.float32(1)) if plus_one else (lambda x: x)
-    yield tensor(f"{theirs}.weight", (size,), f"{ours}.scale", make, exact=plus_one)
+    convert = (lambda x: x.astype(np.float32) + np.float32(1)) if plus_one else _unchanged
+    yield tensor(f"{theirs}.weight", (size,), f"{ours}.scale", convert=convert, exact=plus_one)
     if bias:
         yield tensor(f"{theirs}.bias", (size,), f"{ours}.bias")
 
@@ -82,29 +178,19 @@ def fused(
     `grouped`: for every key/value head its query heads, then its key, then its value. Otherwise all queries, all keys,
     all values.
     """
-    heads, kv_heads, size, features = config.num_heads, kv(config), width(config), config.model_dim
-    group = heads // kv_heads
-    rows = (heads + 2 * kv_heads) * size
-
-    def part(name: str, x: np.ndarray) -> np.ndarray:
-        """Of [rows, ...]: the heads of one kind [heads, H, ...]."""
-        if grouped:
-            x = x.reshape(kv_heads, group + 2, size, *x.shape[1:])
-            x = {"query": x[:, :group], "key": x[:, group : group + 1], "value": x[:, group + 1 :]}[name]
-        else:
-            x = x.reshape(heads + 2 * kv_heads, size, *x.shape[1:])
-            ends = {"query": (0, heads), "key": (heads, heads + kv_heads), "value": (heads + kv_heads, None)}[name]
-            return x[slice(*ends)]
-        return x.reshape(-1, *x.shape[2:])
-
-    def kernel(name: str) -> Make:
-        return lambda x: np.moveaxis(part(name, x if transposed else x.T), -1, 0)
-
-    names = ("query", "key", "value")
-    shape = (rows, features) if transposed else (features, rows)
-    yield Rule({f"{theirs}.weight": shape}, {f"{ours}.{name}.kernel": kernel(name) for name in names})
-    if bias:
-        yield Rule({f"{theirs}.bias": (rows,)}, {f"{ours}.{n}.bias": (lambda x, n=n: part(n, x)) for n in names})
+    heads, kv_heads = config.num_heads, kv(config)
+    total = heads + 2 * kv_heads
+    if grouped:
+        each = np.arange(total).reshape(kv_heads, -1)
+        parts = {"query": each[:, :-2], "key": each[:, -2], "value": each[:, -1]}
+    else:
+        query, key, value = np.split(np.arange(total), [heads, heads + kv_heads])
+        parts = {"query": query, "key": key, "value": value}
+    for name, part in parts.items():
+        taken, out = part.ravel().tolist(), (part.size, width(config))
+        yield from linear(
+            theirs, f"{ours}.{name}", (config.model_dim,), out, bias, transposed, heads=taken, num_heads=total
+        )
 
 
 def separate(
@@ -147,7 +233,7 @@ def head(theirs: str, config: DecoderConfig) -> Iterator[Rule]:
     """The output projection, where it is not the embedding."""
     if not config.tie_embeddings:
         size = config.embedding_dim or config.model_dim
-        yield tensor(theirs, (config.vocab_size, size), "head.kernel", lambda x: x.T)
+        yield tensor(theirs, (config.vocab_size, size), "head.kernel", Layout((size, config.vocab_size), ((1,), (0,))))
 
 
 def tied(config: DecoderConfig) -> tuple[str, ...]:
