@@ -39,7 +39,8 @@ def convert_to_gqa[T](params_or_model: T, num_kv_heads: int) -> T:
 
     Means are taken in float32 (float64 of float64) and cast back. A head axis that is split over a mesh stays split
     where the new count divides, and is whole on every device otherwise. Arrays that do not change are shared with
-    what was given, not copied: donate one of the two only.
+    what was given, not copied: donate one of the two only. An optimizer's moments are no parameters: leave them out of
+    the tree, where they would be averaged as well, and begin with new ones.
 
     Args:
         params_or_model: what holds attention layers of K heads, K a multiple of `num_kv_heads`. Either
