@@ -325,13 +325,15 @@ def longest_contexts() -> list[dict[str, Any]]:
         model = dataclasses.replace(MODELS["palm-540b"], num_kv_heads=kv_heads, head_dim=head_dim)
         for batch, paper in zip((128, 512), published, strict=True):
             p = plan(model, "tpu-v4", batch_size=batch, num_devices=64, by=by, memory_fraction=0.3)
+            # A device holds one head of all rows, or all heads of a 64th of the rows.
+            share = p.bytes_per_token // (p.num_devices if by == "batch" else kv_heads)
             rows.append(
                 {
                     "name": name,
                     "batch": batch,
                     "free_bytes": p.free_bytes,
                     "bytes_per_token": p.bytes_per_token,
-                    "bytes_per_token_and_device": p.free_bytes // p.max_tokens,
+                    "bytes_per_token_and_device": share,
                     "context": round(p.max_tokens / batch),
                     "paper": paper,
                 }
@@ -384,8 +386,9 @@ def scheme_tables(report: dict) -> list[Table]:
             star = "* " if row.get("chosen") else "  "
             head = (str(row["batch"]), f"{row['length']:,}")
             if row["reason"] is not None:
-                cpu.add_row(*head, star + row["by"], "", "", "", row["reason"])
-                tpu.add_row(*head, row["by"], "", "", "", row["reason"])
+                reason = row["reason"].split(":")[0].rstrip(".")
+                cpu.add_row(*head, star + row["by"], "", "", "", reason)
+                tpu.add_row(*head, row["by"], "", "", "", reason)
                 continue
             for table, key in ((cpu, "cpu"), (tpu, "tpu")):
                 if (found := row.get(key)) is None:
@@ -420,38 +423,43 @@ def plot(report: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.lines
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["model"] for row in report["rows"]))
-    size = (14, 3.6 * len(names))
-    figure, axes = plt.subplots(len(names), 3, figsize=size, layout="constrained", squeeze=False)
-    colors, dashes = dict(zip(SCHEMES, ("C0", "C1", "C2"), strict=True)), ("-", "--", ":", "-.")
-    widths = dict(zip(SCHEMES, (5, 2.5, 1.2), strict=True))  # equal ones show through each other
     batches = list(dict.fromkeys(row["batch"] for row in report["rows"]))
+    size = (13, 3.3 * len(names) + 0.5)
+    figure, axes = plt.subplots(len(names), 3, figsize=size, layout="constrained", squeeze=False)
+    dashes, line = ("-", "--", ":", "-."), matplotlib.lines.Line2D
+    # Widths: lines that coincide show through each other.
+    looks = {by: {"color": f"C{i}", "linewidth": (4, 2, 1)[i]} for i, by in enumerate(SCHEMES)}
     for name, (memory, sent, clock) in zip(names, axes, strict=True):
         for by in SCHEMES:
             rows = [r for r in report["rows"] if (r["model"], r["by"]) == (name, by) and r["reason"] is None]
             for i, batch in enumerate(batches):
                 some = [r for r in rows if r["batch"] == batch]
-                style = {"color": colors[by], "linestyle": dashes[i % 4], "linewidth": widths[by], "marker": "o"}
-                style |= {"markersize": 3, "label": f"{by}, {batch} rows"}
-                if some:
-                    lengths = [r["length"] for r in some]
-                    memory.plot(lengths, [r["cpu"]["bytes_per_device"] / 2**20 for r in some], **style)
-                    lengths = [r["cpu"]["timed_length"] for r in some]
-                    clock.plot(lengths, [1e3 * r["cpu"]["seconds"] for r in some], **style)
-            for i, key in enumerate(("cpu", "tpu")):
-                last = {r["batch"]: exchanged_bytes(r[key]["collectives"]) / 2**10 for r in rows if key in r}
-                style = {"color": colors[by], "linestyle": dashes[i], "marker": "os"[i], "markersize": 4}
-                if last:
-                    sent.plot(last.keys(), last.values(), label=f"{by}, {key.upper()}", **style)
-        memory.set(ylabel="MiB per device", xlabel="length", title=f"{name}: cache")
+                look = looks[by] | {"linestyle": dashes[i % 4], "marker": ".", "markersize": 5}
+                memory.plot([r["length"] for r in some], [r["cpu"]["bytes_per_device"] / 2**20 for r in some], **look)
+                some = [r for r in some if r["cpu"]["timed_length"] == r["length"]]
+                clock.plot([r["length"] for r in some], [1e3 * r["cpu"]["seconds"] for r in some], **look)
+            for key, marker in (("cpu", "o"), ("tpu", "x")):
+                kib = {r["batch"]: exchanged_bytes(r[key]["collectives"]) / 2**10 for r in rows if key in r}
+                sent.plot(kib.keys(), kib.values(), color=looks[by]["color"], marker=marker, markersize=5)
+        memory.set(ylabel="MiB per device", xlabel="length", title=f"{name}: cache of a layer")
         sent.set(ylabel="KiB per step and device", xlabel="rows", title="exchanged, at any length")
-        clock.set(ylabel="ms per step", xlabel="length as timed", title=f"{report['devices']} CPU devices on few cores")
+        clock.set(ylabel="ms", xlabel="length", title=f"step on {report['devices']} CPU devices (not scaled down)")
         for part in (memory, sent, clock):
             part.set(xscale="log", yscale="log")
-            part.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+    legend = [line([], [], label=f"by {by}", **look) for by, look in looks.items()]
+    legend += [
+        line([], [], color="k", linestyle=dashes[i % 4], label=f"{b} row{'s'[: b > 1]}") for i, b in enumerate(batches)
+    ]
+    legend += [
+        line([], [], color="k", linestyle="", marker=m, label=f"compiled for {k}")
+        for k, m in (("CPU", "o"), ("TPU", "x"))
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -466,7 +474,11 @@ def main() -> None:
     report = {
         "date": datetime.date.today().isoformat(),
         "versions": {"jax": jax.__version__, "kvattn": kvattn.__version__},
-        "machine": {"cores": os.cpu_count(), "note": "the CPU devices share the cores: times compare schemes roughly"},
+        "machine": {
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[2], 1),  # of the last 15 minutes: above the cores, others ran, too
+            "note": "the CPU devices share the cores: times compare schemes roughly",
+        },
         "devices": args.mesh[0] * args.mesh[1],
         "mesh": {"data": args.mesh[0], "model": args.mesh[1], "axes": args.axes},
         "dtype": args.dtype,

@@ -166,3 +166,13 @@ def test_falcon_has_71_heads(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_71_heads_are_filled_up(by, kind):
     check_equal("full", MQA, by, kind, 3, num_heads=71)
+
+
+def test_one_in_several_fusions_counts_once():
+    """TPUs write an exchange that runs beside other work into each of the fusions it runs beside."""
+    line = '%a.{} = bf16[64,1024]{{1,0}} all-gather(%p), channel_id={}, frontend_attributes={{chain_id="{}"}}'
+    beside = [line.format(i, 9, 0) for i in range(4)]
+    plain = "%p.{} = f32[8]{{0}} all-reduce(%x), channel_id=1, to_apply=%add"  # of one channel, and two
+    text = "\n".join([*beside, line.format(4, 10, 0), line.format(5, 9, 1), plain.format(0), plain.format(1)])
+    found = sharding.collectives(text)
+    assert [(c.kind, c.nbytes) for c in found] == [("all-gather", 2 * 64 * 1024)] * 3 + [("all-reduce", 32)] * 2
