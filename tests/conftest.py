@@ -64,9 +64,14 @@ def pytest_configure(config):
         jaxtyping.install_import_hook("kvattn", "beartype.beartype")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
-    """Skip what needs hardware that is not there; never by accident, always with the reason."""
+    """Mark what slow.txt names; skip what needs hardware that is not there, always with the reason."""
+    lines = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
+    slow = {line for line in lines if not line.startswith("#")}
     for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
         for marker, wanted in (("gpu", "cuda"), ("tpu", "tpu")):
             if item.get_closest_marker(marker) and wanted != PLATFORM:
                 item.add_marker(pytest.mark.skip(reason=f"needs KVATTN_TEST_PLATFORM={wanted}, got {PLATFORM}"))

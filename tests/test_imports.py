@@ -188,3 +188,13 @@ except ModuleNotFoundError as error:
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["1", "flax"]
+
+
+def test_slow_tests_are_there():
+    """What slow.txt names exists: a test that was renamed would be quick again unnoticed."""
+    tests = ROOT / "tests"
+    for line in (tests / "slow.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        file, function = line.split("[")[0].split("::")
+        assert f"def {function}(" in (ROOT / file).read_text(), line

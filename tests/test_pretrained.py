@@ -171,7 +171,12 @@ def test_small_budgets_are_lists_of_tokens(name, policy, codec):
         assert error <= TOLERANCE * spread
         if policy is None:
             continue
-        assert np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread or length <= 9
+        # Where every layer has a window, what a policy lets go may lie outside it anyway.
+        assert (
+            all(model.config.layer_windows)
+            or np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread
+            or length <= 9
+        )
         for layer, oracle in zip(cache, layers, strict=True):
             held = np.atleast_2d(np.asarray(layer.positions)[row])
             for positions, kept in zip(

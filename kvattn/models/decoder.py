@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kvattn import _checks
@@ -229,7 +230,8 @@ class Decoder(nnx.Module):
         if tokens.ndim != 2:
             raise ShapeError(f"tokens must be [B, T], got shape {tokens.shape}.")
         if tokens.size and _checks.is_concrete(tokens):
-            low, high = int(tokens.min()), int(tokens.max())
+            values = np.asarray(tokens)  # inside jit a closed-over array can be looked at, but not its minimum
+            low, high = int(values.min()), int(values.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise RangeError(f"token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}.")
         return tokens.astype(jnp.int32)
