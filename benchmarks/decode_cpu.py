@@ -174,9 +174,7 @@ def layer(repeats: int) -> dict:
 
 def dispatch(repeats: int, num_layers: int = 32) -> dict:
     """Host time of a decode step of a model of 32 tiny layers: flat leaves against the same through `stateless`."""
-    config = DecoderConfig(
-        vocab_size=16, model_dim=16, num_layers=num_layers, num_heads=4, num_kv_heads=2, mlp_dim=16
-    )
+    config = DecoderConfig(vocab_size=16, model_dim=16, num_layers=num_layers, num_heads=4, num_kv_heads=2, mlp_dim=16)
     model = Decoder(config, rngs=nnx.Rngs(0))
     caches, x = model.make_cache(1, 8), jnp.ones((1, 1), jnp.int32)
     apply, weights = kvattn.layers.stateless(model)
