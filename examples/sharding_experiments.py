@@ -449,7 +449,10 @@ def plot(report: dict, path: Path) -> None:
         sent.set(ylabel="KiB per step and device", xlabel="rows", title="exchanged, at any length")
         clock.set(ylabel="ms", xlabel="length", title=f"step on {report['devices']} CPU devices (not scaled down)")
         for part in (memory, sent, clock):
-            part.set(xscale="log", yscale="log")
+            if any(len(drawn.get_xdata()) for drawn in part.lines):
+                part.set(xscale="log", yscale="log")
+            else:
+                part.text(0.5, 0.5, "none", ha="center", transform=part.transAxes)
     legend = [line([], [], label=f"by {by}", **look) for by, look in looks.items()]
     legend += [
         line([], [], color="k", linestyle=dashes[i % 4], label=f"{b} row{'s'[: b > 1]}") for i, b in enumerate(batches)
