@@ -155,6 +155,8 @@ def test_collectives_of_a_layer(kind):
         c.kind for c in counted(GroupedQueryAttention(16, 32, num_kv_heads=8, by="heads", **settings), mesh, "heads")
     ]
     assert found == ["all-reduce"]
+    layer = GroupedQueryAttention(16, 32, num_kv_heads=8, by="batch", **settings)
+    assert sorted(c.kind for c in counted(layer, mesh, "batch")) == ["all-reduce", *["all-to-all"] * 4]
     for heads in (16, 71):
         found = [c.kind for c in counted(MultiQueryAttention(heads, 32, by="batch", **settings), mesh, "batch")]
         assert sorted(found) == ["all-reduce", "all-to-all", "all-to-all"], heads

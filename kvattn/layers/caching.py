@@ -120,6 +120,9 @@ def attend(
         return cached_attention(query, key, value, cache, **rules)
     num_kv_heads = cache.num_kv_heads if key is None else key.shape[2]
     by = scheme(layer, cache.batch_size, num_kv_heads)
+    if key is not None and value is not None:
+        # Else the compiler, which may choose on Auto axes, gathers the kernels instead of a token's keys and values.
+        key, value = (placement.by_heads(x, layer.mesh, layer.axis) for x in (key, value))
     return sharding.cached_attention(query, key, value, cache, mesh=layer.mesh, by=by, axis=layer.axis, **rules)
 
 

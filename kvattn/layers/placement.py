@@ -124,6 +124,14 @@ def put(module: nnx.Module, mesh: Any) -> None:
     nnx.update(module, nnx.from_flat_state([(path, moved(leaf)) for path, leaf in flat]))
 
 
+def by_heads(x: Array, mesh: Any, axis: str) -> Array:
+    """[B, T, heads, H] on a mesh of Auto axes, held where a kernel whose heads are split puts it."""
+    if mesh.are_all_axes_explicit or x.shape[2] % axis_size(mesh, axis):
+        return x
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, axis, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def whole_heads(x: Array) -> Array:
     """[B, T, heads, H] with all features of a head together, where an Explicit mesh splits them."""
     spec = explicit_spec(x)
