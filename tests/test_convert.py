@@ -1,6 +1,8 @@
 """`convert_to_gqa`: against head-by-head pooling and attention in NumPy, on every kind of tree and module."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -448,11 +450,10 @@ def test_a_model_on_a_mesh_is_as_one_made_there(kind, count):
     given = Decoder(dataclasses.replace(SMALL, num_layers=1), mesh=mesh, rngs=nnx.Rngs(0))
     model = convert_to_gqa(given, count)
     wanted = Decoder(model.config, mesh=mesh, rngs=nnx.Rngs(0))
-    for (path, got), new in zip(
-        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(wanted)).leaves, strict=True
-    ):
-        assert got.get_metadata() == new.get_metadata(), path
-        assert got.get_value().sharding.is_equivalent_to(new.get_value().sharding, got.ndim), path
+    for state in (nnx.state(model), convert_to_gqa(nnx.state(given), count)):
+        for (path, got), new in zip(nnx.to_flat_state(state), nnx.to_flat_state(nnx.state(wanted)).leaves, strict=True):
+            assert got.get_metadata() == new.get_metadata(), path
+            assert got.get_value().sharding.is_equivalent_to(new.get_value().sharding, got.ndim), path
     whole = convert_to_gqa(Decoder(given.config, rngs=nnx.Rngs(0)), count)
     tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, 31)
     apply, weights = stateless(model)
@@ -580,3 +581,46 @@ def test_a_refused_model_is_untouched():
     with pytest.raises(ConfigError, match="'b' has 2 key/value heads"):
         convert_to_gqa(two, 4)
     assert two.a.num_kv_heads == 8 and two.a.key.kernel.shape == (D, 8, H)
+
+
+# Measured. ------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = json.loads((ROOT / "benchmarks" / "results" / "uptrain_gqa.json").read_text())
+
+
+def test_uptraining_gives_most_of_the_quality_back():
+    """The order of the GQA paper, against multi-head attention that was trained as long, and against starting anew."""
+    mha, *converted = MEASURED["rows"]
+    assert MEASURED["uptraining_steps"] == 0.05 * MEASURED["settings"]["steps"]
+    best = min(MEASURED["mha"], mha["uptrained"])
+    assert [row["num_kv_heads"] for row in converted] == [4, 2, 1]
+    for row in converted:
+        assert row["converted"] > row["uptrained"] >= best
+        assert row["recovered"] == pytest.approx(
+            (row["converted"] - row["uptrained"]) / (row["converted"] - best), abs=1e-3
+        )
+        assert row["recovered"] > 0.5 and row["uptrained"] < row["scratch"]
+        assert row["cache_bytes_per_token"] * mha["num_kv_heads"] == mha["cache_bytes_per_token"] * row["num_kv_heads"]
+
+
+def test_the_page_says_what_was_measured():
+    page = (ROOT / "docs" / "convert_to_gqa.md").read_text()
+    for row in MEASURED["rows"]:
+        name = {8: "MHA", 1: "MQA"}.get(row["num_kv_heads"], f"GQA, {row['num_kv_heads']} heads")
+        cells = [name, f"{row['cache_bytes_per_token']:,}", f"{row['step_ms']:.1f}"]
+        if name == "MHA":
+            cells += ["", f"{row['uptrained']:.2f}", "", ""]
+        else:
+            cells += [
+                f"{row['converted']:.2f}",
+                f"{row['uptrained']:.2f}",
+                f"{row['recovered']:.0%}".replace("%", " %"),
+            ]
+            cells += [f"{row['scratch']:.2f}"]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in page, name
+    for row in MEASURED["rows"]:
+        runs = [run for run in MEASURED["uptraining"] if run["num_kv_heads"] == row["num_kv_heads"]]
+        losses = [f"{run['curve'][-1]['valid']:.2f}" for run in runs if run["start"] == "converted"]
+        assert " | ".join(losses) in page
+    assert f"{MEASURED['mha']:.2f} bits per byte" in page and f"{MEASURED['parameters']:,} parameters" in page
