@@ -1,6 +1,6 @@
 """From multi-head to grouped-query and multi-query attention: convert a trained model, then train it a little more.
 
-    python examples/uptrain_gqa.py                # about half an hour on one core
+    python examples/uptrain_gqa.py                # about half an hour on one core of its own
     python examples/uptrain_gqa.py --steps 20 --no-save
 
 The experiment of Ainslie et al. (arXiv:2305.13245) with a small model of bytes. A multi-head model is trained. Its key
@@ -279,9 +279,9 @@ def plot(report: dict, path: Path) -> None:
         for run in report["uptraining"]:
             if run["num_kv_heads"] == count and run["rate"] in (row["rate"], 1.0 if run["start"] == "random" else None):
                 steps, losses = ([point[name] for point in run["curve"]] for name in ("step", "valid"))
-                label = called[count] if run["start"] == "converted" else None
-                style = "-" if label else ":"
-                left.plot(steps, losses, style, color=f"C{i}", marker="." if label else "", label=label)
+                converted = run["start"] == "converted"
+                label = called[count] if converted else f"{called[count]}, random start"
+                left.plot(steps, losses, ".-" if converted else "--", color=f"C{i}", label=label)
         size = row["cache_bytes_per_token"]
         if "recovered" in row:
             arrow = {"arrowstyle": "->", "color": f"C{i}"}

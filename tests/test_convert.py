@@ -606,21 +606,26 @@ def test_uptraining_gives_most_of_the_quality_back():
 
 def test_the_page_says_what_was_measured():
     page = (ROOT / "docs" / "convert_to_gqa.md").read_text()
+    best = min(MEASURED["mha"], MEASURED["rows"][0]["uptrained"])
+    shares = []
     for row in MEASURED["rows"]:
-        name = {8: "MHA", 1: "MQA"}.get(row["num_kv_heads"], f"GQA, {row['num_kv_heads']} heads")
-        cells = [name, f"{row['cache_bytes_per_token']:,}", f"{row['step_ms']:.1f}"]
-        if name == "MHA":
-            cells += ["", f"{row['uptrained']:.2f}", "", ""]
+        count = row["num_kv_heads"]
+        name = {8: "MHA", 1: "MQA"}.get(count, f"GQA, {count} heads")
+        line = f"| {name} | {row['cache_bytes_per_token']:,} | {row['step_ms']:.1f} |"
+        if count == 8:
+            line += f" | {row['uptrained']:.2f} | | |\n"
         else:
-            cells += [
-                f"{row['converted']:.2f}",
-                f"{row['uptrained']:.2f}",
-                f"{row['recovered']:.0%}".replace("%", " %"),
-            ]
-            cells += [f"{row['scratch']:.2f}"]
-        assert f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in page, name
-    for row in MEASURED["rows"]:
-        runs = [run for run in MEASURED["uptraining"] if run["num_kv_heads"] == row["num_kv_heads"]]
-        losses = [f"{run['curve'][-1]['valid']:.2f}" for run in runs if run["start"] == "converted"]
-        assert " | ".join(losses) in page
-    assert f"{MEASURED['mha']:.2f} bits per byte" in page and f"{MEASURED['parameters']:,} parameters" in page
+            line += f" {row['converted']:.2f} | {row['uptrained']:.2f} | {100 * row['recovered']:.0f} % |"
+            line += f" {row['scratch']:.2f} |\n"
+            shares.append((row["scratch"] - row["uptrained"]) / (row["scratch"] - best))
+        assert line in page
+        runs = (r for r in MEASURED["uptraining"] if (r["num_kv_heads"], r["start"]) == (count, "converted"))
+        losses = (f"{run['curve'][-1]['valid']:.2f}" for run in runs)
+        assert f"| {name} | {' | '.join(losses)} |\n" in page
+    first, second, third = (f"{100 * share:.0f} %" for share in shares)
+    assert f"{first}, {second} and {third}" in page
+    assert f"to {MEASURED['mha']:.2f} bits per byte" in page and f"({MEASURED['parameters']:,} parameters" in page
+    settings = MEASURED["settings"]
+    for name, value in (("steps", 16000), ("layers", 3), ("heads", 8), ("head_dim", 16), ("context", 256)):
+        assert settings[name] == value  # as the page says
+    assert (settings["decode_batch"], settings["decode_length"], MEASURED["uptraining_steps"]) == (16, 1024, 800)
