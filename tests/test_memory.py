@@ -567,6 +567,19 @@ def test_mean_length_and_pages():
     assert plan(tiny(window=8), "t4", length=1000, mean_length=300).unused_share == 0
 
 
+@pytest.mark.parametrize("options", [{"page_size": 16}, {"policy": kvattn.Full()}])
+def test_a_window_is_read_however_much_is_kept(options):
+    """Pages, and a policy that keeps everything, cost memory; the step's floor is the window's."""
+    for window in (32, (32, None)):
+        ring, all_kept = (plan(tiny(2, window=window), "t4", length=512, **more) for more in ({}, options))
+        assert ring.step_seconds == all_kept.step_seconds < plan(tiny(2), "t4", length=512).step_seconds
+        assert ring.cache_bytes < all_kept.cache_bytes
+    narrow = plan(tiny(2, window=32), "t4", length=512, policy=kvattn.SlidingWindow(8), page_size=16)
+    assert narrow.step_seconds == plan(tiny(2, window=8), "t4", length=512).step_seconds
+    wide = plan(tiny(2, window=8), "t4", length=512, policy=kvattn.SlidingWindow(32), page_size=16)
+    assert wide.step_seconds == narrow.step_seconds
+
+
 def test_what_attention_computes():
     for length, window in itertools.product((1, 5, 9), (None, 1, 4, 9, 20)):
         assert _seen(length, window) == sum(min(t, window or t) for t in range(1, length + 1))

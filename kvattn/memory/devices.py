@@ -50,6 +50,7 @@ DEVICES = Table(
         _tpu("tpu-v4", 32, 1200, 275, "v4"),
         _tpu("tpu-v5e", 16, 819, 197, "v5e"),
         _tpu("tpu-v5p", 95, 2765, 459, "v5p"),
+        # Editions of the page differ: 819 and 1640, or 800 and 1600 for v5e and v6e. A floor takes the larger.
         _tpu("tpu-v6e", 32, 1640, 918, "v6e"),
         _tpu("tpu-7x", 192, 7380, 2307, "tpu7x"),
     ],

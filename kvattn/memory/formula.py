@@ -132,6 +132,7 @@ class Layer:
         head_dim: H.
         dtype: of the tokens.
         backend: whose layout: "cpu", "gpu" or "tpu".
+        window: the model's, of this layer: what a step reads of the tokens kept; None: all of them.
     """
 
     policy: Policy
@@ -140,6 +141,7 @@ class Layer:
     head_dim: int
     dtype: Any
     backend: str
+    window: int | None = None
 
     @property
     def storage(self) -> Storage:
@@ -182,8 +184,8 @@ class Layer:
         return page_size // self.storage.rows * self.storage.block
 
     def read_bytes(self, length: int, parts: int = 1) -> float:
-        """Bytes a decode step reads of one sequence that has `length` tokens: those it keeps, once."""
-        kept = min(length, self.num_slots(max(length, 1))) / parts
+        """Bytes a decode step reads of one sequence that has `length` tokens: those it keeps and may see, once."""
+        kept = min(length, self.num_slots(max(length, 1)), self.window or length) / parts
         store = self.storage
         raw = min(kept, store.rows) if store.rest else 0  # KIVI: the last ones are read as they are
         share = raw / store.rows
@@ -233,7 +235,7 @@ def layers(
         in_order = all(getattr(type(kept), name) is getattr(Policy, name) for name in ("place", "positions", "absorb"))
         if (reason := codec.refuses(in_order)) is not None:
             raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
-        layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, dtype, backend)
+        layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, dtype, backend, window)
         found[layer] = found.get(layer, 0) + 1
     return found
 
@@ -297,7 +299,7 @@ def pages_for(length: int, page_size: int) -> int:
 
 
 def paged(kinds: dict[Layer, int]) -> dict[Layer, int]:
-    """The same layers in pages, which keep every token, in layers with a window too.
+    """The same layers in pages, which keep every token, in layers with a window too: these read fewer.
 
     Raises:
         UnsupportedError: another policy.
@@ -306,6 +308,8 @@ def paged(kinds: dict[Layer, int]) -> dict[Layer, int]:
     for layer, count in kinds.items():
         if not isinstance(layer.policy, Full | SlidingWindow):
             raise UnsupportedError(f"pages keep every token: page_size does not go with {layer.policy}.")
+        if isinstance(layer.policy, SlidingWindow):
+            layer = dataclasses.replace(layer, window=min(layer.policy.window, layer.window or layer.policy.window))
         layer = dataclasses.replace(layer, policy=Full())
         found[layer] = found.get(layer, 0) + count
     return found
