@@ -1,5 +1,6 @@
 """Argument checks shared by the public functions. Each names the argument, the value and the remedy."""
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,16 @@ def integer(name: str, value: Any, minimum: int, error: type[KVAttnError] = Conf
     if value < minimum:
         raise error(f"{name} must be >= {minimum}, got {value}.")
     return int(value)
+
+
+def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> float:
+    """Checks a finite number above 0."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise DTypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise error(f"{name} must be finite and > 0, got {value}.")
+    return number
 
 
 def head_counts(num_heads: Any, num_kv_heads: Any) -> None:

@@ -29,7 +29,7 @@ WRONG_IMPORTS = [
     ("sharding/heads.py", "from kvattn import models", "kvattn.models"),
     ("serving/radix.py", "from kvattn import cli", "kvattn.cli"),
     ("novelty.py", "", "kvattn.novelty"),
-    ("positions.py", "import flax", "flax"),
+    ("masks.py", "import flax", "flax"),
     ("cache/kv_cache.py", "def late():\n    from flax import nnx", "flax"),
 ]
 

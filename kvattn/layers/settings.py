@@ -1,7 +1,6 @@
 """The settings that the NNX and the Linen layers share, checked once and brought to one form."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,12 +114,8 @@ def clip(limit: float | None) -> None:
         DTypeError: no number.
         RangeError: not finite and > 0.
     """
-    if limit is None:
-        return
-    if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
-        raise DTypeError(f"qkv_clip must be a number, got {limit!r}.")
-    if not (math.isfinite(limit) and limit > 0):
-        raise RangeError(f"qkv_clip must be finite and > 0, got {limit}; leave it None for no clipping.")
+    if limit is not None:
+        _checks.positive("qkv_clip", limit, RangeError)
 
 
 def clipped(x: jax.Array, limit: float | None) -> jax.Array:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import difflib
-import math
-import numbers
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
@@ -131,19 +129,10 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         _checks.integer("memory_bytes", self.memory_bytes, 1)
-        positive("bandwidth", self.bandwidth)
+        _checks.positive("bandwidth", self.bandwidth, RangeError)
         if self.flops is not None:
-            positive("flops", self.flops)
+            _checks.positive("flops", self.flops, RangeError)
         _checks.one_of("backend", self.backend, ("cpu", "gpu", "tpu"))
-
-
-def positive(name: str, value: Any) -> float:
-    """Checks a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise DTypeError(f"{name} must be a number, got {value!r}.")
-    if not (math.isfinite(value) and float(value) > 0):
-        raise RangeError(f"{name} must be finite and > 0, got {value}.")
-    return float(value)
 
 
 Spec = TypeVar("Spec", ModelSpec, DeviceSpec)

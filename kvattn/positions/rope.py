@@ -1,0 +1,248 @@
+"""RoPE: queries and keys turned to their positions."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from kvattn import _checks
+from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
+from kvattn.positions import phases
+from kvattn.positions.scaling import Spectrum, dynamic_ratio, frequencies, read_scaling, yarn_attention_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class RoPE:
+    r"""Rotary position embedding: pair i of a head turns by ``position * inv_freq[i]`` radians.
+
+    .. math:: (a_i, b_i) \mapsto (a_i \cos\phi_i - b_i \sin\phi_i,\; b_i \cos\phi_i + a_i \sin\phi_i),
+              \quad \phi_i = p\,\theta^{-2i/H}
+
+    Frozen and hashable: a static argument of `jax.jit` and a plain attribute of a module. It holds no
+    arrays. (RoFormer, https://arxiv.org/abs/2104.09864; pairs and scalings as in HuggingFace.)
+
+    Args:
+        head_dim: H, the size of a head.
+        theta: base of the frequencies.
+        scaling: the HuggingFace rope dict (``rope_scaling`` or ``rope_parameters`` of a config.json).
+            ``rope_type`` (or ``type``) is one of
+
+            - ``default``: no scaling.
+            - ``linear``: frequencies divided by ``factor``.
+            - ``dynamic``: NTK. Needs ``factor`` and ``original_max_position_embeddings`` (or
+              ``max_position_embeddings``, which is what transformers reads from the config). See below.
+            - ``yarn``: ``factor``, ``original_max_position_embeddings``; may have ``attention_factor``,
+              ``beta_fast``, ``beta_slow``, ``mscale``, ``mscale_all_dim``, ``truncate``
+              (https://arxiv.org/abs/2309.00071). Without ``factor`` it is ``max_position_embeddings``
+              over ``original_max_position_embeddings``.
+            - ``llama3``: ``factor``, ``low_freq_factor``, ``high_freq_factor``,
+              ``original_max_position_embeddings``.
+
+            ``rope_theta`` and ``partial_rotary_factor`` in the dict set `theta` and `rotary_dim`.
+        rotary_dim: how many leading entries of a head turn (even); the others pass through. None: all.
+        interleaved: False pairs entry i with i + rotary_dim // 2 (HuggingFace's ``rotate_half``);
+            True pairs 2i with 2i + 1 (GPT-J, and Meta's own Llama weights).
+        max_positions: if given, positions must be below it. (There is no table: without it any
+            int32 position is fine.)
+
+    The ``dynamic`` kind depends on a length. Each row of a call uses the largest position it is given,
+    plus one; up to ``original_max_position_embeddings`` nothing is scaled. For a whole prompt this is
+    what transformers does. But keys rotated in an earlier, shorter call keep their earlier frequencies
+    (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
+    tokens count. `for_length` removes this: it fixes the length once, and with it the frequencies.
+    Its phases inside a call are float32-accurate only relative to the phase (within 1e-6 of it, for
+    stretches up to 10^5); `for_length` is as exact as the other kinds.
+
+    Raises:
+        ConfigError: a size that cannot work, an unknown kind, a field that is missing or unknown.
+        DTypeError: a float or bool where an int belongs.
+
+    Example:
+        >>> rope = RoPE(64, theta=500000.0)
+        >>> x = jnp.ones((1, 3, 2, 64))
+        >>> rope(x, jnp.arange(3)).shape
+        (1, 3, 2, 64)
+    """
+
+    head_dim: int
+    _: dataclasses.KW_ONLY
+    theta: float = 10000.0
+    scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None = None
+    rotary_dim: int | None = None
+    interleaved: bool = False
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        head_dim = _checks.integer("head_dim", self.head_dim, 1)
+        theta = _checks.positive("theta", self.theta)
+        kind, fields = read_scaling(self.scaling)
+
+        # Newer checkpoints keep these two inside the dict.
+        theta_in_dict = fields.pop("rope_theta", None)
+        if theta_in_dict is not None:
+            theta_in_dict = _checks.positive("scaling['rope_theta']", theta_in_dict)
+            if theta not in (10000.0, theta_in_dict):
+                raise ConfigError(f"theta is {theta} but scaling['rope_theta'] is {theta_in_dict}: give one of them.")
+            theta = theta_in_dict
+        if theta < 1:
+            raise ConfigError(f"theta must be >= 1, got {theta}.")
+        rotary_dim = self.rotary_dim
+        fraction = fields.pop("partial_rotary_factor", None)
+        if fraction is not None:
+            from_dict = int(head_dim * _checks.positive("scaling['partial_rotary_factor']", fraction))
+            if rotary_dim not in (None, from_dict):
+                raise ConfigError(
+                    f"rotary_dim is {rotary_dim} but scaling['partial_rotary_factor'] ({fraction}) means {from_dict}."
+                )
+            rotary_dim = from_dict
+        rotary_dim = head_dim if rotary_dim is None else _checks.integer("rotary_dim", rotary_dim, 2)
+        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+            raise ConfigError(
+                f"RoPE turns pairs: rotary_dim must be even and between 2 and head_dim ({head_dim}), got {rotary_dim}."
+            )
+        if kind == "dynamic" and rotary_dim == 2:
+            raise ConfigError("dynamic scaling needs rotary_dim > 2: its exponent is rotary_dim / (rotary_dim - 2).")
+        if kind == "yarn" and theta == 1:
+            raise ConfigError("yarn scaling needs theta > 1, got 1.")
+        if not isinstance(self.interleaved, bool):
+            raise DTypeError(f"interleaved must be a bool, got {self.interleaved!r}.")
+        if self.max_positions is not None:
+            object.__setattr__(self, "max_positions", _checks.integer("max_positions", self.max_positions, 1))
+
+        scaling = None if kind == "default" else (("rope_type", kind), *sorted(fields.items()))
+        for name, value in (("head_dim", head_dim), ("theta", theta), ("rotary_dim", rotary_dim), ("scaling", scaling)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of a head turn: rotary_dim // 2."""
+        return (self.rotary_dim or self.head_dim) // 2
+
+    @property
+    def _spectrum(self) -> Spectrum:
+        scaling = None if self.scaling is None else tuple(dict(self.scaling).items())
+        return Spectrum(self.theta, self.num_pairs, scaling)
+
+    @property
+    def inv_freq(self) -> np.ndarray:
+        """Radians per token of each pair, float64[rotary_dim // 2] (of ``dynamic``: at the original length)."""
+        return np.array([float(f) for f in frequencies(self._spectrum)])
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by: 1, except for ``yarn``."""
+        spectrum = self._spectrum
+        return yarn_attention_factor(spectrum.fields) if spectrum.kind == "yarn" else 1.0
+
+    def for_length(self, length: int) -> "RoPE":
+        """This embedding with ``dynamic`` scaling fixed at a sequence length; the other kinds as they are.
+
+        Args:
+            length: tokens, usually the capacity of the cache that the keys go to.
+        """
+        length = _checks.integer("length", length, 1)
+        if self._spectrum.kind != "dynamic":
+            return self
+        ratio = max(float(dynamic_ratio(self._spectrum.fields, length)), 1.0)
+        theta = self.theta * ratio ** (self.num_pairs / (self.num_pairs - 1))
+        return dataclasses.replace(self, theta=theta, scaling=None)
+
+    def cos_sin(self, positions: Any, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of every pair's phase, times `attention_factor`.
+
+        Args:
+            positions: int[..., T]. Traced negative positions turn backwards; concrete ones are refused.
+            dtype: float32, or float64 where JAX has it enabled.
+
+        Returns:
+            Two arrays ``[..., T, rotary_dim // 2]``.
+
+        Raises:
+            DTypeError: positions are not integers.
+            RangeError: a position that can be looked at is negative, no int32, or not below `max_positions`.
+        """
+        return _cos_sin(self, _checked_positions(positions, self.max_positions), jnp.dtype(dtype))
+
+    def __call__(self, x: Any, positions: Any) -> jax.Array:
+        """Turns queries or keys to their positions.
+
+        Args:
+            x: float[B, T, N, H], or float[T, N, H].
+            positions: int[B, T] or int[T].
+
+        Returns:
+            An array like `x`, of its dtype. Computed in float32 (float64 if `x` is).
+
+        Raises:
+            ShapeError: shapes that do not fit each other or `head_dim`.
+            DTypeError, RangeError: as `cos_sin`; DTypeError also if `x` is not floating.
+        """
+        if not jnp.issubdtype(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype, jnp.floating):
+            raise DTypeError(f"x must have a real floating dtype, got {getattr(x, 'dtype', type(x).__name__)}.")
+        x = jnp.asarray(x)
+        if x.ndim < 3 or x.shape[-1] != self.head_dim:
+            raise ShapeError(f"x must be [B, T, N, {self.head_dim}] or [T, N, {self.head_dim}], got {x.shape}.")
+        shape = np.shape(positions)
+        tokens = x.shape[:-2]
+        if shape not in (tokens, tokens[-1:], (1,) * (len(tokens) - 1) + tokens[-1:]):
+            raise ShapeError(
+                f"positions must have shape {tokens} or {tokens[-1:]} for x of shape {x.shape}, got {shape}."
+            )
+
+        return _turned(self, x, _checked_positions(positions, self.max_positions))
+
+
+def _checked_positions(positions: Any, max_positions: int | None) -> jax.Array:
+    if isinstance(positions, Tracer):
+        if not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise DTypeError(f"positions must be integers, got {positions.dtype}.")
+        return positions.astype(jnp.int32)
+    # NumPy, because JAX would wrap what does not fit into int32 before it could be seen.
+    values = np.asarray(positions)
+    if values.dtype == object and all(isinstance(v, int) for v in values.ravel()):
+        raise RangeError(f"positions must be int32, got {max(map(abs, values.ravel()))}.")
+    if values.size == 0 and not isinstance(positions, np.ndarray | jax.Array):
+        values = values.astype(np.int32)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise DTypeError(f"positions must be integers, got {values.dtype}.")
+    if values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < 0:
+            raise RangeError(f"positions must be >= 0, got {low}.")
+        if high > _checks.INT32_MAX:
+            raise RangeError(f"positions must be int32 (at most {_checks.INT32_MAX}), got {high}.")
+        if max_positions is not None and high >= max_positions:
+            raise RangeError(f"positions must be below max_positions ({max_positions}), got {high}.")
+    return jnp.asarray(values.astype(np.int32))
+
+
+# jit: outside of one, a rotation would be forty small programs instead of one.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _cos_sin(rope: RoPE, positions: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    cos, sin = phases.cos_sin(rope._spectrum, positions, dtype)
+    factor = rope.attention_factor
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _turned(rope: RoPE, x: jax.Array, positions: jax.Array) -> jax.Array:
+    compute = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    # Over heads, and over rows where positions have none: [.., T, 1, pairs].
+    shape = (1,) * (x.ndim - 2 - positions.ndim) + positions.shape + (1, rope.num_pairs)
+    cos, sin = (a.reshape(shape) for a in _cos_sin(rope, positions, compute))
+
+    size = 2 * rope.num_pairs
+    turning = x[..., :size].astype(compute)
+    if rope.interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
+    else:
+        a, b = jnp.split(turning, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if size == rope.head_dim else jnp.concatenate([turned, x[..., size:]], axis=-1)
