@@ -14,15 +14,15 @@ from kvattn.cli import measure, parse, show
 from kvattn.errors import ConfigError
 from kvattn.memory import MODELS
 
-Model = Annotated[str | None, typer.Option(help="Take the heads of a model of `kvattn memory`.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Take the heads of a model of `kvattn memory`.")]
 Heads = Annotated[str | None, typer.Option(metavar="INT", help="Query heads (32).")]
 KVHeads = Annotated[str | None, typer.Option(metavar="INT", help="Key/value heads (8).")]
 HeadDim = Annotated[str | None, typer.Option(metavar="INT", help="Head dim (128).")]
 Batch = Annotated[str, typer.Option(metavar="INT", help="Rows.")]
 Context = Annotated[str, typer.Option(metavar="INT", help="Tokens in the cache.")]
 Window = Annotated[str | None, typer.Option(metavar="INT", help="Keep and attend to the last tokens only.")]
-DType = Annotated[str, typer.Option(help="Of queries and tokens: bfloat16, float16, float32.")]
-CodecOption = Annotated[str | None, typer.Option(help="Cache in int8, float8 or int4:64.")]
+DType = Annotated[str, typer.Option(metavar="DTYPE", help="Of queries and tokens: bfloat16, float16, float32.")]
+CodecOption = Annotated[str | None, typer.Option(metavar="CODEC", help="Cache in int8, float8 or int4:64.")]
 
 
 @show.reports_errors
@@ -37,7 +37,8 @@ def bench(
     dtype: DType = "bfloat16",
     codec: CodecOption = None,
     implementation: Annotated[
-        list[str] | None, typer.Option(help="Time this one; may be given several times. Default: the best.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Time this one; may be given several times. Default: the best."),
     ] = None,
     repeats: Annotated[str, typer.Option(metavar="INT", help="Timings; the median counts.")] = "15",
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
@@ -107,7 +108,9 @@ def tune(
     dtype: DType = "bfloat16",
     codec: CodecOption = None,
     repeats: Annotated[str, typer.Option(metavar="INT", help="Calls per measurement.")] = "20",
-    save: Annotated[Path | None, typer.Option(help="Write the table; kvattn.pallas.tuning.use reads it.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table; kvattn.pallas.tuning.use reads it.")
+    ] = None,
 ) -> None:
     """Measure sizes of the decode kernel for one shape on this GPU or TPU."""
     from kvattn.pallas import tuning
