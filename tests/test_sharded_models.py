@@ -1,6 +1,7 @@
 """Models over meshes: every scheme, Explicit and Auto, gives what one device gives."""
 
 import functools
+import importlib
 import pathlib
 
 import jax
@@ -193,3 +194,15 @@ def test_what_cannot_be_is_said():
         Decoder(LLAMA, mesh=("data", "model"), rngs=nnx.Rngs(0))
     with pytest.raises(kvattn.errors.ShardingError, match="rows do not divide"):
         Decoder(LLAMA, mesh=mesh, by="batch", rngs=nnx.Rngs(0)).make_cache(3, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_two_programs(kind):
+    """One for every chunk of the prompts, one for every step after them, on a mesh too."""
+    model = Decoder(LLAMA, mesh=mesh_of(kind, (2, 4)), rngs=nnx.Rngs(0))
+    prompts = tokens()[:, :7].tolist()
+    chunked = kvattn.generate(model, prompts, 4, prefill_chunk=3)
+    graph, state = nnx.split(model)
+    programs = importlib.import_module("kvattn.models.generate")._programs(graph, jax.tree.structure(state))
+    assert [program._cache_size() for program in programs] == [1, 1]
+    assert chunked == kvattn.generate(Decoder(LLAMA, rngs=nnx.Rngs(0)), prompts, 4)

@@ -63,6 +63,24 @@ MORE_EXCHANGED = (
 )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "num_kv_heads", "by", "shape"),
+    [("h2o", MHA, "heads", (2, 4)), ("full", MQA, "batch", (1, 8)), ("int8", GQA, "sequence", (8,))],
+)
+def test_a_decode_loop_is_one_program(name, num_kv_heads, by, shape, kind):
+    """What a step returns lies where its argument lay, in the same words: nothing is looked up or compiled again."""
+    mesh = mesh_of(kind, shape)
+    cache = sharding.shard_cache(make(num_kv_heads, **POLICIES[name]), mesh, by=by)
+    step = sharded_step(mesh, by)
+    for i in range(3):
+        before = jax.tree.map(lambda x: x.sharding, cache)
+        _, cache = step(*tokens(i, 1, num_kv_heads), cache, np.ones(B, np.int32))
+        assert jax.tree.map(lambda x: x.sharding, cache) == before
+    shapes = jax.eval_shape(lambda: cache)
+    assert sharding.cache_sharding(shapes, mesh, by=by) == before
+
+
 @pytest.mark.parametrize(("name", "num_kv_heads", "by", "shape", "expected"), EXCHANGED)
 def test_what_a_decode_step_exchanges(name, num_kv_heads, by, shape, expected):
     check_exchanged(name, num_kv_heads, by, shape, expected)

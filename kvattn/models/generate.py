@@ -188,7 +188,9 @@ class _Decoding:
         self.sampler = sampler
         self.stop = jnp.asarray(stop)
         batch = cache[0].batch_size
-        self.rows = _Rows(jnp.full((batch,), _NOTHING, jnp.int32), jnp.zeros((batch,), bool), jnp.int32(0))
+        # Where the steps leave them: a second chunk is the same program.
+        nothing = np.full(batch, _NOTHING, np.int32), np.zeros(batch, bool), np.zeros((), np.int32)
+        self.rows = _Rows(*model.split.place(nothing))
 
     def append_prompts(self, rows: Sequence[np.ndarray], lengths: np.ndarray, chunk: int) -> None:
         """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""

@@ -4,12 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from kvattn.layers.placement import axis_size, explicit_spec
 from kvattn.layers.settings import scheme
 from kvattn.models.parameters import name_of
+from kvattn.sharding.place import place_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Split:
         if self.mesh.are_all_axes_explicit:
             return jax.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
+
+    def place(self, tree: Any) -> Any:
+        """Arrays of the host on every device of the mesh, with the sharding that `whole` gives."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        place = place_of(self.mesh, self.axis, None)
+        return jax.tree.map(lambda x: jax.device_put(x, place.named(PartitionSpec(), x.ndim)), tree)
 
     def along(self, shape: tuple[int, ...], place: int | None) -> dict[str, Any]:
         """The metadata of a parameter that is split along one of its axes, where that divides; None: whole."""

@@ -13,7 +13,7 @@ from kvattn.cache.base import nbytes_of
 from kvattn.errors import ShardingError
 from kvattn.sharding import batch, heads, replicated, sequence
 from kvattn.sharding.choose import KNOWN, choose
-from kvattn.sharding.place import Place, place_of
+from kvattn.sharding.place import Place, names, place_of
 
 SCHEMES: dict[str, Any] = {"heads": heads, "batch": batch, "sequence": sequence, "replicated": replicated}
 """Modules of the same functions: check, arrange, cache_specs, token_specs, local."""
@@ -41,7 +41,7 @@ def cache_sharding(
     place = place_of(mesh, axis, data_axis)
     by = resolved(place, cache, by)
     check_divides(place, cache, by, None)
-    return jax.tree.map(lambda spec: NamedSharding(place.mesh, spec), SCHEMES[by].cache_specs(place, cache))
+    return jax.tree.map(lambda x, spec: place.named(spec, x.ndim), cache, SCHEMES[by].cache_specs(place, cache))
 
 
 def shard_cache(
@@ -187,10 +187,3 @@ def _lies(x: Any, spec: Any, axis: str) -> bool:
         return False
     where = lambda spec: [i for i, entry in enumerate(spec) if axis in names(entry)]
     return where(sharding.spec) == where(spec)
-
-
-def names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a spec."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
 from kvattn.errors import ShardingError
@@ -52,11 +52,26 @@ class Place:
             axes = self.rows if shards > self.num_data else self.data
             raise ShardingError(f"{batch_size} rows do not divide over {shards} devices (mesh axes {axes!r}): {advice}")
 
+    def named(self, spec: Any, ndim: int) -> NamedSharding:
+        """The sharding of an array, written as compiled steps write that of their results.
+
+        Equal shardings in other words are others to the cache of compiled programs: the second step would be looked up,
+        or traced, again. Explicit axes: an entry for every axis. Auto: none at the end that is None, and no mesh axis
+        of one device.
+        """
+        entries = [*spec, *[None] * (ndim - len(spec))]
+        if not self.is_explicit:
+            split = [tuple(n for n in names(entry) if self.mesh.shape[n] > 1) for entry in entries]
+            entries = [axes[0] if len(axes) == 1 else axes or None for axes in split]
+            while entries and entries[-1] is None:
+                entries.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
+
     def put(self, tree: Any, specs: Any) -> Any:
         """The tree with every leaf where its spec says."""
 
         def one(x: Array, spec: Any) -> Array:
-            sharding = NamedSharding(self.mesh, spec)
+            sharding = self.named(spec, x.ndim)
             if not isinstance(x, Tracer):
                 return jax.device_put(x, sharding)
             return jax.reshard(x, sharding) if self.is_explicit else jax.lax.with_sharding_constraint(x, sharding)
@@ -101,6 +116,11 @@ def place_of(mesh: Any, axis: str, data_axis: str | None) -> Place:
     if len(types) > 1:
         raise ShardingError(f"the axes of the mesh are of types {mesh.axis_types}: make all Explicit, or all Auto.")
     return Place(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _manual_axes() -> tuple[str, ...]:
