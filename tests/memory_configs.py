@@ -142,3 +142,33 @@ PUBLISHED = {
     "opt-1.3b": 1_315_758_080,
     "opt-6.7b": 6_658_473_984,
 }
+
+ESTIMATED = {
+    "cohere": (gated("cohere", 40, 64, 64, 8192, 22528, 256000, **TIED), 34_980_831_232),
+    "glm": (gated("glm", 40, 32, 2, 4096, 13696, 151552, head_dim=128, **UNTIED), 9_399_951_360),
+    "gptj": ({"model_type": "gptj", "n_layer": 28, "n_head": 16, "n_embd": 4096, "vocab_size": 50400}, 6_050_882_784),
+    "olmo2": (gated("olmo2", 32, 32, 32, 4096, 11008, 50304, **UNTIED), 6_888_624_128),
+    "phi": (gated("phi", 24, 32, 32, 2048, 8192, 51200, **UNTIED), 1_418_270_720),
+    "smollm3": (gated("smollm3", 36, 16, 4, 2048, 11008, 128256, **TIED), 3_075_098_624),
+    "stablelm": (gated("stablelm", 32, 32, 32, 2560, 6912, 50304, **UNTIED), 2_795_443_200),
+    "starcoder2": (gated("starcoder2", 30, 24, 2, 3072, 12288, 49152, **TIED), 3_030_371_328),
+    "phimoe": (
+        gated("phimoe", 32, 32, 8, 4096, 6400, 32064, num_local_experts=16, num_experts_per_tok=2), 41_872_793_600
+    ),
+    "qwen2_moe": (
+        gated("qwen2_moe", 24, 16, 16, 2048, 5632, 151936, num_experts=60, num_experts_per_tok=4,
+              moe_intermediate_size=1408, shared_expert_intermediate_size=5632), 14_315_784_192
+    ),
+    "glm4_moe": (
+        gated("glm4_moe", 46, 96, 8, 4096, 10944, 151552, n_routed_experts=128, num_experts_per_tok=8,
+              moe_intermediate_size=1408, n_shared_experts=1, first_k_dense_replace=1), 103_481_200_640
+    ),
+    "ernie4_5_moe": (
+        gated("ernie4_5_moe", 28, 20, 4, 2560, 12288, 103424, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
+              moe_intermediate_size=1536, moe_layer_start_index=1, **TIED), 21_825_437_888
+    ),
+}  # fmt: skip
+"""Families without a counter: transformers 5.23's sizes of them, and the parameters of what it builds."""
+
+ACTIVE = {"phimoe": 6.6e9, "qwen2_moe": 2.7e9}
+"""As published, to two digits."""

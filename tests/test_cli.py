@@ -145,7 +145,8 @@ def test_a_config_file(tmp_path):
         found = json.loads(printed("memory", "--config", given, "--json"))
         assert found["model"]["num_params"] == expected.num_params
     file.write_text(json.dumps(settings | {"model_type": "brand_new"}))
-    assert "give num_params" in call("memory", "--config", file).stderr
+    assert " about " in flat(printed("memory", "--config", file))
+    assert "are an estimate" in flat(printed("memory", "--config", file, "--device", "t4"))
     assert "7,000 parameters" in flat(printed("memory", "--config", file, "--num-params", 7000))
 
 

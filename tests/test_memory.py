@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_configs import CONFIGS, PUBLISHED
+from memory_configs import ACTIVE, CONFIGS, ESTIMATED, PUBLISHED
 
 import kvattn
 from kvattn import errors, memory
@@ -376,6 +376,26 @@ def test_published_parameter_counts(name):
     assert from_config(CONFIGS[name]).num_params == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_parameters_of_other_families_are_estimated(name):
+    config, counted = ESTIMATED[name]
+    spec = from_config(config)
+    assert spec.is_estimate and abs(spec.num_params / counted - 1) < 1e-3
+    assert any("estimate" in note for note in plan(spec, "h100").notes)
+    if name in ACTIVE:
+        assert abs(spec.active_params / ACTIVE[name] - 1) < 0.06
+    exact = from_config(config, num_params=counted)
+    assert not exact.is_estimate and exact.num_params == counted and not plan(exact, "h100").notes
+
+
+def test_experts_by_their_newer_name():
+    """transformers 5 writes Qwen's experts under Mixtral's name."""
+    older = CONFIGS["qwen3-30b-a3b"]
+    newer = {name: value for name, value in older.items() if name != "num_experts"}
+    newer["num_local_experts"] = older["num_experts"]
+    assert from_config(newer, name="same") == from_config(older, name="same")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_table_is_what_the_config_says(name):
     found, listed = from_config(CONFIGS[name]), MODELS[name]
@@ -720,7 +740,13 @@ REFUSED = {
     "a device of no bandwidth": (errors.RangeError, "bandwidth", lambda: dataclasses.replace(SMALL, bandwidth=0)),
     "a model that is a number": (errors.ConfigError, "model", lambda: plan(7, "t4")),
     "experts without active ones": (errors.ConfigError, "experts", lambda: dataclasses.replace(tiny(), num_experts=2)),
-    "an unknown family": (errors.ConfigError, "give num_params", lambda: from_config(LLAMA | {"model_type": "x"})),
+    "embeddings in every layer": (
+        errors.ConfigError, "give num_params",
+        lambda: from_config(LLAMA | {"model_type": "x", "hidden_size_per_layer_input": 256}),
+    ),
+    "convolutions": (
+        errors.UnsupportedError, "without a cache", lambda: from_config(LLAMA | {"model_type": "x", "conv_L_cache": 3}),
+    ),
     "a config that is a list": (errors.ConfigError, "object", lambda: from_config([])),
     "a config without a family": (errors.ConfigError, "model_type", lambda: from_config({"hidden_size": 3})),
     "a config without sizes": (errors.ConfigError, "hidden_size", lambda: from_config({"model_type": "qwen2"})),

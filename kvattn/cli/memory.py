@@ -176,7 +176,7 @@ def sizes(p: Plan) -> list[Any]:
     how = [p.dtype if p.codec is None else str(p.codec)]
     how += [] if p.policy is None else [str(p.policy)]
     how += [] if p.page_size is None else [f"pages of {p.page_size}"]
-    params = f"{m.num_params:,} parameters in {p.weight_dtype}"
+    params = f"{'about ' * m.is_estimate}{m.num_params:,} parameters in {p.weight_dtype}"
     rows = [
         ("model", f"{m.name}: {m.num_layers} layers, {heads}"),
         ("weights", f"{show.size(p.weight_bytes)}: {params}"),

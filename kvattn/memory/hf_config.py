@@ -8,7 +8,7 @@ from typing import Any
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, MissingFileError, UnsupportedError
-from kvattn.memory.hf_params import COUNTERS, Fields, expert_params
+from kvattn.memory.hf_params import COUNTERS, Fields, estimate, expert_params
 from kvattn.memory.specs import ModelSpec, Window
 
 # What transformers takes where a config.json leaves a setting out; files written by it leave defaults out.
@@ -61,14 +61,15 @@ def from_config(
         config: the settings; or the file, or the checkpoint folder that holds a ``config.json``. Of a model of text and
             images the text part counts.
         name: what to call it. None: the name the config has, or the folder.
-        num_params: parameters. None: counted, for the families of `kvattn.memory.hf_params.COUNTERS`.
+        num_params: parameters. None: counted, for the families of `kvattn.memory.hf_params.COUNTERS`; estimated for
+            others, which the spec and every plan with it say.
 
     Returns:
         layers, heads, windows layer by layer and parameters.
 
     Raises:
         MissingFileError: no such file.
-        ConfigError: settings that are no such config, or of a family whose parameters are not known.
+        ConfigError: settings that are no such config, or that parameters cannot be estimated from.
         UnsupportedError: layers whose cache is not one of keys and values per head: latent (MLA), linear, recurrent,
             chunked, or an encoder's.
 
@@ -100,20 +101,14 @@ def from_config(
     fields = Fields(config, DEFAULTS.get(kind, {}))
     _refuse(config, kind)
 
-    counter = COUNTERS.get(kind)
+    estimated = num_params is None and kind not in COUNTERS
     if num_params is None:
-        if counter is None:
-            raise ConfigError(
-                f"parameters of model_type {kind!r} cannot be counted: give num_params. Counted are "
-                f"{', '.join(sorted(COUNTERS))}."
-            )
-        num_params = counter(fields)
-    experts = fields.get("num_local_experts") or fields.get("num_experts")
+        num_params = COUNTERS.get(kind, estimate)(fields)
     moe: dict[str, Any] = {}
-    if experts and counter is not None and (each := expert_params(fields)):
-        chosen = fields.size("num_experts_per_tok")
-        idle = (_checks.integer("num_experts", experts, 1) - chosen) * each
-        moe = {"num_experts": experts, "experts_per_token": chosen, "num_active_params": num_params - idle}
+    if each := expert_params(fields):
+        chosen = fields.size("experts_per_token")
+        idle = (fields.num_experts - chosen) * each
+        moe = {"num_experts": fields.num_experts, "experts_per_token": chosen, "num_active_params": num_params - idle}
     return ModelSpec(
         name=str(name or outer_name or kind),
         num_layers=fields.size("layers"),
@@ -125,6 +120,7 @@ def from_config(
         model_dim=fields.size("model_dim"),
         max_length=next((n for n in map(fields.get, Fields.NAMES["positions"]) if n), None),
         source="config.json",
+        is_estimate=estimated,
         **moe,
     )
 
@@ -148,7 +144,9 @@ def _refuse(config: Mapping[str, Any], kind: str) -> None:
             "cache."
         )
     other = sorted(set(map(str, config.get("layer_types") or ())) - {"full_attention", "sliding_attention"})
-    if other or any(key in config for key in ("ssm_cfg", "mamba_d_state", "attn_layer_period", "block_types")):
+    if other or any(
+        key in config for key in ("ssm_cfg", "mamba_d_state", "attn_layer_period", "block_types", "conv_L_cache")
+    ):
         raise UnsupportedError(
             f"model_type {kind!r} has layers without a cache of keys and values ({', '.join(other) or 'state space'}): "
             "plan those that have one with a ModelSpec."

@@ -17,6 +17,8 @@ from kvattn.memory.placement import place
 from kvattn.memory.specs import DeviceSpec, ModelSpec
 from kvattn.policies import Policy
 
+ESTIMATED = "the parameters of {} are an estimate, without norms and biases: give num_params if they are known"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -269,7 +271,7 @@ def plan(
         prefill_attention_flops=attention,
         prefill_seconds=prefill,
         crossover_length=_crossover(lambda tokens: (batch_size or 1) * row(whole, tokens) < weight_bytes),
-        notes=placement.notes,
+        notes=placement.notes + ((ESTIMATED.format(model.name),) if model.is_estimate else ()),
     )
 
 

@@ -31,6 +31,7 @@ class ModelSpec:
         num_experts: experts of a layer; None for a dense model.
         experts_per_token: how many of them a token goes to.
         source: where the numbers are from.
+        is_estimate: whether the parameters are estimated, not counted.
 
     Raises:
         ConfigError, DTypeError, RangeError: sizes that cannot be.
@@ -55,6 +56,7 @@ class ModelSpec:
     num_experts: int | None = None
     experts_per_token: int | None = None
     source: str = ""
+    is_estimate: bool = False
 
     def __post_init__(self) -> None:
         _checks.head_counts(self.num_heads, self.num_kv_heads)
