@@ -308,6 +308,16 @@ for page in (6, 10**6, -1, -2):
     defined(70, f"page {page} under jit")(functools.partial(bad_page_under_jit, page))
 
 
+@defined(70, "a row that select does not know: no pages of another")
+def _():
+    start = paged(dtype=jnp.float32).with_tables([[0, 3], [1, 2]], [0, 0])
+    _, start = step()(*new_tokens(3, 0, batch=2), start)
+    after = jax.jit(lambda c, rows: c.select(rows))(start, np.asarray([1, 7]))
+    _, after = step()(*new_tokens(1, 1, batch=2), after)
+    assert after.lengths.tolist() == [4, 0]
+    assert_same_bits(after.keys["data"][:, 0], start.keys["data"][:, 0], "the page of row 0")
+
+
 @defined(71, "any ids past the tokens")
 def _():
     outs = []

@@ -200,6 +200,35 @@ def test_select_of_unknown_rows_takes_no_record_along():
         after.check()
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        kvattn.H2O(2, 2),
+        kvattn.H2O(2, 2, positions_in="cache"),
+        kvattn.Scissorhands(4, 1, 8),
+        kvattn.FastGen(0.5),
+    ],
+    ids=repr,
+)
+def test_select_of_unknown_rows_remembers_nothing(policy):
+    """What a policy remembers of row 0 is not the business of a row that is not there, now or in the next step."""
+    one = jnp.ones((2, 4, 1, 2), jnp.float32)
+    cache = kvattn.KVCache.create(2, 1, 2, policy=policy, capacity=8, dtype=jnp.float32)
+    _, cache = kvattn.cached_attention(one, one, 100 * one, cache)
+    after = jit_select(cache, np.asarray([1, 7, 0]))
+    fresh = kvattn.KVCache.create(1, 1, 2, policy=policy, capacity=8, dtype=jnp.float32)
+    assert np.asarray(after.lengths).tolist() == [4, 0, 4] and np.asarray(after.kept)[1].tolist() == [0]
+    assert (np.asarray(after.positions)[1] == -1).all()
+    assert (np.asarray(after.status) != 0).tolist() == [False, True, False]
+    new = jnp.ones((3, 1, 1, 2), jnp.float32)
+    for _ in range(2):
+        for a, b in zip(jax.tree.leaves(after.state), jax.tree.leaves(fresh.state), strict=True):
+            np.testing.assert_array_equal(a[1], b[0])
+        out, after = kvattn.cached_attention(new, new, new, after)
+        expected, fresh = kvattn.cached_attention(new[:1], new[:1], new[:1], fresh)
+        assert_same_bits(out[1], expected[0], "a step on the row")
+
+
 @pytest.mark.parametrize("case", [FULL, RING], ids=lambda c: c.id)
 def test_reset(case):
     cache, lists = start(case, [3, 4, 5, 12, 7, 9])

@@ -200,16 +200,20 @@ class Cache:
         rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
         if rows.dtype != bool or rows.shape != (self.batch_size,):
             raise ShapeError(f"rows must be bool [{self.batch_size}], got {rows.dtype} {rows.shape}.")
-        fresh = self.policy.init(self.batch_size, self.num_kv_heads, self.num_slots)
+        return self.replace(
+            lengths=jnp.where(rows, 0, self.lengths),
+            state=self.forgotten(rows, self.state),
+            status=jnp.where(rows, 0, self.status),
+        )
+
+    def forgotten(self, rows: Array, state: Any) -> Any:
+        """The state with bool [B] `rows` as new."""
 
         def pick(new, old):
             return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
 
-        return self.replace(
-            lengths=jnp.where(rows, 0, self.lengths),
-            state=jax.tree.map(pick, fresh, self.state),
-            status=jnp.where(rows, 0, self.status),
-        )
+        fresh = self.policy.init(rows.shape[0], self.num_kv_heads, self.num_slots)
+        return jax.tree.map(pick, fresh, state)
 
     def _mutable(self, verb: str) -> None:
         _checks.not_donated("this cache", self)

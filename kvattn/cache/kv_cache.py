@@ -223,7 +223,7 @@ class KVCache(Cache):
             keys=jax.tree.map(take(1), self.keys),
             values=jax.tree.map(take(1), self.values),
             lengths=jnp.where(known, take(0)(self.lengths), 0),
-            state=jax.tree.map(take(0), self.state),
+            state=self.forgotten(~known, jax.tree.map(take(0), self.state)),
             status=jnp.where(known, take(0)(self.status), bits.BAD_COUNT),
         )
 

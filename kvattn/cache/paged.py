@@ -327,7 +327,7 @@ class PagedKVCache(Cache):
             self,
             keys=of_rows(self.keys),
             values=of_rows(self.values),
-            page_table=jnp.take(self.page_table, rows, axis=0, mode="clip"),
+            page_table=jnp.where(known[:, None], jnp.take(self.page_table, rows, axis=0, mode="clip"), -1),
             lengths=jnp.where(known, jnp.take(self.lengths, rows, mode="clip"), 0),
             status=jnp.where(known, jnp.take(self.status, rows, mode="clip"), bits.BAD_COUNT),
         )
