@@ -125,6 +125,11 @@ class Mask:
             ok &= kv > first - self.reach
         return ok
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a query may be kept from tokens that came before it."""
+        return self.window is not None or self.reach is not None or self.begin > 0 or self.end is not None
+
     def narrowed(self, window: int | None) -> "Mask":
         """What this mask and a window of `window` tokens both allow."""
         if window is None:

@@ -44,6 +44,19 @@ class Request:
     want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
     key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def reached(self, kv_positions: Array) -> Array:
+        """Which slots hold a token that some query of the row may attend to. All others are as good as empty.
+
+        What lies in them must change no bit: a page that a window has left may be another row's by now.
+
+        Args:
+            kv_positions: int32 [..., B, 1 or K, R] with any leading axes.
+
+        Returns:
+            bool of their shape.
+        """
+        return self.mask.reachable(self.positions, kv_positions)
+
 
 def rotated(keys: Array, rope: RoPE, kv_positions: Array) -> Array:
     """Keys [B, K, R, H] turned to int32 [B, 1 or K, R]; those of empty slots anyhow."""

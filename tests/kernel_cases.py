@@ -37,14 +37,15 @@ def made(slots, heads, size, *, codec=None, dtype=F32, page_size=0, seed=0, rows
     return kvattn.KVCache.create(B, heads, size, capacity=slots, codec=codec, dtype=dtype, layout=layout)
 
 
-def filled(lengths, slots, heads, size, *, dtype=F32, fill=worst, seed=0, **settings):
-    """A cache that holds random tokens, and `fill` wherever there is none."""
+def filled(lengths, slots, heads, size, *, dtype=F32, fill=worst, seed=0, left=None, **settings):
+    """A cache that holds random tokens, and `fill` wherever there is none; also in the first `left` slots of a row."""
     rng = np.random.default_rng(seed)
     cache = made(slots, heads, size, dtype=dtype, seed=seed, **settings)
     cache = cache.replace(keys=jax.tree.map(fill, cache.keys), values=jax.tree.map(fill, cache.values))
     key, value = (jnp.asarray(rng.normal(size=(B, slots, heads, size)), dtype) for _ in range(2))
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
-    where = jnp.where(slot < jnp.asarray(lengths, jnp.int32)[:, None], slot, -1)
+    first = jnp.asarray([0] * B if left is None else left, jnp.int32)[:, None]
+    where = jnp.where((slot >= first) & (slot < jnp.asarray(lengths, jnp.int32)[:, None]), slot, -1)
     return cache.write(where, key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
 
 

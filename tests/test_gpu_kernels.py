@@ -168,6 +168,29 @@ def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
+@pytest.mark.parametrize(
+    ("page_size", "codec"),
+    [
+        (0, None),
+        *(pytest.param(p, c, marks=pytest.mark.slow) for p, c in [(64, None), (0, kvattn.Int8()), (64, kvattn.Int4())]),
+    ],
+    ids=str,
+)
+def test_what_a_window_has_left_changes_no_bit(page_size, codec):
+    """It is a token of the row still, but its page may be another row's by now."""
+    outs = []
+    for fill in (jnp.zeros_like, worst):
+        cache = filled(
+            [100, 5, 33], 136, 2, 64 if codec is None else 128, codec=codec, dtype=BF16, page_size=page_size, fill=fill,
+            left=[80, 0, 13],
+        )  # fmt: skip
+        request = request_for(cache, 4, 2, dtype=BF16, mask=Mask(window=19))
+        outs.append(jax.jit(lambda r: gpu_decode.attend(r))(request)[:2])
+    assert np.isfinite(outs[1][0]).all()
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b, "output")
+
+
 @pytest.mark.parametrize("name", QUICK_POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""

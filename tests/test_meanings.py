@@ -618,3 +618,28 @@ def test_planted_fault(fault, monkeypatch):
 
 def test_every_meaning_has_a_fault():
     assert {f.meaning for f in FAULTS} == set(range(1, 11))
+
+
+@pytest.mark.parametrize("implementation", suites.IMPLEMENTATIONS)
+def test_a_page_that_a_window_has_left_may_be_anothers(implementation):
+    """Its new owner's NaN changes no bit of the row whose table names it still, nor of its gradient."""
+    tokens = np.random.default_rng(0).normal(size=(3, 2, 12, 1, 8)).astype(np.float32)
+
+    @jax.jit
+    def step(new, cache, num_new):
+        return kvattn.cached_attention(*new, cache, num_new=num_new, window=3, implementation=implementation)
+
+    def run(poison):
+        cache = kvattn.PagedKVCache.create(6, 4, 1, 8, batch_size=2, max_pages=4, dtype=jnp.float32)
+        cache = cache.with_tables([[0, 1, 2, 5], [3, -1, -1, -1]], [0, 0])
+        _, cache = step(tuple(tokens[:, :, :10]), cache, np.array([10, 2]))
+        cache = cache.with_tables([[0, 1, 2, 5], [3, 0, -1, -1]], [10, 2])
+        chunk = tokens[:, :, :4].copy()
+        chunk[:, 1] = np.where(poison, np.nan, chunk[:, 1])
+        _, cache = step(tuple(chunk), cache, np.array([0, 4]))
+        last = lambda query: step((query, *tokens[1:, :, 11:]), cache, np.array([1, 0]))[0][0]
+        return last(tokens[0, :, 11:]), jax.grad(lambda query: jnp.sum(last(query) ** 2))(tokens[0, :, 11:])[0]
+
+    for clean, dirty in zip(run(False), run(True), strict=True):
+        assert np.isfinite(clean).all()
+        suites.assert_same_bits(clean, dirty)

@@ -169,6 +169,28 @@ def test_what_lies_elsewhere_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
+@pytest.mark.parametrize(
+    ("page_size", "codec"),
+    [
+        (0, None),
+        *(
+            pytest.param(p, c, marks=pytest.mark.slow)
+            for p, c in [(16, None), (0, kvattn.Int8()), (16, kvattn.Float8())]
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_window_has_left_changes_no_bit(page_size, codec):
+    """It is a token of the row still, but its page may be another row's by now."""
+    outs = []
+    for fill in (jnp.zeros_like, worst):
+        cache = filled([200, 5, 33], 290, 2, 128, codec=codec, page_size=page_size, fill=fill, left=[180, 0, 13])
+        outs.append(jax.jit(lambda r: tpu_decode.attend(r))(request_for(cache, 4, 2, mask=Mask(window=19)))[:2])
+    assert np.isfinite(outs[1][0]).all()
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b, "output")
+
+
 @pytest.mark.parametrize("name", QUICK_POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""

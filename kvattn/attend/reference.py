@@ -28,9 +28,9 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     query = request.query
     acc = accumulator(query.dtype, *(x.dtype for x in request.view.keys.values()))
     keys, values, kv_positions = dense(request.view, acc)
-    # Unused slots are selected away before the products too: their NaN would reach the derivatives.
-    filled = (kv_positions >= 0)[..., None]
-    keys, values = jnp.where(filled, keys, 0), jnp.where(filled, values, 0)
+    # What nobody attends to is selected away before the products too: its NaN would reach outputs and derivatives.
+    reached = request.reached(kv_positions)[..., None]
+    keys, values = jnp.where(reached, keys, 0), jnp.where(reached, values, 0)
     if request.key_rope is not None:
         keys = rotated(keys, request.key_rope, kv_positions)
     query = grouped(query, request.view.num_kv_heads).astype(acc)

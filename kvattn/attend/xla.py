@@ -85,7 +85,7 @@ def _query_block(request: Request):
         keep = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
         values = view.value_block(i)
-        mixed = view.codec.mix(weights.reshape(*walk.rows.shape[:3], -1), values, kv_positions >= 0)
+        mixed = view.codec.mix(weights.reshape(*walk.rows.shape[:3], -1), values, request.reached(kv_positions))
         mixed = mixed[..., : view.value_head_dim].astype(walk.acc).reshape(*shape, -1)
         if request.want_mass:
             seen = jax.lax.dynamic_update_index_in_dim(seen, scores, i, 0)
@@ -122,7 +122,7 @@ class _Walk:
         self.shape = query.shape[:4]
         self.rows = query.reshape(*query.shape[:2], -1, query.shape[-1])
         self.acc = accumulator(query.dtype, *(x.dtype for x in view.keys.values()))
-        near = jnp.any(request.mask.reachable(request.positions, view.positions), axis=(1, 2, 3))
+        near = jnp.any(request.reached(view.positions), axis=(1, 2, 3))
         self.first = jnp.argmax(near).astype(jnp.int32)
         end = view.layout.num_blocks - jnp.argmax(near[::-1]).astype(jnp.int32)
         self.last = jnp.where(jnp.any(near), end, self.first)

@@ -44,9 +44,14 @@ def storage(view: View) -> str:
     return f"{codec} {view.key_head_dim}/{view.value_head_dim} {pages}"
 
 
-def slot_positions(view: View, slots: int) -> Array:
-    """int32 [B, 1 or K, slots]: the position in each slot, in order, EMPTY behind the last one."""
-    positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
+def slot_positions(request: Request, slots: int) -> Array:
+    """int32 [B, 1 or K, slots]: the position in each slot, in order; EMPTY where no query of the row may look.
+
+    So kernels need not tell slots that a window has left from empty ones: the values of both are zeroed.
+    """
+    positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
+    if request.mask.is_bounded:
+        positions = jnp.where(request.reached(positions), positions, EMPTY)
     return jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=EMPTY)
 
 

@@ -119,7 +119,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
         slopes = columns(slopes[..., None], 0).reshape(spec.heads, cols)
     sums = _sums(query, spec) if isinstance(spec.codec, Int4) else None
 
-    positions = common.slot_positions(view, spec.slots)
+    positions = common.slot_positions(request, spec.slots)
     rows = survey(request, positions, tile)
     arrays = [
         x if x.dtype == stream.dtype else jax.lax.bitcast_convert_type(x, stream.dtype)

@@ -49,7 +49,7 @@ def near_and_filled(request: Request, positions: Array, rows: int) -> tuple[Arra
     """
     batch, heads, slots = positions.shape
     cut = lambda x: x.reshape(batch, heads, slots // rows, rows)
-    near = jnp.any(cut(request.mask.reachable(request.positions, positions)), axis=(1, 3))
+    near = jnp.any(cut(request.reached(positions)), axis=(1, 3))
     return near, jnp.all(cut(positions >= 0), axis=(1, 3))
 
 

@@ -70,7 +70,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
     at = jnp.pad(common.query_positions(request), ((0, 0), (0, padded - count)), constant_values=-1)
 
     slots = -(-_tokens(view) // rows) * rows
-    positions = common.slot_positions(view, slots)
+    positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
     scalars = [chosen.count, chosen.row, chosen.tile, chosen.whole]
     per_tile = 1
