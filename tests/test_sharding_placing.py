@@ -71,6 +71,44 @@ def test_prompts_by_heads_then_decoding_by_batch(kind):
     same_contents(filled(GQA, capacity=16), sharding.shard_cache(copied, mesh, by="batch", num_kv_heads=GQA))
 
 
+VERBS = {
+    "select": lambda cache: cache.select(np.arange(B)[::-1]),
+    "repeat": lambda cache: cache.select(jnp.array([3, 3, 0, 7] * 4)),
+    "copy_pages": lambda cache: cache.copy_pages([1, -1, 31, 9], [30, 2, 0, 10]),
+    "dense": lambda cache: cache.dense(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("by", "shape"), [("batch", (8,)), ("sequence", (2, 4))])
+def test_verbs_leave_a_cache_where_it_lies(by, shape, kind):
+    """Rows and pages may come from any device; the next step is the program that it was."""
+    mesh, rng = mesh_of(kind, shape), np.random.default_rng(0)
+    contiguous = make(MQA, policy=kvattn.H2O(4, 3), layout=kvattn.cache.Layout(8, 8, True))
+    pages = kvattn.PagedKVCache.create(32, 4, 1, H, batch_size=B, max_pages=4, codec=kvattn.Int8())
+    contiguous, pages = jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 8, x.shape), x.dtype), (contiguous, pages))
+    for cache in (contiguous, pages):
+        there = sharding.shard_cache(cache, mesh, by=by)
+        before = jax.tree.map(lambda x: x.sharding, there)
+        for name, verb in VERBS.items():
+            if name == "copy_pages" and cache is not pages:
+                continue
+            # Inside jit Auto axes cannot be seen: there the compiler puts the result anywhere.
+            for call, seen in ((verb, True), (jax.jit(verb), kind == "explicit")):
+                after = call(there)
+                for a, b in zip(jax.tree.leaves(verb(cache)), jax.tree.leaves(after), strict=True):
+                    np.testing.assert_array_equal(np.asarray(b), np.asarray(a))
+                assert name == "dense" or not seen or jax.tree.map(lambda x: x.sharding, after) == before
+
+
+def test_rows_that_no_longer_divide_are_whole():
+    mesh, cache = mesh_of("explicit"), filled(MQA, capacity=16)
+    after = sharding.shard_cache(cache, mesh, by="batch").select([1, 2, 1])
+    same_contents(cache.select([1, 2, 1]), after)
+    assert after.lengths.sharding.is_fully_replicated
+    assert after.keys["data"].sharding.is_fully_replicated
+
+
 def test_auto_is_how_the_cache_lies():
     mesh = mesh_of("auto")
     for by, num_kv_heads in (("sequence", MHA), ("batch", MHA), ("heads", GQA)):

@@ -16,6 +16,7 @@ from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.base import Cache, known_rows, nbytes_of, storage_dtype
 from kvattn.cache.layout import Layout
+from kvattn.cache.placed import placed, shardings_of
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import ConfigError, ShapeError, UnsupportedError
@@ -213,19 +214,7 @@ class KVCache(Cache):
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
         _checks.not_donated("this cache", self)
-        rows, known = known_rows(rows, self.batch_size)
-
-        def take(axis: int):
-            return lambda x: jnp.take(x, rows, axis=axis, mode="clip")
-
-        return dataclasses.replace(
-            self,
-            keys=jax.tree.map(take(1), self.keys),
-            values=jax.tree.map(take(1), self.values),
-            lengths=jnp.where(known, take(0)(self.lengths), 0),
-            state=self.forgotten(~known, jax.tree.map(take(0), self.state)),
-            status=jnp.where(known, take(0)(self.status), bits.BAD_COUNT),
-        )
+        return placed(_selected, shardings_of(self), self, *known_rows(rows, self.batch_size))
 
     def __repr__(self) -> str:
         leaf = next(iter(self.keys.values()))
@@ -233,6 +222,22 @@ class KVCache(Cache):
             f"KVCache(batch_size={leaf.shape[1] if leaf.ndim == 5 else '?'}, num_kv_heads={leaf.shape[-3]}, "
             f"head_dim={self.key_head_dim}, num_slots={self.num_slots}, policy={self.policy}, codec={self.codec})"
         )
+
+
+def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
+    """`select` of known rows; where bool [B'] `known` is False, an empty row."""
+
+    def take(axis: int):
+        return lambda x: jnp.take(x, rows, axis=axis, mode="clip")
+
+    return dataclasses.replace(
+        cache,
+        keys=jax.tree.map(take(1), cache.keys),
+        values=jax.tree.map(take(1), cache.values),
+        lengths=jnp.where(known, take(0)(cache.lengths), 0),
+        state=cache.forgotten(~known, jax.tree.map(take(0), cache.state)),
+        status=jnp.where(known, take(0)(cache.status), bits.BAD_COUNT),
+    )
 
 
 def _in_order(policy: Policy) -> bool:

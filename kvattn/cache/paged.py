@@ -18,6 +18,7 @@ from kvattn.cache import status as bits
 from kvattn.cache.base import Cache, known_rows, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
+from kvattn.cache.placed import placed, shardings_of
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
@@ -184,6 +185,15 @@ class PagedKVCache(Cache):
             self.page_size,
         )
 
+    def dense(self) -> tuple[Array, Array]:
+        """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""
+        rows, pool = shardings_of((self.page_table, self.keys["data"]))
+        where = None
+        if rows is not None and pool is not None:
+            first = [sharding.spec[0] if len(sharding.spec) else None for sharding in (rows, pool)]
+            where = jax.NamedSharding(rows.mesh, jax.P(*first))
+        return placed(_dense, (where, where), self)
+
     # What one does with it.
 
     def with_tables(self, page_table: Any, lengths: Any) -> "PagedKVCache":
@@ -294,17 +304,7 @@ class PagedKVCache(Cache):
                 f"{np.asarray(targets)[bad].tolist()}."
             )
         into = jnp.where(skipped | bad, self.num_pages, targets)
-
-        def copy(name: str, pool: Array) -> Array:
-            if name == "residual":  # of rows, not of pages
-                return pool
-            return pool.at[:, into].set(jnp.take(pool, sources, axis=1, mode="clip"), mode="drop")
-
-        return dataclasses.replace(
-            self,
-            keys={name: copy(name, x) for name, x in self.keys.items()},
-            values={name: copy(name, x) for name, x in self.values.items()},
-        )
+        return placed(_copied, shardings_of(self), self, sources, into)
 
     def select(self, rows: Any) -> "PagedKVCache":
         """The given rows, over the same pool: reorders, repeats or drops sequences.
@@ -318,19 +318,7 @@ class PagedKVCache(Cache):
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
         _checks.not_donated("this cache", self)
-        rows, known = known_rows(rows, self.batch_size)
-
-        def of_rows(store: Encoded) -> Encoded:
-            return {n: jnp.take(x, rows, axis=1, mode="clip") if n == "residual" else x for n, x in store.items()}
-
-        return dataclasses.replace(
-            self,
-            keys=of_rows(self.keys),
-            values=of_rows(self.values),
-            page_table=jnp.where(known[:, None], jnp.take(self.page_table, rows, axis=0, mode="clip"), -1),
-            lengths=jnp.where(known, jnp.take(self.lengths, rows, mode="clip"), 0),
-            status=jnp.where(known, jnp.take(self.status, rows, mode="clip"), bits.BAD_COUNT),
-        )
+        return placed(_selected, shardings_of(self), self, *known_rows(rows, self.batch_size))
 
     def __repr__(self) -> str:
         pool = self.keys["data"]
@@ -339,6 +327,42 @@ class PagedKVCache(Cache):
             f"num_kv_heads={pool.shape[0]}, head_dim={self.key_head_dim}, max_pages={self.page_table.shape[-1]}, "
             f"codec={self.codec})"
         )
+
+
+def _selected(cache: PagedKVCache, rows: Array, known: Array) -> PagedKVCache:
+    """`select` of known rows; where bool [B'] `known` is False, an empty row."""
+
+    def of_rows(store: Encoded) -> Encoded:
+        return {n: jnp.take(x, rows, axis=1, mode="clip") if n == "residual" else x for n, x in store.items()}
+
+    return dataclasses.replace(
+        cache,
+        keys=of_rows(cache.keys),
+        values=of_rows(cache.values),
+        page_table=jnp.where(known[:, None], jnp.take(cache.page_table, rows, axis=0, mode="clip"), -1),
+        lengths=jnp.where(known, jnp.take(cache.lengths, rows, mode="clip"), 0),
+        status=jnp.where(known, jnp.take(cache.status, rows, mode="clip"), bits.BAD_COUNT),
+    )
+
+
+def _copied(cache: PagedKVCache, sources: Array, targets: Array) -> PagedKVCache:
+    """`copy_pages`; a target past the pool is dropped."""
+
+    def copy(name: str, pool: Array) -> Array:
+        if name == "residual":  # of rows, not of pages
+            return pool
+        return pool.at[:, targets].set(jnp.take(pool, sources, axis=1, mode="clip"), mode="drop")
+
+    return dataclasses.replace(
+        cache,
+        keys={name: copy(name, x) for name, x in cache.keys.items()},
+        values={name: copy(name, x) for name, x in cache.values.items()},
+    )
+
+
+def _dense(cache: PagedKVCache) -> tuple[Array, Array]:
+    """`dense`, wherever the arrays lie."""
+    return cache.view().dense(cache.dtype)
 
 
 def block_layout(page_size: int, max_pages: int, codec: Codec | None = None) -> Layout:
