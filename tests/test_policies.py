@@ -336,6 +336,43 @@ def test_of_equal_scores_the_lowest_position_leaves():
     assert sorted(p for p in cache.positions[0, 0].tolist() if p >= 0) == [2, 3, 4]
 
 
+@pytest.mark.parametrize("size", [1, 15, 31, 32, 100, 700])
+def test_exactly_one_leaves(size):
+    """Whatever the number of slots, among ties, infinities and NaN; nobody where there is no candidate."""
+    rng = np.random.default_rng(size)
+    scores = rng.choice([0.0, -0.0, 0.5, 1.0, np.inf, -np.inf, np.nan], size=(3, 4, size)).astype(np.float32)
+    positions = np.stack([rng.permutation(size) for _ in range(12)]).reshape(3, 4, size).astype(np.int32)
+    candidates = rng.random((3, 4, size)) < np.array([0.0, 0.3, 1.0])[:, None, None]
+    leaves = np.asarray(jax.jit(scored.lowest)(scores, positions, candidates))
+    for row in np.ndindex(3, 4):
+        order = [(-np.inf if np.isnan(s) else s, p) for s, p in zip(scores[row], positions[row], strict=True)]
+        there = [i for i in range(size) if candidates[row][i]]
+        assert np.nonzero(leaves[row])[0].tolist() == ([min(there, key=lambda i: order[i])] if there else [])
+
+
+def test_one_leaves_whatever_the_compiler_does():
+    """Without optimisation XLA computes a score twice, with two results: somebody must leave nevertheless."""
+    policy, group = kvattn.H2O(8, 2), 12
+    call = jax.jit(kvattn.cached_attention, compiler_options={"xla_backend_optimization_level": 0})
+    cache = kvattn.KVCache.create(1, K, H, policy=policy, dtype=jnp.float32)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in tokens(0, 1.0, 1, 40, (group * K, K)))
+    for t in range(40):
+        _, cache = call(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], cache)
+        assert np.asarray(cache.kept).tolist() == [[min(t + 1, policy.budget)] * K]
+
+
+def test_fastgen_keeps_all_of_a_row_that_starts_with_one_token():
+    """However the token comes: alone, or in a chunk of pads."""
+    ids = jnp.asarray(np.full((3, 4), 1))
+    x = jnp.ones((3, 4, K, H), jnp.float32)
+    policy = kvattn.FastGen(0.5, special_tokens=(1,))
+    cache = kvattn.KVCache.create(3, K, H, capacity=8, policy=policy, dtype=jnp.float32)
+    _, alone = kvattn.cached_attention(x[:, :1], x[:, :1], x[:, :1], cache, token_ids=ids[:, :1])
+    _, padded = kvattn.cached_attention(x, x, x, cache, num_new=jnp.asarray([1, 4, 0]), token_ids=ids)
+    assert np.asarray(alone.state.choice).tolist() == [[4] * K] * 3
+    assert np.asarray(padded.state.choice).tolist() == [[4] * K, [0] * K, [-1] * K]
+
+
 @pytest.mark.parametrize(
     "policy",
     [pytest.param(p, marks=pytest.mark.slow if type(p).__name__ in ("FastGen", "Scissorhands") else ()) for p in SMALL],

@@ -128,9 +128,8 @@ class FastGen(Policy):
         came = (num_new > 0)[:, None, None]
         there = state.positions >= 0
         scores = jnp.where(there & came, state.scores + mass, state.scores)
-        # A row that starts with a single token has nothing to profile: all its heads keep everything.
         first = (num_new > 0) & (lengths == 0)
-        choice = jnp.where(first[:, None], FULL, state.choice)
+        choice = jnp.where(first[:, None], FULL, state.choice)  # as `_choose` does for a single token
         prompt = jnp.where(first, num_new, state.prompt)
         last = lengths + num_new - 1
         bound = self._bound(kinds, state.positions, choice, prompt, last) & there
@@ -200,7 +199,8 @@ class FastGen(Policy):
             axis=-1,
         )
         enough = kept >= self.recovery if self.recovery < 1 else jnp.isposinf(kept)
-        return jnp.argmax(enough, axis=-1).astype(jnp.int32)
+        # A row that starts with a single token has nothing to profile: all its heads keep everything.
+        return jnp.where((prompt == 1)[:, None], FULL, jnp.argmax(enough, axis=-1).astype(jnp.int32))
 
     def _bound(self, kinds, positions, choice, prompt, last) -> Array:
         """bool [B, K, S]: tokens that a head keeps only as far as its share of frequent ones goes."""

@@ -69,13 +69,31 @@ def close_up(places: Array, leaves: Array) -> Array:
 
 
 def lowest(scores: Array, positions: Array, candidates: Array) -> Array:
-    """bool [B, K, C], one True at most: the candidate of lowest score, of equal ones that of lowest position."""
-    worst = jnp.where(candidates, scores, jnp.inf)
+    """bool [B, K, C]: the candidate of lowest score, of equal ones that of lowest position. One, if there is any.
+
+    Scores are compared with each other, never with a copy: computed twice, a sum of floats need not be the same.
+    """
     # NaN counts as lowest: such a token must not stay for ever.
-    worst = jnp.where(candidates & jnp.isnan(scores), -jnp.inf, worst)
-    tied = candidates & (worst == jnp.min(worst, axis=-1, keepdims=True))
-    where = jnp.where(tied, positions, jnp.iinfo(jnp.int32).max)
-    return tied & (where == jnp.min(where, axis=-1, keepdims=True))
+    score = jnp.where(jnp.isnan(scores), -jnp.inf, jax.lax.stop_gradient(scores))
+    last = jnp.iinfo(positions.dtype).max
+    score, position = jnp.where(candidates, score, jnp.inf), jnp.where(candidates, positions, last)
+    ends = jnp.array(jnp.inf, score.dtype), jnp.array(last, position.dtype)
+    # A sixteenth of the rest in every round: CPUs reduce few rows of many neighbours several times as fast as one row.
+    while (lanes := score.shape[-1] // 16) > 1:
+        rows = [x[..., : 16 * lanes].reshape(*x.shape[:-1], 16, lanes) for x in (score, position)]
+        firsts = jax.lax.reduce(tuple(rows), ends, _earlier, (positions.ndim - 1,))
+        score, position = (
+            jnp.concatenate([x, rest[..., 16 * lanes :]], axis=-1)
+            for x, rest in zip(firsts, (score, position), strict=True)
+        )
+    _, position = jax.lax.reduce((score, position), ends, _earlier, (positions.ndim - 1,))
+    return candidates & (positions == position[..., None])
+
+
+def _earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Of two (score, position) the one that goes first."""
+    goes = (one[0] < other[0]) | ((one[0] == other[0]) & (one[1] <= other[1]))
+    return jnp.where(goes, one[0], other[0]), jnp.where(goes, one[1], other[1])
 
 
 def best(scores: Array, positions: Array, candidates: Array, count: Array | int) -> Array:
