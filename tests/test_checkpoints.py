@@ -24,11 +24,13 @@ from kvattn.errors import (
     DTypeError,
     KVAttnError,
     MissingFileError,
+    RangeError,
     ShardingError,
     UnsupportedError,
 )
-from kvattn.models import from_pretrained
+from kvattn.models import DecoderConfig, from_pretrained
 from kvattn.models.hf import FAMILIES
+from kvattn.models.hf.defaults import DEFAULTS
 from kvattn.models.hf.gpt_oss import from_mxfp4
 from kvattn.models.parameters import parameters_of
 from kvattn.models.pretrained import read_family
@@ -219,6 +221,205 @@ def test_a_mesh(kind):
         from_pretrained(GOLDEN / "gpt_oss", mesh=4)
     with pytest.raises(ShardingError, match="no axis 'model'"):
         from_pretrained(GOLDEN / "gpt_oss", mesh=one_axis)
+
+
+# What config.json leaves out -----------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+LLAMA_BLOCK = {"model_dim": 4096, "num_layers": 32, "num_heads": 32, "head_dim": 128, "norm_epsilon": 1e-6}
+LLAMA_BLOCK |= {"activation": "silu", "tie_embeddings": False, "rope_theta": 1e4, "rope_scaling": None, "windows": None}
+GPT_BLOCK = {"vocab_size": 50257, "model_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
+GPT_BLOCK |= {"max_positions": 1024, "norm_epsilon": 1e-5, "activation": "gelu_tanh", "attention_scale": 0.125}
+GEMMA_BLOCK = {"model_dim": 2304, "num_layers": 26, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256}
+GEMMA_BLOCK |= {"mlp_dim": 9216, "norm_epsilon": 1e-6, "activation": "gelu_tanh", "attention_scale": 0.0625}
+GEMMA_BLOCK |= {"tie_embeddings": True, "qkv_bias": False, "rope_scaling": None}
+SIX = (*[4096] * 5, None)
+ABSENT = {
+    "bloom": {"vocab_size": 250880, "model_dim": 64, "num_layers": 2, "num_heads": 8, "mlp_dim": 256}
+    | {"norm_epsilon": 1e-5, "residual_after_norm": False, "tie_embeddings": True},
+    "falcon": {"vocab_size": 65024, "model_dim": 4544, "num_layers": 32, "num_heads": 71, "num_kv_heads": 1}
+    | {"mlp_dim": 18176, "norm_epsilon": 1e-5, "activation": "gelu", "positions": "rope", "rope_theta": 1e4}
+    | {"parallel": True, "shared_norm": True, "qkv_bias": False, "tie_embeddings": True},
+    "gemma2": GEMMA_BLOCK
+    | {"vocab_size": 256000, "softcap": 50.0, "logit_softcap": 30.0, "rope_theta": 1e4, "windows": (4096, None) * 13},
+    "gemma3_text": GEMMA_BLOCK
+    | {"vocab_size": 262208, "softcap": None, "logit_softcap": None, "rope_theta": 1e6, "local_rope_theta": 1e4}
+    | {"windows": SIX * 4 + (4096, 4096)},
+    "gpt2": GPT_BLOCK | {"num_kv_heads": 12, "tie_embeddings": True},
+    "gpt_bigcode": GPT_BLOCK | {"num_kv_heads": 1, "tie_embeddings": True},
+    "gpt_oss": {"vocab_size": 201088, "model_dim": 2880, "num_layers": 36, "num_heads": 64, "num_kv_heads": 8}
+    | {"head_dim": 64, "mlp_dim": 2880, "norm_epsilon": 1e-5, "tie_embeddings": False, "qkv_bias": True}
+    | {"rope_theta": 150000.0, "rope_scaling": YARN | {"original_max_position_embeddings": 4096}}
+    | {"num_experts": 128, "experts_per_token": 4, "expert_alpha": 1.702, "expert_limit": 7.0}
+    | {"windows": (128, None) * 18},
+    "llama": LLAMA_BLOCK
+    | {"vocab_size": 32000, "num_kv_heads": 32, "mlp_dim": 11008, "qkv_bias": False, "mlp_bias": False},
+    "mistral": LLAMA_BLOCK | {"vocab_size": 32000, "num_kv_heads": 8, "mlp_dim": 14336, "windows": (4096,) * 32},
+    "mpt": {"vocab_size": 50368, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "mlp_dim": 8192}
+    | {"norm_epsilon": 1e-5, "attention_scale": None, "qkv_clip": None, "tie_embeddings": True},
+    "opt": {"vocab_size": 50272, "model_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
+    | {"max_positions": 2048, "activation": "relu", "norm_position": "pre", "final_norm": True, "embedding_dim": None}
+    | {"qkv_bias": True, "tie_embeddings": True},
+    "qwen2": LLAMA_BLOCK | {"vocab_size": 151936, "num_kv_heads": 32, "mlp_dim": 22016},
+    "qwen3": LLAMA_BLOCK | {"vocab_size": 151936, "num_kv_heads": 32, "mlp_dim": 22016, "qkv_bias": False},
+}
+"""What the config classes of transformers 5.23 say, called without arguments."""
+
+
+def config_of(folder, **fields):
+    """What a config.json with these fields only describes."""
+    (folder / "config.json").write_text(json.dumps(fields))
+    return read_family(folder).config
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_absent_fields_have_the_familys_defaults(tmp_path, kind):
+    fields = config_of(tmp_path, model_type=kind).to_json()
+    assert {name: fields[name] for name in ABSENT[kind]} == ABSENT[kind]
+    assert set(FAMILIES) == set(ABSENT) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_that_are_only_switched_on(tmp_path, kind):
+    config = config_of(tmp_path, model_type=kind, use_sliding_window=True)
+    assert config.windows == (None,) * 28 + (4096,) * 4
+
+
+def test_null_is_not_absent(folder):
+    """Where transformers accepts null it stays null; where it does not, neither is it read here."""
+    for name, fields, expected in (
+        ("mistral", {"sliding_window": None}, {"windows": None}),
+        ("gemma2", {"attn_logit_softcapping": None}, {"softcap": None}),
+        ("gemma2", {"final_logit_softcapping": None}, {"logit_softcap": None}),
+        ("qwen3", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
+        ("llama3", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
+        ("gpt2", {"n_inner": None}, {"mlp_dim": 128}),
+        ("gpt_oss", {"rope_parameters": None}, {"rope_theta": 150000.0}),
+        ("falcon7b", {"alibi": None, "bias": None, "ffn_hidden_size": None}, {"positions": "rope", "mlp_dim": 128}),
+    ):
+        path = folder(name)
+        set_config(path, **fields)
+        config = read_family(path).config
+        assert {field: getattr(config, field) for field in expected} == expected, name
+        shutil.rmtree(path)
+    for name, field in (("mistral", "num_key_value_heads"), ("gemma2", "query_pre_attn_scalar"), ("qwen3", "head_dim")):
+        path = folder(name)
+        set_config(path, **{field: None})
+        refused(ConfigError, path, f"{field} is null")
+        shutil.rmtree(path)
+    for name in ("gemma2", "gpt_oss"):
+        path = folder(name)
+        set_config(path, sliding_window=None)
+        refused(ConfigError, path, "sliding_window is null")
+        shutil.rmtree(path)
+
+
+def test_names_that_contradict_each_other(tmp_path):
+    with pytest.raises(ConfigError, match=r"n_head is 8 but num_attention_heads is 4"):
+        config_of(tmp_path, model_type="bloom", n_head=8, num_attention_heads=4)
+
+
+def test_gemma_has_its_own_name_for_the_activation(tmp_path):
+    for kind in ("gemma2", "gemma3_text"):
+        assert config_of(tmp_path, model_type=kind, hidden_act="silu").activation == "gelu_tanh"
+        assert config_of(tmp_path, model_type=kind, hidden_act="tanh", hidden_activation="silu").activation == "silu"
+
+
+def test_opt_without_a_norm_to_remove(tmp_path):
+    config = config_of(tmp_path, model_type="opt", do_layer_norm_before=False, _remove_final_layer_norm=True)
+    assert config.norm_position == "post" and not config.final_norm
+    assert not config_of(tmp_path, model_type="opt", _remove_final_layer_norm=True).final_norm
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LENGTH = "original_max_position_embeddings"
+ROPES = {
+    "dynamic, whatever the dict says": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, LENGTH: 8}},
+        {"rope_type": "dynamic", "factor": 4.0, LENGTH: 64.0},
+    ),
+    "dynamic, older": (
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0, LENGTH: 16}, LENGTH: 8},
+        {"rope_type": "dynamic", "factor": 4.0, LENGTH: 64.0},
+    ),
+    "llama3 without a length": ({"rope_parameters": LLAMA3}, LLAMA3 | {LENGTH: 64.0}),
+    "llama3 with a length outside": ({"rope_parameters": LLAMA3 | {LENGTH: 32}, LENGTH: 8}, LLAMA3 | {LENGTH: 8.0}),
+    "yarn without a factor": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, LENGTH: 16}},
+        {"rope_type": "yarn", "factor": 4.0, LENGTH: 16.0},
+    ),
+    "yarn with a length outside": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, LENGTH: 32}, LENGTH: 8},
+        {"rope_type": "yarn", "factor": 4.0, LENGTH: 8.0},
+    ),
+    "both dicts": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_parameters": LLAMA3},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "an empty older one": (
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+    "a length that linear does not read": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, LENGTH: 8},
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+}
+"""What a Llama for 64 positions is given, and what transformers makes of it."""
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_what_rope_takes_from_around_its_dict(tmp_path, case):
+    fields, expected = ROPES[case]
+    config = config_of(tmp_path, model_type="llama", max_position_embeddings=64, **fields)
+    assert config.to_json()["rope_scaling"] == expected and config.rope_theta == 10000.0
+
+
+def test_the_base_of_the_frequencies(tmp_path):
+    """The older dict replaces the newer one, base and all; what is within a dict goes before what is around it."""
+    newer, older = {"rope_type": "default", "rope_theta": 500.0}, {"rope_type": "linear", "factor": 4.0}
+    read = lambda kind="llama", **fields: config_of(tmp_path, model_type=kind, **fields).rope_theta
+    assert read(rope_parameters=newer, rope_theta=123.0) == 500.0
+    assert read(rope_parameters=newer, rope_scaling=older, rope_theta=123.0) == 123.0
+    assert read(rope_parameters=newer, rope_scaling=older) == 10000.0
+    assert read("gpt_oss", rope_scaling=older) == 150000.0
+    assert read("gemma3_text", rope_parameters={"sliding_attention": newer}, rope_theta=7e4) == 7e4
+    assert read("gemma3_text", rope_parameters={"full_attention": newer}, rope_theta=7e4) == 500.0
+
+
+NONSENSE = [
+    {"model_type": "falcon", "hidden_size": 4, "num_attention_heads": 8},
+    {"model_type": "bloom", "hidden_size": 4, "n_head": 8},
+    {"model_type": "gemma2", "query_pre_attn_scalar": 0},
+    {"model_type": "gemma2", "query_pre_attn_scalar": -4},
+    {"model_type": "gemma3_text", "query_pre_attn_scalar": float("inf")},
+    {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+    *({"model_type": kind, "num_hidden_layers": 10**30} for kind in sorted(FAMILIES)),
+    {"model_type": "falcon", "hidden_size": 10**30, "num_attention_heads": 10**30, "alibi": True},
+    {"model_type": "llama", "num_attention_heads": 10**9},
+    {"model_type": "llama", "rope_theta": 10**400},
+    {"model_type": "llama", "rms_norm_eps": 10**400},
+    {"model_type": "llama", "rope_theta": None},
+    {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": None, LENGTH: 0}},
+    {"model_type": "llama", "rope_parameters": {"rope_type": ["yarn"], "factor": 2.0}},
+    {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 5}},
+    {"model_type": "qwen2", "layer_types": 5},
+    {"model_type": "qwen2", "max_window_layers": "x"},
+    {"model_type": "llama", "hidden_act": ["silu"]},
+    {"model_type": "bloom", "pretraining_tp": 2, "slow_but_exact": True},
+]
+
+
+@pytest.mark.parametrize("fields", NONSENSE, ids=lambda x: str(x)[:60])
+def test_nonsense_is_refused_at_once(tmp_path, fields):
+    with pytest.raises(KVAttnError, match=r"config\.json"):
+        config_of(tmp_path, **fields)
+
+
+def test_a_decoder_has_a_number_of_layers_that_can_be_counted():
+    with pytest.raises(RangeError, match="num_layers must be at most 10000"):
+        DecoderConfig(vocab_size=8, model_dim=8, num_layers=10**30, num_heads=2, mlp_dim=8)
 
 
 # What is refused ----------------------------------------------------------------------------------

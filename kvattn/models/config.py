@@ -11,6 +11,8 @@ from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.positions import RoPE
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
+MAX_LAYERS = 10_000
+"""More than any model has: what per layer is listed would not end."""
 _FLAGS = (
     "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
     "residual_after_norm", "embedding_norm", "shared_norm", "sinks", "tie_embeddings",
@@ -70,7 +72,7 @@ class DecoderConfig:
     Raises:
         ConfigError: sizes that cannot work together, an unknown name.
         DTypeError: a size that is no int, a flag that is no bool.
-        RangeError: a window, epsilon, scale or cap outside its range.
+        RangeError: more than 10,000 layers; a window, epsilon, scale or cap outside its range.
 
     Example:
         >>> from kvattn.models import DecoderConfig
@@ -124,6 +126,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
             _checks.integer(name, getattr(self, name), 1)
+        if self.num_layers > MAX_LAYERS:
+            raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         _checks.head_counts(self.num_heads, kv_heads)
         if self.head_dim is None and self.model_dim % self.num_heads:

@@ -15,6 +15,7 @@ from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnErro
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
+from kvattn.models.hf.defaults import DEFAULTS, NULLABLE
 from kvattn.models.parameters import name_of
 from kvattn.models.tensors import Tensors, in_folder, read_json
 
@@ -51,7 +52,8 @@ def from_pretrained(
     Raises:
         MissingFileError: the config, the tensors or a shard are not there.
         CacheCorruptionError: a file that is damaged.
-        ConfigError: a config whose sizes are missing or contradict each other.
+        ConfigError: a config whose sizes are no sizes or contradict each other. (What is left out is what transformers
+            takes it for.)
         UnsupportedError: a model_type, or a setting, that this decoder does not have.
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
         DTypeError: a `dtype` that is not floating.
@@ -132,7 +134,7 @@ def read_family(folder: Path, ignore: Collection[str] = ()) -> Family:
         raise UnsupportedError(
             f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(sorted(FAMILIES))}."
         )
-    fields = Fields(settings, str(source), ignore)
+    fields = Fields(settings, str(source), ignore, defaults=DEFAULTS[kind], nullable=NULLABLE.get(kind, ()))
     if kind != "gpt_oss":
         fields.only("quantization_config", why="quantised weights are read for gpt_oss (mxfp4) only")
     try:
@@ -141,7 +143,7 @@ def read_family(folder: Path, ignore: Collection[str] = ()) -> Family:
         if str(source) in str(error):
             raise
         raise type(error)(f"{source}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{source}: {error}") from error
     fields.finish()
     return family

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kvattn.errors import ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
+from kvattn.models.hf.defaults import MPT_ATTENTION
 from kvattn.models.hf.fields import Fields
 from kvattn.models.hf.rules import Family, Rule
 
@@ -13,34 +13,35 @@ from kvattn.models.hf.rules import Family, Rule
 def bloom(fields: Fields) -> Family:
     """BLOOM and BLOOMZ."""
     features = fields.size("hidden_size", "n_embed")
+    if fields.size("pretraining_tp") > 1 and fields.flag("slow_but_exact"):
+        # transformers then leaves out the biases of two projections.
+        raise rules.unsupported(fields.source, "slow_but_exact", True, "false where pretraining_tp is above 1")
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.size("n_layer", "num_hidden_layers"),
-        num_heads=fields.size("n_head", "num_attention_heads"),
+        num_layers=fields.layers("n_layer", "num_hidden_layers"),
+        num_heads=fields.heads(features, "n_head", "num_attention_heads"),
         mlp_dim=4 * features,
         positions="alibi",
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
-        residual_after_norm=fields.flag("apply_residual_connection_post_layernorm", False),
+        norm_epsilon=fields.number("layer_norm_epsilon"),
+        residual_after_norm=fields.flag("apply_residual_connection_post_layernorm"),
         activation="gelu_tanh",
         gated=False,
         mlp_bias=True,
         qkv_bias=True,
         out_bias=True,
         embedding_norm=True,
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
     )
     return Family(config, tuple(_bloom(config)), ("transformer.",), rules.tied(config))
 
 
 def mpt(fields: Fields) -> Family:
     """MPT, as transformers has it: no biases anywhere."""
-    given = fields.get("attn_config", default={})
-    if not isinstance(given, dict):
-        raise ConfigError(f"{fields.source}: attn_config must be an object, got {given!r}.")
-    attention = Fields(given, f"{fields.source}, attn_config", MPT_IGNORED)
+    given = fields.mapping("attn_config") or {}
+    attention = Fields(given, f"{fields.source}, attn_config", MPT_IGNORED, defaults=MPT_ATTENTION)
     attention.only("attn_type", "multihead_attention")
     attention.only("alibi", True, why="learned positions are not supported for MPT")
     attention.only("prefix_lm", False, why="a decoder is causal")
@@ -56,22 +57,22 @@ def mpt(fields: Fields) -> Family:
     fields.only("norm_type", "low_precision_layernorm", "layernorm")
     # In transformers the MLP is four times as wide whatever expansion_ratio says, and with ALiBi there are no learned
     # positions whatever learned_pos_emb says; a file that has them otherwise does not fit these tensors.
-    fields.get("expansion_ratio", "learned_pos_emb", "max_seq_len")
+    fields.passed("expansion_ratio", "learned_pos_emb", "max_seq_len")
     features = fields.size("d_model", "hidden_size")
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.size("n_layers", "num_hidden_layers"),
-        num_heads=fields.size("n_heads", "num_attention_heads"),
+        num_layers=fields.layers("n_layers", "num_hidden_layers"),
+        num_heads=fields.heads(features, "n_heads", "num_attention_heads"),
         mlp_dim=4 * features,
         positions="alibi",
         norm="layer",
-        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon"),
         activation="gelu",
         gated=False,
         attention_scale=scale,
         qkv_clip=clip or None,
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
     )
     return Family(config, tuple(_mpt(config)), ("transformer.",), rules.tied(config))
 

@@ -11,14 +11,15 @@ from kvattn.models.hf.rules import Family, Rule
 
 def falcon(fields: Fields) -> Family:
     """Any of them, by its flags."""
-    heads, features = fields.size("num_attention_heads", "n_head"), fields.size("hidden_size", "n_embed")
-    newer, parallel = fields.flag("new_decoder_architecture", False), fields.flag("parallel_attn", True)
-    multi_query, alibi = fields.flag("multi_query", True), fields.flag("alibi", False)
-    bias, groups = fields.flag("bias", False), fields.size("num_kv_heads", "n_head_kv", default=heads)
+    features = fields.size("hidden_size", "n_embed")
+    heads = fields.heads(features, "num_attention_heads", "n_head")
+    newer, parallel = fields.flag("new_decoder_architecture"), fields.flag("parallel_attn")
+    multi_query, alibi = fields.flag("multi_query"), fields.flag("alibi")
+    bias, groups = fields.flag("bias"), fields.size("num_kv_heads", "n_head_kv", null=heads)
     # The newer architecture is parallel whatever parallel_attn says, and would have no norm of its own for it.
     if newer:
         fields.only("parallel_attn", True, why="new_decoder_architecture has parallel blocks")
-    norms = fields.get("num_ln_in_parallel_attn", default=2 if newer else 1)
+    norms = fields.size("num_ln_in_parallel_attn", null=2 if newer else 1)
     if norms not in (1, 2) or (norms == 2 and not newer and parallel):
         raise rules.unsupported(
             fields.source, "num_ln_in_parallel_attn", norms, "1, or 2 with new_decoder_architecture"
@@ -27,21 +28,21 @@ def falcon(fields: Fields) -> Family:
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.size("num_hidden_layers", "n_layer"),
+        num_layers=fields.layers("num_hidden_layers", "n_layer"),
         num_heads=heads,
         num_kv_heads=groups if newer else 1 if multi_query else heads,
-        mlp_dim=fields.size("ffn_hidden_size", default=4 * features),
+        mlp_dim=fields.size("ffn_hidden_size", null=4 * features),
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
-        activation=fields.activation("activation", default="gelu"),
+        norm_epsilon=fields.number("layer_norm_epsilon"),
+        activation=fields.activation("activation"),
         gated=False,
         parallel=parallel,
         shared_norm=parallel and norms == 1,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         positions="alibi" if alibi else "rope",
         # The bias is added before the scores are scaled.
         alibi_slopes=tuple((kvattn.positions.alibi_slopes(heads) * scale).tolist()) if alibi else None,

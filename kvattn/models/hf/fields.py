@@ -1,9 +1,15 @@
 """Reading a config.json of HuggingFace: every field is honoured, known to change nothing, or refused by name."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.models.config import MAX_LAYERS
+
+MAX_HEADS = 10_000
+"""More heads than any model has: a number that is no mistake of the file lies below."""
 
 # About training, generation, files and devices: they change nothing that a forward pass computes.
 _HARMLESS = {
@@ -43,60 +49,113 @@ class Fields:
         fields: what the file holds.
         source: the file, for messages.
         ignore: names of fields that the caller takes responsibility for.
+        defaults: what fields are that the file does not have, by name: of every field that is asked for.
+        nullable: those that may be null though their default is not.
     """
 
-    def __init__(self, fields: Mapping[str, Any], source: str, ignore: Collection[str] = ()):
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        source: str,
+        ignore: Collection[str] = (),
+        *,
+        defaults: Mapping[str, Any],
+        nullable: Collection[str] = (),
+    ):
         self.source = source
         self._fields = dict(fields)
+        self._defaults, self._nullable = defaults, nullable
         self._left = {name for name in fields if name not in _HARMLESS and name not in ignore}
 
-    def get(self, *names: str, default: Any = None) -> Any:
-        """The first of these fields that is there and not null, else `default`; all of them count as read."""
+    def passed(self, *names: str) -> None:
+        """These fields are known to change nothing."""
         self._left -= set(names)
-        return next((self._fields[n] for n in names if self._fields.get(n) is not None), default)
 
-    def need(self, *names: str) -> Any:
-        """The first of these fields that is there.
+    def get(self, name: str, *others: str) -> Any:
+        """A field, `others` being more names for it; None where it is null, its default where it is not there.
 
         Raises:
-            ConfigError: none of them is.
+            ConfigError: two of the names with different values, or null where that has no meaning.
         """
-        value = self.get(*names)
-        if value is None:
-            raise ConfigError(f"{self.source} lacks the field {' or '.join(map(repr, names))}.")
-        return value
+        names = (name, *others)
+        self.passed(*names)
+        given = {n: self._fields[n] for n in names if n in self._fields}
+        values = {n: value for n, value in given.items() if value is not None}
+        if values:
+            (first, value), *rest = values.items()
+            for other, another in rest:
+                if another != value:
+                    raise ConfigError(f"{self.source}: {first} is {value!r} but {other} is {another!r}: keep one.")
+            return value
+        default = self._defaults[name]
+        if given and default is not None and name not in self._nullable:
+            raise ConfigError(f"{self.source}: {name} is null: give it a value, or leave it out for {default!r}.")
+        return None if given else default
 
-    def size(self, *names: str, default: int | None = None) -> int:
-        """The same for a whole number >= 1; needed unless there is a `default`."""
-        value = self.need(*names) if default is None else self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{self.source}: {names[0]} must be a whole number >= 1, got {value!r}.")
-        return value
-
-    def number(self, *names: str, default: float | None = None) -> Any:
-        """A number; `default` where there is none or null.
+    def size(self, name: str, *others: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
+        """The same for a whole number in [least, most]; `null` is what null means.
 
         Raises:
             ConfigError: it is something else.
         """
-        value = self.get(*names, default=default)
+        value = self.get(name, *others)
+        value = null if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{self.source}: {name} must be a whole number >= {least}, got {value!r}.")
+        if value > most:
+            raise ConfigError(f"{self.source}: {name} must be at most {most}, got {value}.")
+        return value
+
+    def layers(self, name: str, *others: str) -> int:
+        """How many layers there are."""
+        return self.size(name, *others, most=MAX_LAYERS)
+
+    def heads(self, features: int, name: str, *others: str) -> int:
+        """How many heads `features` are split into, evenly.
+
+        Raises:
+            ConfigError: they do not divide.
+        """
+        heads = self.size(name, *others, most=MAX_HEADS)
+        if features % heads:
+            raise ConfigError(f"{self.source}: the hidden size ({features}) is no multiple of {name} ({heads}).")
+        return heads
+
+    def number(self, name: str) -> Any:
+        """A number, or None where it is null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{self.source}: {names[0]} must be a number, got {value!r}.")
+            raise ConfigError(f"{self.source}: {name} must be a number, got {value!r}.")
         return value
 
-    def flag(self, name: str, default: bool) -> bool:
-        """A bool.
+    def positive(self, name: str) -> Any:
+        """The same for one above 0.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = self.number(name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{self.source}: {name} must be finite and > 0, got {value!r}.")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A bool; null counts as false.
 
         Raises:
             ConfigError: it is something else.
         """
-        value = self.get(name, default=default)
-        if not isinstance(value, bool):
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.source}: {name} must be true or false, got {value!r}.")
-        return value
+        return bool(value)
 
     def only(self, name: str, *values: Any, why: str = "") -> None:
-        """Checks a field that is supported with these values only; null and absent are fine.
+        """Checks a field that is supported with these values only; null is fine where it may be.
 
         Raises:
             UnsupportedError: another value.
@@ -108,39 +167,64 @@ class Fields:
                 f"{self.source}: {name} is {value!r}, supported is {known}{': ' + why if why else ''}."
             )
 
-    def activation(self, *names: str, default: str) -> str:
+    def activation(self, name: str) -> str:
         """The activation function, by the name that `DecoderConfig` has for it.
 
         Raises:
             UnsupportedError: an unknown one.
         """
-        name = self.get(*names, default=default)
-        if name not in ACTIVATIONS:
+        value = self.get(name)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedError(
-                f"{self.source}: {names[0]} is {name!r}; the known ones are {', '.join(map(repr, ACTIVATIONS))}."
+                f"{self.source}: {name} is {value!r}; the known ones are {', '.join(map(repr, ACTIVATIONS))}."
             )
-        return ACTIVATIONS[name]
+        return ACTIVATIONS[value]
 
-    def rope(self, default_theta: float = 10000.0) -> dict[str, Any]:
+    def rope(self) -> dict[str, Any]:
         """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
-        newer, older, theta = self.get("rope_parameters"), self.get("rope_scaling"), self.get("rope_theta")
-        most = self.get("max_position_embeddings", "n_positions")
+        older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
+        newer = self._defaults["rope_parameters"] if newer is None else newer
+        return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
+
+    def mapping(self, name: str) -> Mapping[str, Any] | None:
+        """An object, or None where it is null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")
+        return value
+
+    def scaled(self, scaling: Mapping[str, Any], theta: Any, original: Any) -> dict[str, Any]:
+        """The same from one rope dict, filled with what transformers takes from around it.
+
+        Args:
+            scaling: the dict.
+            theta: the base of the frequencies, where the dict has none.
+            original: the length that the model was first made for, where it is not the dict's.
+        """
+        most, scaling = self.size("max_position_embeddings"), dict(scaling)
         self.only("partial_rotary_factor", 1.0, 1)
-        scaling = newer or older
-        if scaling is None:
-            return {"rope_theta": default_theta if theta is None else theta, "rope_scaling": None}
-        if not isinstance(scaling, Mapping):
-            raise ConfigError(f"{self.source}: rope_parameters must be an object, got {scaling!r}.")
-        scaling = dict(scaling)
         turned = scaling.pop("partial_rotary_factor", None)
         if turned not in (None, 1.0):
             raise UnsupportedError(f"{self.source}: partial_rotary_factor is {turned!r}, supported is 1.0.")
-        within = scaling.pop("rope_theta", None)
-        theta = within if within is not None else default_theta if theta is None else theta
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind in ("dynamic", "yarn") and most is not None:
-            # transformers takes from around the dict what is not within.
-            scaling.setdefault("original_max_position_embeddings", most)
+        theta = scaling.pop("rope_theta", theta)
+        if isinstance(theta, bool) or not isinstance(theta, int | float):
+            raise ConfigError(f"{self.source}: rope_theta must be a number, got {theta!r}.")
+        kinds, length = (scaling.get("rope_type"), scaling.get("type")), "original_max_position_embeddings"
+        kind = kinds[1] if kinds[0] is None else kinds[0]
+        if kind == "dynamic":
+            scaling[length] = most  # whatever the dict says
+        elif kind in ("llama3", "yarn"):
+            if original is not None:
+                scaling[length] = original
+            given = scaling.setdefault(length, most)
+            if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+                if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
+                    raise ConfigError(f"{self.source}: {length} must be a number > 0, got {given!r}.")
+                scaling["factor"] = most / given
         return {
             "rope_theta": theta,
             "rope_scaling": None if kind in (None, "default") and len(scaling) <= 1 else scaling,
@@ -156,10 +240,12 @@ class Fields:
         kinds = self.get("layer_types")
         if kinds is None:
             local = list(default)
+        elif not isinstance(kinds, list):
+            raise ConfigError(f"{self.source}: layer_types must be a list, got {kinds!r}.")
         else:
             known = {"sliding_attention": True, "full_attention": False}
             for kind in kinds:
-                if kind not in known:
+                if not isinstance(kind, str) or kind not in known:
                     raise UnsupportedError(f"{self.source}: layer_types holds {kind!r}; known are {', '.join(known)}.")
             local = [known[kind] for kind in kinds]
         if len(local) != num_layers:

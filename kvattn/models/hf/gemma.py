@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from kvattn.errors import ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
 from kvattn.models.hf.fields import Fields
@@ -13,53 +14,61 @@ from kvattn.models.hf.rules import Family, Rule
 
 def gemma2(fields: Fields) -> Family:
     """Gemma 2: every second layer has a window, scores and logits are capped."""
-    layers = fields.size("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     return _family(
         fields,
         **fields.rope(),
-        windows=fields.windows(layers, fields.get("sliding_window", default=4096), [i % 2 == 0 for i in range(layers)]),
+        windows=fields.windows(layers, fields.get("sliding_window"), [i % 2 == 0 for i in range(layers)]),
         softcap=fields.number("attn_logit_softcapping"),
     )
 
 
 def gemma3(fields: Fields) -> Family:
     """Gemma 3's text model: five layers with a window for one without, each kind with its own frequencies."""
-    layers = fields.size("num_hidden_layers")
-    every = fields.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    windows = fields.windows(
-        layers, fields.get("sliding_window", default=4096), [bool((i + 1) % every) for i in range(layers)]
-    )
+    layers = fields.layers("num_hidden_layers")
+    every = fields.size("sliding_window_pattern")
+    fields.passed("_sliding_window_pattern")  # a note of what layer_types says
+    windows = fields.windows(layers, fields.get("sliding_window"), [bool((i + 1) % every) for i in range(layers)])
     fields.only("attn_logit_softcapping", why="Gemma 3 has none")
     return _family(fields, **_ropes(fields), windows=windows, qk_norm=True)
 
 
 def _ropes(fields: Fields) -> dict[str, Any]:
     """Frequencies of both kinds of layers, from either form that transformers has written."""
-    kinds = fields.get("rope_parameters")
-    if not (isinstance(kinds, dict) and "full_attention" in kinds):
-        return fields.rope(1e6) | {"local_rope_theta": fields.number("rope_local_base_freq", default=10000.0)}
-    inner = Fields({"rope_parameters": kinds["full_attention"]}, fields.source).rope(1e6)
-    local = Fields({"rope_parameters": kinds.get("sliding_attention")}, fields.source).rope()
-    if local["rope_scaling"] is not None:
+    kinds, older = fields.mapping("rope_parameters") or {}, fields.mapping("rope_scaling") or {}
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        # transformers passes over them.
         raise rules.unsupported(
-            fields.source, "rope_parameters of sliding_attention", local["rope_scaling"], "no scaling"
+            fields.source, "rope_parameters", dict(kinds), "one dict for full_attention and one for sliding_attention"
         )
-    fields.get("max_position_embeddings")
-    return inner | {"local_rope_theta": local["rope_theta"]}
+    fields.passed("original_max_position_embeddings")
+    whole, local = ({} if kinds.get(kind) is None else kinds[kind] for kind in ("full_attention", "sliding_attention"))
+    for name, given in (("full_attention", whole), ("sliding_attention", local)):
+        if not isinstance(given, dict):
+            raise ConfigError(f"{fields.source}: rope_parameters of {name} must be an object, got {given!r}.")
+    if {**whole, **older}.get("truncate", True) is not True:
+        raise rules.unsupported(fields.source, "truncate in rope_parameters of full_attention", False, "true")
+    inner = fields.scaled({**whole, **older}, fields.get("rope_theta"), None)
+    outer = fields.scaled(local, fields.get("rope_local_base_freq"), None)
+    if outer["rope_scaling"] is not None:
+        raise rules.unsupported(
+            fields.source, "rope_parameters of sliding_attention", outer["rope_scaling"], "no scaling"
+        )
+    return inner | {"local_rope_theta": outer["rope_theta"]}
 
 
 def _family(fields: Fields, **rest: Any) -> Family:
-    bias = fields.flag("attention_bias", False)
+    bias = fields.flag("attention_bias")
     fields.only("use_bidirectional_attention", False, why="a decoder is causal")
-    fields.get("max_position_embeddings")
-    features = fields.size("hidden_size")
+    fields.passed("hidden_act")  # the activation is hidden_activation, even where only the other is given
     config = DecoderConfig(
-        **sizes(fields, 256),
-        activation=fields.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
-        attention_scale=fields.number("query_pre_attn_scalar", default=256) ** -0.5,
+        **sizes(fields),
+        activation=fields.activation("hidden_activation"),
+        attention_scale=fields.positive("query_pre_attn_scalar") ** -0.5,
         logit_softcap=fields.number("final_logit_softcapping"),
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
-        embedding_scale=math.sqrt(features),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        embedding_scale=math.sqrt(fields.size("hidden_size")),
         norm_position="sandwich",
         qkv_bias=bias,
         out_bias=bias,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from kvattn.errors import ConfigError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
 from kvattn.models.hf.fields import Fields
@@ -14,34 +13,34 @@ BUFFERS = (r"\.attn\.(masked_)?bias$",)
 
 def gpt2(fields: Fields) -> Family:
     """GPT-2: weights are [in, out]."""
-    by_layer = fields.flag("scale_attn_by_inverse_layer_idx", False)
-    config = _config(fields, kv_heads=None, activation="gelu_new", by_layer=by_layer)
+    by_layer = fields.flag("scale_attn_by_inverse_layer_idx")
+    config = _config(fields, kv_heads=None, by_layer=by_layer)
     return _family(config, transposed=False, grouped=False)
 
 
 def gpt_bigcode(fields: Fields) -> Family:
     """GPT-BigCode: one key/value head, unless multi_query is off."""
-    multi_query = fields.flag("multi_query", True)
-    fields.get("num_key_value_heads")
+    multi_query = fields.flag("multi_query")
+    fields.passed("num_key_value_heads", "max_batch_size", "max_sequence_length")
     fields.only("inference_runner", 0)
     fields.only("validate_runner_input", True, False)
     fields.only("pre_allocate_kv_cache", False)
-    fields.get("max_batch_size", "max_sequence_length")
-    config = _config(fields, kv_heads=1 if multi_query else None, activation="gelu_pytorch_tanh", by_layer=False)
+    config = _config(fields, kv_heads=1 if multi_query else None, by_layer=False)
     return _family(config, transposed=True, grouped=True)
 
 
 def opt(fields: Fields) -> Family:
     """OPT. The smallest but one, 350m, has its norms after the residual and embeddings of another size."""
-    features, pre = fields.size("hidden_size"), fields.flag("do_layer_norm_before", True)
-    width = fields.size("word_embed_proj_dim", default=features)
-    bias = fields.flag("enable_bias", True)
+    features, pre = fields.size("hidden_size"), fields.flag("do_layer_norm_before")
+    width = fields.size("word_embed_proj_dim", null=features)
+    bias = fields.flag("enable_bias")
     fields.only("layer_norm_elementwise_affine", True)
+    removed = fields.flag("_remove_final_layer_norm")  # without norms before there is none to remove
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.size("num_hidden_layers"),
-        num_heads=fields.size("num_attention_heads"),
+        num_layers=fields.layers("num_hidden_layers"),
+        num_heads=fields.heads(features, "num_attention_heads"),
         mlp_dim=fields.size("ffn_dim"),
         positions="learned",
         max_positions=fields.size("max_position_embeddings"),
@@ -49,44 +48,45 @@ def opt(fields: Fields) -> Family:
         norm_bias=True,
         norm_epsilon=1e-5,
         norm_position="pre" if pre else "post",
-        final_norm=pre and not fields.flag("_remove_final_layer_norm", False),
-        activation=fields.activation("activation_function", default="relu"),
+        final_norm=pre and not removed,
+        activation=fields.activation("activation_function"),
         gated=False,
         mlp_bias=bias,
         qkv_bias=bias,
         out_bias=bias,
         embedding_dim=None if width == features else width,
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
     )
     return Family(config, tuple(_opt(config)), ("model.",), rules.tied(config))
 
 
-def _config(fields: Fields, *, kv_heads: int | None, activation: str, by_layer: bool) -> DecoderConfig:
-    features, heads = fields.size("n_embd", "hidden_size"), fields.size("n_head", "num_attention_heads")
-    layers = fields.size("n_layer", "num_hidden_layers")
+def _config(fields: Fields, *, kv_heads: int | None, by_layer: bool) -> DecoderConfig:
+    features = fields.size("n_embd", "hidden_size")
+    heads, layers = (
+        fields.heads(features, "n_head", "num_attention_heads"),
+        fields.layers("n_layer", "num_hidden_layers"),
+    )
     fields.only("add_cross_attention", False)
-    if features % heads:
-        raise ConfigError(f"{fields.source}: n_embd ({features}) is no multiple of n_head ({heads}).")
-    scale = (features // heads) ** -0.5 if fields.flag("scale_attn_weights", True) else 1.0
+    scale = (features // heads) ** -0.5 if fields.flag("scale_attn_weights") else 1.0
     return DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        mlp_dim=fields.size("n_inner", default=4 * features),
+        mlp_dim=fields.size("n_inner", null=4 * features),
         positions="learned",
         max_positions=fields.size("n_positions", "max_position_embeddings"),
         norm="layer",
         norm_bias=True,
-        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
-        activation=fields.activation("activation_function", default=activation),
+        norm_epsilon=fields.number("layer_norm_epsilon"),
+        activation=fields.activation("activation_function"),
         gated=False,
         mlp_bias=True,
         qkv_bias=True,
         out_bias=True,
         attention_scale=tuple(scale / (i + 1) for i in range(layers)) if by_layer else scale,
-        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
     )
 
 

@@ -18,23 +18,23 @@ BLOCK = 32
 
 def gpt_oss(fields: Fields) -> Family:
     """gpt-oss 20B and 120B."""
-    layers = fields.size("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     packed = _is_packed(fields)
-    bias = fields.flag("attention_bias", True)
+    bias = fields.flag("attention_bias")
     fields.only("hidden_act", "silu")
-    fields.get("experts_per_token", "swiglu_limit", "swiglu_alpha", "max_position_embeddings")
+    fields.passed("experts_per_token")
     config = DecoderConfig(
-        **sizes(fields, 64) | {"norm_epsilon": fields.number("rms_norm_eps", default=1e-5)},
-        **fields.rope(150000.0),
-        windows=fields.windows(layers, fields.get("sliding_window", default=128), [i % 2 == 0 for i in range(layers)]),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        **sizes(fields),
+        **fields.rope(),
+        windows=fields.windows(layers, fields.get("sliding_window"), [i % 2 == 0 for i in range(layers)]),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=bias,
         out_bias=bias,
         sinks=True,
-        num_experts=fields.size("num_local_experts", "num_experts", default=128),
-        experts_per_token=fields.size("num_experts_per_tok", "experts_per_token", default=4),
-        expert_alpha=fields.number("swiglu_alpha", default=1.702),
-        expert_limit=fields.number("swiglu_limit", default=7.0),
+        num_experts=fields.size("num_local_experts", "num_experts"),
+        experts_per_token=fields.size("num_experts_per_tok"),
+        expert_alpha=fields.number("swiglu_alpha"),
+        expert_limit=fields.number("swiglu_limit"),
     )
     return Family(config, tuple(_rules(config, packed)), ("model.",), (*BUFFERS, *rules.tied(config)))
 

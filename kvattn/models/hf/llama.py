@@ -5,7 +5,7 @@ from typing import Any
 
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
-from kvattn.models.hf.fields import Fields
+from kvattn.models.hf.fields import MAX_HEADS, Fields
 from kvattn.models.hf.rules import Family, Rule
 
 BUFFERS = (r"rotary_emb\.inv_freq$",)
@@ -13,14 +13,14 @@ BUFFERS = (r"rotary_emb\.inv_freq$",)
 
 def llama(fields: Fields) -> Family:
     """Llama 1 to 3, and what shares its model_type."""
-    bias = fields.flag("attention_bias", False)
-    return _family(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+    bias = fields.flag("attention_bias")
+    return _family(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias"))
 
 
 def mistral(fields: Fields) -> Family:
     """Mistral: a window in every layer, where there is one."""
     window = fields.get("sliding_window")
-    layers = fields.size("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     return _family(fields, windows=fields.windows(layers, window, [window is not None] * layers))
 
 
@@ -31,39 +31,38 @@ def qwen2(fields: Fields) -> Family:
 
 def qwen3(fields: Fields) -> Family:
     """Qwen3: norms of queries and keys."""
-    bias = fields.flag("attention_bias", False)
-    fields.size("head_dim", default=128)
-    return _family(fields, head_dim=128, qk_norm=True, qkv_bias=bias, out_bias=bias, windows=_qwen_windows(fields))
+    bias = fields.flag("attention_bias")
+    return _family(fields, qk_norm=True, qkv_bias=bias, out_bias=bias, windows=_qwen_windows(fields))
 
 
 def _qwen_windows(fields: Fields) -> Any:
-    layers, window = fields.size("num_hidden_layers"), fields.get("sliding_window")
-    first = fields.get("max_window_layers", default=layers)
-    used = fields.flag("use_sliding_window", False) and window is not None
+    layers, window = fields.layers("num_hidden_layers"), fields.get("sliding_window")
+    first = fields.size("max_window_layers", least=0)
+    used = fields.flag("use_sliding_window") and window is not None
     return fields.windows(layers, window if used else None, [used and i >= first for i in range(layers)])
 
 
-def sizes(fields: Fields, head_dim: int | None = None) -> dict[str, Any]:
-    """The sizes by the names that most families give them; `head_dim` where the file says nothing."""
-    features, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+def sizes(fields: Fields) -> dict[str, Any]:
+    """The sizes by the names that most families give them."""
+    heads, size = fields.size("num_attention_heads", most=MAX_HEADS), fields.get("head_dim")
     return {
         "vocab_size": fields.size("vocab_size"),
-        "model_dim": features,
-        "num_layers": fields.size("num_hidden_layers"),
+        "model_dim": fields.size("hidden_size"),
+        "num_layers": fields.layers("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": fields.size("num_key_value_heads", default=heads),
-        "head_dim": fields.get("head_dim", default=head_dim),
+        "num_kv_heads": fields.size("num_key_value_heads", null=heads),
+        "head_dim": None if size is None else fields.size("head_dim"),
         "mlp_dim": fields.size("intermediate_size"),
-        "norm_epsilon": fields.number("rms_norm_eps", default=1e-6),
+        "norm_epsilon": fields.number("rms_norm_eps"),
     }
 
 
-def _family(fields: Fields, *, head_dim: int | None = None, **rest: Any) -> Family:
+def _family(fields: Fields, **rest: Any) -> Family:
     config = DecoderConfig(
-        **sizes(fields, head_dim),
+        **sizes(fields),
         **fields.rope(),
-        activation=fields.activation("hidden_act", default="silu"),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        activation=fields.activation("hidden_act"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         **rest,
     )
     return Family(config, tuple(_rules(config)), ("model.",), (*BUFFERS, *rules.tied(config)))
