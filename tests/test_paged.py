@@ -402,6 +402,46 @@ def _():
     assert_same_bits(same.keys["data"], cache.keys["data"], "the pool")
 
 
+def shared(table, lengths, num_new, **rules):
+    """A step that appends `num_new` tokens to rows of `lengths` that lie in the pages of `table`."""
+    cache = paged(dtype=jnp.float32, num_pages=6).with_tables(table, lengths)
+    new = new_tokens(max(num_new), 0, batch=2)
+    return kvattn.cached_attention(*new, cache, num_new=num_new, **rules)
+
+
+bad(
+    73, "a page twice in one table, written over what it holds", errors.BlockStateError, "row 0", "page 2", "copy_pages"
+)(lambda: shared([[2, 2], [0, 1]], [8, 0], [1, 0]))
+bad(73, "a page that another row reads", errors.BlockStateError, "row 1", "page 0", "row 0", "copy_pages")(
+    lambda: shared([[0, 1], [0, 3]], [9, 1], [0, 1])
+)
+bad(73, "a page that another row reads and also appends behind", errors.BlockStateError, "row 1", "page 4")(
+    lambda: shared([[4, 1], [0, 4]], [9, 8], [1, 1])
+)
+bad(73, "a page that a window still reads", errors.BlockStateError, "row 1", "page 0")(
+    lambda: shared([[0, 1], [0, 3]], [9, 1], [0, 1], window=3)
+)
+
+
+@defined(73, "a page that nobody reads any more, or nobody writes to")
+def _():
+    shared([[0, 1], [0, 3]], [10, 1], [0, 1], window=3)  # the window has left it
+    shared([[0, 1], [0, 3]], [8, 8], [1, 1])  # a prefix
+    shared([[0, 1], [0, 3]], [8, 9], [0, 1])
+    shared([[0, 1], [3, 0]], [0, 1], [0, 9])  # named, and empty
+
+
+bad(80, "a row that writes to one page twice", errors.RangeError, "row 1", "page 3", "columns 0 and 1")(
+    lambda: shared([[0, 1], [3, 3]], [0, 7], [0, 2])
+)
+bad(80, "copies to one page", errors.RangeError, "targets", "[2]")(lambda: paged().copy_pages([0, 1, 0], [2, 2, 3]))
+
+
+@defined(80, "copies that are left out go nowhere")
+def _():
+    paged().copy_pages([-1, -1, 0], [2, 2, 2])
+
+
 bad(80, "rows that write to one page", errors.RangeError, "rows 0 and 1", "page 2")(
     lambda: kvattn.cached_attention(*ONE, paged(dtype=jnp.float32).with_tables([[2], [2]], [3, 3]))
 )

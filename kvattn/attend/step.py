@@ -166,7 +166,7 @@ def prepared(
         run = _cross
     else:
         key, value = _new_tokens(key, value, query, cache)
-        cache, given = cache.vouched(given)
+        cache, given = cache.vouched(given, mask.window)
         fits = _fits(cache, given)
         cache.refuse_overflow(fits, given)
         run = _decode if length == 1 else _chunk

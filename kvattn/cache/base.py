@@ -114,12 +114,19 @@ class Cache:
             )
         return rows
 
-    def vouched(self, num_new: Array) -> tuple[Self, Array]:
+    def vouched(self, num_new: Array, window: int | None = None) -> tuple[Self, Array]:
         """The cache, and how many of the int32 [B] new tokens may be appended, as far as where they would go is known.
 
+        Args:
+            num_new: int32 [B].
+            window: tokens that a query sees. None: all.
+
         Raises:
-            RangeError: a page that does not exist. Under jit: status bit, and 0 for the row.
+            RangeError: a page that does not exist. Under jit: status bit, and 0 for the row. A page that two rows would
+                write to, or one row twice. Under jit nobody looks.
+            BlockStateError: a page that one row would write to and another reads. Under jit nobody looks.
         """
+        del window
         return self, num_new
 
     def advance(self, num_new: Array, too_many: Array, bad_count: Array) -> Self:

@@ -21,7 +21,7 @@ from kvattn.cache.pages import Pages
 from kvattn.cache.placed import placed, shardings_of
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
-from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import BlockStateError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Full
 
 BLOCK_SLOTS = 128
@@ -35,8 +35,8 @@ class PagedKVCache(Cache):
     """Keys and values of B sequences in pages of one pool.
 
     Token p of a sequence lies in row p % page_size of page ``page_table[b, p // page_size]``. Sequences may share pages
-    (prefixes), as long as nobody appends to a shared page: copy it first. All tokens are kept; attend to fewer with
-    ``window=`` of the step, and let the pages go on the host.
+    (prefixes), as long as nobody appends to a shared page: copy it first (outside jit a step that would is refused).
+    All tokens are kept; attend to fewer with ``window=`` of the step, and let the pages go on the host.
 
     Donate it to a jitted step as `kvattn.KVCache`; a new table is not a new program.
 
@@ -244,8 +244,8 @@ class PagedKVCache(Cache):
         )
         return cache.vouched(jnp.zeros_like(lengths))[0]
 
-    def vouched(self, num_new: Array) -> tuple["PagedKVCache", Array]:
-        """Every page that holds a token or will take one must exist; see `Cache.vouched`."""
+    def vouched(self, num_new: Array, window: int | None = None) -> tuple["PagedKVCache", Array]:
+        """Every page that holds a token or will take one must exist, and be no other's; see `Cache.vouched`."""
         unknown = self.pages_outside(num_new, 0, self.num_pages)
         bad = jnp.any(unknown, axis=1)
         if _checks.is_concrete(bad) and np.any(bad):
@@ -255,7 +255,7 @@ class PagedKVCache(Cache):
                 f"{column * self.page_size} on of row {row}; the pool has pages 0 to {self.num_pages - 1}."
             )
         if _checks.is_concrete(self.page_table, self.lengths, num_new):
-            self._refuse_shared_writes(np.asarray(num_new))
+            self._refuse_shared_writes(np.asarray(num_new), window)
         status = bits.mark(self.status, bad, bits.BAD_PAGE)
         return dataclasses.replace(self, status=status), jnp.where(bad, 0, num_new)
 
@@ -265,19 +265,34 @@ class PagedKVCache(Cache):
         wanted = jnp.arange(self.max_pages, dtype=jnp.int32)[None] < used[:, None]
         return wanted & ((self.page_table < first) | (self.page_table >= end))
 
-    def _refuse_shared_writes(self, num_new: np.ndarray) -> None:
-        """Raises for two rows whose new tokens would go to one page; under jit nobody looks."""
-        table, lengths, writer = np.asarray(self.page_table), np.asarray(self.lengths), {}
-        for row, (start, count) in enumerate(zip(lengths.tolist(), num_new.tolist(), strict=True)):
-            last = min(start + count, self.num_slots) - 1
-            for column in range(start // self.page_size, last // self.page_size + 1 if count else 0):
-                page = int(table[row, column])
-                if page in writer and writer[page] != row:
-                    raise RangeError(
-                        f"rows {writer[page]} and {row} would both write to page {page}: copy it for one of them first "
-                        "(copy_pages)."
-                    )
-                writer[page] = row
+    def _refuse_shared_writes(self, num_new: np.ndarray, window: int | None) -> None:
+        """Raises for a page that two columns of new tokens would go to, or that other columns read."""
+        table, lengths = np.asarray(self.page_table), np.asarray(self.lengths, np.int64)[:, None]
+        start = np.arange(self.max_pages, dtype=np.int64)[None] * self.page_size
+        first = 0 if window is None else lengths - window + 1  # what the next query sees
+        written = (start < lengths + num_new[:, None]) & (start + self.page_size > lengths) & (num_new[:, None] > 0)
+        seen = (start < lengths) & (start + self.page_size > first)
+        writer: dict[int, tuple[int, int]] = {}
+        for row, column in np.argwhere(written).tolist():
+            page = int(table[row, column])
+            other, before = writer.setdefault(page, (row, column))
+            if other != row:
+                raise RangeError(
+                    f"rows {other} and {row} would both write to page {page}: copy it for one of them first "
+                    "(copy_pages)."
+                )
+            if before != column:
+                raise RangeError(
+                    f"row {row} names page {page} in columns {before} and {column} and would write to both: give each "
+                    "a page of its own."
+                )
+        for row, column in np.argwhere(seen & ~written & np.isin(table, list(writer))).tolist():
+            page = int(table[row, column])
+            raise BlockStateError(
+                f"row {writer[page][0]} would write to page {page}, where row {row} reads its tokens from "
+                f"{column * self.page_size} on. Nothing was written. Copy the page first (copy_pages), and name the "
+                f"copy in the table of row {writer[page][0]}."
+            )
 
     def copy_pages(self, sources: Any, targets: Any) -> "PagedKVCache":
         """Copies whole pages, scales included, before somebody writes to a shared one.
@@ -288,7 +303,7 @@ class PagedKVCache(Cache):
 
         Raises:
             ShapeError, DTypeError: other than two vectors of integers of one length.
-            RangeError: a page that is not in the pool. Under jit: not copied.
+            RangeError: a page that is not in the pool; a target given twice. Under jit: not copied; one of its copies.
         """
         _checks.not_donated("this cache", self)
         sources, targets = _integers("sources", sources), _integers("targets", targets)
@@ -303,6 +318,13 @@ class PagedKVCache(Cache):
                 f"pages must lie in [0, {self.num_pages}), got copies {np.asarray(sources)[bad].tolist()} to "
                 f"{np.asarray(targets)[bad].tolist()}."
             )
+        if _checks.is_concrete(skipped, targets):
+            pages, times = np.unique(np.asarray(targets)[~np.asarray(skipped)], return_counts=True)
+            if np.any(times > 1):
+                raise RangeError(
+                    f"targets must be distinct, got {pages[times > 1].tolist()} more than once: which copy would stay "
+                    "is not defined."
+                )
         into = jnp.where(skipped | bad, self.num_pages, targets)
         return placed(_copied, shardings_of(self), self, sources, into)
 
