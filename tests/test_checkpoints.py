@@ -109,6 +109,28 @@ def test_buffers_and_tied_heads_are_passed_over(folder):
     assert_same(from_pretrained(path), from_pretrained(GOLDEN / "gpt2"))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt350m", "llama3"])
+def test_a_head_of_its_own_is_used_whatever_the_config_says(folder, name, monkeypatch):
+    """transformers does not tie either what differs; the last number here is the one that does."""
+    monkeypatch.setattr("kvattn.models.pretrained._COMPARED", 64)
+    path = folder(name)
+    given = tensors(path)
+    table = next(x for key, x in given.items() if "wte" in key or "embed_tokens" in key)
+    save_file(given | {"lm_head.weight": table}, path / WEIGHTS)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / name))
+    head = table.copy()
+    head[-1, -1] += 1
+    save_file(given | {"lm_head.weight": head}, path / WEIGHTS)
+    model = from_pretrained(path)
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(model.head.kernel[...], head.T)
+    set_config(path, tie_word_embeddings=False)
+    assert_same(model, from_pretrained(path))
+    set_config(path, tie_word_embeddings=True)
+    save_file(given | {"lm_head.weight": head[:-1]}, path / WEIGHTS)
+    refused(CacheVersionError, path, "shape: lm_head.weight")
+
+
 OLDER = {
     "llama3": (
         {"rope_theta": 500000.0, "rope_scaling": "inner", "torch_dtype": "float32"},

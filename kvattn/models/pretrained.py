@@ -16,9 +16,12 @@ from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
 from kvattn.models.hf.defaults import DEFAULTS, NULLABLE
+from kvattn.models.hf.rules import HEAD
 from kvattn.models.parameters import name_of
 from kvattn.models.tensors import Tensors, in_folder, read_json
 
+_COMPARED = 1 << 22
+"""How many numbers of two tensors are compared at a time."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -37,7 +40,8 @@ def from_pretrained(
     The families are those of `kvattn.models.hf.FAMILIES`, by the ``model_type`` of the config: Llama, Mistral, Qwen2,
     Qwen3, Gemma 2, Gemma 3 (text), Falcon, OPT, MPT, BLOOM, GPT-2, GPT-BigCode, gpt-oss. Nothing is ever unpickled.
     Tensors are read one at a time, the largest first, and go straight to their dtype and devices. Of a tensor that is
-    split over a mesh each process reads the parts that its own devices hold.
+    split over a mesh each process reads the parts that its own devices hold. A head that differs from the embedding is
+    used, whatever ``tie_word_embeddings`` says.
 
     Args:
         path: the folder.
@@ -69,6 +73,8 @@ def from_pretrained(
     family = read_family(folder, ignore)
     placement.Split(**on)
     tensors = in_folder(folder, on_read)
+    if family.config.tie_embeddings and _has_its_own_head(family, tensors):
+        family = read_family(folder, ignore, tied=False)
     names = _checked(family, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
@@ -119,14 +125,19 @@ class _Reader:
         return self._parts[key][name]
 
 
-def read_family(folder: Path, ignore: Collection[str] = ()) -> Family:
+def read_family(folder: Path, ignore: Collection[str] = (), *, tied: bool | None = None) -> Family:
     """What a folder's ``config.json`` describes.
+
+    Args:
+        folder: it.
+        ignore: fields that change nothing.
+        tied: what ``tie_word_embeddings`` shall be, whatever the file says.
 
     Raises:
         MissingFileError, CacheCorruptionError, ConfigError, UnsupportedError: as `from_pretrained`.
     """
     source = folder / "config.json"
-    settings = read_json(source)
+    settings = read_json(source) | ({} if tied is None else {"tie_word_embeddings": tied})
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{source} names no model_type.")
@@ -175,6 +186,23 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
     if problems:
         raise CacheVersionError(f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
     return names
+
+
+def _has_its_own_head(family: Family, tensors: Tensors) -> bool:
+    """Whether the files hold a head that is not the embedding, though the config says that it is."""
+    table = next(iter(next(rule for rule in family.rules if "embed.embedding" in rule.makes).sources))
+    embedding = _located(table, tensors, family.prefixes)
+    if HEAD not in tensors.entries or embedding is None:
+        return False
+    shape = tensors.entries[HEAD].shape
+    if shape != tensors.entries[embedding].shape or len(shape) != 2:
+        return True
+    rows = max(_COMPARED // max(shape[1], 1), 1)
+    parts = ([np.arange(start, min(start + rows, shape[0]))] for start in range(0, shape[0], rows))
+    try:
+        return not all(np.array_equal(tensors.read(HEAD, part), tensors.read(embedding, part)) for part in parts)
+    finally:
+        tensors.close()
 
 
 def _located(name: str, tensors: Tensors, prefixes: Iterable[str]) -> str | None:

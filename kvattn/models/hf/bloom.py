@@ -107,7 +107,7 @@ def _bloom(config: DecoderConfig) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from norm("transformer.ln_f", "norm")
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)
 
 
 def _mpt(config: DecoderConfig) -> Iterator[Rule]:
@@ -123,4 +123,4 @@ def _mpt(config: DecoderConfig) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from rules.norm("transformer.norm_f", "norm", config.model_dim)
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)

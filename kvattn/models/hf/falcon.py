@@ -77,4 +77,4 @@ def _rules(config: DecoderConfig) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from norm("transformer.ln_f", "norm")
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)

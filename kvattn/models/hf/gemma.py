@@ -98,4 +98,4 @@ def _rules(config: DecoderConfig) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from norm("model.norm", "norm")
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)

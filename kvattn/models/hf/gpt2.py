@@ -112,7 +112,7 @@ def _family(config: DecoderConfig, *, transposed: bool, grouped: bool) -> Family
 
         yield from rules.per_layer(config, block)
         yield from norm("transformer.ln_f", "norm")
-        yield from rules.head("lm_head.weight", config)
+        yield from rules.head(config)
 
     return Family(config, tuple(all_rules()), ("transformer.",), (*BUFFERS, *rules.tied(config)))
 
@@ -144,4 +144,4 @@ def _opt(config: DecoderConfig) -> Iterator[Rule]:
     yield from rules.per_layer(config, block)
     if config.final_norm:
         yield from norm("model.decoder.final_layer_norm", "norm")
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)

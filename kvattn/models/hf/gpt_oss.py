@@ -89,7 +89,7 @@ def _rules(config: DecoderConfig, packed: bool) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from rules.norm("model.norm", "norm", features)
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)
 
 
 def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -85,4 +85,4 @@ def _rules(config: DecoderConfig) -> Iterator[Rule]:
 
     yield from rules.per_layer(config, block)
     yield from rules.norm("model.norm", "norm", features)
-    yield from rules.head("lm_head.weight", config)
+    yield from rules.head(config)

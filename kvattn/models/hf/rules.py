@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from kvattn.models.config import DecoderConfig
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 """A part of a parameter, one slice per axis, as JAX asks for what a device holds."""
+HEAD = "lm_head.weight"
+"""The output projection, in every family."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -229,16 +232,16 @@ def embedding(theirs: str, config: DecoderConfig) -> Rule:
     return tensor(theirs, (config.vocab_size, config.embedding_dim or config.model_dim), "embed.embedding")
 
 
-def head(theirs: str, config: DecoderConfig) -> Iterator[Rule]:
+def head(config: DecoderConfig) -> Iterator[Rule]:
     """The output projection, where it is not the embedding."""
     if not config.tie_embeddings:
         size = config.embedding_dim or config.model_dim
-        yield tensor(theirs, (config.vocab_size, size), "head.kernel", Layout((size, config.vocab_size), ((1,), (0,))))
+        yield tensor(HEAD, (config.vocab_size, size), "head.kernel", Layout((size, config.vocab_size), ((1,), (0,))))
 
 
 def tied(config: DecoderConfig) -> tuple[str, ...]:
     """What may be left over of an output projection that is the embedding."""
-    return (r"^(.*\.)?lm_head\.weight$",) if config.tie_embeddings else ()
+    return (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
 
 
 def kv(config: DecoderConfig) -> int:
