@@ -446,6 +446,15 @@ BAD = [
     (lambda: kvattn.FastGen(float("nan")), kvattn.errors.RangeError, "recovery"),
     (lambda: kvattn.FastGen(0.9, frequent=1.2), kvattn.errors.RangeError, "frequent"),
     (lambda: kvattn.FastGen(0.9, special_tokens=(1.5,)), kvattn.errors.DTypeError, "special_tokens"),
+    (lambda: kvattn.FastGen(0.9, special_tokens=3), kvattn.errors.DTypeError, "special_tokens"),
+    (lambda: kvattn.FastGen(0.9, punctuation_tokens="ab"), kvattn.errors.DTypeError, "punctuation_tokens"),
+    (lambda: kvattn.FastGen("a"), kvattn.errors.DTypeError, "recovery"),
+    (lambda: kvattn.FastGen(True), kvattn.errors.DTypeError, "recovery"),
+    (lambda: kvattn.FastGen(0.9, frequent="a"), kvattn.errors.DTypeError, "frequent"),
+    (lambda: kvattn.FastGen(0.9, local=None), kvattn.errors.DTypeError, "local"),
+    (lambda: kvattn.FastGen(0.9, local=-0.1), kvattn.errors.RangeError, "local"),
+    (lambda: jax.eval_shape(kvattn.FastGen, 0.9), kvattn.errors.ConfigError, "recovery"),
+    (lambda: jax.vmap(lambda i: kvattn.FastGen(0.9, (i,)))(jnp.arange(2)), kvattn.errors.ConfigError, "special_tokens"),
     (lambda: kvattn.KVCache.create(1, 1, 8, policy=kvattn.FastGen()), kvattn.errors.ConfigError, "capacity"),
 ]
 

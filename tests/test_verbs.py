@@ -259,6 +259,34 @@ def test_reset_forgets_nan():
     goes_on(cache.reset(), FULL.oracle())
 
 
+READERS = {
+    "kept": lambda cache: cache.kept,
+    "positions": lambda cache: cache.positions,
+    "dense": lambda cache: cache.dense(),
+    "view": lambda cache: cache.view(),
+    "select": lambda cache: cache.select([0]),
+    "trim": lambda cache: cache.trim(0),
+    "reset": lambda cache: cache.reset(),
+    "check": lambda cache: cache.check(),
+}
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_a_donated_cache_says_so(paged):
+    """Whatever is asked of it; what needs none of its arrays still answers."""
+    if paged:
+        cache = kvattn.PagedKVCache.create(2, 4, 1, 2, batch_size=1, max_pages=2)
+    else:
+        cache = kvattn.KVCache.create(1, 1, 2, policy=kvattn.H2O(2, 2))
+    size, slots = cache.nbytes, cache.num_slots
+    jax.jit(lambda c: c, donate_argnums=0)(cache)
+    for name, read in READERS.items():
+        with pytest.raises(errors.StaleCacheError, match="donated"):
+            pytest.fail(f"{name}: {read(cache)}")
+    assert (cache.nbytes, cache.num_slots, cache.batch_size) == (size, slots, 1)
+    assert "KVCache(" in repr(cache)
+
+
 # A static cache for cross-attention -----------------------------------------------------------------------------------
 
 S = 9

@@ -62,11 +62,13 @@ class Cache:
     @property
     def positions(self) -> Array:
         """int32 [B, C], or [B, K, C] where heads keep different tokens: the position in each slot, -1 if empty."""
+        _checks.not_donated("this cache", self)
         return self.policy.positions(self.state, self.lengths, self.num_slots)
 
     @property
     def kept(self) -> Array:
         """int32 [B], or [B, K]: tokens kept."""
+        _checks.not_donated("this cache", self)
         return self.policy.kept(self.state, self.lengths, self.num_slots)
 
     @property
@@ -76,6 +78,7 @@ class Cache:
 
     def dense(self) -> tuple[Array, Array]:
         """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot. For looking at, not for decoding."""
+        _checks.not_donated("this cache", self)
         return self.view().dense(self.dtype)
 
     # What a step does with it.

@@ -189,6 +189,7 @@ class KVCache(Cache):
 
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
+        _checks.not_donated("this cache", self)
         counts = jnp.minimum(self.lengths, self.num_slots)
         positions = block_positions(self.layout, self.positions)
         return View(

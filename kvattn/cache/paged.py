@@ -171,6 +171,7 @@ class PagedKVCache(Cache):
 
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
+        _checks.not_donated("this cache", self)
         counts = jnp.minimum(self.lengths, self.num_slots)
         return View(
             self.keys,
@@ -187,6 +188,7 @@ class PagedKVCache(Cache):
 
     def dense(self) -> tuple[Array, Array]:
         """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""
+        _checks.not_donated("this cache", self)
         rows, pool = shardings_of((self.page_table, self.keys["data"]))
         where = None
         if rows is not None and pool is not None:

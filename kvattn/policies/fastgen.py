@@ -1,8 +1,9 @@
 """`FastGen`: each head keeps what its own prompt shows that it needs (Ge et al., arXiv:2310.01801)."""
 
 import dataclasses
-import math
+import numbers
 import typing
+from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
@@ -73,14 +74,23 @@ class FastGen(Policy):
     per_head: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not (math.isfinite(self.recovery) and 0 < self.recovery <= 1):
-            raise RangeError(f"recovery must lie in (0, 1], got {self.recovery}.")
-        for name in ("frequent", "local"):
-            share = getattr(self, name)
-            if not (math.isfinite(share) and 0 <= share <= 1):
-                raise RangeError(f"{name} must lie in [0, 1], got {share}.")
+        for name in ("recovery", "frequent", "local"):
+            number = getattr(self, name)
+            if not _checks.is_concrete(number):
+                raise ConfigError(f"{name} must be known when the program is traced: pass a Python float.")
+            if isinstance(number, bool) or not isinstance(number, numbers.Real):
+                raise DTypeError(f"{name} must be a number, got {number!r} of type {type(number).__name__}.")
+            number = float(number)
+            if not 0 <= number <= 1 or (name == "recovery" and number == 0):
+                raise RangeError(f"{name} must lie in {'(' if name == 'recovery' else '['}0, 1], got {number}.")
+            object.__setattr__(self, name, number)
         for name in ("special_tokens", "punctuation_tokens"):
-            ids = tuple(getattr(self, name))
+            ids = getattr(self, name)
+            if not _checks.is_concrete(ids):
+                raise ConfigError(f"{name} must be known when the program is traced: pass a tuple of ints.")
+            if not isinstance(ids, Iterable):
+                raise DTypeError(f"{name} must hold ints, got {ids!r}: pass a tuple of ids.")
+            ids = tuple(ids)
             if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in ids):
                 raise DTypeError(f"{name} must hold ints, got {ids}.")
             object.__setattr__(self, name, tuple(int(i) for i in ids))
