@@ -217,6 +217,26 @@ def test_every_parameter_matters():
             assert ("key" in where and "bias" in where) or float(jnp.max(jnp.abs(x))) > 1e-5, where
 
 
+def test_dynamic_frequencies_go_by_the_real_length():
+    """Of a padded row too, with a cache and without: as of the row alone."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 6}
+    config = DecoderConfig(
+        vocab_size=50, num_layers=2, model_dim=32, num_heads=4, mlp_dim=32, rope_scaling=scaling, tie_embeddings=False
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 24))
+    tokens[0, 9:] = 0
+    apply, weights = stateless(model)
+    call = jax.jit(apply, compiler_options=FAST)
+    alone = np.asarray(call(weights, jnp.asarray(tokens[:1, :9]))[0][0])
+    lengths = jnp.asarray([9, 24])
+    for cache in (None, model.make_cache(2, 24)):
+        logits, _ = call(weights, jnp.asarray(tokens), cache, lengths)
+        np.testing.assert_allclose(np.asarray(logits)[0, :9], alone, atol=1e-4 * alone.std())
+    padded = np.asarray(call(weights, jnp.asarray(tokens))[0])[0, :9]
+    assert np.abs(padded - alone).max() > 0.01 * alone.std()  # taken for 24 tokens
+
+
 def test_learned_positions_end():
     model, call, _ = family("opt")
     tokens = jnp.ones((1, 65), jnp.int32)

@@ -64,12 +64,21 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm_if(config.norm_position == "sandwich")
 
     def __call__(
-        self, x: Array, cache: Cache | None, num_new: Array | None, tokens: Array
+        self,
+        x: Array,
+        cache: Cache | None,
+        num_new: Array | None,
+        tokens: Array,
+        positions: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """[B, T, D] and this layer's cache -> the same; `tokens` [B, T] are for policies that look at them."""
+        """[B, T, D] and this layer's cache -> the same.
+
+        `tokens` [B, T] are for policies that look at them, `positions` [B, T] for RoPE where there is no cache (None:
+        0, 1, 2, ...).
+        """
         inner = x if self.norm_position == "post" else self.attention_norm(x)
         if cache is None:
-            y = self.attention(inner, is_causal=True)
+            y = self.attention(inner, is_causal=True, input_positions=positions)
         else:
             y, cache = self.attention(inner, cache=cache, num_new=num_new, token_ids=tokens)
         if self.parallel:
@@ -167,8 +176,10 @@ class Decoder(nnx.Module):
             cache: one per layer (`make_cache`), holding what came before; donate it. None: nothing came before
                 and nothing is kept.
             num_new: int32 [B], how many of the T tokens are real, the others following them. None: all. What
-                comes out at the others means nothing. Without a cache nothing depends on it: a token never sees
-                those after it.
+                comes out at the others means nothing. Without a cache it tells "dynamic" RoPE how long a row is; else
+                nothing depends on it there: a token never sees those after it.
+
+        With "dynamic" RoPE what comes out depends on how a prompt is cut into calls, see `kvattn.RoPE`.
 
         Returns:
             logits float32 [B, T, V], and the caches (None without).
@@ -187,9 +198,11 @@ class Decoder(nnx.Module):
             )
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
         x = self.split.rows(x, cache is not None)
+        turns_by_length = cache is None and num_new is not None and self._is_dynamic
+        positions = self._own_positions(tokens.shape[1], num_new) if turns_by_length else None
         caches = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens)
+            x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens, positions)
             caches.append(layer_cache)
         return placement.like_rows(self._logits(x), tokens), None if cache is None else tuple(caches)
 
@@ -247,6 +260,17 @@ class Decoder(nnx.Module):
         if self.positions is not None:
             x = x + self.positions(self._positions(tokens.shape, lengths, num_new))
         return x if self.embed_norm is None else self.embed_norm(x)
+
+    @property
+    def _is_dynamic(self) -> bool:
+        """Whether frequencies depend on a row's largest position."""
+        rope = self.config.rope
+        return rope is not None and dict(rope.scaling or ()).get("rope_type") == "dynamic"
+
+    def _own_positions(self, length: int, num_new: Any) -> Array:
+        """int32 [B, T], of what follows nothing; 0 for tokens that are not real."""
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+        return jnp.where(positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, 0)
 
     def _positions(self, shape: tuple[int, ...], lengths: Array | None, num_new: Array | None) -> Array:
         """int32 [B, T], or [1, T] where nothing came before; 0 for tokens that are not real."""
