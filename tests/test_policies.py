@@ -219,6 +219,28 @@ def test_streaming_sees_positions_in_the_cache(sizes, chunks):
     np.testing.assert_allclose(out, expected, atol=F32)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        kvattn.SlidingWindow(2**31 - 1),
+        kvattn.SlidingWindow(2**31),
+        kvattn.StreamingLLM(2, 2**31 - 1),
+        kvattn.StreamingLLM(2**31 - 1, 2),
+        kvattn.StreamingLLM(2**40, 2**40, positions_in="original"),
+    ],
+    ids=repr,
+)
+def test_a_window_beyond_the_capacity_is_full_attention(policy):
+    """Also one that int32 cannot count."""
+    q, k, v = tokens(8, batch=2)
+    out, cache = run(policy, q, k, v, [9, 1, T - 10], capacity=T, rope=kvattn.RoPE(H))
+    full, _ = run(kvattn.Full(), q, k, v, [9, 1, T - 10], capacity=T, rope=kvattn.RoPE(H))
+    np.testing.assert_allclose(out, full, atol=F32)
+    assert np.asarray(cache.positions).tolist() == [list(range(T))] * 2
+    with pytest.raises(kvattn.errors.CapacityError):
+        run(policy, q, k, v, [T, 1], capacity=T - 1)
+
+
 def test_the_oracles_can_tell():
     """Positive control: the wrong variant of each method is further away than the tolerance."""
     q, k, v = (x[0] for x in tokens(5))
@@ -446,6 +468,8 @@ BAD = [
     (lambda: kvattn.FastGen(float("nan")), kvattn.errors.RangeError, "recovery"),
     (lambda: kvattn.FastGen(0.9, frequent=1.2), kvattn.errors.RangeError, "frequent"),
     (lambda: kvattn.FastGen(0.9, special_tokens=(1.5,)), kvattn.errors.DTypeError, "special_tokens"),
+    (lambda: kvattn.KVCache.create(1, 1, 8, policy=kvattn.SlidingWindow(2**31)), kvattn.errors.ConfigError, "capacity"),
+    (lambda: kvattn.KVCache.create(1, 1, 8, policy=kvattn.StreamingLLM(1, 2**31)), kvattn.errors.ConfigError, "int32"),
     (lambda: kvattn.FastGen(0.9, special_tokens=3), kvattn.errors.DTypeError, "special_tokens"),
     (lambda: kvattn.FastGen(0.9, punctuation_tokens="ab"), kvattn.errors.DTypeError, "punctuation_tokens"),
     (lambda: kvattn.FastGen("a"), kvattn.errors.DTypeError, "recovery"),

@@ -9,6 +9,7 @@ from kvattn._typing import Array, Rows
 from kvattn.errors import RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Policy, State
+from kvattn.policies.window import slots_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,19 @@ class StreamingLLM(Policy):
 
     def mask(self) -> Mask:
         """Causal, the window and the sinks."""
-        return Mask(window=self.window, num_sinks=self.num_sinks)
+        num_sinks, window = self._counted
+        return Mask(window=window, num_sinks=num_sinks)
 
     def num_slots(self, capacity: int | None) -> int:
         """C: num_sinks + window, or the capacity where that is smaller."""
-        full = self.num_sinks + self.window
-        return full if capacity is None else min(_checks.integer("capacity", capacity, 1), full)
+        return slots_for(self, self.num_sinks + self.window, capacity)
 
     def sink_positions(self, positions: Array) -> tuple[int, Array] | None:
         """To the sinks a query is at most at the end of the cache."""
         if self.positions_in == "original" or self.num_sinks == 0:
             return None
-        return self.num_sinks, jnp.minimum(positions, self.num_sinks + self.window - 1)
+        num_sinks, window = self._counted
+        return num_sinks, jnp.minimum(positions, num_sinks + window - 1)
 
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """Always, unless the cache was made smaller than sinks and window."""
@@ -63,25 +65,30 @@ class StreamingLLM(Policy):
     def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
         """Sinks in their slots, the others in a ring behind them; of a long chunk only the last ones stay."""
         del state, num_slots
+        num_sinks, window = self._counted
         t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
         position = lengths[:, None] + t
-        recent = t >= num_new[:, None] - self.window
-        slot = jnp.where(position < self.num_sinks, position, self._ring_slot(position))
-        return jnp.where((t < num_new[:, None]) & (recent | (position < self.num_sinks)), slot, NOWHERE)
+        recent = t >= num_new[:, None] - window
+        slot = jnp.where(position < num_sinks, position, num_sinks + (position - num_sinks) % window)
+        return jnp.where((t < num_new[:, None]) & (recent | (position < num_sinks)), slot, NOWHERE)
 
     def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
         """Position s in slot s < num_sinks; behind them the last position that maps to the slot."""
         del state
+        num_sinks, window = self._counted
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         last = lengths[:, None] - 1
-        in_ring = last - (last - slot) % self.window
-        position = jnp.where(slot < self.num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
-        return jnp.where(position >= jnp.minimum(slot, self.num_sinks), position, EMPTY)
+        in_ring = last - (last - slot) % window
+        position = jnp.where(slot < num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
+        return jnp.where(position >= jnp.minimum(slot, num_sinks), position, EMPTY)
 
     def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
         """Only while nothing was overwritten."""
         del state
         return (lengths <= num_slots) | (num_tokens == 0)
 
-    def _ring_slot(self, position: Array) -> Array:
-        return self.num_sinks + (position - self.num_sinks) % self.window
+    @property
+    def _counted(self) -> tuple[int, int]:
+        """Sinks and window as far as int32 counts positions: together they cover every sequence just the same."""
+        num_sinks = min(self.num_sinks, _checks.INT32_MAX - 1)
+        return num_sinks, min(self.window, _checks.INT32_MAX - num_sinks)

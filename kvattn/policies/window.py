@@ -6,8 +6,18 @@ import jax.numpy as jnp
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
+from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Policy, State
+
+
+def slots_for(policy: Policy, wanted: int, capacity: int | None) -> int:
+    """The slots a policy wants, or the capacity where that is smaller."""
+    if capacity is not None:
+        return min(_checks.integer("capacity", capacity, 1), wanted)
+    if wanted > _checks.INT32_MAX:
+        raise ConfigError(f"{policy} would hold {wanted} tokens, more than int32 counts: give the cache a capacity.")
+    return wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +39,11 @@ class SlidingWindow(Policy):
 
     def mask(self) -> Mask:
         """Causal, within the window."""
-        return Mask(window=self.window)
+        return Mask(window=min(self.window, _checks.INT32_MAX))  # no sequence is longer
 
     def num_slots(self, capacity: int | None) -> int:
         """C: the window, or the capacity where that is smaller."""
-        return self.window if capacity is None else min(_checks.integer("capacity", capacity, 1), self.window)
+        return slots_for(self, self.window, capacity)
 
     def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
         """Always, unless the ring was made smaller than the window."""
