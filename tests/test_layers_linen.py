@@ -78,6 +78,23 @@ def test_equal_seeds_give_flax_parameters_and_outputs(options):
     close(outs[0][0], outs[1][0], 3e-2 if options.get("dtype") else 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_forced_float32_softmax_gives_what_flax_gives(dtype, forced):
+    """Its dtype too, with a cache and without."""
+    options = {"dtype": dtype, "param_dtype": jnp.bfloat16, "force_fp32_for_softmax": forced}
+    ours, flax = (module(4, **options) for module in (MultiHeadDotProductAttention, nn.MultiHeadDotProductAttention))
+    x = inputs().astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        want, variables = flax.init_with_output(jax.random.key(0), x)
+        got = ours.apply(variables, x)
+        cached, _ = ours.apply(
+            variables, x, cache=ours.make_cache(B, x.shape[1], dtype=x.dtype, in_features=x.shape[-1])
+        )
+    assert got.dtype == cached.dtype == want.dtype == (jnp.float32 if forced and dtype is None else jnp.bfloat16)
+    close(got.astype(jnp.float32), want.astype(jnp.float32), 3e-2)
+
+
 def test_a_flax_checkpoint_goes_on_with_its_cache():
     ours, flax = (module(4, decode=True) for module in (MultiHeadDotProductAttention, nn.MultiHeadDotProductAttention))
     x = inputs()

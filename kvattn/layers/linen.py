@@ -33,7 +33,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Has every field of `flax.linen.MultiHeadDotProductAttention` in its order. Scores and softmax are always
-    float32 (`force_fp32_for_softmax` decides the dtype of sown weights only). Below are the additions.
+    float32; with `force_fp32_for_softmax` so is what they make of narrower values, and as in Flax the output where
+    `dtype` is None. Below are the additions.
 
     Attributes:
         num_kv_heads: K; must divide N.
@@ -205,7 +206,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
                 alibi_slopes=self._slopes,
                 rope=self.rope,
             )
-            return project.out(x, inputs_q.shape[-1]), cache
+            return project.out(self._forced(x), inputs_q.shape[-1]), cache
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
 
@@ -340,9 +341,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             return linen_parts.call_foreign(self.attention_fn, query, key, value, given, rules)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
         x, weights = full.attend(
-            query,
-            key,
-            value,
+            *map(self._forced, (query, key, value)),
             mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng if dropping else None,
@@ -357,6 +356,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             weights = weights if self.force_fp32_for_softmax else weights.astype(query.dtype)
             self.sow("intermediates", "attention_weights", weights)
         return x
+
+    def _forced(self, x: Array) -> Array:
+        """`x`, as wide as Flax's weights are with `force_fp32_for_softmax`."""
+        narrow = self.force_fp32_for_softmax and x.dtype in (jnp.bfloat16, jnp.float16)
+        return x.astype(jnp.float32) if narrow else x
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention):
