@@ -383,6 +383,22 @@ def test_one_leaves_whatever_the_compiler_does():
         assert np.asarray(cache.kept).tolist() == [[min(t + 1, policy.budget)] * K]
 
 
+@pytest.mark.parametrize("history", [1, 8, 9, 49, 400])
+def test_counts_of_records(history):
+    """As many as bits are set, whatever the number of bytes."""
+    records = np.random.default_rng(history).integers(0, 256, (2, 3, -(-history // 8), 5), np.uint8)
+    records[0, 0] = 255
+    counts = jax.jit(kvattn.Scissorhands(4, history=history)._counts)(jnp.asarray(records))
+    np.testing.assert_array_equal(counts, np.unpackbits(records, axis=2).sum(axis=2))
+
+
+def test_a_step_of_scissorhands_does_not_widen_its_records():
+    cache = kvattn.KVCache.create(1, K, H, policy=kvattn.Scissorhands(2047, drop=1), dtype=jnp.float32)
+    new = [jnp.zeros((1, 1, n, H), jnp.float32) for n in (N, K, K)]
+    memory = kvattn.jit(kvattn.cached_attention).lower(*new, cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * cache.state.low.nbytes
+
+
 def test_fastgen_keeps_all_of_a_row_that_starts_with_one_token():
     """However the token comes: alone, or in a chunk of pads."""
     ids = jnp.asarray(np.full((3, 4), 1))

@@ -193,7 +193,7 @@ class Scissorhands(Policy):
         """bool of positions' shape: the budget + 1 - drop tokens that stay."""
         there = positions >= 0
         protected = there & (positions > (last - self.num_protected)[:, None, None])
-        unimportant = jnp.sum(jax.lax.population_count(low), axis=2, dtype=jnp.int32)
+        unimportant = self._counts(low)
         left = self.budget + 1 - self.num_dropped - jnp.sum(protected, axis=-1, keepdims=True)
         scores = -unimportant.astype(jnp.float32)
         return protected | scored.best(scores, positions, there & ~protected, left)
@@ -204,6 +204,17 @@ class Scissorhands(Policy):
         byte = jnp.arange(-(-self.history // 8), dtype=jnp.int32).reshape((1,) * positions.ndim + (-1,))
         bit = jnp.where(byte == index // 8, jnp.int32(1) << (index % 8), 0)
         return jnp.where(positions[..., None] >= 0, bit, 0).astype(jnp.uint8)
+
+    @staticmethod
+    def _counts(low: Array) -> Array:
+        """int32 [B, K, S]: the bits of every record. Byte by byte: a sum over all would widen the records first."""
+
+        def bits(byte):
+            return jax.lax.population_count(jax.lax.dynamic_index_in_dim(low, byte, 2, keepdims=False)).astype(
+                jnp.int32
+            )
+
+        return jax.lax.fori_loop(1, low.shape[2], lambda byte, count: count + bits(byte), bits(0), unroll=5)
 
     @staticmethod
     def _record(low: Array, over_written: Array, new: Array) -> Array:
