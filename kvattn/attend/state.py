@@ -54,7 +54,8 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
 
 def _weighted(out: Array, weight: Array, acc) -> Array:
     weight = weight[..., None]
-    return jnp.where(weight == 0, 0, out.astype(acc) * weight)
+    # Selected before the product too: what an empty side holds, NaN, would reach the derivative of its weight.
+    return jnp.where(weight == 0, 0, out.astype(acc)) * weight
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
