@@ -66,30 +66,57 @@ def head_counts(num_heads: Any, num_kv_heads: Any) -> None:
 
 
 def finite_scale(scale: Any) -> None:
-    """Checks a softmax scale. Zero is allowed: a uniform average."""
-    if isinstance(scale, jax.core.Tracer):
+    """Checks a softmax scale; traced ones too, as far as that goes. Zero is allowed: a uniform average."""
+    if scale is None:
         return
-    if scale is not None and not abs(float(scale)) <= FLOAT32_MAX:
+    if isinstance(scale, jax.core.Tracer):
+        _scalar("scale", scale)
+    elif not abs(_number("scale", scale)) <= FLOAT32_MAX:
         raise RangeError(f"scale must be finite in float32, got {scale}.")
 
 
-def positive_softcap(softcap: Any) -> None:
+def positive_softcap(softcap: Any) -> float | None:
     """Checks a soft cap on the scores."""
     if softcap is None:
-        return
+        return None
     if isinstance(softcap, jax.core.Tracer):
         raise ConfigError("softcap must be known when the program is traced: pass a Python float.")
-    if not FLOAT32_TINY <= float(softcap) <= FLOAT32_MAX:
+    number = _number("softcap", softcap)
+    if not FLOAT32_TINY <= number <= FLOAT32_MAX:
         raise RangeError(
             f"softcap must be finite and > 0 (normal in float32), got {softcap}; leave it None for no cap."
         )
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    """A real number, also one in an array without axes, as a Python float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # an int of hundreds of digits
+            return math.inf
+    try:
+        array = value if hasattr(value, "dtype") else np.asarray(value)
+    except Exception as error:
+        raise DTypeError(f"{name} must be a number, got {value!r}.") from error
+    _scalar(name, array)
+    return float(array)
+
+
+def _scalar(name: str, value: Any) -> None:
+    """Checks that an array is one real number."""
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise DTypeError(f"{name} must be a number, got {value!r} of dtype {value.dtype}.")
+    if value.shape != ():
+        raise ShapeError(f"{name} must be a single number, got an array of shape {value.shape}.")
 
 
 def window(value: Any) -> int | None:
-    """Checks a window; None is no window."""
+    """Checks a window; None is no window. One that no int32 holds is beyond every position all the same."""
     if value is None:
         return None
-    return integer("window", value, 1, RangeError)
+    return min(integer("window", value, 1, RangeError), INT32_MAX)
 
 
 def floating(name: str, array: Any) -> jax.Array:
@@ -106,16 +133,57 @@ def floating(name: str, array: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
+def query(name: str, array: Any) -> jax.Array:
+    """Turns `array` into a JAX array of a floating dtype that can be multiplied with others, or says why not."""
+    array = floating(name, array)
+    if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise DTypeError(f"{name} must be float32, bfloat16, float16 or float64, got {array.dtype}: cast it.")
+    return array
+
+
+def integers(name: str, array: Any) -> Any:
+    """Turns `array` into one of integers, NumPy's or JAX's, of 32 bits or more.
+
+    Wider ones stay as wide, as does uint32: cast to int32, what does not fit would wrap, so look at the values first.
+    """
+    if not hasattr(array, "dtype"):
+        given = array
+        try:
+            array = np.asarray(array)
+        except Exception as error:
+            raise DTypeError(f"{name} must be an array of integers, got {given!r}.") from error
+        if array.size == 0:
+            array = array.astype(np.int32)
+        if array.dtype.kind in "fO" and all(type(x) is int for x in np.asarray(given, object).flat):
+            raise RangeError(f"{name} must fit in int32, got {given!r}.")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise DTypeError(f"{name} must hold integers, got {array.dtype}.")
+    narrow = array.dtype != jnp.uint32 and jnp.iinfo(array.dtype).bits <= 32
+    return array.astype(jnp.int32) if narrow else array
+
+
+def int32(name: str, array: Any) -> Any:
+    """Turns `array` into int32; values that can be seen must fit, others become the nearest that does."""
+    array = integers(name, array)
+    if array.dtype == jnp.int32:
+        return array
+    if not is_concrete(array):
+        return jnp.clip(array, max(jnp.iinfo(array.dtype).min, -INT32_MAX), INT32_MAX).astype(jnp.int32)
+    values = np.asarray(array)
+    bad = values[(values < -INT32_MAX) | (values > INT32_MAX)]
+    if bad.size:
+        raise RangeError(f"{name} must fit in int32, got {bad[0]}.")
+    return values.astype(np.int32)
+
+
 def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -> jax.Array:
     """Turns `array` into int32[B]; values that can be seen are checked against [low, high]."""
-    dtype = getattr(array, "dtype", None)
-    if isinstance(array, bool) or (dtype is not None and not jnp.issubdtype(dtype, jnp.integer)):
-        raise DTypeError(f"{name} must hold integers, got {dtype or type(array).__name__}.")
+    if isinstance(array, bool):
+        raise DTypeError(f"{name} must hold integers, got bool.")
+    array = integers(name, array)
     if is_concrete(array):
         # Looked at before the cast to int32, which would wrap what does not fit.
         values = np.asarray(array)
-        if not np.issubdtype(values.dtype, np.integer):
-            raise DTypeError(f"{name} must hold integers, got {values.dtype}.")
         if values.shape not in ((), (batch_size,)):
             raise ShapeError(f"{name} must have shape ({batch_size},), one value per row, got {values.shape}.")
         top = INT32_MAX if high is None else high
@@ -125,7 +193,7 @@ def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -
         return jnp.broadcast_to(jnp.asarray(values.astype(np.int32)), (batch_size,))
     if array.shape not in ((), (batch_size,)):
         raise ShapeError(f"{name} must have shape ({batch_size},), one value per row, got {array.shape}.")
-    return jnp.broadcast_to(array.astype(jnp.int32), (batch_size,))
+    return jnp.broadcast_to(int32(name, array), (batch_size,))
 
 
 def not_donated(what: str, tree: Any) -> None:
@@ -143,8 +211,8 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; the known ones are {', '.join(map(repr, known))}.")
 
 
-def per_head(name: str, x: Any, num_heads: int) -> jax.Array | None:
-    """Checks one value per query head; None stays None."""
+def per_head(name: str, x: Any, num_heads: int, *, finite: bool = False) -> jax.Array | None:
+    """Checks one value per query head, neither NaN nor +inf, with `finite` not -inf either; None stays None."""
     if x is None:
         return None
     if isinstance(x, bool):
@@ -152,6 +220,10 @@ def per_head(name: str, x: Any, num_heads: int) -> jax.Array | None:
     x = floating(name, x)
     if x.shape != (num_heads,):
         raise ShapeError(f"{name} must have shape ({num_heads},), one value per query head, got {x.shape}.")
-    if is_concrete(x) and np.any(np.isnan(np.asarray(x))):  # NumPy: a constant may be looked at inside jit too
-        raise RangeError(f"{name} must not hold NaN.")
+    if is_concrete(x):  # NumPy: a constant may be looked at inside jit too
+        values = np.asarray(x).astype(np.float64)
+        if finite and not np.all(np.isfinite(values)):
+            raise RangeError(f"{name} must be finite, got {values.tolist()}.")
+        if np.any(np.isnan(values) | (values == np.inf)):
+            raise RangeError(f"{name} must not hold NaN or +inf, got {values.tolist()}.")
     return x

@@ -2,8 +2,8 @@
 
 Rows are numbered as in the project's list of bad inputs. Windows, eviction and codecs, 61-69 and 105-118, are in
 test_smaller_caches.py. Nowhere, because what they are about does not exist yet or is tested where it lives: 10 and
-70-80 (pages), 13 (compression ratios), 15 (bytes of codecs), 39 (packed queries), 81-104 (block manager, prefix tree),
-119-132 (offload), 139-146 (placement, backends).
+70-80 but 74 (pages), 13 (compression ratios), 15 (bytes of codecs), 39 (packed queries), 81-104 (block manager,
+prefix tree), 119-132 (offload), 139-146 (placement, backends).
 """
 
 import dataclasses
@@ -42,6 +42,26 @@ def mirror(**settings):
 
 def ones(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
+
+
+def decode(*arrays, **settings):
+    """`decode_attention` of one token over 4 slots, with some arguments replaced."""
+    given = (*arrays, *(ones(2, 2, 8), ones(2, 1, 4, 8), ones(2, 1, 4, 8), [4, 2])[len(arrays) :])
+    return kvattn.pallas.decode_attention(*given, **settings)
+
+
+def paged(*arrays, **settings):
+    """`paged_decode_attention` of one token over two pages of two slots each."""
+    given = (*arrays, *(ones(2, 2, 8), ones(1, 4, 2, 8), ones(1, 4, 2, 8), [4, 2], [[3, 0], [1, 9]])[len(arrays) :])
+    return kvattn.pallas.paged_decode_attention(*given, **settings)
+
+
+def mirror_scale(**settings):
+    """The mirror, whose dtype errors are ValueError as well where jax.nn raises something."""
+    return _as_dtype_error(lambda: mirror(**settings)) if "scale" in settings else mirror(**settings)
+
+
+CALLS = {"step": step, "decode": decode, "paged": paged, "mirror": mirror_scale}
 
 
 # Config ---------------------------------------------------------------------------------------------------------------
@@ -89,6 +109,16 @@ def _():
     assert np.asarray(kvattn.SlidingWindow(10).num_slots(4)) == 4
 
 
+@defined(5, "a window that int32 does not hold")
+def _():
+    cache = step()[1]
+    for window in (2**31 - 1, 2**31, np.uint64(2**63)):
+        for call in (lambda **k: step(cache=cache, **k)[0], decode, paged):
+            for implementation in suites.IMPLEMENTATIONS:
+                plain = call(implementation=implementation)
+                assert_same_bits(call(window=window, implementation=implementation), plain, "outputs")
+
+
 @defined(6, "a window of 1: each token attends to itself only")
 def _():
     cache = make_cache(FULL)
@@ -98,14 +128,45 @@ def _():
         assert_same_bits(out, np.repeat(value, N // K, axis=2), "outputs")
 
 
-for cap in (0, -1.0, np.nan, np.inf):
-    bad(7, f"softcap={cap}", errors.RangeError, "softcap", str(cap))(lambda cap=cap: step(softcap=cap))
-    bad(7, f"layer softcap={cap}", errors.RangeError, "softcap", str(cap))(lambda cap=cap: layer(softcap=cap))
-    bad(7, f"mirror softcap={cap}", errors.RangeError, "softcap", str(cap))(lambda cap=cap: mirror(softcap=cap))
-for scale in (np.nan, np.inf, -np.inf):
-    bad(8, f"scale={scale}", errors.RangeError, "scale", str(scale))(lambda scale=scale: step(scale=scale))
-    bad(8, f"layer scale={scale}", errors.RangeError, "scale", str(scale))(lambda scale=scale: layer(scale=scale))
-    bad(8, f"mirror scale={scale}", errors.RangeError, "scale", str(scale))(lambda scale=scale: mirror(scale=scale))
+for cap in (0, -1.0, np.nan, np.inf, 1e39, 10**400):
+    for what, call in {**CALLS, "layer": layer}.items():
+        bad(7, f"{what} softcap={str(cap)[:7]}", errors.RangeError, "softcap", str(cap))(
+            lambda call=call, cap=cap: call(softcap=cap)
+        )
+for scale in (np.nan, np.inf, -np.inf, 1e39, -(10**400)):
+    for what, call in {**CALLS, "layer": layer}.items():
+        bad(8, f"{what} scale={str(scale)[:7]}", errors.RangeError, "scale", str(scale))(
+            lambda call=call, scale=scale: call(scale=scale)
+        )
+for what, call in CALLS.items():
+    for name in ("scale", "softcap"):
+        for value in ("a", True, np.bool_(True), 1j, object(), np.asarray("a"), [[1.0], [1.0, 2.0]]):
+            bad(8, f"{what} {name}={str(value)[:7]} {type(value).__name__}", errors.DTypeError, name, "a number")(
+                lambda call=call, name=name, value=value: call(**{name: value})
+            )
+        for value in ([0.5], np.ones(8), jnp.ones((1,))):
+            bad(8, f"{what} {name} of shape {np.shape(value)} {type(value).__name__}", errors.ShapeError, name)(
+                lambda call=call, name=name, value=value: call(**{name: value})
+            )
+    bad(8, f"{what} traced scale of 8", errors.ShapeError, "scale", "(8,)")(
+        lambda call=call: jax.jit(lambda scale: call(scale=scale))(np.ones(8, np.float32))
+    )
+    bad(8, f"{what} traced scale of bool", errors.DTypeError, "scale", "bool")(
+        lambda call=call: jax.jit(lambda scale: call(scale=scale))(True)
+    )
+
+
+@defined(8, "scales and soft caps of any number type, scales also traced")
+def _():
+    for call in CALLS.values():
+        plain = jax.tree.leaves(call(scale=0.25))[0]
+        for scale in (np.float32(0.25), np.asarray(0.25), jnp.asarray(0.25), jnp.bfloat16(0.25)):
+            assert_same_bits(jax.tree.leaves(call(scale=scale))[0], plain, "outputs")
+        again = jax.jit(lambda scale, call=call: jax.tree.leaves(call(scale=scale))[0])(0.25)
+        assert np.abs(np.asarray(again) - np.asarray(plain)).max() < 1e-6
+        capped = jax.tree.leaves(call(softcap=2.0))[0]
+        for cap in (2, np.float32(2), jnp.asarray(2.0)):
+            assert_same_bits(jax.tree.leaves(call(softcap=cap))[0], capped, "outputs")
 
 
 @defined(8, "scale=0: a uniform average")
@@ -137,6 +198,11 @@ bad(11, "a codec by name", errors.ConfigError, "codec", "'int8'")(lambda: create
 bad(11, "an unknown implementation of the mirror", errors.ConfigError, "'flash'", "'xla'")(
     lambda: mirror(implementation="flash")
 )
+bad(11, "a rope by name", errors.DTypeError, "rope", "'x'")(lambda: step(rope="x"))
+for cache in (None, {"keys": 1}):
+    bad(11, f"a cache that is {type(cache).__name__}", errors.DTypeError, "cache", "KVCache", type(cache).__name__)(
+        lambda cache=cache: kvattn.cached_attention(*(ones(2, 1, 2, 8),) * 3, cache)
+    )
 bad(12, "num_sinks=-1", errors.ConfigError, "num_sinks", "-1")(lambda: Mask(window=4, num_sinks=-1))
 bad(12, "StreamingLLM num_sinks=-1", errors.ConfigError, "num_sinks", "-1")(
     lambda: kvattn.policies.StreamingLLM(num_sinks=-1, window=4)
@@ -184,6 +250,30 @@ for dtype in (np.int32, bool, np.complex64):
         bad(18, f"{name} of {np.dtype(dtype)}", errors.DTypeError, name, str(np.dtype(dtype)))(
             lambda wrong=wrong: step(*wrong)
         )
+
+
+for what, call, shape in (("step", step, (2, 1, 2, 8)), ("decode", decode, (2, 2, 8)), ("paged", paged, (2, 2, 8))):
+    bad(18, f"{what}: a float8 query", errors.DTypeError, "float8_e4m3fn", "cast")(
+        lambda call=call, shape=shape: call(jnp.ones(shape, jnp.float8_e4m3fn))
+    )
+for what, call in (("decode", decode), ("paged", paged)):
+    bad(18, f"{what}: a text as k", errors.DTypeError, "k", "'key'")(lambda call=call: call(ones(2, 2, 8), "key"))
+    bad(18, f"{what}: a ragged list as v", errors.DTypeError, "v")(
+        lambda call=call: call(ones(2, 2, 8), ones(2, 1, 4, 8), [[1.0], [1.0, 2.0]])
+    )
+    bad(18, f"{what}: a text as k_scales", errors.DTypeError, "k_scales", "'x'")(
+        lambda call=call: call(ones(2, 2, 8), *(ones(2, 1, 4, 8, dtype=np.int8),) * 2, k_scales="x", v_scales="x")
+    )
+
+
+@defined(18, "keys, values and scales as lists")
+def _():
+    for call, shape in ((paged, (1, 4, 2)), (decode, (2, 1, 4))):
+        codes, scales = np.arange(64, dtype=np.int8).reshape(*shape, 8), ones(*shape) / 9
+        plain = call(ones(2, 2, 8), codes, codes, k_scales=scales, v_scales=scales)
+        again = call(ones(2, 2, 8), codes, codes, k_scales=scales.tolist(), v_scales=jnp.asarray(scales))
+        assert_same_bits(again, plain, "outputs")
+        assert_same_bits(call(ones(2, 2, 8).tolist()), call(), "outputs")
 
 
 bad(18, "mirror: an integer query", errors.DTypeError, "query", "int32")(
@@ -267,6 +357,12 @@ def _():
         assert jax.tree.structure(after) == jax.tree.structure(cache)
         assert np.asarray(after.lengths).tolist() == [0] * batch
         assert after.positions.shape == (batch, 4) and after.kept.shape == (batch,)
+    for call in (
+        lambda: decode(ones(0, 2, 8), ones(0, 1, 4, 8), ones(0, 1, 4, 5), [], return_lse=True),
+        lambda: paged(ones(0, 2, 8), ones(1, 4, 2, 8), ones(1, 4, 2, 5), [], np.zeros((0, 3), int), return_lse=True),
+    ):
+        for out, lse in (call(), jax.jit(call)()):
+            assert out.shape == (0, 2, 5) and lse.shape == (0, 2) and out.dtype == lse.dtype == jnp.float32
     out, lse = mirror(query=ones(1, 0, 2, 8), return_residual=True)
     assert out.shape == (1, 0, 2, 8) and lse.shape == (1, 0, 2)
 
@@ -278,6 +374,17 @@ def _():
     assert_same_bits(out, np.zeros((2, 3, 2, 8), np.float32), "outputs")
     out, lse = suites.attend(ones(2, 3, 2, 8), cache, np.tile(np.arange(3), (2, 1)), "xla", Mask(causal=False))
     assert_same_bits(lse, np.full((2, 3, 2), -np.inf, np.float32), "logsumexp")
+    nothing = {"return_lse": True, "sinks": ones(2)}
+    for implementation in suites.IMPLEMENTATIONS:
+        for out, lse in (
+            decode(ones(2, 2, 8), ones(2, 1, 0, 8), ones(2, 1, 0, 5), [0, 0], **nothing, implementation=implementation),
+            *(
+                paged(ones(2, 2, 8), ones(*pool, 8), ones(*pool, 5), [0, 0], table, **nothing)
+                for pool, table in (((1, 4, 2), [[], []]), ((1, 0, 2), [[0], [7]]), ((1, 4, 0), [[0], [7]]))
+            ),
+        ):
+            assert_same_bits(out, np.zeros((2, 2, 5), np.float32), "outputs")
+            assert_same_bits(lse, np.full((2, 2), -np.inf, np.float32), "logsumexp")
     out, lse = mirror(key=ones(1, 0, 2, 8), value=ones(1, 0, 2, 8), return_residual=True)
     assert not np.asarray(out).any() and np.isneginf(np.asarray(lse)).all()
 
@@ -388,6 +495,45 @@ def _():
     for num_new in (np.asarray([1, 1]), np.asarray([1, 1], np.uint8), [1, 1], 1, np.int64(1), jnp.int32(1)):
         _, cache = step(num_new=num_new)
         assert cache.lengths.dtype == jnp.int32 and np.asarray(cache.lengths).tolist() == [1, 1]
+
+
+for what, call in (
+    ("lengths", lambda x: decode(ones(2, 2, 8), ones(2, 1, 4, 8), ones(2, 1, 4, 8), x)),
+    ("lengths", lambda x: paged(ones(2, 2, 8), ones(1, 4, 2, 8), ones(1, 4, 2, 8), x)),
+    ("starts", lambda x: decode(starts=x)),
+    ("num_new", lambda x: step(num_new=x)),
+):
+    for big in (2**32 + 1, -(2**32) + 1, 2**63, 2**70):
+        bad(36, f"{call.__code__.co_firstlineno} {what}: {big}", errors.RangeError, what, str(big))(
+            lambda call=call, big=big: call([big, 1])
+        )
+    for value in ([[1], [1, 2]], "ab", [1.0, 1.0], [True, False]):
+        bad(36, f"{call.__code__.co_firstlineno} {what}: {value}", errors.DTypeError, what)(
+            lambda call=call, value=value: call(value)
+        )
+for big in (2**32, -(2**32), 2**32 + 3, 2**63, 2**70):
+    bad(74, f"a page table of {big}", errors.RangeError, "page_table", str(big))(
+        lambda big=big: paged(*(ones(2, 2, 8), ones(1, 4, 2, 8), ones(1, 4, 2, 8), [4, 2]), [[3, big], [1, 0]])
+    )
+for value in ([[1], [1, 2]], "ab", [[1.0], [1.0]]):
+    bad(74, f"a page table of {value}", errors.DTypeError, "page_table")(
+        lambda value=value: paged(*(ones(2, 2, 8), ones(1, 4, 2, 8), ones(1, 4, 2, 8), [1, 1]), value)
+    )
+
+
+@defined(74, "a page table whose tail holds what int32 does not, with x64 also under jit")
+def _():
+    pool = np.arange(64, dtype=np.float32).reshape(1, 4, 2, 8)
+    attend = lambda table: paged(ones(2, 2, 8), pool, pool, [4, 2], table)
+    plain = attend(np.asarray([[3, 0], [1, 0]], np.uint8))
+    for tail in (2**32 + 2, -(2**40), 2**63 - 1):
+        assert_same_bits(attend(np.asarray([[3, 0], [1, tail]])), plain, "outputs")
+    with jax.enable_x64(True):
+        out = jax.jit(attend)(np.asarray([[3, 2**32], [1, 2**32]]))
+        assert_same_bits(out, np.asarray(plain) * np.asarray([0, 1], np.float32)[:, None, None], "outputs")
+        starts = np.asarray([2**32 + 1, -(2**32) + 1])
+        out = jax.jit(lambda starts: decode(starts=starts))(starts)
+        assert_same_bits(out, ones(2, 2, 8) * np.asarray([0, 1], np.float32)[:, None, None], "outputs")
 
 
 @defined(37, "lengths around the ends of blocks")
@@ -557,7 +703,24 @@ def _():
         assert np.isfinite(np.asarray(out)).all(), "a later token that does not see it"
 
 
-bad(49, "NaN in sinks", errors.RangeError, "sinks", "NaN")(lambda: step(sinks=np.asarray([0, np.nan], np.float32)))
+for what, call in CALLS.items():
+    for x in (np.nan, np.inf, -np.inf):
+        bad(49, f"{what} alibi_slopes of {x}", errors.RangeError, "alibi_slopes", str(x))(
+            lambda call=call, x=x: call(alibi_slopes=np.asarray([0, x], np.float32))
+        )
+        if x != -np.inf:
+            bad(49, f"{what} sinks of {x}", errors.RangeError, "sinks", "NaN or +inf", str(x))(
+                lambda call=call, x=x: call(sinks=[0, x])
+            )
+
+
+@defined(49, "a sink of -inf takes nothing")
+def _():
+    for call in CALLS.values():
+        out, plain = (jax.tree.leaves(call(**k))[0] for k in ({"sinks": [-np.inf] * 2}, {}))
+        assert np.abs(np.asarray(out) - np.asarray(plain)).max() < 1e-6
+
+
 bad(50, "mirror: a mask of ints", errors.DTypeError, "mask", "int")(
     lambda: _as_dtype_error(lambda: mirror(mask=np.ones((1, 1, 3, 3), np.int32)))
 )
@@ -572,7 +735,7 @@ bad(51, "mirror: a bias that does not broadcast", errors.ShapeError, "bias", "(1
 def _as_dtype_error(call):
     """The mirror's dtype errors are ValueError as well, as jax.nn's: a subclass of DTypeError."""
     try:
-        call()
+        return call()
     except errors.DTypeError as error:
         assert isinstance(error, ValueError)
         raise errors.DTypeError(str(error)) from error
@@ -628,6 +791,21 @@ def _():
 def _():
     suites.check_dirty_memory(FULL, "xla")
     suites.check_dirty_memory(RING, "xla", poisons=("nan", "-inf"))
+
+
+@defined(56, "anything on the empty side of a merge, also for gradients")
+def _():
+    nothing, some = (jnp.full((2, 3), jnp.nan), jnp.full(2, -jnp.inf)), (jnp.ones((2, 3)) * 3, jnp.zeros(2))
+    for a, b, expected in ((some, nothing, 3), (nothing, some, 3), (nothing, nothing, 0)):
+        total = lambda *state: sum(jnp.sum(jnp.where(jnp.isneginf(x), 0, x)) for x in kvattn.merge_states(*state))
+        out, lse = kvattn.merge_states(*a, *b)
+        assert_same_bits(out, np.full((2, 3), expected, np.float32), "outputs")
+        assert np.asarray(lse).tolist() == ([0, 0] if expected else [-np.inf] * 2)
+        grads = jax.grad(total, argnums=(0, 1, 2, 3))(*a, *b)
+        for side, (out_grad, lse_grad) in ((a, grads[:2]), (b, grads[2:])):
+            share = 0 if side is nothing else 1
+            assert_same_bits(out_grad, ones(2, 3) * np.float32(share), "gradients of out")
+            assert_same_bits(lse_grad, ones(2) * np.float32(share), "gradients of lse")
 
 
 @defined(57, "subnormal keys and values")
@@ -738,4 +916,4 @@ def test_bad_input(row):
 
 def test_rows_covered():
     """Every row of the parts this file is about, but those named above."""
-    assert TABLE.numbers() == {*range(1, 61), *range(133, 139)} - {10, 13, 15, 39}
+    assert TABLE.numbers() == {*range(1, 61), 74, *range(133, 139)} - {10, 13, 15, 39}

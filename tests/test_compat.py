@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,8 +50,14 @@ def test_contiguous(name):
     np.testing.assert_allclose(raw, out * total[..., None], rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(call(*given), expected(q, k, v, [0] * B, [S] * B, 0.25)[0], atol=2e-6)
     np.testing.assert_allclose(call(*given, 2, 30, 0.5), expected(q, k, v, [2] * B, [30] * B, 0.5)[0], atol=2e-6)
-    with pytest.raises(errors.UnsupportedError, match="return_residuals"):
-        call(*given, normalize_output=False)
+    if name == "mqa":
+        alone = mqa(*given, start, length, normalize_output=False)
+        np.testing.assert_array_equal(alone, raw)
+    else:
+        with pytest.raises(errors.UnsupportedError, match="return_residuals"):
+            gqa(*given, normalize_output=False)
+    scaled = jax.jit(lambda scale: call(*given, start, length, scale))(0.5)
+    np.testing.assert_allclose(scaled, expected(q, k, v, start, length, 0.5)[0], atol=2e-6)
 
 
 def test_pages():
@@ -81,6 +88,55 @@ def test_pages():
     np.testing.assert_allclose(tpu_paged_attention(q, *quantised, lengths, table), out, atol=5e-6)
     with pytest.raises(errors.RangeError, match="page 15"):
         gpu_paged_attention(q, *pools, np.full((B, W), B * W), lengths)
+
+
+@pytest.mark.parametrize("dtypes", [("int8", "float32"), ("float32", "int8"), ("bfloat16", "float16")], ids="-".join)
+def test_pages_of_two_dtypes(dtypes):
+    """JAX's GPU kernel takes keys and values of different dtypes, scales for either alone."""
+    q, table = normal(B, N, H), np.random.default_rng(0).permutation(B * W).reshape(B, W).astype(np.int32)
+    lengths, scales, wide = np.asarray([S, 17, 1]), [], []
+    pools = [normal(K, B * W, R, H, seed=s) for s in (1, 2)]
+    for i, dtype in enumerate(dtypes):
+        scale = jnp.abs(normal(K, B * W, R, seed=i + 5)) / 30 if dtype == "int8" else None
+        pools[i] = (jnp.round(pools[i] * 30) if dtype == "int8" else pools[i]).astype(dtype)
+        scales.append(scale)
+        wide.append(np.asarray(pools[i], np.float64) * (1 if scale is None else np.asarray(scale)[..., None]))
+    dense = [np.moveaxis(p[:, table].reshape(K, B, S, H), 0, 2) for p in wide]
+    out = expected(q, *dense, [0] * B, lengths, 1.0)[0]
+    atol = 2e-2 if dtypes[1] == "float16" else 5e-6
+    np.testing.assert_allclose(gpu_paged_attention(q, *pools, table, lengths, *scales), out, atol=atol)
+    rules = {"k_scales": scales[0], "v_scales": scales[1], "scale": 1.0, "implementation": "reference"}
+    attend = lambda q: kvattn.pallas.paged_decode_attention(q, *pools, lengths, table, **rules)
+    np.testing.assert_allclose(attend(q), out, atol=5e-6)
+    total = lambda call: jax.grad(lambda q: jnp.sum(call(q) ** 2))(q)
+    slope = total(lambda q: gpu_paged_attention(q, *pools, table, lengths, *scales))
+    np.testing.assert_allclose(slope, total(attend), atol=20 * atol)
+
+
+def test_integers_are_not_wrapped():
+    q, k = normal(B, N, H), normal(B, S, K, H, seed=1)
+    pool, table = normal(K, B * W, R, H, seed=2), np.zeros((B, W), np.int64)
+    for call in (
+        lambda x: gqa(q, k, k, x),
+        lambda x: gqa(q, k, k, None, x),
+        lambda x: mqa(q, k[:, :, 0], k[:, :, 0], x),
+        lambda x: mqa(q, k[:, :, 0], k[:, :, 0], None, x),
+        lambda x: gpu_paged_attention(q, pool, pool, table, x),
+        lambda x: tpu_paged_attention(q, pool, pool, x, table),
+        lambda x: gpu_paged_attention(q, pool, pool, table + x[:, None], [1] * B),
+        lambda x: tpu_paged_attention(q, pool, pool, [1] * B, table + x[:, None]),
+    ):
+        assert np.isfinite(call(np.asarray([1, 2, 3]))).all()
+        for wraps in (2**32 + 1, 1 - 2**32):
+            with pytest.raises(errors.RangeError, match=str(wraps)):
+                call(np.asarray([wraps, 2, 3]))
+    for call in (
+        lambda: gqa(q, k, k, np.ones((2, 2), int)),
+        lambda: gqa(q, k[:, :, 0], k),
+        lambda: gpu_paged_attention(q, pool, pool, table[0], None),
+    ):
+        with pytest.raises(errors.ShapeError):
+            call()
 
 
 def test_names():

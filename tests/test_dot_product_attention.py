@@ -385,6 +385,17 @@ def test_extremes(path):
     assert lse.dtype == np.float16
 
 
+def test_scores_below_the_value_that_masks_in_jax_nn(path):
+    """-0.7 of the largest float32: beside an extra, keys that may be attended to count however low their scores are."""
+    array = lambda *numbers: np.asarray(numbers, np.float32).reshape(1, -1, 1, 1)
+    call = {"is_causal": True, "scale": 1.0, "implementation": path}
+    for extra in ({"alibi_slopes": np.zeros(1, np.float32)}, {"sinks": np.asarray([-np.inf], np.float32)}):
+        out, lse = dot_product_attention(array(-3e38), array(1, 1), array(7, 5), **call, **extra, return_residual=True)
+        assert out.item() == 7 and lse.item() == np.float32(-3e38)
+        grad = jax.grad(lambda v, e=extra: dot_product_attention(array(-3e38), array(1, 1), v, **call, **e).sum())
+        assert np.asarray(grad(array(7, 5))).ravel().tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("head_dim", [1, 24, 59, 111, 256])
 def test_odd_head_dims(head_dim):
     args = [normal((1, 3, 2, head_dim), i) for i in range(3)]
@@ -533,7 +544,13 @@ BAD = [
     (RangeError, "local_window_size", {"local_window_size": (-1, 0)}),
     (RangeError, "scale", {"scale": math.nan}),
     (RangeError, "scale", {"scale": jnp.inf}),
-    *[(RangeError, "softcap", {"softcap": c}) for c in (0, 0.0, -1.0, math.nan, math.inf)],
+    (RangeError, "scale", {"scale": 1e39}),
+    (ShapeError, "scale", {"scale": np.ones(H, np.float32)}),
+    (DTypeError, "scale", {"scale": "a"}),
+    *[(RangeError, "softcap", {"softcap": c}) for c in (0, 0.0, -1.0, math.nan, math.inf, 1e39)],
+    (ShapeError, "softcap", {"softcap": [3.0]}),
+    *[(RangeError, "sinks", {"sinks": [x, 0, 0, 0]}) for x in (math.nan, math.inf)],
+    *[(RangeError, "alibi_slopes", {"alibi_slopes": [0, x, 0, 0]}) for x in (math.nan, math.inf, -math.inf)],
     (RangeError, "query_seq_lengths", {"query_seq_lengths": np.array([-1, 3], np.int32)}),
     (RangeError, r"\[0, 9\], got 10", {"key_value_seq_lengths": np.array([3, S + 1], np.int32)}),
     (RangeError, r"\+inf", {"bias": np.full((T, S), np.inf, np.float32)}),
@@ -558,6 +575,8 @@ def test_traced_settings_are_named():
     for name, words in (("softcap", "softcap"), ("is_causal", "is_causal"), ("local_window_size", "local_window_size")):
         with pytest.raises(ConfigError, match=words):
             jax.jit(lambda x, name=name: dot_product_attention(**args, **{name: x}))(1)
+    with pytest.raises(ShapeError, match="scale"):
+        jax.jit(lambda scale: dot_product_attention(**args, scale=scale))(np.ones(H, np.float32))
     key = jax.random.key(0)
     with pytest.raises(DTypeError, match="query"):
         dot_product_attention(key, args["key"], args["value"])

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend.on_arrays import decode_attention, paged_decode_attention
-from kvattn.errors import UnsupportedError
+from kvattn.errors import ShapeError, UnsupportedError
 
 
 def mqa(
@@ -51,13 +53,14 @@ def mqa(
         interpret: see block_h.
         debug: see block_h.
         return_residuals: also returns (l, m), float32 [B, N]: the softmax sum relative to the maximum, and the maximum.
-        normalize_output: False: the output is not divided by l; only with `return_residuals`.
+        normalize_output: False: the output is not divided by l.
 
     Returns:
         [B, N, H] in q's dtype; with `return_residuals` that and (l, m).
     """
     del block_h, block_k, k_splits, num_warps, num_stages, grid, interpret, debug
-    return _decode(q, k[:, None], v[:, None], start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
+    q, k, v = _floats(q, k, v)
+    return _contiguous(q, k[:, None], v[:, None], start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
 
 
 def gqa(
@@ -80,12 +83,21 @@ def gqa(
 ) -> Any:
     """Grouped-query attention of one token; as `mqa`, but for k and v [B, S, K, H].
 
+    As in the original, an output that is not normalised comes with residuals only.
+
     They are transposed to [B, K, S, H] first, as in the original: keep a cache of that shape and call
     `kvattn.pallas.decode_attention` to save that.
     """
     del block_h, block_k, k_splits, num_warps, num_stages, grid, interpret, debug
+    if not normalize_output and not return_residuals:
+        raise UnsupportedError(
+            "an output that is not normalised means nothing without residuals: return_residuals=True."
+        )
+    q, k, v = _floats(q, k, v)
+    if k.ndim != 4 or v.ndim != 4:
+        raise ShapeError(f"k and v must be [B, S, K, H], got {k.shape} and {v.shape}.")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return _decode(q, k, v, start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
+    return _contiguous(q, k, v, start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
 
 
 def gpu_paged_attention(
@@ -131,19 +143,13 @@ def gpu_paged_attention(
         [B, N, H] in q's dtype.
     """
     del block_h, pages_per_compute_block, k_splits, num_warps, num_stages, interpret, debug, mask_value
-    room = block_tables.shape[1] * k_pages.shape[2]
-    lengths = jnp.full((q.shape[0],), room, jnp.int32) if lengths is None else jnp.minimum(lengths, room)
-    scales = [None if x is None else x.astype(jnp.float32) for x in (k_scales_pages, v_scales_pages)]
-    return paged_decode_attention(
+    return _paged(
         q,
-        k_pages,
-        v_pages,
+        (k_pages, k_scales_pages),
+        (v_pages, v_scales_pages),
         lengths,
-        block_tables,
-        k_scales=scales[0],
-        v_scales=scales[1],
-        scale=1.0,
-        softcap=attn_logits_soft_cap,
+        ("block_tables", block_tables),
+        attn_logits_soft_cap,
     )
 
 
@@ -179,19 +185,8 @@ def tpu_paged_attention(
         [B, N, H] in q's dtype.
     """
     del mask_value, pages_per_compute_block, megacore_mode, inline_seq_dim
-    (k_pages, k_scales), (v_pages, v_scales) = _parts(k_pages), _parts(v_pages)
-    lengths = jnp.minimum(lengths, page_indices.shape[1] * k_pages.shape[2])
-    return paged_decode_attention(
-        q,
-        k_pages,
-        v_pages,
-        lengths,
-        page_indices,
-        k_scales=k_scales,
-        v_scales=v_scales,
-        scale=1.0,
-        softcap=attn_logits_soft_cap,
-    )
+    table = ("page_indices", page_indices)
+    return _paged(q, _parts(k_pages), _parts(v_pages), lengths, table, attn_logits_soft_cap)
 
 
 def _parts(pages: Any) -> tuple[Array, Array | None]:
@@ -202,19 +197,62 @@ def _parts(pages: Any) -> tuple[Array, Array | None]:
     return pages.weight, pages.scales[..., 0].astype(jnp.float32) / 127.5
 
 
+def _paged(q, k, v, lengths: Any, table: tuple[str, Any], softcap: float | None) -> Array:
+    """k and v are pages and their scales or None, the table comes with its name."""
+    q, (name, pages) = _checks.query("q", q), table
+    pages = _checks.integers(name, pages)
+    room = pages.shape[1] * np.shape(k[0])[2] if (pages.ndim, np.ndim(k[0])) == (2, 4) else 0
+    lengths = np.full(q.shape[:1], room) if lengths is None else _checks.int32("lengths", lengths)
+    k_scales, v_scales = (
+        None if x is None else _checks.floating(n, x).astype(jnp.float32)
+        for n, x in (("k_scales_pages", k[1]), ("v_scales_pages", v[1]))
+    )
+    return paged_decode_attention(
+        q,
+        k[0],
+        v[0],
+        lengths.clip(max=room),
+        pages,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        scale=1.0,
+        softcap=softcap,
+    )
+
+
+def _floats(*arrays: Any) -> tuple[Array, ...]:
+    return tuple(_checks.floating(n, x) for n, x in zip("qkv", arrays, strict=True))
+
+
+def _contiguous(q, k, v, start, length, scale, residuals: bool, normalize: bool) -> Any:
+    """k, v [B, K, S, H]."""
+    _checks.finite_scale(scale)
+    if scale is not None and not _checks.is_concrete(scale):
+        q, scale = q * jnp.asarray(scale, q.dtype), 1.0
+    # Before jit, which would wrap what int32 does not hold.
+    start, length = _per_row("start_idx", start, q), _per_row("kv_seq_len", length, q)
+    return _decode(q, k, v, start, length, None if scale is None else float(scale), residuals, normalize)
+
+
+def _per_row(name: str, x: Any, q: Array) -> Array | None:
+    """int32 [B], from one number or one per row; None stays None."""
+    if x is None:
+        return None
+    x = _checks.int32(name, x)
+    if x.shape not in ((), q.shape[:1]):
+        raise ShapeError(f"{name} must be one number or have shape {q.shape[:1]}, got {x.shape}.")
+    return jnp.broadcast_to(x, q.shape[:1])
+
+
 @functools.partial(jax.jit, static_argnames=("sm_scale", "residuals", "normalize"))
 def _decode(q, k, v, start, length, sm_scale, residuals: bool, normalize: bool) -> Any:
     """k, v [B, K, S, H]."""
-    if not normalize and not residuals:
-        raise UnsupportedError(
-            "an output that is not normalised means nothing without residuals: return_residuals=True."
-        )
     batch, slots = q.shape[0], k.shape[2]
-    lengths = jnp.broadcast_to(slots if length is None else jnp.clip(jnp.asarray(length), 0, slots), (batch,))
-    starts = None if start is None else jnp.broadcast_to(jnp.asarray(start), (batch,))
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    lengths = jnp.full((batch,), slots, jnp.int32) if length is None else jnp.clip(length, 0, slots)
+    starts = start
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     out, lse = decode_attention(q, k, v, lengths, starts=starts, scale=scale, return_lse=True)
-    if not residuals:
+    if normalize and not residuals:
         return out
     grouped = q.reshape(batch, k.shape[1], -1, q.shape[-1])
     scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
@@ -224,4 +262,4 @@ def _decode(q, k, v, start, length, sm_scale, residuals: bool, normalize: bool) 
     total = jnp.where(jnp.isneginf(top), 0.0, jnp.exp(lse - top))
     if not normalize:
         out = (out.astype(jnp.float32) * total[..., None]).astype(q.dtype)
-    return out, (total, top)
+    return (out, (total, top)) if residuals else out

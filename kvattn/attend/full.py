@@ -87,9 +87,9 @@ def dot_product_attention(
     Raises:
         ShapeError: shapes that do not fit.
         DTypeError: dtypes that do not fit, or are not floating (also a ValueError, as in `jax.nn`).
-        RangeError: scale not finite, softcap not finite or not positive, a negative window; and, where
-            values can be looked at, a length outside [0, T] or [0, S] and a bias of +inf (in `jax.jit`
-            it gives NaN).
+        RangeError: scale not finite in float32, softcap neither, or not positive, a negative window; and,
+            where values can be looked at, a length outside [0, T] or [0, S], sinks of NaN or +inf,
+            slopes that are not finite, and a bias of +inf (in `jax.jit` it gives NaN).
         ConfigError: an unknown implementation, a traced value where a static one belongs.
         UnsupportedError: the implementation named cannot do this call here.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 
 
@@ -93,11 +94,11 @@ def checked(
         scale=_scale(scale, query.shape[-1]),
         query_lengths=_lengths("query_seq_lengths", query_seq_lengths, query.shape[0], query.shape[1]),
         kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0], key.shape[1]),
-        sinks=_per_head("sinks", sinks, query.shape[2]),
-        slopes=_per_head("alibi_slopes", alibi_slopes, query.shape[2]),
+        sinks=_checks.per_head("sinks", sinks, query.shape[2]),
+        slopes=_checks.per_head("alibi_slopes", alibi_slopes, query.shape[2], finite=True),
         is_causal=static_bool("is_causal", is_causal),
         window=_window(local_window_size),
-        softcap=_softcap(softcap),
+        softcap=_checks.positive_softcap(softcap),
     )
     _check_shapes(call)
     return call
@@ -175,33 +176,14 @@ def _lengths(name: str, lengths: Any, batch: int, longest: int) -> jax.Array | N
     return lengths
 
 
-def _per_head(name: str, array: Any, num_heads: int) -> jax.Array | None:
-    if array is None:
-        return None
-    array = _floats(name, array)
-    if array.shape != (num_heads,):
-        raise ShapeError(f"{name} must have shape ({num_heads},), one number per query head, got {array.shape}.")
-    return array
-
-
 def _scale(scale: Any, head_dim: int) -> Any:
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
-    if not isinstance(scale, Tracer) and not math.isfinite(scale):
-        raise RangeError(f"scale must be finite, got {scale}.")
+    try:
+        _checks.finite_scale(scale)
+    except DTypeError as error:
+        raise _MirrorDTypeError(str(error)) from error
     return scale
-
-
-def _softcap(softcap: Any) -> float | None:
-    if softcap is None:
-        return None
-    if isinstance(softcap, Tracer):
-        raise ConfigError("softcap must be known when the program is traced: pass a Python float.")
-    if isinstance(softcap, bool | np.bool_):
-        raise DTypeError(f"softcap must be a number, got {softcap!r}.")
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise RangeError(f"softcap must be finite and > 0, got {softcap}; leave it None for no cap.")
-    return float(softcap)
 
 
 def _window(window: Any) -> tuple[int, int] | None:

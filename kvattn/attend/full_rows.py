@@ -35,7 +35,7 @@ def attend(call: Call, with_lse: bool, exact: bool, limits: tuple[int, int]) -> 
     rows = functools.partial(_rows, call=call, wide=wide, precision=lax.Precision.HIGHEST if exact else None)
 
     batch, num_queries, num_heads, _ = call.query.shape
-    if call.num_scores <= max_scores:
+    if call.num_scores <= max_scores or num_queries == 1:
         out, lse = rows(jnp.int32(0), call.query, call.bias, call.mask)
     else:
         span = _span(call, num_queries)
@@ -124,8 +124,9 @@ def _rows(
     if mask is not None:
         allowed = grouped(mask) if allowed is None else allowed & grouped(mask)
     if allowed is not None:
-        # Finite, as in jax.nn: a row without any key becomes an even average there.
-        scores = jnp.where(allowed, scores, jnp.asarray(-0.7 * float(jnp.finfo(jnp.float32).max), wide))
+        # Finite in jax.nn, where a row without any key becomes an even average; but real scores may be lower.
+        masked = -jnp.inf if call.has_extras else -0.7 * float(jnp.finfo(jnp.float32).max)
+        scores = jnp.where(allowed, scores, jnp.asarray(masked, wide))
 
     sinks = None
     top = jnp.max(scores, axis=-1, keepdims=True)

@@ -3,6 +3,7 @@
 For callers who keep caches of their own. They are wrapped in views, so every implementation can read them.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvattn.cache import Layout, View
 from kvattn.cache.paged import block_layout
 from kvattn.cache.view import block_positions
 from kvattn.codecs import Codec, Float8, Int8, Plain
+from kvattn.codecs.base import Role, accumulator
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.request import Request
@@ -45,7 +47,7 @@ def decode_attention(
         q: float [B, N, H].
         k: [B, K, S, H], N a multiple of K; query head n reads head n // (N // K). bfloat16, float16, float32; int8 or
             float8_e4m3fn with scales.
-        v: [B, K, S, Hv], likewise.
+        v: [B, K, S, Hv], likewise, of the same dtype or another.
         lengths: int32 [B] or [B, K], each in [0, S]. What lies behind is not read.
         starts: int32 [B]: nor what lies before. None: 0.
         k_scales: float32 [B, K, S]: number = data * scale.
@@ -68,13 +70,13 @@ def decode_attention(
         UnsupportedError: the named implementation cannot do this.
     """
     q = _query(q)
-    k, v = jnp.asarray(k), jnp.asarray(v)
+    k, v = _stored("k", k), _stored("v", v)
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ShapeError(
             f"k and v must be [B, K, S, H] and [B, K, S, Hv] with B = {q.shape[0]}, got {k.shape} and {v.shape}."
         )
     batch, heads, slots, features = k.shape
-    codec = _codec(k, v, k_scales, v_scales, k.shape[:3])
+    codec, k_scales, v_scales = _codecs(k, v, k_scales, v_scales)
     layout = Layout(slots, max(slots, 1), False)
     positions = _positions(lengths, batch, heads, slots)
     if starts is not None:
@@ -137,22 +139,20 @@ def paged_decode_attention(
         RangeError: a length outside [0, W R], a page outside [0, P) that is read. Under jit such a row is empty.
     """
     q = _query(q)
-    k_pages, v_pages = jnp.asarray(k_pages), jnp.asarray(v_pages)
+    k_pages, v_pages = _stored("k_pages", k_pages), _stored("v_pages", v_pages)
     if k_pages.ndim != 4 or v_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3]:
         raise ShapeError(
             f"k_pages and v_pages must be [K, P, R, H] and [K, P, R, Hv], got {k_pages.shape} and {v_pages.shape}."
         )
-    table = page_table if hasattr(page_table, "dtype") else np.asarray(page_table)
-    if not jnp.issubdtype(table.dtype, jnp.integer):
-        raise DTypeError(f"page_table must hold integers, got {table.dtype}.")
+    table = _checks.integers("page_table", page_table)
     if table.ndim != 2 or table.shape[0] != q.shape[0]:
         raise ShapeError(f"page_table must be [B, W] with B = {q.shape[0]}, got {table.shape}.")
-    table = jnp.asarray(table.astype(jnp.int32))
     heads, num_pages, size, features = k_pages.shape
     batch, width = table.shape
-    codec = _codec(k_pages, v_pages, k_scales, v_scales, k_pages.shape[:3])
+    codec, k_scales, v_scales = _codecs(k_pages, v_pages, k_scales, v_scales)
     positions = _positions(lengths, batch, heads, width * size)
     used = jnp.any(positions.reshape(*positions.shape[:2], width, size) >= 0, axis=(1, 3))
+    # Looked at before the cast to int32, which would wrap what does not fit. What is not read may be anything.
     unknown = used & ((table < 0) | (table >= num_pages))
     if _checks.is_concrete(unknown) and np.any(unknown):
         row, column = np.argwhere(np.asarray(unknown))[0].tolist()
@@ -161,7 +161,8 @@ def paged_decode_attention(
             f"there are pages 0 to {num_pages - 1}."
         )
     positions = jnp.where(jnp.any(unknown, axis=1)[:, None, None], EMPTY, positions)
-    layout = block_layout(size, width)
+    table = jnp.asarray(table.astype(jnp.int32))
+    layout = block_layout(max(size, 1), width)
     view = View(
         keys={"data": k_pages, **({} if k_scales is None else {"scale": k_scales[:, :, None]})},
         values={"data": v_pages, **({} if v_scales is None else {"scale": v_scales[:, :, None]})},
@@ -178,28 +179,65 @@ def paged_decode_attention(
 
 
 def _query(q: Array) -> Array:
-    q = _checks.floating("q", q)
+    q = _checks.query("q", q)
     if q.ndim != 3:
         raise ShapeError(f"q must be [B, N, H], got {q.shape}.")
     return q
 
 
-def _codec(k: Array, v: Array, k_scales: Any, v_scales: Any, shape: tuple[int, ...]) -> Codec:
-    """How to read the arrays, from their dtype."""
-    if k.dtype != v.dtype:
-        raise DTypeError(f"k and v must have one dtype, got {k.dtype} and {v.dtype}.")
-    coded = {jnp.dtype(jnp.int8): Int8(), jnp.dtype(jnp.float8_e4m3fn): Float8()}.get(k.dtype)
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if (scales is None) != (coded is None):
-            what = "needs" if scales is None else "takes no"
-            raise ConfigError(f"{k.dtype} {what} {name}.")
-        if scales is not None and (scales.shape != shape or scales.dtype != jnp.float32):
-            raise ShapeError(f"{name} must be float32 {shape}, got {scales.dtype} {scales.shape}.")
-    if coded is not None:
-        return coded
-    if k.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise DTypeError(f"k and v must be floating, int8 or float8_e4m3fn, got {k.dtype}.")
-    return Plain(jnp.dtype(k.dtype))
+def _stored(name: str, x: Any) -> Array:
+    try:
+        return jnp.asarray(x)
+    except Exception as error:
+        raise DTypeError(f"{name} must be an array of numbers, got {x!r}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair(Codec):
+    """Keys stored in one way and values in another."""
+
+    of_keys: Codec
+    of_values: Codec
+
+    def scores(self, query: Array, keys: Any, transposed: bool) -> Array:
+        return self.of_keys.scores(query, keys, transposed)
+
+    def mix(self, probs: Array, values: Any, filled: Array) -> Array:
+        return self.of_values.mix(probs, values, filled)
+
+    def transposed(self, layout: Any, role: Role, name: str) -> bool:
+        return self._of(role).transposed(layout, role, name)
+
+    def dense(self, store: Any, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
+        return self._of(role).dense(store, layout, role, head_dim, counts, dtype)
+
+    def _of(self, role: Role) -> Codec:
+        return self.of_keys if role == "keys" else self.of_values
+
+
+def _codecs(k: Array, v: Array, k_scales: Any, v_scales: Any) -> tuple[Codec, Array | None, Array | None]:
+    """How to read the arrays, from their dtypes, and the scales."""
+    of_keys, k_scales = _codec("k", k, k_scales)
+    of_values, v_scales = _codec("v", v, v_scales)
+    return of_keys if of_keys == of_values else _Pair(of_keys, of_values), k_scales, v_scales
+
+
+def _codec(name: str, x: Array, scales: Any) -> tuple[Codec, Array | None]:
+    coded = {jnp.dtype(jnp.int8): Int8(), jnp.dtype(jnp.float8_e4m3fn): Float8()}.get(x.dtype)
+    if (scales is None) != (coded is None):
+        what = "needs" if scales is None else "takes no"
+        raise ConfigError(f"{x.dtype} {what} {name}_scales.")
+    if coded is None:
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+            raise DTypeError(f"k and v must be floating, int8 or float8_e4m3fn, got {x.dtype} for {name}.")
+        return Plain(jnp.dtype(x.dtype)), None
+    try:
+        scales = jnp.asarray(scales if hasattr(scales, "dtype") else np.asarray(scales, np.float32))
+    except Exception as error:
+        raise DTypeError(f"{name}_scales must be an array of floats, got {scales!r}.") from error
+    if scales.shape != x.shape[:3] or scales.dtype != jnp.float32:
+        raise ShapeError(f"{name}_scales must be float32 {x.shape[:3]}, got {scales.dtype} {scales.shape}.")
+    return coded, scales
 
 
 def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Array:
@@ -207,39 +245,45 @@ def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Array:
 
     Heads of different lengths can then be attended to from one position.
     """
-    lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise DTypeError(f"lengths must hold integers, got {lengths.dtype}.")
+    lengths = _checks.integers("lengths", lengths)
     if lengths.shape not in ((batch,), (batch, heads)):
         raise ShapeError(f"lengths must be [B] or [B, K] = {(batch, heads)}, got {lengths.shape}.")
     bad = (lengths < 0) | (lengths > slots)
     if _checks.is_concrete(bad) and np.any(bad):
         raise RangeError(f"lengths must lie in [0, {slots}], got {np.asarray(lengths).tolist()}.")
-    lengths = jnp.where(bad, 0, jnp.asarray(lengths)).astype(jnp.int32).reshape(batch, -1, 1)
+    lengths = jnp.where(bad, 0, jnp.asarray(lengths)).astype(jnp.int32).reshape(batch, lengths.size // max(batch, 1), 1)
     slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
     return jnp.where(slot < lengths, slot + slots - lengths, EMPTY)
 
 
 def _starts(starts: Any, batch: int) -> Array:
     """int32 [B, 1]."""
-    starts = starts if hasattr(starts, "dtype") else np.asarray(starts)
-    if not jnp.issubdtype(starts.dtype, jnp.integer):
-        raise DTypeError(f"starts must hold integers, got {starts.dtype}.")
+    starts = _checks.int32("starts", starts)
     if starts.shape != (batch,):
         raise ShapeError(f"starts must be [B] = ({batch},), got {starts.shape}.")
-    return jnp.asarray(starts).astype(jnp.int32)[:, None]
+    return jnp.asarray(starts)[:, None]
 
 
 def _attend(q, view: View, scale, window, softcap, sinks, slopes, return_lse: bool, implementation) -> Any:
-    _checks.head_counts(q.shape[1], view.num_kv_heads)
-    if q.shape[2] != view.key_head_dim:
-        raise ShapeError(f"q has head dim {q.shape[2]}, k {view.key_head_dim}.")
+    batch, heads, head_dim = q.shape
+    _checks.head_counts(heads, view.num_kv_heads)
+    if head_dim != view.key_head_dim or not head_dim:
+        raise ShapeError(f"q has head dim {head_dim}, k {view.key_head_dim}: they must agree and be at least 1.")
     _checks.finite_scale(scale)
-    _checks.positive_softcap(softcap)
+    softcap = _checks.positive_softcap(softcap)
     mask = Mask(window=_checks.window(window))
-    sinks, slopes = (_checks.per_head(n, x, q.shape[1]) for n, x in (("sinks", sinks), ("alibi_slopes", slopes)))
-    here = jnp.full((q.shape[0], 1), view.layout.num_slots - 1, jnp.int32)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    sinks = _checks.per_head("sinks", sinks, heads)
+    slopes = _checks.per_head("alibi_slopes", slopes, heads, finite=True)
+    if not view.value_head_dim:
+        raise ShapeError("v has head dim 0: it must be at least 1.")
+    if 0 in (batch, view.layout.num_slots, *view.keys["data"].shape):
+        api.candidates(implementation)
+        out = jnp.zeros((batch, heads, view.value_head_dim), q.dtype)
+        return (out, jnp.full((batch, heads), -jnp.inf, accumulator(q.dtype))) if return_lse else out
+    if scale is not None and not _checks.is_concrete(scale):
+        q, scale = q * jnp.asarray(scale, q.dtype), 1.0
+    here = jnp.full((batch, 1), view.layout.num_slots - 1, jnp.int32)
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     request = Request(q[:, None], here, view, slopes, mask=mask, scale=scale, softcap=softcap)
     out, lse, _ = api.attend(request, implementation)
     if sinks is not None:

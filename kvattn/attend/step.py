@@ -126,8 +126,14 @@ def prepared(
         the step, and its arguments: query, key, value, cache, given int32 [B], bad_count bool [B], sinks,
         alibi_slopes, token_ids. Rows, and key/value heads with their queries, do not depend on each other.
     """
+    if not isinstance(cache, Cache):
+        raise DTypeError(
+            f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}: KVCache.create makes an empty one."
+        )
+    if rope is not None and not isinstance(rope, RoPE):
+        raise DTypeError(f"rope must be a kvattn.RoPE or None, got {rope!r}.")
     _checks.not_donated("the cache", cache)
-    query = _checks.floating("query", query)
+    query = _checks.query("query", query)
     if query.ndim != 4:
         raise ShapeError(f"query must be [B, T, N, H], got shape {query.shape}.")
     batch, length, _, head_dim = query.shape
@@ -138,9 +144,9 @@ def prepared(
     if head_dim != cache.key_head_dim:
         raise ShapeError(f"query has head dim {head_dim}, the keys of the cache {cache.key_head_dim}.")
     _checks.finite_scale(scale)
-    _checks.positive_softcap(softcap)
+    softcap = _checks.positive_softcap(softcap)
     sinks = _checks.per_head("sinks", sinks, heads)
-    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads)
+    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
     if window is not None and cache.policy.places(cache.state) is not None:
@@ -452,16 +458,10 @@ def _new_tokens(key, value, query, cache: Cache) -> tuple[Array, Array]:
 
 
 def _token_ids(token_ids: Any, query: Array) -> Array:
-    token_ids = token_ids if hasattr(token_ids, "dtype") else np.asarray(token_ids)
-    if not jnp.issubdtype(token_ids.dtype, jnp.integer):
-        raise DTypeError(f"token_ids must hold integers, got {token_ids.dtype}.")
+    token_ids = _checks.int32("token_ids", token_ids)
     if token_ids.shape != query.shape[:2]:
         raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
-    if token_ids.size and _checks.is_concrete(token_ids):
-        low, high = int(token_ids.min()), int(token_ids.max())
-        if low < -_checks.INT32_MAX or high > _checks.INT32_MAX:
-            raise RangeError(f"token_ids must fit in int32, got {low} to {high}.")
-    return jnp.asarray(token_ids.astype(jnp.int32))
+    return jnp.asarray(token_ids)
 
 
 def _shift_left(x: Array, by: Array) -> Array:
