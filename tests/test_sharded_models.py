@@ -179,6 +179,45 @@ def test_linen_twins(by):
     assert cache.keys["data"].addressable_shards[0].data.nbytes * 8 == cache.keys["data"].nbytes
 
 
+def input_gradient(apply, weights, cache):
+    """Of a loss with respect to the inputs of a layer, on no current mesh."""
+
+    def loss(x, weights):
+        y = apply(weights, x) if cache is None else apply(weights, x, cache=cache)[0]
+        return jnp.sum(jnp.sin(y))
+
+    x = jax.random.normal(jax.random.key(0), (B, 3, 32))
+    return np.asarray(jax.jit(jax.grad(loss), compiler_options=FAST)(x, weights))
+
+
+@pytest.mark.parametrize(("heads", "num_kv_heads", "cached"), [(16, 8, True), (9, 1, False)])
+def test_gradients_of_a_layers_inputs(heads, num_kv_heads, cached):
+    """The mesh need not be the current one. Nine heads are split within."""
+    make = lambda mesh: GroupedQueryAttention(
+        heads, 32, num_kv_heads=num_kv_heads, head_dim=8, rope=kvattn.RoPE(8), mesh=mesh, rngs=nnx.Rngs(0)
+    )
+    got, want = (
+        input_gradient(*stateless(layer), layer.make_cache(B, 4) if cached else None)
+        for layer in (make(mesh_of("Explicit")), make(None))
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradients_of_a_linen_layers_inputs(cached):
+    mesh = mesh_of("Explicit")
+    plain = linen.MultiHeadAttention(8, qkv_features=64, use_bias=False)
+    split = plain.clone(mesh=mesh, by="heads")
+    variables = plain.init(jax.random.key(1), jnp.ones((B, 3, 32)))
+    by_heads = lambda path, _: jax.NamedSharding(
+        mesh, jax.P("model") if "out" in jax.tree_util.keystr(path) else jax.P(None, "model")
+    )
+    there = jax.device_put(variables, jax.tree_util.tree_map_with_path(by_heads, variables))
+    want = input_gradient(plain.apply, variables, plain.make_cache(B, 4) if cached else None)
+    got = input_gradient(split.apply, there, split.make_cache(B, 4) if cached else None)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 

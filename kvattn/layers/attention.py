@@ -403,8 +403,10 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
 
     def _project(self, projection: Any, inputs: Array, sharding: Any, norm: Any = None) -> Array:
         """Projects to heads [..., T, heads, size], clipped if the layer says so, normalised where `norm` is given."""
+        kernel = projection.kernel[...]
+        inputs = placement.typed(inputs, kernel)
         if sharding is None:
-            sharding = placement.product_spec(inputs, projection.kernel[...], 1)
+            sharding = placement.product_spec(inputs, kernel, 1)
         x = settings.clipped(projection(inputs, out_sharding=sharding), self.qkv_clip)
         return x if norm is None else norm(x)
 

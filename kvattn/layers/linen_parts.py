@@ -120,6 +120,7 @@ class Projections:
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
     """`jax.lax.dot_general` that says how its result is split where an Explicit mesh needs to be told."""
+    lhs = placement.typed(lhs, rhs)
     spec = placement.product_spec(lhs, rhs, len(dimension_numbers[0][0]))
     if spec is not None:
         options["out_sharding"] = spec

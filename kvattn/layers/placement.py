@@ -33,6 +33,18 @@ def on_mesh_of(x: Any, *entries: Any) -> NamedSharding:
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries))
 
 
+def typed(x: Array, kernel: Array) -> Array:
+    """`x` with a type that names the Explicit mesh of `kernel`, which need not be the current one; whole there.
+
+    The transposes of products go by types, so the gradient of `x` needs it. Outside a trace there are none.
+    """
+    tracing = isinstance(x, Tracer) or isinstance(kernel, Tracer)
+    if not tracing or explicit_spec(kernel) is None or explicit_spec(x) is not None:
+        return x
+    sharding: Any = (jax.typeof(kernel) if isinstance(kernel, Tracer) else kernel).sharding
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> NamedSharding | None:
     """How ``inputs [..., *in] @ kernel [*in, *out]`` should be split; None when JAX infers it alone."""
     left, right = explicit_spec(inputs), explicit_spec(kernel)
