@@ -150,14 +150,14 @@ def fastgen(q, k, v, prompt, ids, recovery, special, punctuation, frequent, loca
             score[t] = 0.0
             for j, p in zip(tokens, attend(t, head, list(tokens)), strict=True):
                 score[j] += p
-            bound = {
-                0: [j for j in tokens if kind(j) < 2],
-                1: [j for j in tokens if kind(j) < 1],
-                2: [j for j in tokens if kind(j) < 1],
-                3: [j for j in tokens if kind(j) < 1 and j <= t - num_local],
-                4: [],
-            }[choice]
-            if len(bound) > (num_frequent if choice in (2, 3) else 0):
-                tokens.remove(min(bound, key=lambda j: (score[j], j)))
+            top = sorted(tokens, key=lambda j: (-score[j], -j))[:num_frequent]
+            ways = [
+                lambda j: kind(j) == 2,
+                lambda j: kind(j) >= 1,
+                lambda j, top=top: kind(j) >= 1 or j in top,
+                lambda j, top=top, t=t: kind(j) >= 1 or j in top or j > t - num_local,
+                lambda j: True,
+            ]
+            tokens = [j for j in tokens if ways[choice](j)]
         kept.append(set(tokens))
     return attend.out, kept, choices

@@ -153,6 +153,31 @@ def test_fastgen_chooses_and_keeps_what_brute_force_does(recovery, prompt, seed)
         check_rows(policy, oracle, prompt, seed, ids=ids, capacity=T, sharp=sharp)
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_fastgen_keeps_the_same_after_a_token_and_after_a_chunk_of_one(seed):
+    """Special tokens count towards the share of frequent ones in both."""
+    ids = np.random.default_rng(seed).integers(0, 6, size=(B, T))
+    policy = kvattn.FastGen(0.8, special_tokens=(1,), punctuation_tokens=(2, 3), frequent=0.4)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in tokens(seed))
+    _, cache = run(policy, q, k, v, [12], ids=ids, capacity=T)
+    assert set(np.unique(cache.state.choice)) >= {2, 3}
+    one, many = jax.tree.map(jnp.copy, cache), cache
+    for t in range(12, T):
+        now = slice(t, t + 1)
+        _, one = step()(q[:, now], k[:, now], v[:, now], one, token_ids=jnp.asarray(ids[:, now]))
+        pad = lambda x, now=now: jnp.concatenate([jnp.asarray(x[:, now]), jnp.zeros_like(x[:, now])], axis=1)
+        _, many = step()(pad(q), pad(k), pad(v), many, token_ids=pad(jnp.asarray(ids)), num_new=jnp.ones(B, jnp.int32))
+        assert [kept(one, row) for row in range(B)] == [kept(many, row) for row in range(B)]
+
+
+def test_fastgen_takes_capacity_tokens_in_all():
+    q, k, v = tokens(0, length=9)
+    _, cache = run(kvattn.FastGen(0.01, (1,)), q, k, v, [8], ids=np.arange(8 * B).reshape(B, 8) % 8, capacity=8)
+    assert np.asarray(cache.kept).max() < 8
+    with pytest.raises(kvattn.errors.CapacityError):
+        kvattn.cached_attention(*(jnp.asarray(x[:, 8:], jnp.float32) for x in (q, k, v)), cache, token_ids=[[0]] * B)
+
+
 def test_fastgen_without_special_tokens_skips_their_way():
     ids = np.zeros((B, T), np.int64)
     policy = kvattn.FastGen(0.01, frequent=0.0, local=0.0)

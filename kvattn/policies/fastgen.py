@@ -51,10 +51,12 @@ class FastGen(Policy):
     the prompt's queries and the query heads of the group. (The L1 distance of a renormalised row is twice the attention
     lost, so this bounds the paper's criterion.) When nothing else reaches it, everything is kept.
 
-    Afterwards a head takes a new token if its way admits it, and lets go of the least attended one where that exceeds
-    its share: shares are those of the prompt's length, rounded down. A token attends to itself in any case.
+    Afterwards each new token attends to what is kept and to itself; then a head keeps by its way: the tokens of the
+    kinds it admits, the last ones of its `local` share, and of all its tokens, special ones included, the most attended
+    ones of its `frequent` share. Shares are those of the prompt's length, rounded down.
 
-    Memory is set aside for `capacity` tokens per head; what a head does not keep is skipped, not returned.
+    Memory is set aside for `capacity` tokens per head; what a head does not keep is skipped, not returned. As any head
+    may keep everything, a sequence takes `capacity` tokens in all, let go ones included; then `CapacityError`.
 
     Args:
         recovery: share of the attention to keep, 0 < recovery <= 1; at 1 everything is kept.
@@ -132,7 +134,7 @@ class FastGen(Policy):
         )
 
     def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
-        """Adds the attention received; lets go of the new token, or of the least attended one."""
+        """Adds the attention received; lets go of what the ways of the heads no longer keep."""
         del num_slots
         kinds = scored.enter(state.kinds, slots, self._kinds(token_ids, lengths[:, None]))
         came = (num_new > 0)[:, None, None]
@@ -142,10 +144,23 @@ class FastGen(Policy):
         choice = jnp.where(first[:, None], FULL, state.choice)  # as `_choose` does for a single token
         prompt = jnp.where(first, num_new, state.prompt)
         last = lengths + num_new - 1
-        bound = self._bound(kinds, state.positions, choice, prompt, last) & there
-        limit = jnp.where(choice >= FREQUENT, self._share(self.frequent, prompt)[:, None], 0)
-        leaves = scored.lowest(scores, state.positions, bound)
-        leaves &= came & (jnp.sum(bound, axis=-1) > limit)[..., None]
+        bound = self._bound(kinds, state.positions, choice, prompt, last) & there & came
+        share = jnp.where(choice >= FREQUENT, self._share(self.frequent, prompt)[:, None], 0)[..., None]
+
+        def too_many(bound: Array) -> tuple[Array, Array]:
+            """The lowest of the tokens, and bool [B, K, 1]: whether the share is used up by tokens above it."""
+            score, position = scored.first(scores, state.positions, bound)
+            lowest = bound & (state.positions == position)
+            return lowest, scored.above(scores, state.positions, there, score, position) >= share
+
+        # One token came, so one leaves; more only where special tokens have overtaken others (then it sorts).
+        lowest, over = too_many(bound)
+        _, over_again = too_many(bound & ~lowest)
+        leaves = jax.lax.cond(
+            jnp.any(over_again & jnp.any(bound & ~lowest, axis=-1, keepdims=True)),
+            lambda: bound & ~scored.best(scores, state.positions, there, share),
+            lambda: lowest & over,
+        )
         return Profile(jnp.where(leaves, EMPTY, state.positions), scores, kinds, choice, prompt)
 
     def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):

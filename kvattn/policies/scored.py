@@ -69,7 +69,12 @@ def close_up(places: Array, leaves: Array) -> Array:
 
 
 def lowest(scores: Array, positions: Array, candidates: Array) -> Array:
-    """bool [B, K, C]: the candidate of lowest score, of equal ones that of lowest position. One, if there is any.
+    """bool [B, K, C]: the candidate of lowest score, of equal ones that of lowest position. One, if there is any."""
+    return candidates & (positions == first(scores, positions, candidates)[1])
+
+
+def first(scores: Array, positions: Array, candidates: Array) -> tuple[Array, Array]:
+    """(score, position) [B, K, 1] of the `lowest` candidate; infinity and the largest int32 where there is none.
 
     Scores are compared with each other, never with a copy: computed twice, a sum of floats need not be the same.
     """
@@ -86,8 +91,15 @@ def lowest(scores: Array, positions: Array, candidates: Array) -> Array:
             jnp.concatenate([x, rest[..., 16 * lanes :]], axis=-1)
             for x, rest in zip(firsts, (score, position), strict=True)
         )
-    _, position = jax.lax.reduce((score, position), ends, _earlier, (positions.ndim - 1,))
-    return candidates & (positions == position[..., None])
+    score, position = jax.lax.reduce((score, position), ends, _earlier, (positions.ndim - 1,))
+    return score[..., None], position[..., None]
+
+
+def above(scores: Array, positions: Array, candidates: Array, score: Array, position: Array) -> Array:
+    """int32 [B, K, 1]: the candidates that go after (score, position) [B, K, 1], which `first` found."""
+    score_of = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    later = (score_of > score) | ((score_of == score) & (positions > position))
+    return jnp.sum(candidates & later & (positions != position), axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def _earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
