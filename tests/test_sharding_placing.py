@@ -41,6 +41,32 @@ def test_shard_cache_moves_and_changes_nothing(by):
         same_contents(cache, sharding.shard_cache(there, mesh, by=other))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "backend", "slots", "parts", "own"),
+    [
+        (128, "gpu", 256, 8, 32),
+        (64, "gpu", 256, 8, 32),
+        (128, "gpu", 257, 8, 40),  # eights of slots
+        (128, "tpu", 256, 8, 32),
+        (64, "tpu", 256, 8, 128),  # tokens along the lanes, in whole 128s
+        (64, "cpu", 44, 8, 6),
+    ],
+)
+def test_slots_of_a_device(head_dim, backend, slots, parts, own):
+    """What one device needs of them in its layout, and no more."""
+    layout = kvattn.cache.Layout.best(slots, head_dim * 4, backend, head_dim)
+    divided = layout.divided(parts, head_dim, backend)
+    assert divided.num_slots == slots and divided.num_blocks * divided.rows == parts * own
+
+
+def test_a_device_by_sequence_has_its_part():
+    layout = kvattn.cache.Layout(256, 256, False)
+    cache = kvattn.KVCache.create(1, 1, 128, capacity=256, layout=layout)
+    there = sharding.shard_cache(cache, mesh_of("explicit"), by="sequence")
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(there))
+    assert own == sharding.bytes_per_device(cache, mesh_of("explicit"), by="sequence") == 256 // 8 * 512 + 8
+
+
 def test_a_cache_is_made_where_it_is_to_lie():
     mesh = mesh_of("auto", (2, 4))
     make_it = lambda: sharding.arrange(make(GQA, policy=kvattn.H2O(6, 4)), mesh, by="heads")

@@ -57,6 +57,23 @@ class Layout:
         rows = num_slots if blocks == 1 else -(-num_slots // blocks // 8) * 8
         return cls(num_slots, rows, True)
 
+    def divided(self, parts: int, head_dim: int, backend: str | None = None) -> "Layout":
+        """The same slots in blocks that divide over `parts` devices; what is added is never used.
+
+        Each part is laid out as a cache of its own would be: for kernels in eights of slots, on TPUs in whole 128s
+        where heads are laid so.
+
+        Args:
+            parts: devices.
+            head_dim: H.
+            backend: "cpu", "gpu", "tpu"; None: the default one. On CPUs a layout for kernels is taken for a TPU's.
+        """
+        unit = 1
+        if not self.transposed_keys and self.rows % 8 == 0:
+            lanes = (backend or jax.default_backend()) != "gpu" and head_dim % 128 and self.rows % 128 == 0
+            unit = 128 if lanes else 8
+        return dataclasses.replace(self, rows=-(-self.rows // (unit * parts)) * unit * parts)
+
     @property
     def num_blocks(self) -> int:
         """Blocks, the last one possibly partly unused."""

@@ -11,7 +11,6 @@ pool, and a sequence may have its pages anywhere.
 """
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -53,24 +52,15 @@ def arrange(place: Place, cache: Cache) -> Cache:
     """The cache with blocks of slots that divide; what is added is never used."""
     if not isinstance(cache, KVCache) or cache.codec.rows is not None:
         return cache
-    old = cache.layout
-    # What one device has is laid out as a cache of its own would be: in eights, or in 128s.
-    unit = 1 if old.transposed_keys else _unit(old)
-    rows = -(-old.rows // (unit * place.size)) * unit * place.size
-    if rows == old.rows:
+    old, new = cache.layout, cache.layout.divided(place.size, cache.key_head_dim)
+    if new == old:
         return cache
-    new = dataclasses.replace(old, rows=rows)
 
     def moved(role: Any, store: Any) -> Any:
         lie = {name: cache.codec.transposed(old, role, name) for name in store}
         return {name: new.to_blocks(old.from_blocks(x, lie[name]), lie[name]) for name, x in store.items()}
 
     return dataclasses.replace(cache, keys=moved("keys", cache.keys), values=moved("values", cache.values), layout=new)
-
-
-def _unit(layout: Layout) -> int:
-    """Slots that belong together in a layout for kernels: 128 where it is whole 128s, else 8, or what divides it."""
-    return math.gcd(layout.rows, 128) if layout.rows % 8 == 0 else 1
 
 
 def cache_specs(place: Place, cache: Cache) -> Any:
