@@ -222,7 +222,8 @@ def test_a_fault_in_the_formula_is_seen(monkeypatch, fault):
     elif fault == "no lengths":
         monkeypatch.setattr(formula, "ROW_BYTES", 0)
     elif fault == "no rounding":
-        monkeypatch.setattr(formula.Layer, "_rows", lambda self, slots: self.codec.rows or 1)
+        rows = lambda self, slots, parts: Layout(slots, self.codec.rows or 1, False)
+        monkeypatch.setattr(formula.Layer, "_layout", rows)
     elif fault == "residual":
         monkeypatch.setattr(formula, "storage", lambda *a: dataclasses.replace(whole(*a), rest=0))
     elif fault == "keys only":
@@ -331,12 +332,16 @@ MESH_CASES = [
     ("batch", 1, 8, None, None),
     ("batch", 2, 8, kvattn.StreamingLLM(4, 60), kvattn.Int4()),
     ("sequence", 1, 3, None, kvattn.Int8()),
+    ("sequence", 2, 3, kvattn.StreamingLLM(4, 57), kvattn.Int4()),
+    ("sequence", 1, 1, kvattn.H2O(20, 11, positions_in="cache"), None),
+    ("sequence", 2, 3, kvattn.Scissorhands(300, 8, 100), kvattn.Int8()),
+    ("sequence", 1, 2, kvattn.FastGen(0.9), None),
 ]
 
 
 @pytest.mark.parametrize(("by", "kv_heads", "batch", "policy", "codec"), MESH_CASES)
 def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
-    """Against the shards that `kvattn.sharding` makes, within 1 %."""
+    """Those of the shards that `kvattn.sharding` makes, to the byte."""
     mesh = jax.make_mesh((4,), ("model",))
     capacity = None if isinstance(policy, BUDGETED) else 1024
     cache = jax.eval_shape(
@@ -346,7 +351,14 @@ def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
     model, device = tiny(1, 8, kv_heads, 64), dataclasses.replace(DEVICES["a10"], backend="cpu")
     options = {"policy": policy, "codec": codec, "num_devices": 4, "by": by}
     p = plan(model, device, batch_size=batch, length=1024, **options)
-    assert abs(p.device_cache_bytes / real - 1) < 0.01
+    assert p.device_cache_bytes == real
+
+
+def test_a_token_by_sequence():
+    """Of its slot one device has the keys and values, every device what the policy remembers."""
+    settings = {"length": 4096, "policy": kvattn.FastGen(0.9), "by": "sequence", "num_devices": 8}
+    p = plan(tiny(3, 8, 2, 128), "a10", **settings)
+    assert p.max_tokens == int(p.free_bytes / (3 * 2 * (2 * 128 * 2 / 8 + 12)))
 
 
 def test_auto_is_what_sharding_chooses():

@@ -151,7 +151,11 @@ class Layer:
     @property
     def token_bytes(self) -> float:
         """A token's keys and values, scales and what the policy remembers of its slot included."""
-        return self.num_kv_heads * self.storage.token + state_bytes(self.policy, self.num_kv_heads)[0]
+        return self.part_bytes(1)
+
+    def part_bytes(self, parts: int) -> float:
+        """Bytes of a token where its slots are divided into `parts`, in one of them, on average."""
+        return self.num_kv_heads * self.storage.token / parts + state_bytes(self.policy, self.num_kv_heads)[0]
 
     def num_slots(self, length: int) -> int:
         """C, for sequences of up to `length` tokens."""
@@ -161,12 +165,14 @@ class Layer:
             return self.policy.num_slots(None)  # a budget larger than the sequences: it is set aside all the same
 
     def row_bytes(self, length: int, parts: int = 1) -> int:
-        """Bytes of one sequence of up to `length` tokens, its slots divided into `parts` of which this is one."""
-        slots = -(-self.num_slots(length) // parts)
+        """Bytes of one sequence of up to `length` tokens, its slots divided into `parts` of which this is one.
+
+        Only keys and values are divided: what the policy remembers of every slot each part has whole.
+        """
+        slots, store = self.num_slots(length), self.storage
         per_slot, besides = state_bytes(self.policy, self.num_kv_heads)
-        store = self.storage
-        whole = -(-slots // (rows := self._rows(slots))) * rows
-        heads = self.num_kv_heads * (whole // store.rows * store.block + store.rest)
+        layout = self._layout(slots, parts)
+        heads = self.num_kv_heads * (layout.num_blocks * layout.rows // parts // store.rows * store.block + store.rest)
         return heads + slots * per_slot + besides + ROW_BYTES
 
     def paged_row_bytes(self, pages: int, page_size: int, max_pages: int, parts: int = 1) -> int:
@@ -191,10 +197,12 @@ class Layer:
         share = raw / store.rows
         return self.num_kv_heads * ((kept - raw) * store.token + share * store.rest)
 
-    def _rows(self, slots: int) -> int:
-        if self.codec.rows is not None:
-            return self.codec.rows
-        return Layout.best(slots, self.storage.key, self.backend, self.head_dim).rows
+    def _layout(self, slots: int, parts: int) -> Layout:
+        """Blocks of so many slots that divide into `parts`."""
+        if (rows := self.codec.rows) is not None:  # tokens that are encoded together do not lie apart
+            return Layout(slots, -(-slots // (rows * parts)) * rows * parts, False)
+        layout = Layout.best(slots, self.storage.key, self.backend, self.head_dim)
+        return layout if parts == 1 else layout.divided(parts, self.head_dim, self.backend)
 
 
 def layers(

@@ -15,8 +15,8 @@ class Placement:
     """How a cache is divided over `num_devices` devices that share every layer, and over stages of layers.
 
     By heads, a device holds ceil(K / n) key/value heads: with fewer heads than devices they are copied (MQA: everybody
-    holds everything). By batch, ceil(B / n) rows. By sequence, ceil(C / n) slots of every row. Weights are divided over
-    all devices in each case (Pope et al., arXiv:2211.05102).
+    holds everything). By batch, ceil(B / n) rows. By sequence, ceil(C / n) slots of every row, and all that the policy
+    remembers of them. Weights are divided over all devices in each case (Pope et al., arXiv:2211.05102).
 
     Attributes:
         by: "heads", "batch" or "sequence".

@@ -214,7 +214,7 @@ def plan(
     left = device.memory_bytes - reserved_bytes - device_weight_bytes
     free_bytes = max(min(int(memory_fraction * device.memory_bytes), left), 0)
     rows = placement.rows(batch_size or 1)
-    per_token = max(sum(n * layer.token_bytes for layer, n in kinds.items()) for kinds in stages)
+    per_token = max(sum(n * layer.part_bytes(placement.parts) for layer, n in kinds.items()) for kinds in stages)
     cache_bytes = device_cache_bytes = max_batch = unused = None
     if length is not None:
         cache_bytes = (batch_size or 1) * row(whole, length, mean_length)
@@ -261,7 +261,7 @@ def plan(
         cache_bytes=cache_bytes,
         device_cache_bytes=device_cache_bytes,
         fits=fits,
-        max_tokens=int(free_bytes / per_token) * placement.groups * placement.parts,
+        max_tokens=int(free_bytes / per_token) * placement.groups,
         max_batch=max_batch,
         max_length=_longest(lambda tokens: rows * device_row(tokens) <= free_bytes),
         unused_share=unused,
