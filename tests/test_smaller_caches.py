@@ -366,7 +366,9 @@ def nan_under_jit(name, at):
         if t < when:
             assert head == before
             continue
-        assert len(head) == len(before), "as many are kept"
+        # The special token, its score NaN, leaves its place among FastGen's frequent ones to another, and stays.
+        more = 1 if name == "FastGen" and 0 in before else 0
+        assert len(before) <= len(head) <= len(before) + more, "as many are kept"
         assert {*range(t - num_recent + 1, t + 1)} <= head, "a recent token left"
         if name == "H2O":
             # Those with NaN leave one by one, the lowest position first.
