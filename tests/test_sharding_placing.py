@@ -282,6 +282,16 @@ def test_refused_with_what_to_do(name):
 def test_other_errors():
     with pytest.raises(errors.UnsupportedError, match=r"by=\"heads\" or by=\"batch\", or a codec of single tokens"):
         ready(GQA, "sequence", codec=kvattn.KIVI(bits=4, group_size=4, residual=8))
+    kivi = lambda rows, heads: kvattn.KVCache.create(
+        rows, heads, H, capacity=16, codec=kvattn.KIVI(bits=4, group_size=4, residual=8)
+    )
+    # What is advised works: one head is not split by heads, one row not by batch.
+    for rows, heads, advice in ((1, 1, 'use by="replicated", or a'), (16, 1, 'use by="batch", or a'), (1, 3, "use a")):
+        with pytest.raises(errors.UnsupportedError, match=f"cannot lie elsewhere: {advice} codec of single tokens"):
+            sharding.shard_cache(kivi(rows, heads), mesh_of("auto"), by="sequence")
+    with pytest.raises(errors.UnsupportedError, match='use by="replicated"'):
+        sharding.shard_cache(kivi(1, 1), mesh_of("auto"))
+    sharding.shard_cache(kivi(1, 1), mesh_of("auto"), by="replicated")
     with pytest.raises(
         errors.ConfigError, match="the known ones are 'heads', 'batch', 'sequence', 'replicated', 'auto'"
     ):

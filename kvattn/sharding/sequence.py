@@ -26,17 +26,18 @@ from kvattn.cache import status as bits
 from kvattn.cache.view import block_positions
 from kvattn.errors import ShardingError, UnsupportedError
 from kvattn.sharding import filling, pages
+from kvattn.sharding.choose import against_heads
 from kvattn.sharding.place import Place
 
 
 def check(place: Place, cache: Cache, num_heads: int | None) -> None:
     """Raises `ShardingError` where rows or slots do not divide, `UnsupportedError` for tokens that share scales."""
-    del num_heads
     if cache.codec.rows is not None:
+        ways = [f'by="{name}"' for name in _others(place, cache, num_heads)]
         raise UnsupportedError(
             f"{cache.codec} keeps its last tokens outside the slots and encodes {cache.codec.rows} together, so single "
-            'slots cannot lie elsewhere: use by="heads" or by="batch", or a codec of single tokens such as '
-            "kvattn.Int4()."
+            f"slots cannot lie elsewhere: use {' or '.join(ways)}{', or ' if ways else ''}a codec of "
+            "single tokens such as kvattn.Int4()."
         )
     place.check_rows(cache.batch_size, place.num_data, "make the batch a multiple.")
     pages.check_pool(cache, place.num_data * place.size, place.rows)
@@ -46,6 +47,14 @@ def check(place: Place, cache: Cache, num_heads: int | None) -> None:
             'kvattn.sharding.shard_cache(cache, mesh, by="sequence") makes them longer, kvattn.sharding.arrange(...) '
             "without placing them."
         )
+
+
+def _others(place: Place, cache: Cache, num_heads: int | None) -> list[str]:
+    """The ways to split the cache that are left, if not by its slots."""
+    found = [] if against_heads(num_heads, cache.num_kv_heads, place.size) else ["heads"]
+    if cache.batch_size % (place.num_data * place.size) == 0:
+        found.append("batch")
+    return found or (["replicated"] if cache.num_kv_heads == 1 else [])
 
 
 def arrange(place: Place, cache: Cache) -> Cache:
