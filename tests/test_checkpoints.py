@@ -28,9 +28,9 @@ from kvattn.errors import (
     ShardingError,
     UnsupportedError,
 )
+from kvattn.memory.hf_defaults import DEFAULTS
 from kvattn.models import DecoderConfig, from_pretrained
 from kvattn.models.hf import FAMILIES
-from kvattn.models.hf.defaults import DEFAULTS
 from kvattn.models.hf.gpt_oss import from_mxfp4
 from kvattn.models.parameters import parameters_of
 from kvattn.models.pretrained import read_family

@@ -8,38 +8,9 @@ from typing import Any
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, MissingFileError, UnsupportedError
+from kvattn.memory.hf_defaults import DEFAULTS, PLANNED
 from kvattn.memory.hf_params import COUNTERS, Fields, estimate, expert_params
 from kvattn.memory.specs import ModelSpec, Window
-
-# What transformers takes where a config.json leaves a setting out; files written by it leave defaults out.
-_LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-_MISTRAL = _LLAMA | {"num_attention_heads": 32, "intermediate_size": 14336, "num_key_value_heads": 8}
-_GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": _LLAMA | {"num_attention_heads": 32, "max_position_embeddings": 2048},
-    "mistral": _MISTRAL | {"sliding_window": 4096},
-    "mixtral": _MISTRAL | {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen3": {"head_dim": 128},
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256, "sliding_window": 4096},
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "gpt_oss": {"head_dim": 64, "sliding_window": 128},
-    "falcon": {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024},
-    "opt": {"vocab_size": 50272, "ffn_dim": 3072, "max_position_embeddings": 2048},
-    "mpt": {"max_seq_len": 2048},
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
-}
 
 _EVERY: Mapping[str, tuple[int, int]] = {
     # (period, which): layers whose number is `which` modulo `period` see everything, the others a window.
@@ -98,7 +69,7 @@ def from_config(
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
-    fields = Fields(config, DEFAULTS.get(kind, {}))
+    fields = Fields(config, DEFAULTS.get(kind) or PLANNED.get(kind) or {})
     _refuse(config, kind)
 
     estimated = num_params is None and kind not in COUNTERS

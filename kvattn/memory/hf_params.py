@@ -51,7 +51,8 @@ class Fields:
         for alias in aliases:
             if self._config.get(alias) is not None:
                 return _checks.integer(alias, self._config[alias], 1)
-        value = next((self._defaults[alias] for alias in aliases if alias in self._defaults), otherwise)
+        found = (self._defaults[alias] for alias in aliases if self._defaults.get(alias) is not None)
+        value = next(found, otherwise)
         if value is None:
             raise ConfigError(f"the config has none of {', '.join(aliases)}.")
         return value

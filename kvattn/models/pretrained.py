@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
+from kvattn.memory.hf_defaults import DEFAULTS, NULLABLE
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
-from kvattn.models.hf.defaults import DEFAULTS, NULLABLE
 from kvattn.models.hf.rules import HEAD
 from kvattn.models.parameters import name_of
 from kvattn.models.tensors import Tensors, in_folder, read_json

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from kvattn.memory.hf_defaults import MPT_ATTENTION
 from kvattn.models.config import DecoderConfig
 from kvattn.models.hf import rules
-from kvattn.models.hf.defaults import MPT_ATTENTION
 from kvattn.models.hf.fields import Fields
 from kvattn.models.hf.rules import Family, Rule
 
