@@ -1,7 +1,7 @@
 """What a field is that a config.json leaves out: the defaults of transformers' config classes (5.23), by model_type.
 
-The planner and `kvattn.models` both go by these. Older releases write only what differs from these. A field that is there and null is another matter: it stays null where
-transformers accepts that, and is refused elsewhere.
+The planner and `kvattn.models` both go by these. Older releases write only what differs from them. A field that is
+there and null is another matter: it stays null where transformers accepts that, and is refused elsewhere.
 """
 
 from collections.abc import Mapping
