@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,7 +78,9 @@ def checked(
     Raises:
         ShapeError, DTypeError, RangeError, ConfigError: as listed there.
     """
-    query, key, value = (_floats(n, a) for n, a in (("query", query), ("key", key), ("value", value)))
+    query, key, value = (
+        _mirrored(_checks.floating, n, a) for n, a in (("query", query), ("key", key), ("value", value))
+    )
     if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
         raise ShapeError(
             "query, key and value must all be [B, length, heads, H] or all [length, heads, H], got "
@@ -113,17 +116,12 @@ def static_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _floats(name: str, array: Any) -> jax.Array:
-    dtype = getattr(array, "dtype", None)
-    if dtype is None:
-        try:
-            array = np.asarray(array)
-        except Exception as error:
-            raise _MirrorDTypeError(f"{name} must be an array of floats, got {type(array).__name__}.") from error
-        dtype = array.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise _MirrorDTypeError(f"{name} must have a real floating dtype, got {dtype}.")
-    return jnp.asarray(array)
+def _mirrored(check: Callable[..., Any], *arguments: Any) -> Any:
+    """What a check of all kvattn returns; a dtype that does not fit is `jax.nn`'s error as well."""
+    try:
+        return check(*arguments)
+    except DTypeError as error:
+        raise _MirrorDTypeError(str(error)) from error
 
 
 def _check_shapes(call: Call) -> None:
@@ -179,10 +177,7 @@ def _lengths(name: str, lengths: Any, batch: int, longest: int) -> jax.Array | N
 def _scale(scale: Any, head_dim: int) -> Any:
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
-    try:
-        _checks.finite_scale(scale)
-    except DTypeError as error:
-        raise _MirrorDTypeError(str(error)) from error
+    _mirrored(_checks.finite_scale, scale)
     return scale
 
 
