@@ -14,7 +14,7 @@ from kvattn.positions import RoPE
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One call: queries, what they read, and by which rule.
 

@@ -1,14 +1,17 @@
 """Which implementation attends: the names, the choice, and the fall back."""
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.attend.derivative import differentiable
+from kvattn.attend.derivative import Attend, Result, differentiable
 from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.pallas import interpreted
 from kvattn.request import Request
@@ -100,8 +103,33 @@ def attend(request: Request, implementation: Implementation = None) -> tuple[Arr
         out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
     """
     name, _ = choose(request, implementation)
-    module = importlib.import_module(_MODULES[name])
-    return module.attend(request) if name in _DIFFERENTIABLE else differentiable(module.attend)(request)
+    attend = importlib.import_module(_MODULES[name]).attend
+    return attend(request) if name in _DIFFERENTIABLE else differentiable(_by_position(attend))(request)
+
+
+def _by_position(attend: Attend) -> Attend:
+    """A kernel whose queries get nothing from values that they may not attend to, NaN included.
+
+    Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened it takes the queries one by one.
+    """
+
+    def call(request: Request) -> Result:
+        out, lse, mass = attend(request)
+        length = request.query.shape[1]
+        if length == 1:
+            return out, lse, mass
+
+        def one(t: Array, out: Array) -> Array:
+            at = lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
+            alone = dataclasses.replace(
+                request, query=at(request.query), positions=at(request.positions), want_mass=False
+            )
+            return jax.lax.dynamic_update_slice_in_dim(out, attend(alone)[0], t, 1)
+
+        rounds = jnp.where(jnp.all(jnp.isfinite(out)), 0, length).astype(jnp.int32)
+        return _manual.fori_loop(jnp.int32(0), rounds, one, out), lse, mass
+
+    return call
 
 
 def writer(store: Any, implementation: Implementation = None) -> Any:

@@ -12,9 +12,10 @@ from kvattn.attend import reference
 from kvattn.request import Request
 
 Result = tuple[Array, Array, Array | None]
+Attend = Callable[[Request], Result]
 
 
-def differentiable(attend: Callable[[Request], Result]) -> Callable[[Request], Result]:
+def differentiable(attend: Attend) -> Attend:
     """The same function; forward and reverse derivatives are those of `reference.attend`."""
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

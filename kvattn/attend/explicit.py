@@ -81,6 +81,7 @@ def by_shard[C: Cache](
         None if token_ids is None else P(rows),
     )
     args = jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), args, specs)
+    # Unchecked: NaN in one head marks the rows of its device only (`kvattn.cache.status`), with no word to the others.
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(q_spec, cache_specs), check_vma=False)
     return mapped(*args)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
@@ -20,7 +21,68 @@ def unsupported(request: Request) -> str | None:
 def dense(view: View, dtype) -> tuple[Array, Array, Array]:
     """Decodes a view: keys [B, K, S, H], values [B, K, S, Hv], positions [B, 1 or K, S]."""
     positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
-    return *view.dense(dtype), positions
+    keys, values = view.dense(dtype)
+    if view.codec.rounds:
+        slots, key, value = view.fresh or (None, None, None)
+        keys = _past_codes(keys, view.codec.as_they_came(view.keys, view.counts), slots, key)
+        values = _past_codes(values, view.codec.as_they_came(view.values, view.counts), slots, value)
+    return keys, values, positions
+
+
+def _past_codes(decoded: Array, kept: tuple[tuple[Array, Array], ...], slots: Array | None, new: Array | None) -> Array:
+    """Decoded tokens [B, K, C, H] with derivatives that go straight to the tokens they were made from.
+
+    Args:
+        decoded: read from codes.
+        kept: `Codec.as_they_came`.
+        slots: int32 [B, T] or [B, K, T] of the new tokens.
+        new: [B, T, K, H].
+    """
+    sources = list(kept)
+    if slots is not None and new is not None:
+        sources.append((slots, new.swapaxes(1, 2)))
+    b = jnp.arange(decoded.shape[0], dtype=jnp.int32)[:, None, None]
+    k = jnp.arange(decoded.shape[1], dtype=jnp.int32)[None, :, None]
+    for where, tokens in sources:
+        where = where[:, None] if where.ndim == 2 else where
+        where = jnp.where(where < 0, decoded.shape[2], where)  # past the end: dropped
+        rows = decoded.at[b, k, where].get(mode="clip")
+        decoded = decoded.at[b, k, where].set(_straight_through(rows, tokens.astype(decoded.dtype)), mode="drop")
+    return decoded
+
+
+def _mixed(probs: Array, values: Array, allowed: Array) -> Array:
+    """probs [B, K, G, T, S] times values [B, K, S, Hv]; of several queries each gets only what it may attend to.
+
+    A query that may not attend to a value has weight 0 for it, but 0 * NaN is NaN: numbers that are not finite are left
+    out of the product and added where bool `allowed` [B, 1 or K, 1, T, S] lets them.
+    """
+    product = lambda weights, x: jnp.einsum("bkgts,bksh->bkgth", weights, x, precision=HIGHEST)
+    if probs.shape[3] == 1:
+        return product(probs, values)
+    finite = jnp.isfinite(values)
+    out = product(probs, jnp.where(finite, values, 0))
+
+    def rest() -> Array:
+        seen = jnp.broadcast_to(allowed, (*probs.shape[:2], 1, *probs.shape[3:])).astype(values.dtype)
+        met = lambda where: product(seen, where.astype(values.dtype)) > 0
+        found = jnp.where(met(jnp.isposinf(values)), jnp.inf, 0) + jnp.where(met(jnp.isneginf(values)), -jnp.inf, 0)
+        found = jnp.where(met(jnp.isnan(values)), jnp.nan, found).astype(out.dtype)
+        return jnp.broadcast_to(found, out.shape)
+
+    return out + jax.lax.stop_gradient(_manual.cond(jnp.all(finite), lambda: jnp.zeros_like(out), rest))
+
+
+@jax.custom_jvp
+def _straight_through(coded: Array, exact: Array) -> Array:
+    """What was read, with the derivative of what was written (Bengio et al., arXiv:1308.3432)."""
+    del exact
+    return coded
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1]
 
 
 def attend(request: Request) -> tuple[Array, Array, Array | None]:
@@ -45,7 +107,7 @@ def attend(request: Request) -> tuple[Array, Array, Array | None]:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0
     probs = weights / jnp.where(empty, 1, total)
-    out = jnp.einsum("bkgts,bksh->bkgth", probs, values, precision=HIGHEST)
+    out = _mixed(probs, values, allowed)
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top)[..., 0]
     mass = jnp.sum(jnp.mean(probs, axis=2), axis=2).astype(jnp.float32) if request.want_mass else None
     return ungrouped(out), ungrouped(lse), mass

@@ -132,7 +132,7 @@ def prepared(
         )
     if rope is not None and not isinstance(rope, RoPE):
         raise DTypeError(f"rope must be a kvattn.RoPE or None, got {rope!r}.")
-    _checks.not_donated("the cache", cache)
+    cache = cache.usable()
     query = _checks.query("query", query)
     if query.ndim != 4:
         raise ShapeError(f"query must be [B, T, N, H], got shape {query.shape}.")
@@ -199,6 +199,11 @@ class Slots:
         """The slots; with `places` int32 [B, K, C] every token stands where the policy says."""
         view = cache.view()
         return view if places is None else dataclasses.replace(view, positions=block_positions(view.layout, places))
+
+    def of_store(self, store: Any, slots: Array) -> Array:
+        """The slots int32 [B, T] or [B, K, T] by their numbers in the view; negative where they are not in it."""
+        del store
+        return slots
 
     def of_chunk(self, key: Array, value: Array, positions: Array) -> tuple[Array, Array, Array]:
         """The new tokens [B, T, K, H] and their positions [B, T] that are read here."""
@@ -291,6 +296,8 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     written = call.slots.write(cache, slots, key, value, call.implementation)
     seen = policy.enter(cache.state, slots, lengths, new)
     view = call.slots.view(written.replace(lengths=lengths + new, state=seen), policy.places(seen))
+    if cache.codec.rounds:
+        view = dataclasses.replace(view, fresh=(call.slots.of_store(cache.store, slots), key, value))
     # Mass goes by the whole softmax sum: where that is not known from one request, it is taken afterwards.
     late = sinks is not None or call.slots.is_share
     requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass and not late)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend.derivative import differentiable
 from kvattn.codecs.base import accumulator
@@ -85,8 +86,7 @@ def _query_block(request: Request):
         keep = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
         values = view.value_block(i)
-        mixed = view.codec.mix(weights.reshape(*walk.rows.shape[:3], -1), values, request.reached(kv_positions))
-        mixed = mixed[..., : view.value_head_dim].astype(walk.acc).reshape(*shape, -1)
+        mixed = walk.mixed(weights, values, kv_positions)
         if request.want_mass:
             seen = jax.lax.dynamic_update_index_in_dim(seen, scores, i, 0)
         return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + mixed, seen
@@ -98,7 +98,7 @@ def _query_block(request: Request):
         jnp.zeros((*shape, view.value_head_dim), walk.acc),
         jnp.full((layout.num_blocks, *shape, layout.rows), -jnp.inf, walk.acc) if request.want_mass else None,
     )
-    top, total, out, seen = jax.lax.fori_loop(walk.first, walk.last, step, carry)
+    top, total, out, seen = _manual.fori_loop(walk.first, walk.last, step, carry)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out = jnp.where(empty[..., None], 0, out / total[..., None])
@@ -143,6 +143,32 @@ class _Walk:
         # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
         return jnp.where(allowed, scores, -jnp.inf), kv_positions
 
+    def mixed(self, weights: Array, values: Any, kv_positions: Array) -> Array:
+        """weights [B, K, G, T, R] times the values of a block that holds kv_positions [B, 1 or K, R]: [B, K, G, T, Hv].
+
+        Weights of what a query may not attend to are 0, but 0 * NaN is NaN: where a value is not finite, the tokens of
+        the query are taken one by one, and what each may not attend to is selected away.
+        """
+        request, (*_, length), size = self.request, self.shape, self.request.view.value_head_dim
+
+        def product(weights: Array, filled: Array) -> Array:
+            rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+            mixed = request.view.codec.mix(rows, values, filled)[..., :size]
+            return mixed.astype(self.acc).reshape(*weights.shape[:-1], size)
+
+        def one(t: Array, mixed: Array) -> Array:
+            at = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)
+            allowed = request.mask.allowed(at(request.positions, 1), kv_positions)[:, :, 0]
+            part = product(at(weights, 3), allowed)
+            return jax.lax.dynamic_update_slice_in_dim(mixed, part, t, 3)
+
+        mixed = product(weights, request.reached(kv_positions))
+        if length == 1:
+            return mixed
+        # A loop and no branch: under `jax.vmap` both sides of a branch are computed.
+        rounds = jnp.where(jnp.all(jnp.isfinite(mixed)), 0, length).astype(jnp.int32)
+        return _manual.fori_loop(jnp.int32(0), rounds, one, mixed)
+
 
 def measure(request: Request, lse: Array, function) -> Any:
     """A statistic of the probabilities of several new tokens, once their softmax sum is known.
@@ -179,7 +205,7 @@ def measure(request: Request, lse: Array, function) -> Any:
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
             return jax.tree.map(lambda whole, part: put(whole, part), total, at(i, walk, block_lse))
 
-        return jax.lax.fori_loop(walk.first, walk.last, step, empty)
+        return _manual.fori_loop(walk.first, walk.last, step, empty)
 
     def add(total, piece):
         return jax.tree.map(jnp.add, total, one(piece)), None
@@ -187,7 +213,7 @@ def measure(request: Request, lse: Array, function) -> Any:
     start = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
     )
-    total, _ = jax.lax.scan(add, start, pieces)
+    total, _ = _manual.scan(add, start, pieces)
     return jax.tree.map(lambda x: _slots(layout, x), total)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks
+from kvattn._trees import array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.view import View
@@ -17,7 +18,10 @@ from kvattn.policies import Policy
 
 
 class Cache:
-    """Base of `kvattn.KVCache` and `kvattn.PagedKVCache`, which are dataclasses with these fields and more."""
+    """Base of `kvattn.KVCache` and `kvattn.PagedKVCache`, which are dataclasses with these fields and more.
+
+    Caches are equal if they are the same object: what they hold is compared array by array.
+    """
 
     keys: Encoded
     values: Encoded
@@ -30,6 +34,42 @@ class Cache:
     value_head_dim: int
     dtype: Any
     is_static: bool
+
+    def usable(self) -> Self:
+        """This cache, with its arrays on the device: one that came back from the host holds NumPy's.
+
+        Raises:
+            StaleCacheError: it was donated.
+            DTypeError: a tree of something else than arrays, such as `kvattn.sharding.cache_sharding` returns.
+        """
+        _checks.not_donated("this cache", self)
+        leaves, tree = jax.tree.flatten(self)
+        if all(isinstance(x, jax.Array) for x in leaves):
+            return self
+        for x in leaves:
+            if not (isinstance(x, jax.Array | np.ndarray | np.generic) or hasattr(x, "__jax_array__")):
+                raise DTypeError(
+                    f"this {type(self).__name__} holds {type(x).__name__} where a cache has arrays: it describes a "
+                    "cache and is none. Use the cache that it was made from."
+                )
+        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves])
+
+    def _sizes(self) -> dict[str, Any]:
+        """Settings that `repr` shows."""
+        raise NotImplementedError
+
+    def _array_sizes(self) -> dict[str, Any]:
+        """Sizes that `repr` reads from the arrays."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Sizes and settings; of a tree of something else than arrays, what it holds."""
+        leaves = jax.tree.leaves(self)
+        if leaves and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves):
+            shown = {**self._array_sizes(), **self._sizes()}
+        else:
+            shown = {**self._sizes(), **{name: getattr(self, name) for name in array_fields(self)}}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def replace(self, **changes: Any) -> Self:
         """The same cache with other fields."""
@@ -62,14 +102,14 @@ class Cache:
     @property
     def positions(self) -> Array:
         """int32 [B, C], or [B, K, C] where heads keep different tokens: the position in each slot, -1 if empty."""
-        _checks.not_donated("this cache", self)
-        return self.policy.positions(self.state, self.lengths, self.num_slots)
+        cache = self.usable()
+        return cache.policy.positions(cache.state, cache.lengths, cache.num_slots)
 
     @property
     def kept(self) -> Array:
         """int32 [B], or [B, K]: tokens kept."""
-        _checks.not_donated("this cache", self)
-        return self.policy.kept(self.state, self.lengths, self.num_slots)
+        cache = self.usable()
+        return cache.policy.kept(cache.state, cache.lengths, cache.num_slots)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +118,6 @@ class Cache:
 
     def dense(self) -> tuple[Array, Array]:
         """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot. For looking at, not for decoding."""
-        _checks.not_donated("this cache", self)
         return self.view().dense(self.dtype)
 
     # What a step does with it.
@@ -93,7 +132,8 @@ class Cache:
             store: writes the arrays. None: `self.store`.
 
         Raises:
-            RangeError: NaN or infinity that the codec cannot encode. Under jit: status bit; the token reads as NaN.
+            RangeError: numbers that cannot be stored: NaN or infinite where a codec encodes them, or too large for the
+                dtype. Under jit: status bit; the token reads as NaN or infinite.
         """
         codec, store = self.codec, self.store if store is None else store
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -104,16 +144,17 @@ class Cache:
         )
 
     def unfit(self, slots: Array, key: Array, value: Array) -> Array:
-        """bool [B]: rows with tokens [B, K, T, H] that the codec cannot encode; an error if they can be seen."""
-        unfit = [x for x in (self.codec.unfit(key), self.codec.unfit(value)) if x is not None]
+        """bool [B]: rows with tokens [B, K, T, H] that cannot be stored; an error if they can be seen."""
+        unfit = [x for x in (self.codec.unfit(tokens, self.dtype) for tokens in (key, value)) if x is not None]
         stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0
         rows = jnp.zeros((key.shape[0],), bool)
         for x in unfit:
             rows |= jnp.any(x & stored, axis=(1, 2))
         if unfit and _checks.is_concrete(rows) and np.any(rows):
             raise RangeError(
-                f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have keys or values that are NaN or infinite, which "
-                f"{self.codec} cannot encode. Nothing was written."
+                f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have keys or values "
+                f"{self.codec.refusal(self.dtype)}. Nothing was written. Look for what made them so, or give the cache "
+                "a dtype and codec that hold them."
             )
         return rows
 
@@ -158,7 +199,7 @@ class Cache:
 
         Raises:
             CapacityError: an append did not fit.
-            RangeError: a count or row number was out of range, or a value that is not finite was to be encoded.
+            RangeError: a count or row number was out of range, or a value was not finite, or too large, for the cache.
             UnsupportedError: a trim reached back too far.
             StaleCacheError: the cache was donated.
         """
@@ -176,7 +217,7 @@ class Cache:
             RangeError: outside that range. Under jit: status bit, row unchanged.
             UnsupportedError: the policy has let go of tokens that would be needed again. Under jit: likewise.
         """
-        self._mutable("trim")
+        self = self._mutable("trim")
         num_tokens = _checks.counts("num_tokens", num_tokens, self.batch_size, 0, None)
         in_range = (num_tokens >= 0) & (num_tokens <= self.lengths)
         there = self.policy.can_trim(self.state, self.lengths, num_tokens, self.num_slots)
@@ -206,7 +247,7 @@ class Cache:
 
     def reset(self, rows: Any = None) -> Self:
         """Forgets sequences, so that their rows can take new ones. `rows`: bool [B]; None: all."""
-        self._mutable("reset")
+        self = self._mutable("reset")
         rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
         if rows.dtype != bool or rows.shape != (self.batch_size,):
             raise ShapeError(f"rows must be bool [{self.batch_size}], got {rows.dtype} {rows.shape}.")
@@ -225,10 +266,15 @@ class Cache:
         fresh = self.policy.init(rows.shape[0], self.num_kv_heads, self.num_slots)
         return jax.tree.map(pick, fresh, state)
 
-    def _mutable(self, verb: str) -> None:
-        _checks.not_donated("this cache", self)
+    def _mutable(self, verb: str) -> Self:
         if self.is_static:
             raise UnsupportedError(f"cannot {verb} a static cache: it holds the keys and values of an encoder.")
+        return self.usable()
+
+
+def shown_size(x: Any, axis: int) -> Any:
+    """An axis from the end, for `repr`; "?" where there is none, as in a tree of one number per array."""
+    return x.shape[axis] if len(x.shape) >= -axis else "?"
 
 
 def known_rows(rows: Any, batch_size: int) -> tuple[Array, Array]:

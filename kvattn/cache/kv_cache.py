@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from kvattn import _checks
+from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
-from kvattn.cache.base import Cache, known_rows, nbytes_of, storage_dtype
+from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
 from kvattn.cache.view import View, block_positions
@@ -25,8 +26,9 @@ from kvattn.policies.base import NOWHERE
 
 
 @typing.no_type_check
+@portable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KVCache(Cache):
     """Keys and values of B sequences in C slots each.
 
@@ -95,6 +97,7 @@ class KVCache(Cache):
             DTypeError: a size that is no int, a dtype that is not floating.
             UnsupportedError: a policy and a codec that do not go together.
         """
+        tell_flax()
         _checks.integer("batch_size", batch_size, 0)
         _checks.integer("num_kv_heads", num_kv_heads, 1)
         _checks.integer("head_dim", head_dim, 1)
@@ -189,18 +192,18 @@ class KVCache(Cache):
 
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
-        _checks.not_donated("this cache", self)
-        counts = jnp.minimum(self.lengths, self.num_slots)
-        positions = block_positions(self.layout, self.positions)
+        cache = self.usable()
+        counts = jnp.minimum(cache.lengths, cache.num_slots)
+        positions = block_positions(cache.layout, cache.positions)
         return View(
-            self.keys,
-            self.values,
+            cache.keys,
+            cache.values,
             positions,
             counts,
-            self.layout,
-            self.codec,
-            self.key_head_dim,
-            self.value_head_dim,
+            cache.layout,
+            cache.codec,
+            cache.key_head_dim,
+            cache.value_head_dim,
         )
 
     # What one does with it.
@@ -214,15 +217,15 @@ class KVCache(Cache):
         Raises:
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
-        _checks.not_donated("this cache", self)
-        return placed(_selected, shardings_of(self), self, *known_rows(rows, self.batch_size))
+        cache = self.usable()
+        return placed(_selected, shardings_of(cache), cache, *known_rows(rows, cache.batch_size))
 
-    def __repr__(self) -> str:
+    def _sizes(self) -> dict[str, Any]:
+        return {"head_dim": self.key_head_dim, "num_slots": self.num_slots, "policy": self.policy, "codec": self.codec}
+
+    def _array_sizes(self) -> dict[str, Any]:
         leaf = next(iter(self.keys.values()))
-        return (
-            f"KVCache(batch_size={leaf.shape[1] if leaf.ndim == 5 else '?'}, num_kv_heads={leaf.shape[-3]}, "
-            f"head_dim={self.key_head_dim}, num_slots={self.num_slots}, policy={self.policy}, codec={self.codec})"
-        )
+        return {"batch_size": shown_size(leaf, -4), "num_kv_heads": shown_size(leaf, -3)}
 
 
 def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks
+from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
-from kvattn.cache.base import Cache, known_rows, storage_dtype
+from kvattn.cache.base import Cache, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.cache.placed import placed, shardings_of
@@ -29,8 +30,9 @@ BLOCK_SLOTS = 128
 
 
 @typing.no_type_check
+@portable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PagedKVCache(Cache):
     """Keys and values of B sequences in pages of one pool.
 
@@ -105,6 +107,7 @@ class PagedKVCache(Cache):
             DTypeError: a size that is no int, a dtype that is not floating.
             RangeError: more pages than int32 counts.
         """
+        tell_flax()
         if _checks.integer("num_pages", num_pages, 1) > _checks.INT32_MAX:
             raise RangeError(f"num_pages must fit in int32, which tables hold, got {num_pages}.")
         _checks.integer("page_size", page_size, 1)
@@ -171,30 +174,30 @@ class PagedKVCache(Cache):
 
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
-        _checks.not_donated("this cache", self)
-        counts = jnp.minimum(self.lengths, self.num_slots)
+        cache = self.usable()
+        counts = jnp.minimum(cache.lengths, cache.num_slots)
         return View(
-            self.keys,
-            self.values,
-            block_positions(self.layout, self.positions),
+            cache.keys,
+            cache.values,
+            block_positions(cache.layout, cache.positions),
             counts,
-            self.layout,
-            self.codec,
-            self.key_head_dim,
-            self.value_head_dim,
-            self.page_table,
-            self.page_size,
+            cache.layout,
+            cache.codec,
+            cache.key_head_dim,
+            cache.value_head_dim,
+            cache.page_table,
+            cache.page_size,
         )
 
     def dense(self) -> tuple[Array, Array]:
         """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""
-        _checks.not_donated("this cache", self)
-        rows, pool = shardings_of((self.page_table, self.keys["data"]))
+        cache = self.usable()
+        rows, pool = shardings_of((cache.page_table, cache.keys["data"]))
         where = None
         if rows is not None and pool is not None:
             first = [sharding.spec[0] if len(sharding.spec) else None for sharding in (rows, pool)]
             where = jax.NamedSharding(rows.mesh, jax.P(*first))
-        return placed(_dense, (where, where), self)
+        return placed(_dense, (where, where), cache)
 
     # What one does with it.
 
@@ -214,7 +217,7 @@ class PagedKVCache(Cache):
             UnsupportedError: tokens that share scales (KIVI) and a row that would hold others than it did: its last
                 ones are not in pages.
         """
-        _checks.not_donated("this cache", self)
+        self = self.usable()
         table = _integers("page_table", page_table)
         if table.ndim != 2 or table.shape[0] != self.batch_size or table.shape[1] > self.max_pages:
             raise ShapeError(
@@ -307,7 +310,7 @@ class PagedKVCache(Cache):
             ShapeError, DTypeError: other than two vectors of integers of one length.
             RangeError: a page that is not in the pool; a target given twice. Under jit: not copied; one of its copies.
         """
-        _checks.not_donated("this cache", self)
+        self = self.usable()
         sources, targets = _integers("sources", sources), _integers("targets", targets)
         if sources.ndim != 1 or sources.shape != targets.shape:
             raise ShapeError(
@@ -341,16 +344,16 @@ class PagedKVCache(Cache):
         Raises:
             RangeError: a row number out of range. Under jit: an empty row with its status bit set.
         """
-        _checks.not_donated("this cache", self)
-        return placed(_selected, shardings_of(self), self, *known_rows(rows, self.batch_size))
+        cache = self.usable()
+        return placed(_selected, shardings_of(cache), cache, *known_rows(rows, cache.batch_size))
 
-    def __repr__(self) -> str:
+    def _sizes(self) -> dict[str, Any]:
+        return {"page_size": self.page_size, "head_dim": self.key_head_dim, "codec": self.codec}
+
+    def _array_sizes(self) -> dict[str, Any]:
         pool = self.keys["data"]
-        return (
-            f"PagedKVCache(num_pages={pool.shape[1] if pool.ndim == 4 else '?'}, page_size={self.page_size}, "
-            f"num_kv_heads={pool.shape[0]}, head_dim={self.key_head_dim}, max_pages={self.page_table.shape[-1]}, "
-            f"codec={self.codec})"
-        )
+        sizes = {"num_pages": shown_size(pool, -3), "num_kv_heads": shown_size(pool, -4)}
+        return {**sizes, "max_pages": shown_size(self.page_table, -1)}
 
 
 def _selected(cache: PagedKVCache, rows: Array, known: Array) -> PagedKVCache:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.errors import CapacityError, KVAttnError, RangeError, UnsupportedError
 
@@ -16,8 +16,9 @@ BAD_COUNT = 2
 LOST = 4
 """A trim needed tokens that the policy had already let go; the row was left as it was."""
 NONFINITE = 8
-"""A token that a codec cannot encode, NaN or infinity, was stored (it reads as NaN); or one that is NaN came to a
-policy that goes by attention, for which such attention counts as the least."""
+"""A token was stored that a codec cannot encode, NaN or infinity (it reads as NaN), or that is too large for the
+cache's dtype (it reads as infinite); or one that is NaN came to a policy that goes by attention, for which such
+attention counts as the least."""
 
 BAD_PAGE = 16
 """A page table names a page that does not exist for a token of the row; nothing was done."""
@@ -32,7 +33,7 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     NONFINITE: (
         RangeError,
         "queries, keys or values that are NaN or infinite were given to a codec, which cannot encode them, or to a "
-        "policy, which cannot score by them",
+        "policy, which cannot score by them, or keys or values too large for the dtype of the cache",
     ),
     BAD_PAGE: (RangeError, "the page table names a page that is not in the pool; nothing was done"),
 }
@@ -43,9 +44,23 @@ def mark(status: Array, rows: Array, bit: int) -> Array:
     return jnp.where(rows, status | bit, status)
 
 
+def _on_every_device(status: Any) -> np.ndarray:
+    """The bits int32 [B] that any device has set: by heads, each knows of its own only."""
+    if not isinstance(status, jax.Array):
+        return np.asarray(status)
+    bits = np.zeros(status.shape, np.int32)
+    for shard in status.addressable_shards:
+        bits[shard.index] |= np.asarray(shard.data)
+    if status.is_fully_addressable:
+        return bits
+    from jax.experimental import multihost_utils
+
+    return np.bitwise_or.reduce(np.asarray(multihost_utils.process_allgather(bits)), axis=0)
+
+
 def raise_for(status: Any) -> None:
     """Raises the typed error of the lowest bit that is set in any row."""
-    status = _checks.on_host(status)
+    status = _on_every_device(status)
     for bit, (error, text) in _ERRORS.items():
         rows = np.nonzero(status & bit)[0]
         if rows.size:

@@ -15,7 +15,7 @@ from kvattn.codecs import Codec
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class View:
     """A table of slots to attend over. It does not say which policy, cache class or mesh is behind it.
 
@@ -30,6 +30,8 @@ class View:
         value_head_dim: Hv.
         page_table: int32 [B, pages], whose pages hold the slots; None: the arrays lie in blocks.
         page_size: slots per page.
+        fresh: the call's own tokens as they came, for derivatives: their slots int32 [B, T] or [B, K, T], keys
+            [B, T, K, H] and values [B, T, K, Hv]. None: what is read has derivatives itself.
     """
 
     keys: Encoded
@@ -42,6 +44,7 @@ class View:
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     page_table: Array | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
+    fresh: tuple[Array, Array, Array] | None = None
 
     @property
     def store(self) -> "Layout | Pages":
@@ -91,4 +94,6 @@ def token_view(codec: Codec, key: Array, value: Array, positions: Array, layout:
     values = codec.lay_out(layout, "values", value.swapaxes(1, 2))
     counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     where = block_positions(layout, positions)
-    return View(keys, values, where, counts, layout, codec, key.shape[-1], value.shape[-1])
+    view = View(keys, values, where, counts, layout, codec, key.shape[-1], value.shape[-1])
+    slots = jnp.where(positions >= 0, jnp.arange(positions.shape[1], dtype=jnp.int32)[None], -1)
+    return dataclasses.replace(view, fresh=(slots, key, value)) if codec.rounds else view

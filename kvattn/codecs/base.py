@@ -32,6 +32,9 @@ class Codec:
 
     token_minor: ClassVar[tuple[str, ...]] = ()
 
+    rounds: ClassVar[bool] = True
+    """Whether derivatives must be led past the codes: rounding has none that is of use. See `as_they_came`."""
+
     # One token.
 
     def encode(self, x: Array) -> dict[str, Array]:
@@ -42,10 +45,15 @@ class Codec:
         """Decodes named arrays [..., F] into [..., H] of `dtype`."""
         raise NotImplementedError
 
-    def unfit(self, x: Array) -> Array | None:
-        """bool [...]: the tokens of [..., H] that cannot be encoded; None where there is no such thing."""
-        del x
+    def unfit(self, x: Array, dtype: Any) -> Array | None:
+        """bool [...]: the tokens of [..., H] that a cache of `dtype` cannot store; None where it can store all."""
+        del x, dtype
         return None
+
+    def refusal(self, dtype: Any) -> str:
+        """What is wrong with tokens that are `unfit`, to follow "keys or values"."""
+        del dtype
+        return f"that are NaN or infinite, which {self} cannot encode"
 
     # One block, as `block` returns it.
 
@@ -81,6 +89,19 @@ class Codec:
         """
         del in_order
         return None
+
+    def as_they_came(self, store: Encoded, counts: Array) -> tuple[tuple[Array, Array], ...]:
+        """The tokens that a store holds beside their codes, which derivatives reach.
+
+        Args:
+            store: the arrays.
+            counts: int32 [B], tokens.
+
+        Returns:
+            pairs of slots int32 [B, M], negative for none, and tokens [B, K, M, H].
+        """
+        del store, counts
+        return ()
 
     def can_trim(self, lengths: Array, num_tokens: Array) -> Rows:
         """bool [B]: whether the last `num_tokens` of `lengths` tokens can be taken back as if they had never come."""

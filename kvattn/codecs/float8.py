@@ -21,14 +21,14 @@ class Float8(Codec):
     8 + 32/H bits per number. The error of a number is at most 2^-4 of it, or scale / 1024 for tiny ones: small
     numbers beside large ones fare better than with `Int8`, the large ones worse.
 
-    Derivatives reach queries; keys and values are rounded, so no useful ones reach them.
+    Derivatives pass straight through to the keys and values of the call; those of earlier calls are constants.
     """
 
     token_minor: ClassVar[tuple[str, ...]] = ("scale",)
 
     def encode(self, x: Array) -> dict[str, Array]:
         """data float8_e4m3fn [..., H] (on CPUs its bits in uint8) and scale float32 [..., 1]."""
-        x = x.astype(jnp.float32)
+        x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
         data = jnp.clip(x / scale, -TOP, TOP).astype(jnp.float8_e4m3fn)
         # XLA on CPUs moves and converts float8 by way of float16, the whole cache at every step.
@@ -40,8 +40,9 @@ class Float8(Codec):
         del head_dim
         return (widen(encoded["data"]) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array) -> Array:
+    def unfit(self, x: Array, dtype: Any) -> Array:
         """Tokens that are not finite."""
+        del dtype
         return not_finite(x)
 
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:

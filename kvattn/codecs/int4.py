@@ -23,7 +23,7 @@ class Int4(Codec):
 
     Scales and minima are multiplied into scores and probabilities; the cache is never widened.
 
-    Derivatives reach queries; keys and values are rounded, so no useful ones reach them.
+    Derivatives pass straight through to the keys and values of the call; those of earlier calls are constants.
 
     Args:
         group_size: channels that share a scale, >= 1.
@@ -46,8 +46,9 @@ class Int4(Codec):
         codes = grouped.unpack(encoded["data"], BITS)[..., :head_dim]
         return grouped.dequantise(codes, encoded["scale"], encoded["minimum"], self.group_size).astype(dtype)
 
-    def unfit(self, x: Array) -> Array:
+    def unfit(self, x: Array, dtype: Any) -> Array:
         """Tokens that are not finite."""
+        del dtype
         return not_finite(x)
 
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:

@@ -25,14 +25,14 @@ class Int8(Codec):
     8 + 32/H bits per number. The error is at most scale/2. Scales are multiplied into scores and probabilities; the
     cache is never widened. Tokens of zeros are exact.
 
-    Derivatives reach queries; keys and values are rounded, so no useful ones reach them.
+    Derivatives pass straight through to the keys and values of the call; those of earlier calls are constants.
     """
 
     token_minor: ClassVar[tuple[str, ...]] = ("scale",)
 
     def encode(self, x: Array) -> dict[str, Array]:
         """data int8 [..., H] and scale float32 [..., 1]."""
-        x = x.astype(jnp.float32)
+        x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
         codes = jnp.clip(jnp.round(x / scale), -TOP, TOP)
         return {"data": codes.astype(jnp.int8), "scale": scale}
@@ -42,8 +42,9 @@ class Int8(Codec):
         del head_dim
         return (encoded["data"].astype(jnp.float32) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array) -> Array:
+    def unfit(self, x: Array, dtype: Any) -> Array:
         """Tokens that are not finite."""
+        del dtype
         return not_finite(x)
 
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvattn import _checks
+from kvattn import _checks, _manual
 from kvattn._typing import Array, Encoded, Rows
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, Role, accumulator, not_finite
@@ -31,7 +31,8 @@ class KIVI(Codec):
     It needs a policy under which slot s holds the token of position s for ever (`Full`): a group of keys shares its
     scales, so single slots cannot be given to other tokens.
 
-    Derivatives reach queries; keys and values are rounded, so no useful ones reach them.
+    Derivatives pass straight through to the keys and values of the call, and to the last `residual` of earlier calls,
+    which are there as they came, whether they are read as codes by now or not. Older ones are constants.
 
     Args:
         bits: 2, 4 or 8.
@@ -81,9 +82,19 @@ class KIVI(Codec):
         """As they come."""
         return Plain(jnp.dtype(dtype))
 
-    def unfit(self, x: Array) -> Array:
-        """Tokens that are not finite."""
-        return not_finite(x)
+    def unfit(self, x: Array, dtype: Any) -> Array:
+        """Tokens that are not finite, in the residual either."""
+        return not_finite(x.astype(dtype))
+
+    def refusal(self, dtype: Any) -> str:
+        """They are not finite, or too large for the residual."""
+        return f"that are NaN, infinite, or beyond the largest number of the residual's {jnp.dtype(dtype)}"
+
+    def as_they_came(self, store: Encoded, counts: Array) -> tuple[tuple[Array, Array], ...]:
+        """The residual: row r holds the last token whose position is r modulo R."""
+        last = counts[:, None] - 1
+        row = jnp.arange(self.residual, dtype=jnp.int32)[None]
+        return ((jnp.where(row <= last, last - (last - row) % self.residual, -1), store["residual"][0]),)
 
     # The store: codes, and the residual [1, B, K, R, H], where position p lies in row p % R.
 
@@ -126,7 +137,7 @@ class KIVI(Codec):
         if most == 1:
             shapes = jax.eval_shape(encode)
             nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            encoded = jax.lax.cond(jnp.any(end > first), encode, nothing)
+            encoded = _manual.cond(jnp.any(end > first), encode, nothing)
         else:
             encoded = encode()
         return {n: layout.put(e, index, encoded[n]) for n, e in store.items()}
@@ -203,7 +214,7 @@ class KIVI(Codec):
         coded = self._coded_scores(query, keys, transposed)
         # Whole blocks are exact or not, row by row; most blocks are exact in none.
         read = lambda: product("bkmh,bkrh->bkmr", query, keys["residual"]).astype(coded.dtype)
-        raw = jax.lax.cond(jnp.any(keys["exact"]), read, lambda: jnp.zeros_like(coded))
+        raw = _manual.cond(jnp.any(keys["exact"]), read, lambda: jnp.zeros_like(coded))
         return jnp.where(exact, raw, coded)
 
     def _coded_scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
@@ -237,7 +248,7 @@ class KIVI(Codec):
             raw = product("bkmr,bkrh->bkmh", probs, residual).astype(mixed.dtype)
             return jnp.pad(raw, [(0, 0)] * 3 + [(0, mixed.shape[-1] - raw.shape[-1])])
 
-        return mixed + jax.lax.cond(jnp.any(values["exact"]), read, lambda: jnp.zeros_like(mixed))
+        return mixed + _manual.cond(jnp.any(values["exact"]), read, lambda: jnp.zeros_like(mixed))
 
 
 def _write_ring(ring: Array, rows: Array, x: Array) -> Array:

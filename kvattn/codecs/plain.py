@@ -1,7 +1,7 @@
 """`Plain`: tokens stored as they are, in float32, bfloat16, float16 (or float64 under x64)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ class Plain(Codec):
 
     dtype: Any = jnp.dtype(jnp.bfloat16)
 
+    rounds: ClassVar[bool] = False
+
     def encode(self, x: Array) -> dict[str, Array]:
         """Casts to the storage dtype."""
         return {"data": x.astype(self.dtype)}
@@ -28,6 +30,18 @@ class Plain(Codec):
         """Casts back."""
         del head_dim
         return encoded["data"].astype(dtype)
+
+    def unfit(self, x: Array, dtype: Any) -> Array | None:
+        """Tokens with finite numbers that are infinite in the storage dtype."""
+        del dtype
+        if jnp.finfo(x.dtype).max <= jnp.finfo(self.dtype).max:
+            return None
+        return jnp.any(jnp.isfinite(x) & ~jnp.isfinite(x.astype(self.dtype)), axis=-1)
+
+    def refusal(self, dtype: Any) -> str:
+        """They are too large."""
+        del dtype
+        return f"beyond {float(jnp.finfo(self.dtype).max):.6g}, the largest number of the cache's {self.dtype}"
 
     def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
         """One matrix product."""

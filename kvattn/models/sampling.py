@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvattn import _checks
+from kvattn import _checks, _manual
 from kvattn._checks import FLOAT32_MAX, FLOAT32_TINY
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, DTypeError, RangeError
@@ -135,7 +135,7 @@ def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
         return jnp.where(weight(order >= higher) >= target, higher, lowest)
 
     lowest = jnp.zeros((scores.shape[0], 1), jnp.uint32)
-    lowest = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), refine, lowest)
+    lowest = _manual.fori_loop(jnp.uint32(0), jnp.uint32(32), refine, lowest)
     above, tied = order > lowest, order == lowest
     tied_before = jnp.cumsum(tied, axis=-1, dtype=jnp.float32) - 1
     return above | (tied & (weight(above) + tied_before * weights < target))

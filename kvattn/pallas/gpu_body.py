@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.codecs import Int4
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
@@ -30,13 +30,10 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         `want_scores` scores float32 [B, heads, S, cols], of which only the tiles that were read are written.
     """
     states = spec.heads * spec.batch + spec.programs
-    out_type = [
-        jax.ShapeDtypeStruct((states, spec.padded, spec.cols), F32),
-        jax.ShapeDtypeStruct((states, spec.cols), F32),
-        jax.ShapeDtypeStruct((states, spec.cols), F32),
-    ]
+    result = lambda *shape: _manual.result(shape, F32, arrays)
+    out_type = [result(states, spec.padded, spec.cols), result(states, spec.cols), result(states, spec.cols)]
     if spec.want_scores:
-        out_type.append(jax.ShapeDtypeStruct((spec.batch, spec.heads, spec.slots, spec.cols), F32))
+        out_type.append(result(spec.batch, spec.heads, spec.slots, spec.cols))
 
     def kvattn_gpu_decode(*refs, **shared):
         names = [

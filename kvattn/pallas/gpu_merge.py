@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, spread, store
 from kvattn.pallas.shares import Counts
@@ -77,8 +77,8 @@ def merge(
     kernel = plgpu.kernel(
         kvattn_gpu_merge,
         out_type=(
-            jax.ShapeDtypeStruct((segments, features, cols), jnp.float32),
-            jax.ShapeDtypeStruct((segments, cols), jnp.float32),
+            _manual.result((segments, features, cols), jnp.float32, (partial, top, total, count)),
+            _manual.result((segments, cols), jnp.float32, (partial, top, total, count)),
         ),
         grid=(segments,),
         grid_names=("segment",),

@@ -11,6 +11,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.request import Request
 
@@ -92,4 +93,4 @@ def pages_of(chosen: Plan, table: Array, per_tile: int, num_pages: int) -> Array
         page = jnp.where(there, page, last)
         return page, page
 
-    return jax.lax.scan(keep, jnp.zeros((per_tile,), jnp.int32), (page, there))[1]
+    return _manual.scan(keep, jnp.zeros((per_tile,), jnp.int32), (page, there))[1]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
@@ -120,11 +121,12 @@ def _block(tail: list[int], last: bool) -> tuple[int, tuple[int, int]]:
 
 def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec, last: bool) -> Array:
     """Puts token i of x [steps, K, 1, F] ([steps, K, F, 1] if last) into the block that the scalars name."""
-    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    array = _manual.like(array, scalars, x)
+    shape: Any = _manual.result(array.shape, array.dtype, array)
     if not interpreted():
         # Otherwise XLA moves what fits there into VMEM as a whole, and back again.
+        shape = pltpu.MemorySpace.HBM.like(array)
         array = pltpu.with_memory_space_constraint(array, pltpu.MemorySpace.HBM)
-        shape = pltpu.MemorySpace.HBM(array.shape, array.dtype)
     block: Any = spec.block_shape
     return pl.pallas_call(
         functools.partial(_body, axis=-1 if last else -2),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.codecs import Int4
 from kvattn.pallas import common, interpreted, tiles, tpu_read
@@ -106,13 +107,11 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
         inputs.append(jnp.pad(slopes, ((0, 0), (0, padded - count)))[..., None])
         in_specs.append(pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0)))
     out_specs = [by_row(heads, padded, view.value_head_dim), by_row(heads, padded, 1)]
-    out_shape = [
-        jax.ShapeDtypeStruct((batch, heads, padded, view.value_head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch, heads, padded, 1), jnp.float32),
-    ]
+    result = lambda *shape: _manual.result(shape, jnp.float32, (scalars, inputs))
+    out_shape = [result(batch, heads, padded, view.value_head_dim), result(batch, heads, padded, 1)]
     if request.want_mass:
         out_specs.append(pl.BlockSpec((1, heads, padded, rows), lambda i, n, row, tile, *_: (row[i], 0, 0, tile[i])))
-        out_shape.append(jax.ShapeDtypeStruct((batch, heads, padded, slots), jnp.float32))
+        out_shape.append(result(batch, heads, padded, slots))
     body = functools.partial(
         _body,
         names=names,

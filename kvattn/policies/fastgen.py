@@ -9,7 +9,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvattn import _checks
+from kvattn import _checks, _manual
+from kvattn._trees import portable
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.masks import EMPTY
@@ -21,8 +22,9 @@ SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 
 
 @typing.no_type_check
+@portable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Profile:
     """What each head keeps, and what lies in its slots.
 
@@ -156,7 +158,7 @@ class FastGen(Policy):
         # One token came, so one leaves; more only where special tokens have overtaken others (then it sorts).
         lowest, over = too_many(bound)
         _, over_again = too_many(bound & ~lowest)
-        leaves = jax.lax.cond(
+        leaves = _manual.cond(
             jnp.any(over_again & jnp.any(bound & ~lowest, axis=-1, keepdims=True)),
             lambda: bound & ~scored.best(scores, state.positions, there, share),
             lambda: lowest & over,

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvattn import _checks
+from kvattn import _checks, _manual
+from kvattn._trees import portable
 from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY
@@ -16,8 +17,9 @@ from kvattn.policies.base import Policy, State
 
 
 @typing.no_type_check
+@portable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """Which token lies in which slot, and when it was unimportant.
 
@@ -150,7 +152,7 @@ class Scissorhands(Policy):
             positions = jnp.where(over & ~keep, EMPTY, positions)
             return positions, None if places is None else scored.places(positions)
 
-        positions, places = jax.lax.cond(jnp.any(over), shrink, lambda *same: same, state.positions, state.places)
+        positions, places = _manual.cond(jnp.any(over), shrink, lambda *same: same, state.positions, state.places)
         return Record(positions, low, places)
 
     def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):
@@ -214,7 +216,7 @@ class Scissorhands(Policy):
                 jnp.int32
             )
 
-        return jax.lax.fori_loop(1, low.shape[2], lambda byte, count: count + bits(byte), bits(0), unroll=5)
+        return _manual.fori_loop(1, low.shape[2], lambda byte, count: count + bits(byte), bits(0), unroll=5)
 
     @staticmethod
     def _record(low: Array, over_written: Array, new: Array) -> Array:

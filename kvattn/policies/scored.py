@@ -6,14 +6,16 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from kvattn._trees import portable
 from kvattn._typing import Array
 from kvattn.masks import EMPTY
 from kvattn.policies.base import NOWHERE
 
 
 @typing.no_type_check
+@portable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Slots:
     """Which token lies in which slot, per key/value head, and its score.
 

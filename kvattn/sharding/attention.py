@@ -99,6 +99,7 @@ def cached_attention(
         Else as `kvattn.cached_attention`.
     """
     place = place_of(mesh, axis, data_axis)
+    cache = cache.usable() if isinstance(cache, Cache) else cache
     place.check_mesh("the cache", cache)
     if getattr(query, "ndim", 0) == 4:
         num_heads = query.shape[2] if num_heads is None else _real_heads(num_heads, query.shape[2])
@@ -177,8 +178,8 @@ def _run(plan: _Plan, args: tuple[Any, ...]) -> tuple[Array, Cache]:
         local = batch.local(place, plan.step, plan.num_heads, plan.copies, within=True)
     else:
         local = SCHEMES[plan.by].local(place, plan.step, plan.num_heads, plan.copies)
-    out_specs = (specs[0], specs[3])
-    return jax.shard_map(local, mesh=place.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+    out_specs, checked = (specs[0], specs[3]), SCHEMES[plan.by].is_checked(args[3])
+    return jax.shard_map(local, mesh=place.mesh, in_specs=specs, out_specs=out_specs, check_vma=checked)(*args)
 
 
 def _split_within(by: str, place: Place, query: Array, cache: Cache) -> bool:

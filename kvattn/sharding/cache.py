@@ -16,7 +16,7 @@ from kvattn.sharding.choose import KNOWN, choose
 from kvattn.sharding.place import Place, names, place_of
 
 SCHEMES: dict[str, Any] = {"heads": heads, "batch": batch, "sequence": sequence, "replicated": replicated}
-"""Modules of the same functions: check, arrange, cache_specs, token_specs, local."""
+"""Modules of the same functions: check, arrange, cache_specs, token_specs, is_checked, local."""
 
 
 def cache_sharding(
@@ -71,7 +71,7 @@ def shard_cache(
         ShardingError, UnsupportedError: as `cache_sharding`.
         StaleCacheError: the cache was donated.
     """
-    _checks.not_donated("the cache", cache)
+    cache = cache.usable()
     place = place_of(mesh, axis, data_axis)
     cache = arrange(cache, mesh, by=by, axis=axis, data_axis=data_axis, num_kv_heads=num_kv_heads)
     return place.put(cache, SCHEMES[resolved(place, cache, by)].cache_specs(place, cache))

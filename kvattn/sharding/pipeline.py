@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kvattn import _checks
+from kvattn import _checks, _manual
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, ShapeError, ShardingError
 from kvattn.sharding.place import Place, place_of
@@ -64,6 +64,7 @@ def pipeline(
     args, specs = (weights, inputs, caches, extras), (split(weights), P(), split(caches), whole(extras))
     if place.is_explicit:
         args = place.put(args, specs)
+    # Unchecked: `layer` is the user's, and may hold loops that JAX's types do not let through.
     run = jax.shard_map(_stages(place, layer), mesh=mesh, in_specs=specs, out_specs=(P(), specs[2]), check_vma=False)
     return run(*args)
 
@@ -97,7 +98,7 @@ def _stages(place: Place, layer: Layer) -> Callable[..., Any]:
                 return (x, jax.tree.map(lambda c, new: _put(c, number, microbatch, new), caches, cache)), None
 
             numbers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
-            return jax.lax.scan(one, (x, caches), (numbers, weights))[0]
+            return _manual.scan(one, (x, caches), (numbers, weights))[0]
 
         def tick(carry: Any, t: Array) -> tuple[Any, None]:
             x, outputs, caches = carry
@@ -106,14 +107,14 @@ def _stages(place: Place, layer: Layer) -> Callable[..., Any]:
             at = jnp.clip(microbatch, 0, count - 1)
             x = jnp.where(stage == 0, jax.lax.dynamic_index_in_dim(inputs, at, 0, keepdims=False), x)
             # An idle stage must leave its caches alone.
-            x, caches = jax.lax.cond(busy, stage_on, lambda _, x, caches: (x, caches), at, x, caches)
+            x, caches = _manual.cond(busy, stage_on, lambda _, x, caches: (x, caches), at, x, caches)
             done = jax.lax.dynamic_update_index_in_dim(outputs, x, at, 0)
             outputs = jnp.where(busy & (stage == num_stages - 1), done, outputs)
             return (jax.lax.ppermute(x, axis, onwards), outputs, caches), None
 
         ticks = jnp.arange(num_stages + count - 1, dtype=jnp.int32)
         start = jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs), caches
-        (_, outputs, caches), _ = jax.lax.scan(tick, start, ticks)
+        (_, outputs, caches), _ = _manual.scan(tick, start, ticks)
         # Only the last stage has them: to the others they are zeros.
         return jax.lax.psum(outputs, axis), caches
 

@@ -51,6 +51,11 @@ def token_specs(place: Place) -> tuple[Any, Any, Any, Any]:
     return P(place.data, None, place.axis, None), P(place.data), P(place.data), P(place.axis)
 
 
+def is_checked(cache: Cache) -> bool:
+    """As by heads: not."""
+    return heads.is_checked(cache)
+
+
 def local(place: Place, step: Step, num_heads: int, copies: int) -> Any:
     """What each device does: its query heads against the one key/value head."""
     step = heads.local(place, step, num_heads, copies)

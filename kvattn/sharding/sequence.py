@@ -83,6 +83,11 @@ def token_specs(place: Place) -> tuple[Any, Any, Any, Any]:
     return tokens, tokens, tokens, P()
 
 
+def is_checked(cache: Cache) -> bool:
+    """Whether JAX can check that devices agree on what they share; it takes gathered scores for different ones."""
+    return not cache.policy.needs_mass
+
+
 def local(place: Place, step: Step, num_heads: int, copies: int) -> Any:
     """What each device does: attend to its slots, and merge."""
     del copies
@@ -116,16 +121,20 @@ class Share(Slots):
 
     def write(self, cache: Cache, slots: Array, key: Array, value: Array, implementation: Any = "xla") -> Cache:
         """Stores the tokens whose slots are here."""
-        store, here = cache.store, slots
+        store, here = cache.store, self.of_store(cache.store, slots)
         if isinstance(store, Layout):
-            rows, row = store.rows // self.size, slots % store.rows
-            mine = (slots >= 0) & (row // rows == jax.lax.axis_index(self.axis))
-            here = jnp.where(mine, slots // store.rows * rows + row % rows, -1)
             store = self._layout(store)
-        # Else pages that are elsewhere have numbers outside this pool, and are not written.
         written = cache.write(here, key, value, api.writer(store, implementation))
         unfit = cache.unfit(slots, key.swapaxes(1, 2), value.swapaxes(1, 2))
         return written.replace(status=bits.mark(cache.status, unfit, bits.NONFINITE))
+
+    def of_store(self, store: Any, slots: Array) -> Array:
+        """Those that are here, counted here."""
+        if not isinstance(store, Layout):
+            return slots  # pages that are elsewhere have numbers outside this pool: neither read nor written
+        rows, row = store.rows // self.size, slots % store.rows
+        mine = (slots >= 0) & (row // rows == jax.lax.axis_index(self.axis))
+        return jnp.where(mine, slots // store.rows * rows + row % rows, -1)
 
     def view(self, cache: Cache, places: Array | None) -> View:
         """The slots that are here."""

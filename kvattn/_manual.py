@@ -1,0 +1,77 @@
+"""Loops, branches and kernels that run inside a user's `jax.shard_map` too.
+
+There the type of a value names the mesh axes over which devices hold different ones. A loop demands the same type of
+what it starts from as of what it goes on with, a branch the same of both sides, and a kernel wants to be told. What
+starts from constants differs over no axis yet. Outside `jax.shard_map` all this is `jax.lax`'s own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import ManualAxisType
+
+
+def fori_loop(first: Any, end: Any, body: Callable[[Any, Any], Any], start: Any, **options: Any) -> Any:
+    """`jax.lax.fori_loop`; `start` may differ over fewer mesh axes than what `body` returns."""
+    return jax.lax.fori_loop(first, end, body, _settled(lambda carry: body(first, carry), start), **options)
+
+
+def scan(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`; `start` may differ over fewer mesh axes than what `body` returns."""
+    one = lambda carry: body(carry, jax.tree.map(lambda x: x[0], xs))[0]
+    return jax.lax.scan(body, _settled(one, start), xs)
+
+
+def cond(pred: Any, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+    """`jax.lax.cond`; the branches may return what differs over different mesh axes."""
+    if _is_manual():
+        axes = jax.tree.map(lambda a, b: _axes(a) | _axes(b), *(jax.eval_shape(f, *operands) for f in (yes, no)))
+        yes, no = (lambda *x, f=f: jax.tree.map(_over, f(*x), axes) for f in (yes, no))
+    return jax.lax.cond(pred, yes, no, *operands)
+
+
+def like(x: Any, *others: Any) -> Any:
+    """The array x, as different over mesh axes as any array of the trees `others`."""
+    return _over(x, _axes_of(others)) if _is_manual() else x
+
+
+def result(shape: tuple[int, ...], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: it differs over the mesh axes over which any array of the tree `operands` does."""
+    if not _is_manual():
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=_axes_of(operands)))
+
+
+def _is_manual() -> bool:
+    """Whether types name mesh axes here: inside `jax.shard_map`, but not under ``check_vma=False``."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(axes) and bool(_axes(jax.lax.axis_index(axes[0])))
+
+
+def _settled(step: Callable[[Any], Any], carry: Any) -> Any:
+    """The carry, as different over mesh axes as anything that `step` makes of it.
+
+    One look is enough: what differs over an axis comes from what `step` closes over, or from the carry.
+    """
+    if not _is_manual():
+        return carry
+    axes = _axes_of((carry, jax.eval_shape(step, carry)))
+    return jax.tree.map(lambda x: _over(x, axes), carry)
+
+
+def _axes_of(tree: Any) -> frozenset[str]:
+    """The mesh axes over which any array of a tree differs."""
+    return frozenset().union(*map(_axes, jax.tree.leaves(tree)))
+
+
+def _axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which devices hold different values of x."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _over(x: Any, axes: frozenset[str]) -> Any:
+    """x, as a value that may differ over these axes as well."""
+    x = jnp.asarray(x)
+    return jax.lax.pcast(x, tuple(sorted(axes - _axes(x))), to="varying") if axes - _axes(x) else x

@@ -1,0 +1,142 @@
+"""Trees of arrays that leave the process: what `jax.export` and `flax.serialization` need to know of our classes.
+
+A program that `jax.export` writes names the trees it takes and returns, settings included; Flax writes the arrays. Both
+ask for it class by class. What is read is checked: settings are data, never code.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn.errors import CacheVersionError
+
+_NODES: list[type] = []
+
+
+def portable[T: type](node: T) -> T:
+    """Lets a dataclass of arrays, registered with ``jax.tree_util.register_dataclass``, be written and read.
+
+    Its static fields are settings: None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those.
+    """
+    jax.export.register_pytree_node_serialization(
+        node,
+        serialized_name=f"kvattn.{node.__name__}" if _is_ours(node) else _name(node),
+        serialize_auxdata=lambda settings: json.dumps([_plain(x) for x in settings]).encode(),
+        deserialize_auxdata=lambda text: tuple(_read(x) for x in json.loads(text)),
+    )
+    _NODES.append(node)
+    return node
+
+
+def tell_flax() -> None:
+    """Registers all `portable` classes with `flax.serialization`, if the program has loaded that; never loads it."""
+    flax = sys.modules.get("flax.serialization")
+    for node in _NODES if flax is not None else ():
+        if not flax.is_serializable(node):
+            flax.register_serialization_state(node, _state_dict, _from_state_dict)
+
+
+def _state_dict(tree: Any) -> dict[str, Any]:
+    """The arrays by name, and the settings as text."""
+    flax: Any = sys.modules["flax.serialization"]
+    arrays = {name: flax.to_state_dict(getattr(tree, name)) for name in array_fields(tree)}
+    return {**arrays, "settings": _settings(tree)}
+
+
+def _from_state_dict(target: Any, state: dict[str, Any]) -> Any:
+    """The target with the arrays of a state dict, which must be of its kind."""
+    flax: Any = sys.modules["flax.serialization"]
+    kind = type(target).__name__
+    missing = sorted({*array_fields(target), "settings"} - set(state))
+    if missing:
+        raise CacheVersionError(f"what was stored is no {kind}, or another version's: it has no {', '.join(missing)}.")
+    here, there = (
+        {n: _read(x) for n, x in json.loads(text).items()} for text in (_settings(target), state["settings"])
+    )
+    other = [n for n in sorted({*here, *there}) if here.get(n) != there.get(n)]
+    if other:
+        listed = ", ".join(f"{n} {there.get(n)} where the target has {here.get(n)}" for n in other)
+        raise CacheVersionError(f"the stored {kind} has {listed}. Make the target as the stored one was made.")
+    new = {n: flax.from_state_dict(getattr(target, n), state[n], name=n) for n in array_fields(target)}
+    for name, value in new.items():
+        here, there = (jax.tree.map(_shape, tree) for tree in (getattr(target, name), value))
+        if here != there:
+            raise CacheVersionError(
+                f"{name} of the stored {kind} is {there}, the target's is {here}: make the target with the sizes of "
+                "the stored one."
+            )
+    return dataclasses.replace(target, **new)
+
+
+def array_fields(tree: Any) -> list[str]:
+    """The fields of a dataclass that hold arrays; the others are settings."""
+    return [f.name for f in dataclasses.fields(tree) if not f.metadata.get("static")]
+
+
+def _settings(tree: Any) -> str:
+    arrays = array_fields(tree)
+    settings = {f.name: _plain(getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.name not in arrays}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _shape(x: Any) -> tuple[tuple[int, ...], str]:
+    return np.shape(x), str(jnp.result_type(x))
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "kvattn"
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    """A setting in JSON."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple": [_plain(x) for x in value]}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": _name(type(value)), "fields": fields}
+    return {"dtype": jnp.dtype(value).name}
+
+
+def _read(value: Any) -> Any:
+    """The setting that `_plain` wrote."""
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_read(x) for x in value["tuple"])
+    if "dtype" in value:
+        return jnp.dtype(value["dtype"])
+    try:
+        return _kind(value["kind"])(**{name: _read(x) for name, x in value["fields"].items()})
+    except (KeyError, TypeError) as error:
+        raise CacheVersionError(f"a stored program has settings that this version does not know: {value}.") from error
+
+
+def _kind(name: str) -> type:
+    """A class of settings by its name: one of ours, or of a module that the program has loaded."""
+    module, _, path = name.partition(":")
+    if module.split(".")[0] == "kvattn" and module not in sys.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise CacheVersionError(f"{name} is not known to this version of kvattn.") from error
+    kind: Any = sys.modules.get(module)
+    if kind is None:
+        raise CacheVersionError(f"{name} is not loaded: import {module} before what was stored with it.")
+    for part in path.split("."):
+        kind = getattr(kind, part, None)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise CacheVersionError(f"{name} is no class of settings in this version.")
+    return kind
