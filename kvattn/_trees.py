@@ -28,16 +28,25 @@ def portable[T: type](node: T) -> T:
     jax.export.register_pytree_node_serialization(
         node,
         serialized_name=f"kvattn.{node.__name__}" if _is_ours(node) else _name(node),
-        serialize_auxdata=lambda settings: json.dumps([_plain(x) for x in settings]).encode(),
-        deserialize_auxdata=lambda text: tuple(_read(x) for x in json.loads(text)),
+        serialize_auxdata=lambda settings: json.dumps(_plain(settings)).encode(),
+        deserialize_auxdata=read,
     )
     _NODES.append(node)
     return node
 
 
+def read(text: str | bytes) -> Any:
+    """Settings that were written as text.
+
+    Raises:
+        CacheVersionError: of a class that is not there, or that has other fields.
+    """
+    return _read(json.loads(text))
+
+
 def tell_flax() -> None:
     """Registers all `portable` classes with `flax.serialization`, if the program has loaded that; never loads it."""
-    flax = sys.modules.get("flax.serialization")
+    flax: Any = sys.modules.get("flax.serialization")
     for node in _NODES if flax is not None else ():
         if not flax.is_serializable(node):
             flax.register_serialization_state(node, _state_dict, _from_state_dict)
@@ -57,9 +66,7 @@ def _from_state_dict(target: Any, state: dict[str, Any]) -> Any:
     missing = sorted({*array_fields(target), "settings"} - set(state))
     if missing:
         raise CacheVersionError(f"what was stored is no {kind}, or another version's: it has no {', '.join(missing)}.")
-    here, there = (
-        {n: _read(x) for n, x in json.loads(text).items()} for text in (_settings(target), state["settings"])
-    )
+    here, there = (dict(read(text)) for text in (_settings(target), state["settings"]))
     other = [n for n in sorted({*here, *there}) if here.get(n) != there.get(n)]
     if other:
         listed = ", ".join(f"{n} {there.get(n)} where the target has {here.get(n)}" for n in other)
@@ -82,8 +89,8 @@ def array_fields(tree: Any) -> list[str]:
 
 def _settings(tree: Any) -> str:
     arrays = array_fields(tree)
-    settings = {f.name: _plain(getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.name not in arrays}
-    return json.dumps(settings, sort_keys=True)
+    named = ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.name not in arrays)
+    return json.dumps(_plain(tuple(named)))
 
 
 def _shape(x: Any) -> tuple[tuple[int, ...], str]:

@@ -643,3 +643,40 @@ def test_a_page_that_a_window_has_left_may_be_anothers(implementation):
     for clean, dirty in zip(run(False), run(True), strict=True):
         assert np.isfinite(clean).all()
         suites.assert_same_bits(clean, dirty)
+
+
+@pytest.mark.parametrize("implementation", suites.IMPLEMENTATIONS)
+@pytest.mark.parametrize("worst", [np.nan, np.inf, -np.inf])
+def test_position_decides_whom_a_bad_value_reaches(implementation, worst):
+    """A value that is not finite reaches the queries that may attend to it, feature by feature, and no other.
+
+    Weights of what is hidden are 0, but 0 times NaN is NaN: within a chunk before the token, after it left the window.
+    """
+    rng, window, length = np.random.default_rng(0), 3, 8
+    query, key, value = (rng.normal(size=(2, length, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    bad = value.copy()
+    bad[0, 1, 1, 5] = bad[0, 5, 1, 2] = worst
+
+    @jax.jit
+    def run(value):
+        cache = kvattn.KVCache.create(2, 2, 8, capacity=8, dtype=jnp.float32, layout=Layout(8, 4, True))
+        outs = []
+        for first, end in ((0, 4), (4, 7), (7, 8)):
+            new = (x[:, first:end] for x in (query, key, value))
+            out, cache = kvattn.cached_attention(*new, cache, window=window, implementation=implementation)
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1)
+
+    expected = np.asarray(run(value))
+    for at, feature in ((1, 5), (5, 2)):
+        expected[0, at : at + window, 2:, feature] = worst  # the query heads of that key/value head
+    np.testing.assert_allclose(np.asarray(run(bad)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_an_earlier_query_is_finite_beside_a_bad_value():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, 4, 2, 8)), jnp.float32) for _ in range(3))
+    cache = kvattn.KVCache.create(1, 2, 8, capacity=4, dtype=jnp.float32)
+    first = lambda query, value: jnp.sum(kvattn.cached_attention(query, key, value, cache)[0][:, :2] ** 2)
+    clean, dirty = (jax.jit(jax.grad(first))(query, v) for v in (value, value.at[:, 3].set(jnp.nan)))
+    suites.assert_same_bits(clean, dirty)

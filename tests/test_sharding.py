@@ -186,6 +186,18 @@ def test_a_token_that_cannot_be_encoded_is_marked_once():
         cache.check()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_last_device_alone_saw_is_told(kind):
+    """By heads each device marks the rows of its own: `check` asks all of them."""
+    mesh = mesh_of(kind)
+    cache = kvattn.KVCache.create(2, 8, 8, capacity=4, codec=kvattn.Int8(), dtype=jnp.float32)
+    key = jnp.ones((2, 1, 8, 8)).at[1, 0, 7, 0].set(jnp.nan)
+    cache = kvattn.sharding.shard_cache(cache, mesh, by="heads")
+    step = lambda key, cache: kvattn.sharding.cached_attention(key, key, key, cache, mesh=mesh, by="heads")[1]
+    with pytest.raises(errors.RangeError, match=r"rows \[1\]"):
+        jax.jit(step)(key, cache).check()
+
+
 def kernel_case(by, num_kv_heads):
     make_it = lambda: kvattn.KVCache.create(
         B, num_kv_heads, 128, capacity=64, dtype=jnp.float32, layout=kvattn.cache.Layout(64, 64, False)

@@ -12,6 +12,7 @@ from suites import CHUNK, HV, POLICIES, STEPS, B, by_id, make_cache, tokens
 
 import kvattn
 from kvattn import errors
+from kvattn.cache import status as bits
 
 FULL, RING = by_id(POLICIES, "full", "ring5")
 IMPLEMENTATION = "xla"
@@ -605,3 +606,42 @@ def test_the_given_cache_survives_verbs():
     cache.trim(1), cache.select([0]), cache.reset(), dataclasses.replace(cache)
     for a, b in zip(before, jax.tree.leaves(cache), strict=True):
         assert_same_bits(a, b, "a cache after its verbs")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "codec", "largest"),
+    [
+        (jnp.float16, jnp.float32, None, 65504.0),
+        (jnp.float16, jnp.bfloat16, None, 65504.0),
+        (jnp.bfloat16, jnp.float32, None, 3.38e38),
+        (jnp.float16, jnp.float32, kvattn.KIVI(2, 2, 2), 65504.0),
+    ],
+)
+def test_a_number_that_is_too_large_is_not_stored_silently(dtype, given, codec, largest):
+    """It would become infinite. What is infinite or NaN already is stored as it is, unless a codec cannot."""
+    cache = kvattn.KVCache.create(2, 1, 4, capacity=4, codec=codec, dtype=dtype)
+    ones = jnp.ones((2, 1, 1, 4), given)
+    step = jax.jit(kvattn.cached_attention)
+    for name, key, value in (("key", 0, 1), ("value", 1, 0)):
+        pair = [ones, ones.at[1, 0, 0, 2].set(jnp.asarray(-1.02 * largest if largest < 1e38 else 3.4e38, given))]
+        with pytest.raises(errors.RangeError, match=r"rows \[1\] have keys or values .*beyond"):
+            kvattn.cached_attention(ones, pair[1 - key], pair[1 - value], cache)
+        _, marked = step(ones, pair[1 - key], pair[1 - value], cache)
+        with pytest.raises(errors.RangeError, match=r"rows \[1\].*too large"):
+            marked.check()
+        assert np.asarray(marked.status).tolist() == [0, bits.NONFINITE], name
+    fits = ones.at[1, 0, 0, 2].set(jnp.asarray(0.99 * largest, given))
+    assert not np.asarray(step(ones, fits, fits, cache)[1].check().status).any()
+    if codec is None:
+        bad = ones.at[1, 0, 0, 2].set(jnp.nan).at[1, 0, 0, 3].set(jnp.inf)
+        assert not np.asarray(step(ones, bad, bad, cache)[1].check().status).any()
+
+
+def test_float8_and_int8_take_what_float16_does_not():
+    """They keep a float32 scale: nothing becomes infinite, whatever the cache's dtype."""
+    big = jnp.full((1, 1, 1, 4), 1e6, jnp.float32)
+    for codec in (kvattn.Int8(), kvattn.Float8()):
+        cache = kvattn.KVCache.create(1, 1, 4, capacity=4, codec=codec, dtype=jnp.float16)
+        out, cache = kvattn.cached_attention(big * 1e-6, big, big, cache)
+        np.testing.assert_allclose(out, big, rtol=0.01)
+        cache.check()
