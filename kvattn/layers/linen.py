@@ -17,7 +17,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import caching, full, linen_parts, settings
+from kvattn.layers import caching, full, linen_parts, masking, originals, settings
 
 __all__ = [
     "GroupedQueryAttention",
@@ -140,7 +140,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             inputs_k: [..., S, D']; `inputs_q` if None (self-attention).
             inputs_v: [..., S, D']; `inputs_k` if None.
             inputs_kv: deprecated: both of the above.
-            mask: True where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in decode).
+            mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in
+                decode). A negative entry is an error, and in `jax.jit` makes its row of the batch NaN: numbers to be
+                added to the scores are no mask.
             deterministic: no dropout. Given here or as a field, not both.
             dropout_rng: a key for dropout; the stream "dropout" if None.
             sow_weights: sow the weights [..., N, T, S] as "attention_weights" in "intermediates"; the output stays
@@ -187,7 +189,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
                 mask=mask,
                 input_positions=input_positions,
                 sow_weights=sow_weights,
-                attention_fn=self.attention_fn is not nn.dot_product_attention,
+                attention_fn=self.attention_fn is not originals.linen_attention,
                 inputs_k=cross_cache and key_given,
                 dropout=self.dropout_rate > 0 and (self.deterministic is False or deterministic is False),
             )
@@ -221,8 +223,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             query, key = (full.rotate(self.rope, x, input_positions) for x in (query, key))
         rules |= {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
         x = self._attend(query, key, value, mask, deterministic, dropout_rng, sow_weights, rules)
-        y = project.out(x, inputs_q.shape[-1])
-        return y if step is None else jnp.where(step.fits, y, 0)
+        if step is None:
+            return project.out(x, inputs_q.shape[-1])
+        return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
 
     def make_cache(
         self,
@@ -324,7 +327,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             if dropping and dropout_rng is None:
                 dropout_rng = self.make_rng("dropout")
         einsums = linen_parts.einsums(self)
-        if self.attention_fn is not nn.dot_product_attention:
+        if self.attention_fn is not originals.linen_attention:
             given = {
                 "mask": mask,
                 "dropout_rng": dropout_rng,
@@ -340,9 +343,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             given |= {"module": self} if sow_weights else {}
             return linen_parts.call_foreign(self.attention_fn, query, key, value, given, rules)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        mask, spoiled = masking.as_bool(mask, query.ndim)
         x, weights = full.attend(
             *map(self._forced, (query, key, value)),
-            mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+            mask=mask,
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng if dropping else None,
             broadcast_dropout=self.broadcast_dropout,
@@ -355,7 +359,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         if weights is not None:
             weights = weights if self.force_fp32_for_softmax else weights.astype(query.dtype)
             self.sow("intermediates", "attention_weights", weights)
-        return x
+        return masking.spoil(x, spoiled)
 
     def _forced(self, x: Array) -> Array:
         """`x`, as wide as Flax's weights are with `force_fp32_for_softmax`."""
