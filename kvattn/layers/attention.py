@@ -143,10 +143,9 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         by: str = "auto",
         axis: str = "model",
     ):
+        settings.check(locals())
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _checks.head_counts(num_heads, num_kv_heads)
-        settings.scores(scale, softcap, window)
-        settings.clip(qkv_clip)
         self.num_heads = num_heads
         self.in_features = in_features
         self.qkv_features = settings.qkv_features(num_heads, qkv_features, in_features, head_dim)
@@ -154,8 +153,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.num_kv_heads = num_kv_heads
         self.head_dim = settings.head_dim(num_heads, self.qkv_features, head_dim)
-        value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
-        self.value_head_dim = _checks.integer("value_head_dim", value_head_dim, 1)
+        self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
         settings.finite_rope(rope, self.head_dim)
 
         self.dtype = dtype
@@ -187,7 +185,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         self.policy = policy
         self.codec = codec
         self.implementation = implementation
-        self.mesh, self.by, self.axis = mesh, settings.scheme(by), axis
+        self.mesh, self.by, self.axis = mesh, by, axis
         check_additions(
             attention_fn,
             self.head_dim,
@@ -264,7 +262,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
             bias_metadata=out_bias_metadata or bias_metadata,
         )
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **sinks_metadata) if sinks else nnx.data(None)
-        self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
+        self.rngs = rngs.dropout.fork() if keep_rngs and self.dropout_rate > 0 else None
         self.cached_key = nnx.data(None)
         self.cached_value = nnx.data(None)
         self.cache_index = nnx.data(None)

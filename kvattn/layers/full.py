@@ -255,10 +255,13 @@ def matmul_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
     """Sets the precision of the matrix products inside; a pair (one per operand) counts by its first."""
     if precision is None:
         return contextlib.nullcontext()
-    if isinstance(precision, tuple):
+    if isinstance(precision, tuple | list):
         precision = precision[0]
-    name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
-    return jax.default_matmul_precision(name)
+    if isinstance(precision, jax.lax.Precision):
+        precision = precision.name.lower()
+    elif isinstance(precision, jax.lax.DotAlgorithmPreset):
+        precision = precision.name
+    return jax.default_matmul_precision(precision)
 
 
 def _wide(dtype: Any) -> Any:

@@ -5,6 +5,7 @@ protocol (the collection `cache`) are Flax's. What this module adds to Flax's ha
 `kvattn.layers.MultiHeadAttention`.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,15 +105,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
 
     def __post_init__(self):
         super().__post_init__()
+        settings.check({field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init})
         _checks.head_counts(self.num_heads, self._num_kv_heads)
-        settings.scores(self.scale, self.softcap, self.window)
-        settings.clip(self.qkv_clip)
-        settings.scheme(self.by)
-        settings.dropout_rate(self.dropout_rate)
-        if self.value_head_dim is not None:
-            _checks.integer("value_head_dim", self.value_head_dim, 1)
         settings.qk_norm(self.qk_norm, self.normalize_qk)
-        settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
+        settings.alibi_slopes(self.alibi, self.num_heads)
+        if self.qkv_features is not None or self.head_dim is not None:
+            features = settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
+            settings.finite_rope(self.rope, settings.head_dim(self.num_heads, features, self.head_dim))
 
     @nn.compact
     def __call__(
@@ -252,6 +251,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         """
         if self.head_dim is None and self.qkv_features is None and in_features is None:
             raise ConfigError("the size of a head follows from the inputs here: pass in_features, or set head_dim.")
+        if in_features is not None:
+            _checks.integer("in_features", in_features, 1)
         features = settings.qkv_features(self.num_heads, self.qkv_features, in_features or 0, self.head_dim)
         size = settings.head_dim(self.num_heads, features, self.head_dim)
         return caching.create(
@@ -415,7 +416,7 @@ class MultiQueryAttention(MultiHeadDotProductAttention, kw_only=True):
     num_kv_heads: int | None = 1
 
     def __post_init__(self):
-        if self.num_kv_heads != 1:
+        if _checks.integer("num_kv_heads", self.num_kv_heads, 1) != 1:
             raise ConfigError(f"MultiQueryAttention has one key/value head, got num_kv_heads={self.num_kv_heads}.")
         super().__post_init__()
 

@@ -80,7 +80,7 @@ class Projections:
         """Projects heads [..., T, N, Hv] to features, as many as the input's unless the layer says otherwise."""
         layer = self.layer
         return nn.DenseGeneral(
-            features=layer.out_features or in_features,
+            features=in_features if layer.out_features is None else layer.out_features,
             axis=(-2, -1),
             kernel_init=layer.out_kernel_init or layer.kernel_init,
             bias_init=layer.out_bias_init or layer.bias_init,

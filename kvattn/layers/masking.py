@@ -48,7 +48,8 @@ def as_bool(mask: Any, rank: int) -> tuple[Array | None, Array | None]:
         raise ShapeError(f"a mask of rank {mask.ndim} does not fit scores of rank {rank}, mask shape {mask.shape}.")
     if not jnp.issubdtype(mask.dtype, jnp.unsignedinteger):
         if not _checks.is_concrete(mask):
-            return mask.astype(jnp.bool_), jnp.any(~(mask >= 0), axis=tuple(range(-min(mask.ndim, 3), 0)), keepdims=True)
+            not_batch = tuple(range(-min(mask.ndim, 3), 0))
+            return mask.astype(jnp.bool_), jnp.any(~(mask >= 0), axis=not_batch, keepdims=True)
         values = _checks.on_host(mask)
         bad = values[~(values >= 0)]
         if bad.size:

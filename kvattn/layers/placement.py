@@ -223,7 +223,7 @@ def like_rows(x: Array, reference: Array) -> Array:
 
 
 def like_batch(x: Array, reference: Array) -> Array:
-    """Moves the batch axes of `x`, one or that of `reference` each, to where those of `reference` are; the rest is whole.
+    """Moves the batch axes of `x` (each 1 or that of `reference`) to where those of `reference` are; the rest is whole.
 
     Does nothing outside an Explicit mesh.
     """
