@@ -123,7 +123,7 @@ def arguments_of(kind):
     """What the constructor of a layer takes, that of its base class included."""
     if issubclass(kind, nn.Module):
         return {field.name for field in dataclasses.fields(kind) if field.init} - {"parent", "name"}
-    return set(inspect.signature(layers.MultiHeadAttention).parameters)
+    return set(inspect.signature(layers.MultiHeadAttention.__init__).parameters) - {"self"}
 
 
 def make(kind, **changes):

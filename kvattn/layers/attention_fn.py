@@ -73,7 +73,7 @@ def dot_product_attention(
     Raises:
         ShapeError: shapes that do not fit each other.
         RangeError: a dropout rate outside [0, 1); a mask with a negative entry, where that can be seen.
-        DTypeError: a mask that holds neither bools nor numbers.
+        DTypeError: a mask that holds neither bools nor numbers; a bias of bools.
         ConfigError: dropout without a key.
 
     Example:
