@@ -35,6 +35,7 @@ def interpreted() -> bool:
     return _INTERPRETED.get()
 
 
+# pyright: reportUnsupportedDunderAll=false
 __all__ = ["compat", "decode_attention", "interpret", "paged_decode_attention", "tuning"]
 
 _ON_FIRST_USE = ("decode_attention", "paged_decode_attention")

@@ -11,6 +11,7 @@
 import importlib
 from typing import Any
 
+# pyright: reportUnsupportedDunderAll=false
 __all__ = ["gpu_paged_attention", "gqa", "mqa", "tpu_paged_attention"]  # noqa: F822
 
 
