@@ -1,12 +1,17 @@
 """Attention with a key/value cache that is small, fast and correct, for Flax on TPU, GPU and CPU.
 
-`import kvattn` needs JAX only. `kvattn.layers` and `kvattn.models` bring Flax in on first use.
+`import kvattn` needs JAX only. `kvattn.layers`, `kvattn.models` and `kvattn.generate` bring Flax in on first use;
+``from kvattn import *``, which takes all there is, does so at once.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvattn import cache as cache
+from kvattn import codecs as codecs
 from kvattn import errors as errors
+from kvattn import policies as policies
+from kvattn import positions as positions
 from kvattn.attend.full import dot_product_attention as dot_product_attention
 from kvattn.attend.state import merge_states as merge_states
 from kvattn.attend.step import cached_attention as cached_attention
@@ -32,19 +37,52 @@ if TYPE_CHECKING:
     from kvattn import models as models
     from kvattn import pallas as pallas
     from kvattn import sharding as sharding
+    from kvattn.models import generate as generate
+
+__all__ = [
+    "H2O",
+    "KIVI",
+    "FastGen",
+    "Float8",
+    "Full",
+    "Int4",
+    "Int8",
+    "KVCache",
+    "PagedKVCache",
+    "RoPE",
+    "Scissorhands",
+    "SlidingWindow",
+    "StreamingLLM",
+    "alibi_slopes",
+    "cache",
+    "cached_attention",
+    "codecs",
+    "dot_product_attention",
+    "errors",
+    "generate",
+    "jit",
+    "layers",
+    "memory",
+    "merge_states",
+    "models",
+    "pallas",
+    "policies",
+    "positions",
+    "sharding",
+]
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = {name: f"kvattn.{name}" for name in ("layers", "memory", "models", "pallas", "sharding")}
+_ON_FIRST_USE = ("layers", "memory", "models", "pallas", "sharding")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
-        return importlib.import_module(_ON_FIRST_USE[name])
+        return importlib.import_module(f"kvattn.{name}")
     if name == "generate":
         return importlib.import_module("kvattn.models").generate
     raise AttributeError(f"module 'kvattn' has no attribute {name!r}")
 
 
-def __dir__():
-    return sorted([*globals(), *_ON_FIRST_USE, "generate"])
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -54,6 +54,52 @@ def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> f
     return number
 
 
+def non_negative(name: str, value: Any) -> float:
+    """Checks a finite number, 0 or more."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise RangeError(f"{name} must be finite and >= 0, got {value}.")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Checks a static bool; 0 and 1 are bools too."""
+    if isinstance(value, jax.core.Tracer):
+        raise ConfigError(f"{name} must be known when the program is traced: pass a Python bool.")
+    is_bool = isinstance(value, bool | np.bool_)
+    is_bool |= getattr(value, "dtype", None) == jnp.bool_ and np.shape(value) == ()
+    if is_bool or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    raise DTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
+
+
+def function(name: str, value: Any) -> None:
+    """Checks something that will be called."""
+    if not callable(value):
+        raise DTypeError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
+
+
+def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> Any:
+    """Turns what NumPy and JAX take for a dtype ("float32", jnp.float32, ...) into one.
+
+    Args:
+        name: of the argument.
+        dtype: to be checked.
+        complex: whether a complex dtype will do.
+        bits: the least bits a float may have.
+    """
+    wanted = "a floating or complex dtype" if complex else "a floating dtype"
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.") from error
+    if found is None or not jnp.issubdtype(found, jnp.inexact if complex else jnp.floating):
+        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.")
+    if jnp.issubdtype(found, jnp.floating) and jnp.finfo(found).bits < bits:
+        raise DTypeError(f"{name} must have {bits} bits or more, got {found}: fewer are a codec's business.")
+    return found
+
+
 def head_counts(num_heads: Any, num_kv_heads: Any) -> None:
     """Checks that query heads divide into blocks, one per key/value head."""
     integer("num_heads", num_heads, 1)
@@ -65,28 +111,35 @@ def head_counts(num_heads: Any, num_kv_heads: Any) -> None:
         )
 
 
-def finite_scale(scale: Any) -> None:
+def finite_scale(scale: Any, name: str = "scale") -> None:
     """Checks a softmax scale; traced ones too, as far as that goes. Zero is allowed: a uniform average."""
     if scale is None:
         return
     if isinstance(scale, jax.core.Tracer):
-        _scalar("scale", scale)
-    elif not abs(_number("scale", scale)) <= FLOAT32_MAX:
-        raise RangeError(f"scale must be finite in float32, got {scale}.")
+        _scalar(name, scale)
+    elif not abs(_number(name, scale)) <= FLOAT32_MAX:
+        raise RangeError(f"{name} must be finite in float32, got {scale}.")
 
 
-def positive_softcap(softcap: Any) -> float | None:
+def positive_softcap(softcap: Any, name: str = "softcap") -> float | None:
     """Checks a soft cap on the scores."""
     if softcap is None:
         return None
     if isinstance(softcap, jax.core.Tracer):
-        raise ConfigError("softcap must be known when the program is traced: pass a Python float.")
-    number = _number("softcap", softcap)
+        raise ConfigError(f"{name} must be known when the program is traced: pass a Python float.")
+    number = _number(name, softcap)
     if not FLOAT32_TINY <= number <= FLOAT32_MAX:
-        raise RangeError(
-            f"softcap must be finite and > 0 (normal in float32), got {softcap}; leave it None for no cap."
-        )
+        raise RangeError(f"{name} must be finite and > 0 (normal in float32), got {softcap}; leave it None for no cap.")
     return number
+
+
+def real(name: str, value: Any) -> float:
+    """A real number that is known now, as a Python float; bools are refused."""
+    if isinstance(value, jax.core.Tracer):
+        raise ConfigError(f"{name} must be known when the program is traced: pass a Python number.")
+    if isinstance(value, bool | np.bool_):
+        raise DTypeError(f"{name} must be a number, got the bool {value}.")
+    return _number(name, value)
 
 
 def _number(name: str, value: Any) -> float:
@@ -112,11 +165,11 @@ def _scalar(name: str, value: Any) -> None:
         raise ShapeError(f"{name} must be a single number, got an array of shape {value.shape}.")
 
 
-def window(value: Any) -> int | None:
+def window(value: Any, name: str = "window") -> int | None:
     """Checks a window; None is no window. One that no int32 holds is beyond every position all the same."""
     if value is None:
         return None
-    return min(integer("window", value, 1, RangeError), INT32_MAX)
+    return min(integer(name, value, 1, RangeError), INT32_MAX)
 
 
 def floating(name: str, array: Any) -> jax.Array:
@@ -207,7 +260,7 @@ def not_donated(what: str, tree: Any) -> None:
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """Checks a name against the known ones."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"unknown {name} {value!r}; the known ones are {', '.join(map(repr, known))}.")
 
 

@@ -9,6 +9,28 @@ unchanged, its output is defined (zeros), a sticky status bit is set, and
 `kvattn.KVCache.check` raises the error named here.
 """
 
+__all__ = [
+    "BlockStateError",
+    "CacheCorruptionError",
+    "CacheVersionError",
+    "CapacityError",
+    "ConfigError",
+    "DTypeError",
+    "DuplicateSequenceError",
+    "KVAttnError",
+    "MissingFileError",
+    "MissingLibraryError",
+    "OffloadError",
+    "OutOfBlocksError",
+    "RangeError",
+    "ShapeError",
+    "ShardingError",
+    "StaleCacheError",
+    "UnknownNameError",
+    "UnknownSequenceError",
+    "UnsupportedError",
+]
+
 
 class KVAttnError(Exception):
     """Base of every error kvattn raises on purpose."""

@@ -327,6 +327,17 @@ def test_plain_calls_are_jax_nns_program(modes, dtype):
         assert program(dot_product_attention) == program(jax_nn)
 
 
+def test_it_may_take_the_name_of_jax_nns_function(monkeypatch):
+    x = jnp.asarray(normal((1, 3, 2, 4)))
+    both = jax.value_and_grad(lambda x: jnp.sum(jax.nn.dot_product_attention(x, x, x, is_causal=True) ** 2))
+    value, gradient = both(x)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    for call in (both, jax.jit(lambda x: both(x))):
+        ours, its_gradient = call(x)
+        np.testing.assert_allclose(ours, value, rtol=1e-6)
+        np.testing.assert_allclose(its_gradient, gradient, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["xla", "reference"])
 def test_rows_without_keys(impl):
     """Plain: jax.nn's average of all values. With an extra: 0 and -inf, or the sink."""

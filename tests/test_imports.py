@@ -5,6 +5,7 @@ package with one wrong import, judged by the same contracts, must be rejected.
 """
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -160,6 +161,77 @@ def test_public_submodules_are_attributes(name):
     result = run_python(f"import kvattn; print(kvattn.{name}.__name__); assert '{name}' in dir(kvattn)")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"kvattn.{name}"
+
+
+DOTTED = (
+    *("cache.KVCache", "codecs.Int8", "errors.KVAttnError", "policies.H2O", "positions.RoPE", "memory.plan"),
+    *("layers.MultiHeadAttention", "layers.linen.MultiHeadDotProductAttention", "layers.linen.SelfAttention"),
+    *("pallas.decode_attention", "pallas.compat.mqa", "pallas.tuning", "sharding.choose", "models.from_pretrained"),
+    *("models.DecoderConfig", "models.convert_to_gqa", "generate"),
+)
+
+
+def test_whatever_is_public_is_there_after_import_kvattn():
+    result = run_python("import kvattn\n" + "\n".join(f"kvattn.{name}" for name in DOTTED))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_star_import_brings_all_there_is_and_naming_it_brings_nothing():
+    code = """
+import sys, kvattn
+names = kvattn.__all__
+assert "flax" not in sys.modules and set(names) <= set(dir(kvattn))
+from kvattn import *
+assert all(globals()[name] is getattr(kvattn, name) for name in names)
+assert generate is models.generate and layers.linen.SelfAttention
+print(*names)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.split()
+    assert len(names) == len(set(names))
+    assert {name.split(".")[0] for name in DOTTED} <= set(names)
+    assert set(exported(PACKAGE / "__init__.py")) == set(names)
+
+
+def exported(path):
+    """What the code of a package makes public: all it defines, and of kvattn's all that it imports."""
+    imports_of_types = []
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            imports_of_types = node.body
+    for node in [*ast.parse(path.read_text()).body, *imports_of_types]:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kvattn":
+            names = [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+PACKAGES = ("attend", "cache", "codecs", "layers", "memory", "models", "pallas", "policies", "positions", "sharding")
+NOT_EXPORTED = {"pallas": {"interpreted"}}  # for other modules of kvattn
+LOADED_LATE = {"pallas": {"compat", "decode_attention", "paged_decode_attention", "tuning"}}
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, "errors", "layers.linen", "pallas.compat"])
+def test_all_of_a_package_is_in_its_list(name):
+    module = importlib.import_module(f"kvattn.{name}")
+    assert len(module.__all__) == len(set(module.__all__))
+    assert [n for n in module.__all__ if not hasattr(module, n)] == []
+    assert set(module.__all__) <= set(dir(module))
+    if name in PACKAGES or name == "errors":
+        path = PACKAGE / (f"{name}.py" if name == "errors" else f"{name}/__init__.py")
+        public = set(exported(path)) - NOT_EXPORTED.get(name, set()) | LOADED_LATE.get(name, set())
+        assert set(module.__all__) == public
+
+
+def test_every_package_has_a_list():
+    public = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"cli", "serving"}
+    assert public == set(PACKAGES)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -24,6 +24,8 @@ __all__ = ["IMPLEMENTATIONS", "dot_product_attention"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 
 _DECODE_KERNELS = ("mosaic_gpu", "mosaic_tpu")
+_JAX_NN = jax.nn.dot_product_attention
+"""Bound now: people assign the function of this module to that name."""
 _MAX_SCORES = 2**22
 """Scores per head (T * S) from which queries are taken in blocks."""
 _BLOCK_SCORES = 2**25
@@ -201,7 +203,7 @@ def _cudnn(call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
 def _jax_nn(call: Call, with_lse: bool, implementation: Any) -> tuple[jax.Array, jax.Array | None]:
     # jax.nn mixes dtypes and ranks on purpose; a caller's strict settings are about the caller's code.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result: Any = jax.nn.dot_product_attention(
+        result: Any = _JAX_NN(
             call.query,
             call.key,
             call.value,

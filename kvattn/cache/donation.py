@@ -10,6 +10,9 @@ from kvattn import _checks
 from kvattn.cache.base import Cache
 from kvattn.errors import StaleCacheError
 
+_JAX_JIT = jax.jit
+"""Bound now: people may assign `jit` to that name."""
+
 
 def jit(step: Callable[..., Any], *, donate: str | tuple[str, ...] = "cache", **options: Any) -> Callable[..., Any]:
     """Compiles a step that takes and returns caches; the caches it takes are donated and updated in place.
@@ -36,7 +39,7 @@ def jit(step: Callable[..., Any], *, donate: str | tuple[str, ...] = "cache", **
     >>> int(cache.lengths[0])
     1
     """
-    compiled = jax.jit(step, donate_argnames=donate, **options)
+    compiled = _JAX_JIT(step, donate_argnames=donate, **options)
     name = getattr(step, "__name__", "the step")
 
     @functools.wraps(step)

@@ -7,5 +7,15 @@ from kvattn.codecs.int8 import Int8 as Int8
 from kvattn.codecs.kivi import KIVI as KIVI
 from kvattn.codecs.plain import Plain as Plain
 
+__all__ = [
+    "ALL",
+    "KIVI",
+    "Codec",
+    "Float8",
+    "Int4",
+    "Int8",
+    "Plain",
+]
+
 ALL = (Plain, Int8, Float8, Int4, KIVI)
 """Every codec, for the shared test suite."""

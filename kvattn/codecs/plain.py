@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, accumulator, wider
 
@@ -16,11 +17,17 @@ class Plain(Codec):
 
     The two products take both operands in the wider of query and cache dtype and accumulate in
     float32 at least.
+
+    Args:
+        dtype: float32, bfloat16, float16 or float64, or its name.
     """
 
     dtype: Any = jnp.dtype(jnp.bfloat16)
 
     rounds: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", _checks.inexact("dtype", self.dtype, complex=False, bits=16))
 
     def encode(self, x: Array) -> dict[str, Array]:
         """Casts to the storage dtype."""

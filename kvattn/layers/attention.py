@@ -19,15 +19,17 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, ShapeError
-from kvattn.layers import caching, full, placement, settings
+from kvattn.layers import caching, full, masking, placement, settings
+from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import check_additions, dot_product_attention, resolve, takes
 from kvattn.layers.module_caches import ArgumentCache, ModuleCache
+from kvattn.layers.originals import NNXAttention
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 ZEROS = nnx.initializers.zeros_init()
 
 
-class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
+class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -141,10 +143,9 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         by: str = "auto",
         axis: str = "model",
     ):
+        settings.check(locals())
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _checks.head_counts(num_heads, num_kv_heads)
-        settings.scores(scale, softcap, window)
-        settings.clip(qkv_clip)
         self.num_heads = num_heads
         self.in_features = in_features
         self.qkv_features = settings.qkv_features(num_heads, qkv_features, in_features, head_dim)
@@ -152,8 +153,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.num_kv_heads = num_kv_heads
         self.head_dim = settings.head_dim(num_heads, self.qkv_features, head_dim)
-        value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
-        self.value_head_dim = _checks.integer("value_head_dim", value_head_dim, 1)
+        self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
         settings.finite_rope(rope, self.head_dim)
 
         self.dtype = dtype
@@ -185,7 +185,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         self.policy = policy
         self.codec = codec
         self.implementation = implementation
-        self.mesh, self.by, self.axis = mesh, settings.scheme(by), axis
+        self.mesh, self.by, self.axis = mesh, by, axis
         check_additions(
             attention_fn,
             self.head_dim,
@@ -262,7 +262,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             bias_metadata=out_bias_metadata or bias_metadata,
         )
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **sinks_metadata) if sinks else nnx.data(None)
-        self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate > 0 else None
+        self.rngs = rngs.dropout.fork() if keep_rngs and self.dropout_rate > 0 else None
         self.cached_key = nnx.data(None)
         self.cached_value = nnx.data(None)
         self.cache_index = nnx.data(None)
@@ -295,7 +295,9 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             inputs_q: [..., T, D], any number of batch axes; [B, T, D] with `cache`.
             inputs_k: [..., S, D]; `inputs_q` if None (self-attention).
             inputs_v: [..., S, D]; `inputs_k` if None.
-            mask: True where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in decode).
+            mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in
+                decode). A negative entry is an error, and in `jax.jit` makes its row of the batch NaN: numbers to be
+                added to the scores are no mask.
             deterministic: no dropout. The call's value wins over the constructor's.
             rngs: where dropout draws from, instead of the layer's own stream.
             sow_weights: keep the weights [..., N, T, S] as `nnx.Intermediate` "attention_weights"; the output stays
@@ -347,10 +349,11 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
         key = self._project(self.key, key_given, qkv_sharding, self.key_ln)
         value = self._project(self.value, value_given, qkv_sharding)
         dropout_rng = self._dropout_rng(deterministic, rngs)
-        fits, window, bias = None, self.window, None
+        fits, window, bias, spoiled = None, self.window, None, None
         if decode and not cross:
             step = self._append(query, key, value, mask, input_positions)
             query, key, value, mask, bias, fits = step.query, step.key, step.value, step.mask, step.bias, step.fits
+            spoiled = step.spoiled
             window, is_causal, input_positions = None, False, None
         elif not cross:
             if self.mesh is not None:
@@ -368,7 +371,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             bias=bias,
             input_positions=input_positions,
         )
-        y = self._output(x, out_sharding)
+        y = self._output(masking.spoil(x, spoiled), out_sharding)
         return y if fits is None else jnp.where(fits, y, 0)
 
     # Parts of a call.
@@ -462,11 +465,13 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             "sinks": None if self.sinks is None else self.sinks[...],
             "input_positions": None if attention_fn is dot_product_attention else input_positions,
         }
+        spoiled = None
         if window is not None and not takes(attention_fn, "window"):
             additions["window"] = None
             near = full.window_mask(query.shape[-3], key.shape[-3], window)
-            mask = near.reshape((1,) * (query.ndim - 2) + near.shape) if mask is None else mask.astype(jnp.bool_) & near
-        return attention_fn(
+            mask, spoiled = masking.as_bool(mask, query.ndim)
+            mask = decode_protocol.combined(mask, near, query.ndim)
+        x = attention_fn(
             query,
             key,
             value,
@@ -481,6 +486,7 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, nnx.MultiHeadAttention):
             is_causal=is_causal,
             **{name: value for name, value in additions.items() if value is not None},
         )
+        return masking.spoil(x, spoiled)
 
 
 def _layer_norm_without_bias(num_features: int, **options: Any) -> nnx.LayerNorm:

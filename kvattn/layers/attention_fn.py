@@ -5,13 +5,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
 from kvattn._typing import Array
 from kvattn.errors import ConfigError
-from kvattn.layers import full, settings
+from kvattn.layers import full, masking, originals, settings
 from kvattn.positions import RoPE
 
 Attention = Callable[..., Array]
@@ -50,7 +49,8 @@ def dot_product_attention(
         key: [..., S, K, H], K dividing N.
         value: [..., S, K, Hv].
         bias: added to the scores, broadcastable to [..., N, T, S].
-        mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S].
+        mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S]. Numbers to be added are
+            `bias`: a negative entry is an error, and in `jax.jit` makes its row of the batch NaN.
         broadcast_dropout: one dropout mask for all batch rows and heads.
         dropout_rng: a PRNG key; needed where `dropout_rate` > 0 and not `deterministic`.
         dropout_rate: the share of weights set to zero.
@@ -72,7 +72,8 @@ def dot_product_attention(
 
     Raises:
         ShapeError: shapes that do not fit each other.
-        RangeError: a dropout rate outside [0, 1).
+        RangeError: a dropout rate outside [0, 1); a mask with a negative entry, where that can be seen.
+        DTypeError: a mask that holds neither bools nor numbers; a bias of bools.
         ConfigError: dropout without a key.
 
     Example:
@@ -87,12 +88,13 @@ def dot_product_attention(
     if dropping and dropout_rng is None:
         raise ConfigError("dropout_rng is required when dropout_rate > 0 and deterministic=False.")
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    mask, spoiled = masking.as_bool(mask, query.ndim)
     out, weights = full.attend(
         query,
         key,
         value,
         bias=bias,
-        mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+        mask=mask,
         is_causal=is_causal,
         window=window,
         scale=scale,
@@ -108,7 +110,7 @@ def dot_product_attention(
     )
     if module is not None and weights is not None:
         module.sow(nnx.Intermediate, "attention_weights", weights.astype(query.dtype))
-    return out
+    return masking.spoil(out, spoiled)
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,9 +120,9 @@ def resolve(attention_fn: Attention, head_dim: int) -> tuple[RoPE | None, Attent
     Flax's own function becomes this module's. `functools.partial(nnx.dot_product_attention_with_rope, rope=...)`,
     which would turn cached keys again at every step, is taken apart: its rotation joins the layer.
     """
-    if attention_fn is nnx.dot_product_attention:
+    if attention_fn is originals.nnx_attention:
         return None, dot_product_attention
-    with_rope = getattr(nnx, "dot_product_attention_with_rope", None)
+    with_rope = originals.attention_with_rope
     if isinstance(attention_fn, functools.partial) and attention_fn.func is with_rope and not attention_fn.args:
         keywords = dict(attention_fn.keywords)
         rope = keywords.pop("rope", None)

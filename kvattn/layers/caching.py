@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from kvattn import sharding
+from kvattn import _checks, sharding
 from kvattn._typing import Array
 from kvattn.attend.step import cached_attention
 from kvattn.cache import Cache, KVCache
@@ -48,6 +48,7 @@ def create(
     dtype: Any,
 ) -> KVCache:
     """An empty cache for `layer`, whose own settings fill in what is None."""
+    batch_size = _checks.integer("batch_size", batch_size, 0)
     policy = layer.policy if policy is None else policy
     if policy is None and layer.window is not None:
         policy = SlidingWindow(layer.window)
@@ -86,7 +87,7 @@ def scheme(layer: Caching, batch_size: int, num_kv_heads: int) -> str:
 
 def storage_dtype(layer: Caching, dtype: Any = None) -> Any:
     """The dtype of a cache: the one given, else the layer's, else that of its parameters."""
-    return next(given for given in (dtype, layer.dtype, layer.param_dtype) if given is not None)
+    return next((given for given in (dtype, layer.dtype, layer.param_dtype) if given is not None), jnp.float32)
 
 
 def attend(

@@ -16,7 +16,7 @@ from jax import lax
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.errors import CapacityError, ShapeError
-from kvattn.layers import full, placement
+from kvattn.layers import full, masking, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Step:
         mask: bool, broadcastable to [..., N, T, L].
         bias: ALiBi's, broadcastable to [..., N, T, L], or None.
         fits: bool (): the tokens were taken. If not, the output of this step means nothing.
+        spoiled: rows of the batch whose mask is none (`kvattn.layers.masking`), or None.
     """
 
     cached_key: Array
@@ -44,6 +45,7 @@ class Step:
     mask: Array
     bias: Array | None
     fits: Array
+    spoiled: Array | None
 
 
 def extend(
@@ -77,6 +79,7 @@ def extend(
 
     Raises:
         ShapeError: keys or a mask that do not fit the cache.
+        DTypeError, RangeError: a mask that is none, as in `kvattn.layers.masking.as_bool`.
         CapacityError: tokens that do not fit, where that can be seen. Inside `jax.jit` they are dropped:
             the cache stays as it is, and `index` passes L.
     """
@@ -94,6 +97,7 @@ def extend(
                 f"was made for inputs of shape {(*batch, length)} + (features,)."
             )
     refuse_overflow(index, num_tokens, length)
+    mask, spoiled = masking.as_bool(mask, query.ndim)
     fits = index <= length - num_tokens
     start = jnp.minimum(index, length - num_tokens)
     taken = positions(index, num_tokens)
@@ -118,6 +122,7 @@ def extend(
         combined(mask, visible, query.ndim),
         bias,
         fits,
+        spoiled,
     )
 
 
@@ -148,7 +153,7 @@ def readable(cached: Array, index: Array) -> Array:
 
 
 def combined(mask: Array | None, visible: Array, rank: int) -> Array:
-    """The caller's mask, broadcastable to [..., N, T, L], and the cache's [T, L], as one of rank `rank`.
+    """The caller's mask, bool, broadcastable to [..., N, T, L], and the cache's [T, L], as one of rank `rank`.
 
     Raises:
         ShapeError: a mask that does not broadcast to the cache's length.
@@ -156,7 +161,6 @@ def combined(mask: Array | None, visible: Array, rank: int) -> Array:
     visible = visible.reshape((1,) * (rank - 2) + visible.shape)
     if mask is None:
         return visible
-    mask = jnp.asarray(mask).astype(jnp.bool_)
     if mask.ndim > rank:
         raise ShapeError(f"a mask of rank {mask.ndim} does not fit scores of rank {rank}, mask shape {mask.shape}.")
     mask = mask.reshape((1,) * (rank - mask.ndim) + mask.shape)

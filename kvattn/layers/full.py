@@ -18,7 +18,7 @@ from einops import rearrange
 
 from kvattn._typing import Array
 from kvattn.attend.full import IMPLEMENTATIONS, dot_product_attention
-from kvattn.errors import ShapeError
+from kvattn.errors import DTypeError, ShapeError
 from kvattn.layers import placement, settings
 
 
@@ -70,8 +70,11 @@ def attend(
 
     Raises:
         ShapeError: shapes that do not fit.
+        DTypeError: a bias of bools.
     """
     check_shapes(query, key, value)
+    if bias is not None and jnp.asarray(bias).dtype == jnp.bool_:
+        raise DTypeError("bias is added to the scores, got bools: pass them as mask.")
     batch = query.shape[:-3]
     dropout_shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
     q, k, v = (flatten(x, batch, 3) for x in (query, key, value))
@@ -255,10 +258,13 @@ def matmul_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
     """Sets the precision of the matrix products inside; a pair (one per operand) counts by its first."""
     if precision is None:
         return contextlib.nullcontext()
-    if isinstance(precision, tuple):
+    if isinstance(precision, tuple | list):
         precision = precision[0]
-    name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
-    return jax.default_matmul_precision(name)
+    if isinstance(precision, jax.lax.Precision):
+        precision = precision.name.lower()
+    elif isinstance(precision, jax.lax.DotAlgorithmPreset):
+        precision = precision.name
+    return jax.default_matmul_precision(precision)
 
 
 def _wide(dtype: Any) -> Any:

@@ -5,6 +5,7 @@ protocol (the collection `cache`) are Flax's. What this module adds to Flax's ha
 `kvattn.layers.MultiHeadAttention`.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import caching, full, linen_parts, settings
+from kvattn.layers import caching, full, linen_parts, masking, originals, settings
 
 __all__ = [
     "GroupedQueryAttention",
@@ -104,15 +105,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
 
     def __post_init__(self):
         super().__post_init__()
+        settings.check({field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init})
         _checks.head_counts(self.num_heads, self._num_kv_heads)
-        settings.scores(self.scale, self.softcap, self.window)
-        settings.clip(self.qkv_clip)
-        settings.scheme(self.by)
-        settings.dropout_rate(self.dropout_rate)
-        if self.value_head_dim is not None:
-            _checks.integer("value_head_dim", self.value_head_dim, 1)
         settings.qk_norm(self.qk_norm, self.normalize_qk)
-        settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
+        settings.alibi_slopes(self.alibi, self.num_heads)
+        if self.qkv_features is not None or self.head_dim is not None:
+            features = settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
+            settings.finite_rope(self.rope, settings.head_dim(self.num_heads, features, self.head_dim))
 
     @nn.compact
     def __call__(
@@ -140,7 +139,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             inputs_k: [..., S, D']; `inputs_q` if None (self-attention).
             inputs_v: [..., S, D']; `inputs_k` if None.
             inputs_kv: deprecated: both of the above.
-            mask: True where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in decode).
+            mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in
+                decode). A negative entry is an error, and in `jax.jit` makes its row of the batch NaN: numbers to be
+                added to the scores are no mask.
             deterministic: no dropout. Given here or as a field, not both.
             dropout_rng: a key for dropout; the stream "dropout" if None.
             sow_weights: sow the weights [..., N, T, S] as "attention_weights" in "intermediates"; the output stays
@@ -187,7 +188,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
                 mask=mask,
                 input_positions=input_positions,
                 sow_weights=sow_weights,
-                attention_fn=self.attention_fn is not nn.dot_product_attention,
+                attention_fn=self.attention_fn is not originals.linen_attention,
                 inputs_k=cross_cache and key_given,
                 dropout=self.dropout_rate > 0 and (self.deterministic is False or deterministic is False),
             )
@@ -221,8 +222,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             query, key = (full.rotate(self.rope, x, input_positions) for x in (query, key))
         rules |= {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
         x = self._attend(query, key, value, mask, deterministic, dropout_rng, sow_weights, rules)
-        y = project.out(x, inputs_q.shape[-1])
-        return y if step is None else jnp.where(step.fits, y, 0)
+        if step is None:
+            return project.out(x, inputs_q.shape[-1])
+        return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
 
     def make_cache(
         self,
@@ -249,6 +251,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         """
         if self.head_dim is None and self.qkv_features is None and in_features is None:
             raise ConfigError("the size of a head follows from the inputs here: pass in_features, or set head_dim.")
+        if in_features is not None:
+            _checks.integer("in_features", in_features, 1)
         features = settings.qkv_features(self.num_heads, self.qkv_features, in_features or 0, self.head_dim)
         size = settings.head_dim(self.num_heads, features, self.head_dim)
         return caching.create(
@@ -324,7 +328,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             if dropping and dropout_rng is None:
                 dropout_rng = self.make_rng("dropout")
         einsums = linen_parts.einsums(self)
-        if self.attention_fn is not nn.dot_product_attention:
+        if self.attention_fn is not originals.linen_attention:
             given = {
                 "mask": mask,
                 "dropout_rng": dropout_rng,
@@ -340,9 +344,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             given |= {"module": self} if sow_weights else {}
             return linen_parts.call_foreign(self.attention_fn, query, key, value, given, rules)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        mask, spoiled = masking.as_bool(mask, query.ndim)
         x, weights = full.attend(
             *map(self._forced, (query, key, value)),
-            mask=None if mask is None else jnp.asarray(mask).astype(jnp.bool_),
+            mask=mask,
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng if dropping else None,
             broadcast_dropout=self.broadcast_dropout,
@@ -355,7 +360,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         if weights is not None:
             weights = weights if self.force_fp32_for_softmax else weights.astype(query.dtype)
             self.sow("intermediates", "attention_weights", weights)
-        return x
+        return masking.spoil(x, spoiled)
 
     def _forced(self, x: Array) -> Array:
         """`x`, as wide as Flax's weights are with `force_fp32_for_softmax`."""
@@ -411,7 +416,7 @@ class MultiQueryAttention(MultiHeadDotProductAttention, kw_only=True):
     num_kv_heads: int | None = 1
 
     def __post_init__(self):
-        if self.num_kv_heads != 1:
+        if _checks.integer("num_kv_heads", self.num_kv_heads, 1) != 1:
             raise ConfigError(f"MultiQueryAttention has one key/value head, got num_kv_heads={self.num_kv_heads}.")
         super().__post_init__()
 

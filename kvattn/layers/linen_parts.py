@@ -11,7 +11,7 @@ from jax import lax
 
 from kvattn._typing import Array
 from kvattn.errors import ConfigError
-from kvattn.layers import decode, full, placement, settings
+from kvattn.layers import decode, full, masking, placement, settings
 
 
 def key_value_inputs(inputs_q: Array, inputs_k: Any, inputs_v: Any, inputs_kv: Any) -> tuple[Array, Array]:
@@ -80,7 +80,7 @@ class Projections:
         """Projects heads [..., T, N, Hv] to features, as many as the input's unless the layer says otherwise."""
         layer = self.layer
         return nn.DenseGeneral(
-            features=layer.out_features or in_features,
+            features=in_features if layer.out_features is None else layer.out_features,
             axis=(-2, -1),
             kernel_init=layer.out_kernel_init or layer.kernel_init,
             bias_init=layer.out_bias_init or layer.bias_init,
@@ -186,19 +186,19 @@ def call_foreign(
     names = {p.name for p in parameters}
     rules = dict(rules)
     window, is_causal = rules.pop("window", None), rules.pop("is_causal", False)
+    spoiled = None
     if window is not None or is_causal:
         near = full.window_mask(query.shape[-3], key.shape[-3], window)
-        near = near.reshape((1,) * (query.ndim - 2) + near.shape)
-        given["mask"] = near if given["mask"] is None else jnp.asarray(given["mask"]).astype(jnp.bool_) & near
+        mask, spoiled = masking.as_bool(given["mask"], query.ndim)
+        given["mask"] = decode.combined(mask, near, query.ndim)
     for name, value_of in rules.items():
         if value_of is None:
             continue
         if not takes_any and name not in names:
             raise ConfigError(f"attention_fn has no argument {name!r}, which this layer needs: leave attention_fn out.")
         given[name] = value_of
-    return attention_fn(
-        query, key, value, **{n: v for n, v in given.items() if takes_any or n in names or n == "module"}
-    )
+    taken = {n: v for n, v in given.items() if takes_any or n in names or n == "module"}
+    return masking.spoil(attention_fn(query, key, value, **taken), spoiled)
 
 
 def _empty(layer: Any, like: Array) -> Callable[[], Any]:

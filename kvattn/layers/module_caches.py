@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, DTypeError, ShapeError
@@ -164,6 +165,10 @@ class ModuleCache(LayerParts):
             input_shape: [..., L, D], as of the whole sequence: L tokens are room for L tokens.
             dtype: of what is stored; keys and values are cast to it. The layer's own if None.
 
+        Raises:
+            ShapeError, DTypeError, ConfigError: an `input_shape` that is no shape of two axes or more.
+            DTypeError: a dtype that is neither floating nor complex.
+
         Example:
             >>> import jax.numpy as jnp
             >>> from flax import nnx
@@ -173,8 +178,12 @@ class ModuleCache(LayerParts):
             >>> layer(jnp.ones((1, 3, 8))).shape, int(layer.cache_index[...])
             ((1, 3, 8), 3)
         """
-        *batch, length, _ = input_shape
-        dtype = caching.storage_dtype(self, dtype)
+        if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+            raise DTypeError(f"input_shape must be a shape (..., L, D), got {input_shape!r}: pass inputs.shape.")
+        if len(input_shape) < 2:
+            raise ShapeError(f"input_shape must be (..., L, D), got {input_shape}: L tokens are room for L tokens.")
+        *batch, length, _ = (_checks.integer("input_shape", size, 0) for size in input_shape)
+        dtype = _checks.inexact("dtype", caching.storage_dtype(self, dtype))
         sharding = placement.cache_metadata(self.cache_sharding, self.key.kernel[...], len(batch) + 3)
 
         def empty(size: int) -> Any:
@@ -221,8 +230,9 @@ class ModuleCache(LayerParts):
                 raise DTypeError("'batch_size' must be provided when initializing cache.")
             if max_length is None:
                 raise DTypeError("'max_length' must be provided when initializing cache.")
-            batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-            self.init_cache((*batch, max_length, self.in_features))
+            batch = batch_size if isinstance(batch_size, Sequence) else (batch_size,)
+            batch = tuple(_checks.integer("batch_size", size, 0) for size in batch)
+            self.init_cache((*batch, _checks.integer("max_length", max_length, 1), self.in_features))
 
     def _append(self, query: Array, key: Array, value: Array, mask: Any, input_positions: Any) -> decode_protocol.Step:
         """Adds tokens to Flax's cache."""

@@ -222,6 +222,18 @@ def like_rows(x: Array, reference: Array) -> Array:
     return jax.reshard(x, on_mesh_of(x, None if spec is None else spec[0]))
 
 
+def like_batch(x: Array, reference: Array) -> Array:
+    """Moves the batch axes of `x` (each 1 or that of `reference`) to where those of `reference` are; the rest is whole.
+
+    Does nothing outside an Explicit mesh.
+    """
+    spec = explicit_spec(reference)
+    if spec is None:
+        return x
+    entries = (entry if size > 1 else None for entry, size in zip(spec, x.shape, strict=True))
+    return jax.reshard(x, on_mesh_of(reference, *entries))
+
+
 def _names(entry: Any) -> tuple[str, ...]:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kvattn import _checks
 from kvattn.errors import ConfigError
 from kvattn.layers.attention import MultiHeadAttention
 
@@ -55,7 +56,7 @@ class MultiQueryAttention(MultiHeadAttention):
         in_kv_features: int | None = None,
         **options: Any,
     ):
-        if num_kv_heads != 1:
+        if _checks.integer("num_kv_heads", num_kv_heads, 1) != 1:
             raise ConfigError(f"MultiQueryAttention has one key/value head, got num_kv_heads={num_kv_heads}.")
         super().__init__(num_heads, in_features, qkv_features, out_features, 1, in_kv_features, **options)
 

@@ -15,3 +15,17 @@ from kvattn.memory.plan import Plan as Plan
 from kvattn.memory.plan import plan as plan
 from kvattn.memory.specs import DeviceSpec as DeviceSpec
 from kvattn.memory.specs import ModelSpec as ModelSpec
+
+__all__ = [
+    "DEVICES",
+    "MODELS",
+    "DeviceSpec",
+    "Lever",
+    "ModelSpec",
+    "Plan",
+    "bytes_per_token",
+    "cache_bytes",
+    "from_config",
+    "levers",
+    "plan",
+]

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvattn import _checks
-from kvattn.errors import ConfigError, DTypeError, RangeError
+from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
 from kvattn.positions import RoPE
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -17,6 +17,8 @@ _FLAGS = (
     "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
     "residual_after_norm", "embedding_norm", "shared_norm", "sinks", "tie_embeddings",
 )  # fmt: skip
+_POSITIVE = ("rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "expert_alpha", "expert_limit")
+_MAY_BE_NONE = ("local_rope_theta", "qkv_clip", "embedding_scale", "embedding_dim", "max_positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,9 @@ class DecoderConfig:
     expert_limit: float = 7.0
 
     def __post_init__(self) -> None:
+        settled: dict[str, Any] = {}
         for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
-            _checks.integer(name, getattr(self, name), 1)
+            settled[name] = _checks.integer(name, getattr(self, name), 1)
         if self.num_layers > MAX_LAYERS:
             raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -135,7 +138,8 @@ class DecoderConfig:
                 f"model_dim ({self.model_dim}) is no multiple of num_heads ({self.num_heads}): give head_dim."
             )
         head_dim = self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
-        _checks.integer("head_dim", head_dim, 1)
+        settled["head_dim"] = _checks.integer("head_dim", head_dim, 1)
+        settled |= {"num_heads": int(self.num_heads), "num_kv_heads": int(kv_heads)}
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
@@ -143,47 +147,40 @@ class DecoderConfig:
         _checks.one_of("norm", self.norm, ("rms", "layer"))
         _checks.one_of("norm_position", self.norm_position, ("pre", "post", "sandwich"))
         _checks.one_of("activation", self.activation, ACTIVATIONS)
-        self._check_numbers()
-        self._check_combinations()
-
-        settled: dict[str, Any] = {"num_kv_heads": kv_heads, "head_dim": head_dim}
-        for name in ("windows", "alibi_slopes", "attention_scale"):
-            value = getattr(self, name)
-            settled[name] = tuple(value) if isinstance(value, list) else value
+        settled |= self._numbers()
         for name, value in settled.items():
             object.__setattr__(self, name, value)
-        # RoPE checks the frequencies and makes the scaling hashable.
+        self._check_combinations()
+        # RoPE checks the scaling and makes it hashable.
         if self.positions == "rope":
+            try:
+                rope = self._rope(self.rope_theta, self.rope_scaling)
+            except KVAttnError as error:
+                raise type(error)(f"rope_scaling: {error}") from error
+            object.__setattr__(self, "rope_scaling", rope.scaling)
             self.rope_of(0)
-            object.__setattr__(self, "rope_scaling", self._rope(self.rope_theta, self.rope_scaling).scaling)
 
-    def _check_numbers(self) -> None:
-        if len(self.layer_windows) != self.num_layers:
-            raise ConfigError(f"windows has {len(self.layer_windows)} entries for {self.num_layers} layers.")
-        for window in self.layer_windows:
-            _checks.window(window)
-        if len(self.layer_scales) != self.num_layers:
-            raise ConfigError(f"attention_scale has {len(self.layer_scales)} entries for {self.num_layers} layers.")
-        for scale in self.layer_scales:
-            _checks.finite_scale(scale)
-        if not isinstance(self.norm_epsilon, numbers.Real) or isinstance(self.norm_epsilon, bool):
-            raise DTypeError(f"norm_epsilon must be a number, got {self.norm_epsilon!r}.")
-        if not (math.isfinite(self.norm_epsilon) and self.norm_epsilon >= 0):
-            raise RangeError(f"norm_epsilon must be finite and >= 0, got {self.norm_epsilon}.")
-        for name in ("qkv_clip", "embedding_scale", "local_rope_theta", "expert_alpha", "expert_limit"):
+    def _numbers(self) -> dict[str, Any]:
+        """Numbers as Python's, which JSON and hashes take, and lists as tuples; all checked."""
+        settled: dict[str, Any] = {"norm_epsilon": _checks.non_negative("norm_epsilon", self.norm_epsilon)}
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if value is None and name not in ("expert_alpha", "expert_limit"):
-                continue
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise DTypeError(f"{name} must be a number, got {value!r}.")
-            if not 0 < float(value) < math.inf:
-                raise RangeError(f"{name} must be finite and > 0, got {value}.")
-        if self.embedding_dim is not None:
-            _checks.integer("embedding_dim", self.embedding_dim, 1)
-        _checks.integer("num_experts", self.num_experts, 0)
-        _checks.integer("experts_per_token", self.experts_per_token, 0)
-        _checks.positive_softcap(self.softcap)
-        _checks.positive_softcap(self.logit_softcap)
+            if value is not None or name not in _MAY_BE_NONE:
+                settled[name] = _number(name, value, lambda n, x: _checks.positive(n, x, RangeError))
+            if name.endswith("rope_theta") and value is not None and value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}.")
+        for name in ("softcap", "logit_softcap"):
+            settled[name] = _checks.positive_softcap(getattr(self, name), name)
+        for name, least in (("embedding_dim", 1), ("num_experts", 0), ("experts_per_token", 0), ("max_positions", 1)):
+            value = getattr(self, name)
+            settled[name] = None if value is None and name in _MAY_BE_NONE else _checks.integer(name, value, least)
+        settled["windows"] = _each("windows", self.windows, self.num_layers, "layers", _window)
+        settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
+        if self.alibi_slopes is not None:
+            if not isinstance(self.alibi_slopes, tuple | list):
+                raise DTypeError(f"alibi_slopes must be a tuple of numbers, one per head, got {self.alibi_slopes!r}.")
+            settled["alibi_slopes"] = _each("alibi_slopes", self.alibi_slopes, self.num_heads, "heads", _slope)
+        return settled
 
     def _check_combinations(self) -> None:
         for name, needs in (("max_positions", "learned"), ("alibi_slopes", "alibi")):
@@ -193,8 +190,6 @@ class DecoderConfig:
             _checks.integer("max_positions", self.max_positions, 1)
         if self.positions != "rope" and (self.rope_scaling or self.local_rope_theta is not None):
             raise ConfigError(f"rope_scaling and local_rope_theta need positions='rope', got {self.positions!r}.")
-        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
-            raise ConfigError(f"alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads.")
         if self.norm_bias and self.norm != "layer":
             raise ConfigError("norm_bias needs norm='layer': an RMS norm has none.")
         if self.shared_norm and not self.parallel:
@@ -287,3 +282,33 @@ class DecoderConfig:
             "shared_norm": True,
         }
         return cls(**palm | sizes)
+
+
+def _number(name: str, value: Any, check: Callable[[str, Any], Any]) -> Any:
+    """A checked number as Python has it: an int stays one."""
+    check(name, value)
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _each(name: str, value: Any, count: int, of: str, check: Callable[[str, Any], Any]) -> Any:
+    """One entry for all, or `count` of them, each checked."""
+    if not isinstance(value, tuple | list):
+        return check(name, value)
+    if len(value) != count:
+        raise ConfigError(f"{name} has {len(value)} entries for {count} {of}.")
+    return tuple(check(name, entry) for entry in value)
+
+
+def _window(name: str, window: Any) -> int | None:
+    return None if window is None else _checks.integer(name, window, 1, RangeError)
+
+
+def _scale(name: str, scale: Any) -> Any:
+    return None if scale is None else _number(name, scale, lambda n, x: _checks.finite_scale(_checks.real(n, x), n))
+
+
+def _slope(name: str, slope: Any) -> float:
+    number = _checks.real(name, slope)
+    if not math.isfinite(number):
+        raise RangeError(f"{name} must be finite, got {slope}.")
+    return number

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
 from kvattn.layers import placement
+from kvattn.layers.originals import NNXAttention
 from kvattn.models.config import DecoderConfig
 
 Path = tuple[str, ...]
@@ -85,7 +86,7 @@ def convert_to_gqa[T](params_or_model: T, num_kv_heads: int) -> T:
 def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
     model = nnx.clone(given)
     modules = {_names(path): module for path, module in nnx.iter_modules(model)}
-    layers = {path: module for path, module in modules.items() if isinstance(module, nnx.MultiHeadAttention)}
+    layers = {path: module for path, module in modules.items() if isinstance(module, NNXAttention)}
     for path in _attention_layers(_leaves(nnx.state(model))):
         if path not in layers:
             raise UnsupportedError(

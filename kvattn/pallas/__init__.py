@@ -35,6 +35,9 @@ def interpreted() -> bool:
     return _INTERPRETED.get()
 
 
+# pyright: reportUnsupportedDunderAll=false
+__all__ = ["compat", "decode_attention", "interpret", "paged_decode_attention", "tuning"]
+
 _ON_FIRST_USE = ("decode_attention", "paged_decode_attention")
 _MODULES = ("compat", "tuning")
 
@@ -49,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE, *_MODULES])
+    return sorted({*globals(), *__all__})

@@ -11,15 +11,16 @@
 import importlib
 from typing import Any
 
-_NAMES = ("mqa", "gqa", "gpu_paged_attention", "tpu_paged_attention")
+# pyright: reportUnsupportedDunderAll=false
+__all__ = ["gpu_paged_attention", "gqa", "mqa", "tpu_paged_attention"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
     # They choose among all implementations, as `cached_attention` does, so they live with it.
-    if name in _NAMES:
+    if name in __all__:
         return getattr(importlib.import_module("kvattn.attend.compat"), name)
     raise AttributeError(f"module 'kvattn.pallas.compat' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES])
+    return sorted({*globals(), *__all__})

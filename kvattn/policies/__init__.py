@@ -9,5 +9,17 @@ from kvattn.policies.scissorhands import Scissorhands as Scissorhands
 from kvattn.policies.streaming import StreamingLLM as StreamingLLM
 from kvattn.policies.window import SlidingWindow as SlidingWindow
 
+__all__ = [
+    "ALL",
+    "H2O",
+    "NOWHERE",
+    "FastGen",
+    "Full",
+    "Policy",
+    "Scissorhands",
+    "SlidingWindow",
+    "StreamingLLM",
+]
+
 ALL = (Full, SlidingWindow, StreamingLLM, H2O, Scissorhands, FastGen)
 """Every policy, for the shared test suite."""

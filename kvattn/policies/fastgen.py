@@ -1,13 +1,13 @@
 """`FastGen`: each head keeps what its own prompt shows that it needs (Ge et al., arXiv:2310.01801)."""
 
 import dataclasses
-import numbers
 import typing
 from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvattn import _checks, _manual
 from kvattn._trees import portable
@@ -82,9 +82,7 @@ class FastGen(Policy):
             number = getattr(self, name)
             if not _checks.is_concrete(number):
                 raise ConfigError(f"{name} must be known when the program is traced: pass a Python float.")
-            if isinstance(number, bool) or not isinstance(number, numbers.Real):
-                raise DTypeError(f"{name} must be a number, got {number!r} of type {type(number).__name__}.")
-            number = float(number)
+            number = _checks.real(name, number)
             if not 0 <= number <= 1 or (name == "recovery" and number == 0):
                 raise RangeError(f"{name} must lie in {'(' if name == 'recovery' else '['}0, 1], got {number}.")
             object.__setattr__(self, name, number)
@@ -95,7 +93,7 @@ class FastGen(Policy):
             if not isinstance(ids, Iterable):
                 raise DTypeError(f"{name} must hold ints, got {ids!r}: pass a tuple of ids.")
             ids = tuple(ids)
-            if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in ids):
+            if any(isinstance(i, bool | np.bool_) or not hasattr(i, "__index__") for i in ids):
                 raise DTypeError(f"{name} must hold ints, got {ids}.")
             object.__setattr__(self, name, tuple(int(i) for i in ids))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
-from kvattn.errors import ConfigError
+from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Policy, State
 
@@ -35,7 +35,7 @@ class SlidingWindow(Policy):
     window: int
 
     def __post_init__(self):
-        _checks.window(self.window)
+        _checks.integer("window", self.window, 1, RangeError)
 
     def mask(self) -> Mask:
         """Causal, within the window."""

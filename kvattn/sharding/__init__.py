@@ -12,3 +12,18 @@ from kvattn.sharding.pipeline import layer_caches as layer_caches
 from kvattn.sharding.pipeline import pipeline as pipeline
 from kvattn.sharding.programs import Collective as Collective
 from kvattn.sharding.programs import collectives as collectives
+
+__all__ = [
+    "Collective",
+    "Explanation",
+    "arrange",
+    "bytes_per_device",
+    "cache_sharding",
+    "cached_attention",
+    "choose",
+    "collectives",
+    "explain",
+    "layer_caches",
+    "pipeline",
+    "shard_cache",
+]
