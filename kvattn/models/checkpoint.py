@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvattn.errors import CacheVersionError, ConfigError
+from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import name_of, parameters_of
@@ -61,7 +61,10 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
     """
     path = _checked(path)
-    config = _read_settings(path.with_suffix(".json"))
+    settings = path.with_suffix(".json")
+    if not settings.is_file():
+        raise MissingFileError(f"{settings} is not there, which kvattn.models.save writes.{_theirs(path.parent)}")
+    config = _read_settings(settings)
     tensors = _read_tensors(path)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     expected = parameters_of(model)
@@ -90,10 +93,19 @@ def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise DTypeError(f"a checkpoint must be a path that ends in .safetensors, got {path!r}.")
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ConfigError(f"a checkpoint ends in .safetensors, got {path}.")
+        raise ConfigError(f"a checkpoint ends in .safetensors, got {path}.{_theirs(path)}")
     return path
+
+
+def _theirs(folder: Path) -> str:
+    """What to do with a checkpoint of transformers."""
+    there = (folder / "config.json").is_file()
+    advice = "give that folder to kvattn.models.from_pretrained, or on the command line."
+    return f" {folder} is a checkpoint of transformers: {advice}" if there else ""
 
 
 def _read_settings(path: Path) -> DecoderConfig:
