@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from kvattn.cli import parse, show
-from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.errors import ConfigError, RangeError, UnsupportedError
 
 
 class _Text(Protocol):
@@ -87,6 +87,8 @@ def generate(
         raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
 
     model, text, ends = _opened(models, checkpoint, dtype, ignore or [])
+    if first is not None and first >= model.config.vocab_size:
+        raise RangeError(f"--start-token must lie in [0, {model.config.vocab_size}), got {first}.")
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
     prompts = [([] if first is None else [first]) + list(text.encode(p).ids) for p in texts]
     # The prompt comes with its first token: once nothing is wrong.
