@@ -388,10 +388,10 @@ def test_special_tokens_in_a_text(tmp_path):
 
 
 BAD_SETTINGS = [
-    ({"add_bos_token": True}, ConfigError, "bos_token must name it, got None"),
-    ({"add_bos_token": True, "bos_token": None}, ConfigError, "got None"),
-    ({"add_bos_token": True, "bos_token": 1}, ConfigError, "got 1"),
-    ({"add_bos_token": True, "bos_token": {"text": "<s>"}}, ConfigError, "bos_token must name it"),
+    ({"add_bos_token": True}, ConfigError, "bos_token is None, which names no token"),
+    ({"add_bos_token": True, "bos_token": None}, ConfigError, "names no token"),
+    ({"add_bos_token": True, "bos_token": 1}, ConfigError, "bos_token is 1, which names no token"),
+    ({"add_bos_token": True, "bos_token": {"text": "<s>"}}, ConfigError, "which names no token"),
     ({"add_bos_token": True, "bos_token": "<bos>"}, ConfigError, "'<bos>', which is not in the vocabulary"),
     ({"add_eos_token": True, "eos_token": "<eos>"}, ConfigError, "'<eos>', which is not in the vocabulary"),
     ({"add_bos_token": "yes", "bos_token": "<s>"}, ConfigError, "add_bos_token must be true or false, got 'yes'"),
@@ -411,6 +411,16 @@ def test_settings_that_are_refused(tmp_path, settings, error, part):
     with pytest.raises(error) as caught:
         load_tokenizer(tmp_path)
     assert part in str(caught.value) and "tokenizer_config.json" in str(caught.value)
+
+
+def test_tokens_that_an_older_file_names(tmp_path):
+    with_ends("nothing").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    assert load_tokenizer(tmp_path).encode("a b").ids == [1, 3, 4]
+    (tmp_path / "special_tokens_map.json").write_text("{")
+    with pytest.raises(CacheCorruptionError, match=r"special_tokens_map\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_settings_that_ask_for_nothing_need_no_tokens(tmp_path):

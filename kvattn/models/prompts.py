@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks
@@ -105,7 +106,7 @@ def fitting(cache: Caches, needed: np.ndarray) -> None:
         CapacityError: they cannot; it says how many are missing.
     """
     for layer in cache:
-        fits = _checks.on_host(layer.policy.fits(layer.state, layer.lengths, needed, layer.num_slots))
+        fits = _checks.on_host(layer.policy.fits(layer.state, layer.lengths, jnp.asarray(needed), layer.num_slots))
         if not np.all(fits):
             rows = np.nonzero(~fits)[0]
             held, more = _checks.on_host(layer.lengths)[rows], needed[rows]

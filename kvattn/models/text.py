@@ -144,8 +144,8 @@ class TextStream:
 def _ids(name: str, ids: Any) -> list[int]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise DTypeError(f"{name} must be token ids, got {ids!r}: tokenizer.encode(text).ids.")
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    return [_checks.integer(f"a token of {name}", token, 0, RangeError) for token in ids]
+    values: Any = getattr(ids, "tolist", lambda: ids)()
+    return [_checks.integer(f"a token of {name}", token, 0, RangeError) for token in values]
 
 
 def _in_common(a: str, b: str) -> int:

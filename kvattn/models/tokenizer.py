@@ -17,6 +17,9 @@ NAME = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 """The file beside it, which may ask for tokens at the ends of a text."""
 
+OLDER = "special_tokens_map.json"
+"""Where older checkpoints name the tokens."""
+
 _TEMPLATE = "TemplateProcessing"
 
 _REPLACING = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "GPTNeoXTokenizer", "CohereTokenizer")
@@ -87,9 +90,17 @@ def _obey(tokenizer: "Tokenizer", settings: dict[str, Any], source: Path) -> Non
     for end, option in (("bos", "add_bos_token"), ("eos", "add_eos_token")):
         wanted = _flag(settings, option, source)
         if wanted or (wanted is False and replaces):
-            token = _named(tokenizer, settings, end, source, needed=wanted)
-            if token is not None and wanted != _adds(tokenizer, end, tokenizer.token_to_id(token)):
-                _settle(tokenizer, end, token, wanted)
+            given = _named(settings, f"{end}_token", source)
+            token = given.get("content") if isinstance(given, dict) else given
+            number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if number is None and wanted:
+                missing = "which is not in the vocabulary" if isinstance(token, str) else "which names no token"
+                raise ConfigError(
+                    f"{source}: {option} is true, but {end}_token is {given!r}, {missing} of {NAME}. Correct it, or "
+                    f"set {option} to false."
+                )
+            if number is not None and wanted != _adds(tokenizer, end, number):
+                _settle(tokenizer, end, str(token), number, wanted)
 
 
 def _flag(settings: dict[str, Any], option: str, source: Path) -> bool | None:
@@ -99,20 +110,12 @@ def _flag(settings: dict[str, Any], option: str, source: Path) -> bool | None:
     return value
 
 
-def _named(tokenizer: "Tokenizer", settings: dict[str, Any], end: str, source: Path, *, needed: bool) -> str | None:
-    """The token of one end as the settings name it, by its text or as an object; None: it has none and needs none."""
-    given = settings.get(f"{end}_token")
-    token = given.get("content") if isinstance(given, dict) else given
-    if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-        return token
-    if not needed:
-        return None
-    why = (
-        f"{end}_token is {given!r}, which is not in the vocabulary of {NAME}"
-        if isinstance(token, str)
-        else (f"{end}_token must name it, got {given!r}")
-    )
-    raise ConfigError(f"{source}: add_{end}_token is true, but {why}. Correct it, or set add_{end}_token to false.")
+def _named(settings: dict[str, Any], option: str, source: Path) -> Any:
+    """A token as the settings name it, by its text or as an object; older checkpoints do so in a file of its own."""
+    older = source.with_name(OLDER)
+    if settings.get(option) is None and older.is_file():
+        return read_json(older).get(option)
+    return settings.get(option)
 
 
 def _adds(tokenizer: "Tokenizer", end: str, token: int) -> bool:
@@ -125,7 +128,7 @@ def _adds(tokenizer: "Tokenizer", end: str, token: int) -> bool:
     return token in (added[:1] if end == "bos" else added[-1:])
 
 
-def _settle(tokenizer: "Tokenizer", end: str, token: str, wanted: bool) -> None:
+def _settle(tokenizer: "Tokenizer", end: str, token: str, number: int, wanted: bool) -> None:
     """Puts a token at one end of every text, or takes it away there, in what is done with the tokens last."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -142,7 +145,7 @@ def _settle(tokenizer: "Tokenizer", end: str, token: str, wanted: bool) -> None:
     for kind in ("single", "pair"):
         change = _with if wanted else _without
         last[kind] = change(last[kind], 0 if end == "bos" else 1, token)
-    last["special_tokens"] = last.get("special_tokens", {}) | _special(token, tokenizer.token_to_id(token))
+    last["special_tokens"] = last.get("special_tokens", {}) | _special(token, number)
     whole["post_processor"] = {"type": "Sequence", "processors": parts}
     tokenizer.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
 
@@ -175,7 +178,7 @@ def _token(name: str, kind: int) -> dict[str, Any]:
     return {"SpecialToken": {"id": name, "type_id": kind}}
 
 
-def _special(token: str, number: int | None) -> dict[str, Any]:
+def _special(token: str, number: int) -> dict[str, Any]:
     return {token: {"id": token, "ids": [number], "tokens": [token]}}
 
 
