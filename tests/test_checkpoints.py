@@ -562,6 +562,11 @@ def test_paths_that_are_no_folders(folder, tmp_path):
     for wrong in (None, 3, b"folder", ["folder"]):
         refused(DTypeError, wrong, "path")
     refused(DTypeError, path, "ignore", ignore="rope_theta")
+    for wrong in ("float99", jnp.int8, bool, "folder"):
+        refused(DTypeError, path, "dtype must be floating", dtype=wrong)
+        for call in (kvattn.models.load, lambda x, dtype: kvattn.models.save(None, x, dtype=dtype)):
+            with pytest.raises(DTypeError, match="dtype must be floating"):
+                call(tmp_path / "x.safetensors", dtype=wrong)
     (path / WEIGHTS).rename(path / "consolidated.safetensors")
     refused(MissingFileError, path, "consolidated.safetensors", f"must be named {WEIGHTS}")
     (path / "config.json").unlink()

@@ -448,6 +448,8 @@ def test_caches_that_do_not_fit_are_refused(model):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match=r"layer 1 holds \[2, 2, 2\] tokens, that of layer 0 \[0, 0, 0\]"):
         generate(deep, prompts, 2, cache=(more[0], ahead[1]))
+    with pytest.raises(StaleCacheError, match="several"):
+        generate(deep, prompts, 2, cache=(cache[0], cache[0]))
     for name, value in (("capacity", 64), ("policy", kvattn.Full()), ("codec", kvattn.Int8())):
         with pytest.raises(ConfigError, match=f"{name} cannot be changed"):
             generate(model, prompts, 2, cache=cache, **{name: value})

@@ -17,7 +17,7 @@ from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
 from kvattn.models.hf.rules import HEAD
-from kvattn.models.parameters import name_of
+from kvattn.models.parameters import floating, name_of
 from kvattn.models.tensors import Tensors, folder_of, in_folder, read_json
 
 _WRAPPERS = ("model.", "transformer.", "language_model.", "module.", "_orig_mod.", "base_model.")
@@ -78,6 +78,7 @@ def from_pretrained(
     """
     if isinstance(ignore, str):
         raise DTypeError(f"ignore must hold names of fields, got the text {ignore!r}: write ({ignore!r},).")
+    dtype = None if dtype is None else floating(dtype)
     folder, on = folder_of(path), {"mesh": mesh, "by": by, "axis": axis}
     family = read_family(folder, ignore)
     placement.Split(**on)
@@ -87,8 +88,6 @@ def from_pretrained(
     names = _checked(family, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise DTypeError(f"dtype must be floating, got {jnp.dtype(dtype)}.")
     skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
     graph, state = nnx.split(skeleton)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvattn import _checks
 from kvattn.cache import Cache
-from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError
+from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, StaleCacheError
 from kvattn.models.decoder import Caches, Decoder
 
 
@@ -61,7 +61,7 @@ def continued(cache: Any, model: Decoder, num_rows: int) -> tuple[Caches, np.nda
         DTypeError: what is no sequence of caches.
         ShapeError: caches of another model, or of another number of rows.
         ConfigError: caches of an encoder, or such that hold different tokens.
-        StaleCacheError: caches that an earlier call or step has used up.
+        StaleCacheError: caches that an earlier call or step has used up, or one for several layers.
         KVAttnError: what an earlier step recorded, as `kvattn.KVCache.check` raises it.
     """
     if not isinstance(cache, list | tuple) or not all(isinstance(layer, Cache) for layer in cache):
@@ -71,6 +71,8 @@ def continued(cache: Any, model: Decoder, num_rows: int) -> tuple[Caches, np.nda
         )
     if len(cache) != len(model.layers):
         raise ShapeError(f"the model has {len(model.layers)} layers but was given {len(cache)} caches: one for each.")
+    if len({id(layer) for layer in cache}) < len(cache):
+        raise StaleCacheError("the cache of one layer is given to several: each has its own, which is used up.")
     for number, (layer, block) in enumerate(zip(cache, model.layers, strict=True)):
         _checks.not_donated("cache", layer)
         where, attention = f"the cache of layer {number}", block.attention
