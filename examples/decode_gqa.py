@@ -142,7 +142,7 @@ def checkpoint_demo(args: argparse.Namespace) -> None:
             ) from None
     cache_dtype = jnp.dtype(args.cache_dtype or kind)
     codec = None if cache_dtype == kind else kvattn.codecs.Plain(cache_dtype)
-    stream = kvattn.models.TextStream(tokenizer) if tokenizer else None
+    stream = kvattn.models.TextStream(tokenizer, prompt) if tokenizer else None
 
     def show(_: int, token: int) -> None:
         console.print(Text(stream.push(token) if stream else f"{token} ", style="bold"), end="")

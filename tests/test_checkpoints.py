@@ -131,6 +131,91 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says(folder, name, monkey
     refused(CacheVersionError, path, "shape: lm_head.weight")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt350m", "gemma2", "qwen2", "falcon7b", "bloom", "mpt", "gpt_bigcode"])
+def test_a_tied_model_with_its_head_only(folder, name):
+    """Either of the two tensors that are one is enough; where they are not one, it is not."""
+    path = folder(name)
+    set_config(path, tie_word_embeddings=True)
+    given = {key: x for key, x in tensors(path).items() if key != "lm_head.weight"}
+    save_file(given, path / WEIGHTS)
+    expected = from_pretrained(path)
+    assert expected.config.tie_embeddings
+    table = next(key for key in given if key.endswith(("wte.weight", "embed_tokens.weight", "word_embeddings.weight")))
+    given["lm_head.weight"] = given.pop(table)
+    save_file(given, path / WEIGHTS)
+    assert_same(from_pretrained(path), expected)
+    save_file(given | {"lm_head.weight": given["lm_head.weight"][:-1]}, path / WEIGHTS)
+    refused(CacheVersionError, path, "shape: lm_head.weight")
+    save_file(given, path / WEIGHTS)
+    set_config(path, tie_word_embeddings=False)
+    refused(CacheVersionError, path, f"missing: {table}")
+
+
+WRAPPED = {
+    "doubled": lambda name: f"model.{name}" if name.startswith("model.") else name,
+    "without": lambda name: name.removeprefix("model."),
+    "parallel": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "of a text model": lambda name: f"language_model.{name}",
+    "inner": lambda name: name.replace("model.", "model.language_model.", 1),
+    "adapters merged": lambda name: f"base_model.model.{name}",
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_names_of_wrapped_models(folder, how):
+    """The head too, tied or not."""
+    path = folder("llama3")
+    given, wrapped = tensors(path), WRAPPED[how]
+    given["lm_head.weight"] = given["model.embed_tokens.weight"] + 1
+    save_file(given, path / WEIGHTS)
+    expected = from_pretrained(path)
+    assert not expected.config.tie_embeddings
+    save_file({wrapped(name): x for name, x in given.items()}, path / WEIGHTS)
+    assert_same(from_pretrained(path), expected)
+    given["lm_head.weight"] = given["model.embed_tokens.weight"]
+    save_file({wrapped(name): x for name, x in given.items()}, path / WEIGHTS)
+    set_config(path, tie_word_embeddings=True)
+    assert from_pretrained(path).config.tie_embeddings
+
+
+def test_names_that_are_there_twice(folder):
+    """With a prefix and without: the one that the table has counts, and the other is no part of the model."""
+    path = folder("llama3")
+    given = tensors(path)
+    save_file(given | {"norm.weight": given["model.norm.weight"] + 1}, path / WEIGHTS)
+    refused(CacheVersionError, path, "left over: norm.weight (32,)")
+    path = folder("gpt2")
+    save_file(tensors(path) | {"model.vision.weight": np.zeros(3, np.float32)}, path / WEIGHTS)
+    refused(CacheVersionError, path, "left over: model.vision.weight (3,)")
+
+
+@pytest.mark.parametrize("name", ["llama3", "falcon40b", "gpt2", "opt", "gemma3", "qwen3", "gpt_oss"])
+def test_buffers_of_other_releases(folder, name):
+    """Numbers that follow from the config, wherever files have them."""
+    path = folder(name)
+    given = tensors(path)
+    numbers = np.zeros(3, np.float32)
+    names = ["model.rotary_emb.inv_freq", "transformer.h.0.self_attention.rotary_emb.inv_freq", "position_ids"]
+    names += ["model.layers.1.self_attn.rotary_emb.cos_cached", "rotary_emb.original_inv_freq", "model.decoder.version"]
+    save_file(given | dict.fromkeys(names, numbers), path / WEIGHTS)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / name))
+    save_file(given | {"model.layers.0.self_attn.rotary_emb.weight": numbers}, path / WEIGHTS)
+    refused(CacheVersionError, path, "left over: model.layers.0.self_attn.rotary_emb.weight")
+
+
+def test_shards_that_were_joined(folder):
+    """Their index has stayed, and they are gone: the whole file counts, as for transformers."""
+    path = folder()
+    placed = shards(path)
+    shutil.copy(GOLDEN / "llama3" / WEIGHTS, path / WEIGHTS)
+    for file in set(placed.values()):
+        (path / file).unlink()
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / "llama3"))
+    (path / WEIGHTS).unlink()
+    refused(MissingFileError, path, *set(placed.values()))
+
+
 OLDER = {
     "llama3": (
         {"rope_theta": 500000.0, "rope_scaling": "inner", "torch_dtype": "float32"},
@@ -466,6 +551,41 @@ def test_files_that_are_not_there(folder, tmp_path):
     (path / "model-00002-of-00003.safetensors").unlink()
     lost = sorted(name for name, file in placed.items() if "00002" in file)
     refused(MissingFileError, path, "model-00002-of-00003.safetensors", *lost)
+
+
+def test_paths_that_are_no_folders(folder, tmp_path):
+    path = folder()
+    for file in ("config.json", WEIGHTS):
+        refused(MissingFileError, path / file, f"give the folder it lies in, {path}")
+    refused(MissingFileError, path / WEIGHTS, "kvattn.models.load")
+    refused(MissingFileError, "some-org/Some-Model-7B", "no such folder", "download it")
+    for wrong in (None, 3, b"folder", ["folder"]):
+        refused(DTypeError, wrong, "path")
+    refused(DTypeError, path, "ignore", ignore="rope_theta")
+    for wrong in ("float99", jnp.int8, bool, "folder"):
+        refused(DTypeError, path, "dtype must be floating", dtype=wrong)
+        for call in (kvattn.models.load, lambda x, dtype: kvattn.models.save(None, x, dtype=dtype)):
+            with pytest.raises(DTypeError, match="dtype must be floating"):
+                call(tmp_path / "x.safetensors", dtype=wrong)
+    (path / WEIGHTS).rename(path / "consolidated.safetensors")
+    refused(MissingFileError, path, "consolidated.safetensors", f"must be named {WEIGHTS}")
+    (path / "config.json").unlink()
+    (path / "config.json").mkdir()
+    refused(MissingFileError, path, "config.json")
+
+
+def test_a_folder_given_to_load(folder, tmp_path):
+    """The other way round: what `save` wrote is a file."""
+    path = folder()
+    for given in (path, path / WEIGHTS):
+        with pytest.raises((ConfigError, MissingFileError), match=r"kvattn\.models\.from_pretrained") as caught:
+            kvattn.models.load(given)
+        assert str(path) in str(caught.value)
+    with pytest.raises(MissingFileError, match=r"x\.json is not there"):
+        kvattn.models.load(tmp_path / "x.safetensors")
+    for wrong in (None, 3, b"x.safetensors"):
+        with pytest.raises(DTypeError, match="path"):
+            kvattn.models.load(wrong)
 
 
 def test_an_index_that_lies(folder):

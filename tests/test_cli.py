@@ -406,9 +406,47 @@ def test_generate(checkpoint):
     assert re.findall(r"w\d+", done.stdout) == ["w5", "w17", "w3", *(f"w{t}" for t in expected)]
     assert "6 tokens in" in done.stderr
     both = call("generate", checkpoint, "--prompt", "w5 w17 w3", "--prompt", "w1", "--max-new-tokens", 6)
-    assert f"--- w5 w17 w3\n{' '.join(f'w{t}' for t in expected)}\n--- w1\n" in both.stdout
+    assert f"--- w5 w17 w3\n {' '.join(f'w{t}' for t in expected)}\n--- w1\n" in both.stdout
     piped = call("generate", checkpoint, "--prompt", "-", "--max-new-tokens", 6, input="w5 w17 w3")
     assert piped.stdout == done.stdout
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_words_do_not_stick_to_the_prompt(checkpoint, tmp_path, monkeypatch, count):
+    """Llama's decoder takes away a text's first space. Prompt and what follows are the text of all tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"▁w{i}": i for i in range(96)}, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    d = tokenizers.decoders
+    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    def answered(model, prompts, count, *, on_token=None, **options):
+        for token in (7, 8, 9) if on_token else ():
+            on_token(0, token)
+        return [[7, 8, 9] for _ in prompts]
+
+    monkeypatch.setattr(kvattn.models, "generate", answered)
+    done = call("generate", tmp_path, *["--prompt", "w5 w17"] * count)
+    assert tokenizer.decode([7, 8, 9]) == "w7 w8 w9" and done.exit_code == 0
+    assert done.stdout == ("w5 w17 w7 w8 w9\n" if count == 1 else "--- w5 w17\n w7 w8 w9\n" * 2)
+
+
+def test_generate_ignores_a_field(checkpoint, tmp_path):
+    """What the error advises is there."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"residual_multiplier": 1.0, "other_multiplier": 1.0}))
+    words = ("generate", tmp_path, "--prompt", "w5", "--max-new-tokens", 0)
+    for some in ((), ("--ignore", "residual_multiplier")):
+        done = call(*words, *some)
+        assert done.exit_code == 2 and "other_multiplier" in done.stderr and "--ignore FIELD" in done.stderr
+        assert ("residual_multiplier" in done.stderr) == (some == ())
+    done = call(*words, "--ignore", "residual_multiplier", "--ignore", "other_multiplier")
+    assert done.exit_code == 0 and done.stdout == "w5\n", done.output
 
 
 def test_generate_ends_where_the_checkpoint_says(checkpoint):
@@ -444,12 +482,15 @@ def test_generate_with_a_model_of_bytes():
     ("words", "part"),
     [
         (("nowhere", "--prompt", "x"), "nowhere is no folder"),
+        ((CHECKPOINT / "config.json", "--prompt", "x"), f"give the folder it lies in, {CHECKPOINT}"),
+        ((CHECKPOINT / "model.safetensors", "--prompt", "x"), f"{CHECKPOINT} is a checkpoint of transformers"),
+        ((BYTES, "--prompt", "x", "--ignore", "x"), "--ignore goes with a HuggingFace folder"),
         ((CHECKPOINT, "--prompt", "x"), "tokenizer.json is not there"),
         ((BYTES, "--prompt", "x", "--temperature", "-1"), "temperature must be"),
         ((BYTES, "--prompt", "x", "--temperature", "nan"), "--temperature must be a finite number"),
         ((BYTES, "--prompt", "x", "--max-new-tokens", "-1"), "--max-new-tokens must be >= 0"),
         ((BYTES, "--prompt", "x", "--dtype", "int8"), "unknown --dtype"),
-        ((BYTES, "--prompt", "x", "--start-token", "256"), "256"),
+        ((BYTES, "--prompt", "x", "--start-token", "256"), "--start-token must lie in [0, 256), got 256"),
         ((BYTES, "--prompt", ""), "prompt 0"),
     ],
 )

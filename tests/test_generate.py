@@ -23,6 +23,7 @@ from kvattn.errors import (
     MissingLibraryError,
     RangeError,
     ShapeError,
+    StaleCacheError,
 )
 from kvattn.layers import stateless
 from kvattn.models import Decoder, DecoderConfig, from_pretrained, generate, sampling
@@ -275,6 +276,194 @@ def test_rows_that_ended_do_not_fill_the_cache(model, greedy, caches):
         got = generate(model, PROMPTS, NEW, policy=policy, stop_tokens=stop, capacity=len(PROMPTS[0]) + NEW - 1)
         assert got == [cut(row, [stop]) for row in free]
         assert int(caches[-1][0].lengths[0]) == len(PROMPTS[0]) + len(got[0]) - 1
+
+
+# Turns --------------------------------------------------------------------------------------------
+
+TURNS = [PROMPTS, [[31, 32], [33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44], [45]], [[50], [51], [52, 53, 54]]]
+"""What is new in every turn: of other lengths in every row, and not the same row's the longest."""
+KEPT = {
+    "full": dict(),
+    "window": dict(policy=kvattn.SlidingWindow(5)),
+    "streaming": dict(policy=kvattn.StreamingLLM(2, 5)),
+    "heavy hitters": dict(policy=kvattn.H2O(3, 4)),
+    "int8": dict(codec=kvattn.Int8()),
+}
+CHUNK = 32
+
+
+@pytest.fixture(scope="module")
+def by_hand(model):
+    """The oracle: a conversation of one row, its turns appended to a cache one after the other."""
+    apply, weights = stateless(model)
+    step = jax.jit(apply)
+
+    def talk(turns, stops=(), chunk=CHUNK, capacity=96, **settings):
+        cache, answers, logits = model.make_cache(1, capacity, **settings), [], None
+
+        def append(tokens, size):
+            nonlocal cache
+            padded = jnp.asarray([tokens + [0] * (size - len(tokens))], jnp.int32)
+            out, cache = step(weights, padded, cache, jnp.asarray([len(tokens)], jnp.int32))
+            return out[0, len(tokens) - 1]
+
+        for prompt in turns:
+            for start in range(0, len(prompt), chunk):
+                logits = append(prompt[start : start + chunk], chunk)
+            answers.append([])
+            while len(answers[-1]) < NEW and not (answers[-1] and answers[-1][-1] in stops):
+                answers[-1].append(int(np.argmax(logits)))
+                logits = append(answers[-1][-1:], 1)
+        return answers, cache
+
+    return talk
+
+
+def assert_holds(cache, expected, row):
+    """A row of a batch's caches is a cache of one row: lengths, positions, keys and values."""
+    for layer, alone in zip(cache, expected, strict=True):
+        assert int(layer.lengths[row]) == int(alone.lengths[0])
+        positions, wanted = np.asarray(layer.positions)[row], np.asarray(alone.positions)[0]
+        for held, other in zip(np.atleast_2d(positions), np.atleast_2d(wanted), strict=True):
+            assert sorted(held[held >= 0]) == sorted(other[other >= 0])
+        for mine, theirs in zip(layer.dense(), alone.dense(), strict=True):
+            mine, theirs = np.asarray(mine)[row], np.asarray(theirs)[0]
+            for head in range(len(mine)):
+                slots, others = (np.broadcast_to(x, mine.shape[:2])[head] for x in (positions, wanted))
+                order, other = (np.argsort(x)[np.sort(x) >= 0] for x in (slots, others))
+                np.testing.assert_allclose(mine[head][order], theirs[head][other], atol=2e-2)
+
+
+def in_turns(generate, model, stops=(), **options):
+    """The answers of every turn, and the caches in the end."""
+    settings = {name: options.pop(name) for name in ("policy", "codec") if name in options} | {"capacity": 96}
+    answers, cache = [], None
+    for prompts in TURNS:
+        given = settings if cache is None else {"cache": cache}
+        new, cache = generate(model, prompts, NEW, stop_tokens=stops, return_cache=True, **given, **options)
+        answers.append(new)
+    return answers, cache
+
+
+def check_turns(generate, model, by_hand, name, stops=(), **options):
+    settings, chunk = KEPT[name], options.get("prefill_chunk", CHUNK)
+    answers, cache = in_turns(generate, model, stops, **settings, **options)
+    for row in range(len(PROMPTS)):
+        turns = [prompts[row] for prompts in TURNS]
+        expected, alone = by_hand(turns, stops, chunk, **settings)
+        assert [new[row] for new in answers] == expected, row
+        assert int(cache[0].lengths[row]) == sum(map(len, turns)) + sum(map(len, expected))
+        assert_holds(cache, alone, row)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_conversation_goes_on_from_its_cache(model, by_hand, name):
+    check_turns(generate, model, by_hand, name)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_conversation_in_chunks_whose_rows_stop(model, by_hand, name):
+    first, _ = in_turns(generate, model, **KEPT[name], prefill_chunk=7)
+    stops = (first[0][0][3], first[0][2][0])  # in the middle, and at once
+    check_turns(generate, model, by_hand, name, stops, prefill_chunk=7)
+    ends = [len(new) for answers in in_turns(generate, model, stops, **KEPT[name])[0] for new in answers]
+    assert min(ends) == 1 and len(set(ends)) > 2
+
+
+def test_a_conversation_is_its_tokens_at_once(model, last_logits):
+    """Every token of every turn is the best one after all that was said, by full passes without a cache."""
+    answers, cache = in_turns(generate, model)
+    for row in range(len(PROMPTS)):
+        said = []
+        for prompts, new in zip(TURNS, answers, strict=True):
+            said += prompts[row]
+            for token in new[row]:
+                if len(said) < 32:  # what the oracle holds
+                    assert token == int(np.argmax(last_logits(said)))
+                said.append(token)
+        assert int(cache[0].lengths[row]) == len(said)
+
+
+def test_prompts_alone_fill_a_cache(model, greedy):
+    """No new tokens: the caches hold the prompts, which the next call goes on from."""
+    none, cache = generate(model, [prompt[:-1] or prompt for prompt in PROMPTS], 0, capacity=96, return_cache=True)
+    assert none == [[], [], []] and cache[0].lengths.tolist() == [16, 1, 4]
+    assert generate(model, [[17], [1], [23]], NEW, cache=cache)[0] == greedy[0]
+    cache = model.make_cache(3, 96)  # any caches of the model
+    assert generate(model, PROMPTS, NEW, cache=cache) == greedy
+    none, cache = generate(model, [], 3, capacity=8, return_cache=True)
+    assert none == [] and cache[0].batch_size == 0
+
+
+def test_draws_of_a_conversation_can_be_repeated(model):
+    first, second = (in_turns(generate, model, **DRAWN)[0] for _ in range(2))
+    assert first == second != in_turns(generate, model, **{**DRAWN, "seed": 8})[0]
+
+
+def test_later_turns_are_the_same_programs(model):
+    model = decoder(dataclasses.replace(TINY, norm_epsilon=2e-5))
+    graph, state = nnx.split(model)
+    in_turns(generate, model, stops=(1, 2))
+    assert [p._cache_size() for p in module._programs(graph, jax.tree.structure(state))] == [1, 1]
+
+
+def test_a_cache_is_used_up(model):
+    _, cache = generate(model, PROMPTS, NEW, capacity=96, return_cache=True)
+    with pytest.raises(
+        CapacityError, match=r"rows \[0, 1\].* 96 slots.*\[27, 11\].*\[70, 86\].*\[1, 1\] slots are missing"
+    ):
+        generate(model, [[1] * 60, [2] * 76, [3]], 10, cache=cache, return_cache=True)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache))  # so it can be used for less
+    _, newer = generate(model, [[1] * 59, [2] * 75, [3]], 10, cache=cache, return_cache=True)
+    assert newer[0].lengths.tolist() == [96, 96, 26]
+    with pytest.raises(StaleCacheError):
+        generate(model, [[1], [2], [3]], 1, cache=cache)
+    assert all(x.is_deleted() for x in jax.tree.leaves((cache[0].keys, cache[0].values)))
+
+
+def test_caches_that_do_not_fit_are_refused(model):
+    prompts = [[1], [2], [3]]
+    cache = model.make_cache(3, 32)
+    other = decoder(dataclasses.replace(TINY, num_kv_heads=3))
+    wide = decoder(dataclasses.replace(TINY, head_dim=16))
+    deep = decoder(dataclasses.replace(TINY, num_layers=2))
+    more = deep.make_cache(3, 32)
+    _, ahead = stateless(deep)[0](stateless(deep)[1], jnp.ones((3, 2), jnp.int32), deep.make_cache(3, 32))
+    encoder = kvattn.KVCache.from_encoder(jnp.zeros((3, 4, 2, 8)), jnp.zeros((3, 4, 2, 8)))
+    overflown = cache[0].replace(status=jnp.asarray([0, kvattn.cache.status.OVERFLOW, 0], jnp.int32))
+    for given, error, part in (
+        (more, ShapeError, "1 layers but was given 2 caches"),
+        ((), ShapeError, "given 0 caches"),
+        (model.make_cache(2, 32), ShapeError, "2 rows, but there are 3 prompts"),
+        (other.make_cache(3, 32), ShapeError, "3 key/value heads"),
+        (wide.make_cache(3, 32), ShapeError, "heads of 16"),
+        (cache[0], DTypeError, "KVCache"),
+        ((1,), DTypeError, "tuple"),
+        ("cache", DTypeError, "str"),
+        ((encoder,), ConfigError, "static"),
+        ((overflown,), CapacityError, "rows [1]"),
+    ):
+        with pytest.raises(error) as caught:
+            generate(model, prompts, 2, cache=given, return_cache=True)
+        assert part in str(caught.value)
+    with pytest.raises(ConfigError, match=r"layer 1 holds \[2, 2, 2\] tokens, that of layer 0 \[0, 0, 0\]"):
+        generate(deep, prompts, 2, cache=(more[0], ahead[1]))
+    with pytest.raises(StaleCacheError, match="several"):
+        generate(deep, prompts, 2, cache=(cache[0], cache[0]))
+    for name, value in (("capacity", 64), ("policy", kvattn.Full()), ("codec", kvattn.Int8())):
+        with pytest.raises(ConfigError, match=f"{name} cannot be changed"):
+            generate(model, prompts, 2, cache=cache, **{name: value})
+    with pytest.raises(DTypeError, match="return_cache"):
+        generate(model, prompts, 2, return_cache="yes")
+
+
+def test_learned_positions_count_those_in_the_cache():
+    model = decoder(dataclasses.replace(TINY, positions="learned", max_positions=12))
+    _, cache = generate(model, [[1, 2, 3], [5]], 4, capacity=64, return_cache=True)
+    with pytest.raises(RangeError, match=r"12 learned positions.*7 of them in the cache.*at most 3 new"):
+        generate(model, [[1, 2], [3]], 4, cache=cache, return_cache=True)
+    _, cache = generate(model, [[1, 2], [3]], 3, cache=cache, return_cache=True)
+    assert cache[0].lengths.tolist() == [12, 9]
 
 
 # Draws --------------------------------------------------------------------------------------------
@@ -628,6 +817,20 @@ def test_unsound_logits_are_found(settings):
 
 
 # Planted faults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("decoding.append_last(np.array(", "len(np.array("),  # the last tokens are forgotten
+        ("new[-1] for new in results", "results[0][-1] for new in results"),
+        ("np.ones(len(tokens), bool)", "np.arange(len(tokens)) == 0"),
+    ],
+)
+def test_planted_faults_in_turns(model, by_hand, right, wrong):
+    faulty = planted(module, right, wrong)
+    with pytest.raises(AssertionError):
+        check_turns(faulty.generate, model, by_hand, "full")
 
 
 def planted(module, right, wrong):

@@ -1,6 +1,5 @@
 """``kvattn generate``: a checkpoint continues text."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from kvattn.cli import parse, show
-from kvattn.errors import ConfigError, MissingFileError
+from kvattn.errors import ConfigError, RangeError, UnsupportedError
 
 
 class _Text(Protocol):
@@ -61,6 +60,10 @@ def generate(
     ] = None,
     start_token: Annotated[str | None, typer.Option(metavar="INT", help="Put this token before every prompt.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after the model's end of text.")] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="A field of config.json that is not known here and changes nothing."),
+    ] = None,
 ) -> None:
     """Continue text with the model of a checkpoint; one prompt is printed as its tokens come."""
     import kvattn.models as models
@@ -83,10 +86,13 @@ def generate(
     if dtype is not None and dtype not in parse.DTYPES:
         raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
 
-    model, text, ends = _opened(models, checkpoint, dtype)
+    model, text, ends = _opened(models, checkpoint, dtype, ignore or [])
+    if first is not None and first >= model.config.vocab_size:
+        raise RangeError(f"--start-token must lie in [0, {model.config.vocab_size}), got {first}.")
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
     prompts = [([] if first is None else [first]) + list(text.encode(p).ids) for p in texts]
-    stream, unsaid = models.TextStream(text), [texts[0]]  # the prompt comes with its first token: once nothing is wrong
+    # The prompt comes with its first token: once nothing is wrong.
+    stream, unsaid = models.TextStream(text, prompts[0]), [texts[0]]
 
     def show_token(row: int, token: int) -> None:
         typer.echo((unsaid.pop() if unsaid else "") + stream.push(token), nl=False)
@@ -98,39 +104,42 @@ def generate(
     if len(prompts) == 1:
         typer.echo("".join(unsaid) + stream.finish())
     else:
-        for given, new in zip(texts, tokens, strict=True):
-            typer.echo(f"--- {given}\n{text.decode(new)}")
+        for given, ids, new in zip(texts, prompts, tokens, strict=True):
+            typer.echo(f"--- {given}\n{models.continuation(text, ids, new)}")
     new = sum(map(len, tokens))
     taken = time.perf_counter() - start
     message = f"{new} tokens in {taken:.1f} s, compiling included: {new / taken:,.1f} tokens/s"
     typer.echo(message, err=True)
 
 
-def _opened(models: Any, path: Path, dtype: str | None) -> tuple[Any, _Text, list[int]]:
+def _opened(models: Any, path: Path, dtype: str | None, ignore: list[str]) -> tuple[Any, _Text, list[int]]:
     """The model, its tokenizer, and the tokens that end a text."""
     if path.suffix == ".safetensors":
+        if ignore:
+            raise ConfigError("--ignore goes with a HuggingFace folder: it names fields of its config.json.")
         model = models.load(path, dtype=dtype)
         if model.config.vocab_size != 256:
-            raise ConfigError(
+            raise UnsupportedError(
                 f"{path} has a vocabulary of {model.config.vocab_size} tokens and no tokenizer: only models of bytes "
-                "(256) need none."
+                "(256) need none. In Python, kvattn.generate takes token ids."
             )
         return model, _Bytes(), []
-    if not path.is_dir():
-        raise MissingFileError(f"{path} is no folder: give a checkpoint's, with config.json and model.safetensors.")
     text = models.load_tokenizer(path)
-    return models.from_pretrained(path, dtype=dtype), text, _ends(path)
+    try:
+        model = models.from_pretrained(path, dtype=dtype, ignore=ignore)
+    except UnsupportedError as error:
+        advice = " Here that is --ignore FIELD, once for each field." if "ignore=" in str(error) else ""
+        raise UnsupportedError(f"{error}{advice}") from error
+    return model, text, _ends(path)
 
 
 def _ends(folder: Path) -> list[int]:
     """The end-of-text tokens that the checkpoint names."""
+    from kvattn.models.tensors import read_json
+
     for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise ConfigError(f"{file} is no JSON object: {error}.") from error
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("eos_token_id")
             if found is not None:
                 return list(found) if isinstance(found, list) else [found]
     return []

@@ -6,12 +6,14 @@ from kvattn.models.convert import convert_to_gqa
 from kvattn.models.decoder import Decoder
 from kvattn.models.generate import generate
 from kvattn.models.pretrained import from_pretrained
-from kvattn.models.tokenizer import TextStream, load_tokenizer
+from kvattn.models.text import TextStream, continuation
+from kvattn.models.tokenizer import load_tokenizer
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "TextStream",
+    "continuation",
     "convert_to_gqa",
     "from_pretrained",
     "generate",

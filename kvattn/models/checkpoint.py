@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvattn.errors import CacheVersionError, ConfigError
+from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.decoder import Decoder
-from kvattn.models.parameters import name_of, parameters_of
+from kvattn.models.parameters import floating, name_of, parameters_of
 from kvattn.models.tensors import Tensors, read_json
 
 FORMAT = "kvattn-decoder"
@@ -31,10 +31,14 @@ def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> 
 
     Returns:
         `path`.
+
+    Raises:
+        ConfigError: a name with another ending.
+        DTypeError: a `dtype` that is not floating, something that is no path.
     """
     from safetensors.numpy import save_file
 
-    path = _checked(path)
+    path, dtype = _checked(path), None if dtype is None else floating(dtype)
     tensors = {name: np.asarray(x if dtype is None else x.astype(dtype)) for name, x in parameters_of(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -59,9 +63,13 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
         CacheCorruptionError: a file that cannot be read.
         ConfigError: settings that are not those of a decoder.
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
+        DTypeError: a `dtype` that is not floating, something that is no path.
     """
-    path = _checked(path)
-    config = _read_settings(path.with_suffix(".json"))
+    path, dtype = _checked(path), None if dtype is None else floating(dtype)
+    settings = path.with_suffix(".json")
+    if not settings.is_file():
+        raise MissingFileError(f"{settings} is not there, which kvattn.models.save writes.{_theirs(path.parent)}")
+    config = _read_settings(settings)
     tensors = _read_tensors(path)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     expected = parameters_of(model)
@@ -90,10 +98,19 @@ def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise DTypeError(f"a checkpoint must be a path that ends in .safetensors, got {path!r}.")
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ConfigError(f"a checkpoint ends in .safetensors, got {path}.")
+        raise ConfigError(f"a checkpoint ends in .safetensors, got {path}.{_theirs(path)}")
     return path
+
+
+def _theirs(folder: Path) -> str:
+    """What to do with a checkpoint of transformers."""
+    there = (folder / "config.json").is_file()
+    advice = "give that folder to kvattn.models.from_pretrained, or on the command line."
+    return f" {folder} is a checkpoint of transformers: {advice}" if there else ""
 
 
 def _read_settings(path: Path) -> DecoderConfig:

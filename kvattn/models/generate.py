@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from flax import nnx
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.errors import DTypeError, MissingLibraryError, RangeError
+from kvattn.cache import Cache
+from kvattn.errors import ConfigError, DTypeError, MissingLibraryError, RangeError
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.models.sampling import Sampler, choose
@@ -32,6 +33,50 @@ _NOTHING, _UNSOUND = -1, -2
 """In place of a token: the row had ended before; its logits were no distribution."""
 
 
+@overload
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    capacity: int | None = ...,
+    policy: Any = ...,
+    codec: Any = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    stop_tokens: int | Iterable[int] | None = ...,
+    prefill_chunk: int | None = ...,
+    on_token: Callable[[int, int], Any] | None = ...,
+    progress: bool | Callable[[int, int], Any] = ...,
+    cache: Sequence[Cache] | None = ...,
+    return_cache: Literal[False] = ...,
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    capacity: int | None = ...,
+    policy: Any = ...,
+    codec: Any = ...,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    stop_tokens: int | Iterable[int] | None = ...,
+    prefill_chunk: int | None = ...,
+    on_token: Callable[[int, int], Any] | None = ...,
+    progress: bool | Callable[[int, int], Any] = ...,
+    cache: Sequence[Cache] | None = ...,
+    return_cache: Literal[True],
+) -> tuple[list[list[int]], Caches]: ...
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -48,7 +93,9 @@ def generate(
     prefill_chunk: int | None = None,
     on_token: Callable[[int, int], Any] | None = None,
     progress: bool | Callable[[int, int], Any] = False,
-) -> list[list[int]]:
+    cache: Sequence[Cache] | None = None,
+    return_cache: bool = False,
+) -> list[list[int]] | tuple[list[list[int]], Caches]:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
     Temperature, `top_k`, `top_p`, seed and stop tokens may change from call to call without compiling anew. The caches
@@ -59,15 +106,15 @@ def generate(
         model: the decoder.
         prompts: token ids, of any lengths >= 1; `bytes` are fine for a model of bytes.
         max_new_tokens: how many tokens follow each prompt, at most.
-        capacity: slots of the caches. None: what the longest sequence needs.
+        capacity: slots of the caches. None: what the longest sequence needs. For a conversation: what all of it needs.
         policy: which tokens the caches keep; as in `Decoder.make_cache`.
         codec: in how many bits.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
         top_k: draw from the so many most probable tokens only. Of equal logits those of lower id stay. None: all.
         top_p: draw from the nucleus only (Holtzman et al., arXiv:1904.09751): the smallest set of most probable tokens
             whose probability, after temperature and `top_k`, reaches it. None, or 1: all.
-        seed: of the draws, below 2**32. A draw depends on the seed, the row and how many tokens were drawn before, not
-            on the other prompts.
+        seed: of the draws, below 2**32. A draw depends on the seed, the row and how many tokens this call drew before,
+            not on the other prompts. The turns of a conversation should have different ones.
         stop_tokens: a token id or several. A row ends with the first of them that it comes to, which is part of the
             result; the other rows go on.
         prefill_chunk: the prompts are appended so many tokens at a time. None: whole, unless their logits would take
@@ -78,17 +125,25 @@ def generate(
             was passed for a row is at any time the beginning of its result. What it raises ends the generation.
         progress: True shows a bar (tqdm); a function is called as ``progress(done, total)`` after every step, in
             tokens: `total` is what there will be if no row ends early.
+        cache: what an earlier call returned with `return_cache`, to go on from it: row i of the prompts is what is new
+            in row i of the cache. (Or any caches of the model, one per layer, with what they hold.) It is donated: go
+            on from what this call returns. None: new caches, of `capacity`, `policy` and `codec`, which belong to the
+            first call only.
+        return_cache: the caches are returned too. Row by row they hold all that was said: what they held before, the
+            prompt, and every new token with the last one, a stop token too. The next call's prompts are only what is
+            new.
 
     Returns:
-        the new tokens of each prompt.
+        the new tokens of each prompt; with `return_cache` these and the caches, one per layer.
 
     Raises:
-        ShapeError: an empty prompt.
+        ShapeError: an empty prompt; caches of another model, or of another number of rows.
         DTypeError: an argument of a wrong type, a prompt that does not hold ints.
         RangeError: a token id outside the vocabulary, a number outside its range. Later: logits that are NaN or
             infinite.
-        ConfigError: `top_k` or `top_p` at temperature 0.
-        CapacityError: the caches cannot take prompts and new tokens.
+        ConfigError: `top_k` or `top_p` at temperature 0; `capacity`, `policy` or `codec` beside `cache`.
+        CapacityError: the caches cannot take prompts and new tokens. Nothing was computed, and a `cache` is as it was.
+        StaleCacheError: a `cache` that was given to an earlier call.
         MissingLibraryError: a bar is wanted and tqdm is not installed.
 
     Example:
@@ -102,6 +157,10 @@ def generate(
         >>> new = generate(model, [b"one"], 5, temperature=0.8, top_p=0.9, on_token=lambda row, t: streamed.append(t))
         >>> streamed == new[0]
         True
+        >>> new, cache = generate(model, [b"one"], 5, capacity=64, return_cache=True)
+        >>> new, cache = generate(model, [b"and then?"], 5, cache=cache, return_cache=True)
+        >>> cache[0].lengths.tolist()  # 3 + 5 + 9 + 5
+        [22]
     """
     vocab_size = model.config.vocab_size
     _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
@@ -109,35 +168,47 @@ def generate(
         _checks.integer("prefill_chunk", prefill_chunk, 1, RangeError)
     if on_token is not None and not callable(on_token):
         raise DTypeError(f"on_token must be a function of a row and a token, got {on_token!r}.")
+    if not isinstance(return_cache, bool):
+        raise DTypeError(f"return_cache must be a bool, got {return_cache!r}.")
     sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     stop = given.stop_mask(stop_tokens, vocab_size)
     reporting = _reporting(progress)
     rows = given.checked(prompts, vocab_size)
+    caches, held = None, np.zeros(len(rows), np.int32)
+    if cache is not None:
+        settings = {"capacity": capacity, "policy": policy, "codec": codec}
+        if beside := [name for name, value in settings.items() if value is not None]:
+            raise ConfigError(
+                f"{' and '.join(beside)} cannot be changed once there is a cache: give them to the first call only."
+            )
+        caches, held = given.continued(cache, model, len(rows))
     results: list[list[int]] = [[] for _ in rows]
-    if not rows or max_new_tokens == 0:
+    if not return_cache and (not rows or max_new_tokens == 0):
         return results
     lengths = np.array([len(row) for row in rows], np.int32)
-    longest = int(lengths.max())
-    if longest + max_new_tokens > _checks.INT32_MAX:
+    longest = int(lengths.max(initial=1))
+    # The last token is appended only if something may come after it.
+    more = max_new_tokens if return_cache else max_new_tokens - 1
+    reached = int((held + lengths.astype(np.int64)).max(initial=1))
+    if reached + max_new_tokens > _checks.INT32_MAX:
         raise RangeError(f"max_new_tokens must leave positions within int32, got {max_new_tokens}.")
-    # The last token is never appended: nothing comes after it.
-    appended = longest + max_new_tokens - 1
     limit = model.config.max_positions if model.config.positions == "learned" else None
-    if limit is not None and appended > limit:
+    if limit is not None and reached + more > limit:
+        before = f", {int(held.max())} of them in the cache," if held.any() else ""
         raise RangeError(
-            f"the model has {limit} learned positions; a prompt of {longest} tokens and {max_new_tokens} new ones take "
-            f"{appended}: at most {max(limit + 1 - longest, 0)} new tokens fit."
+            f"the model has {limit} learned positions; a sequence of {reached} tokens{before} and {max_new_tokens} new "
+            f"ones take {reached + more}: at most {max(limit + max_new_tokens - more - reached, 0)} new tokens fit."
         )
 
-    if capacity is None:
-        capacity = _rounded(appended)
-    cache = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
-    needed = jnp.asarray(lengths + np.int32(max_new_tokens - 1))
-    for layer in cache:
-        layer.refuse_overflow(layer.policy.fits(layer.state, layer.lengths, needed, layer.num_slots), needed)
-    chunk = _default_chunk(cache, vocab_size, longest) if prefill_chunk is None else prefill_chunk
+    if caches is None:
+        capacity = _rounded(reached + more) if capacity is None else capacity
+        caches = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
+    given.fitting(caches, lengths + np.int32(more))
+    if not rows:
+        return results, caches
+    chunk = _default_chunk(caches, vocab_size, longest) if prefill_chunk is None else prefill_chunk
 
-    decoding = _Decoding(model, cache, sampler, stop)
+    decoding = _Decoding(model, caches, sampler, stop)
     decoding.append_prompts(rows, lengths, min(_rounded(longest), chunk))
     num_running, num_done = len(rows), 0
     with reporting(len(rows) * max_new_tokens) as report:
@@ -159,8 +230,10 @@ def generate(
             report(num_done)
             if num_running == 0:
                 break
+    if return_cache and max_new_tokens > 0:
+        decoding.append_last(np.array([new[-1] for new in results], np.int32))
     decoding.check()
-    return results
+    return (results, decoding.cache) if return_cache else results
 
 
 class _Rows(NamedTuple):
@@ -188,9 +261,12 @@ class _Decoding:
         self.sampler = sampler
         self.stop = jnp.asarray(stop)
         batch = cache[0].batch_size
-        # Where the steps leave them: a second chunk is the same program.
-        nothing = np.full(batch, _NOTHING, np.int32), np.zeros(batch, bool), np.zeros((), np.int32)
-        self.rows = _Rows(*model.split.place(nothing))
+        self.place = model.split.place
+        self.rows = self.placed(np.full(batch, _NOTHING, np.int32), np.zeros(batch, bool))
+
+    def placed(self, new: np.ndarray, running: np.ndarray) -> "_Rows":
+        """Rows that lie where the steps leave them: the next call is the same program."""
+        return _Rows(*self.place((new, running, np.zeros((), np.int32))))
 
     def append_prompts(self, rows: Sequence[np.ndarray], lengths: np.ndarray, chunk: int) -> None:
         """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""
@@ -215,6 +291,11 @@ class _Decoding:
                 yield np.asarray(in_flight.popleft())
         while in_flight:
             yield np.asarray(in_flight.popleft())
+
+    def append_last(self, tokens: np.ndarray) -> None:
+        """Appends int32 [B], the last token of every row, which no step has: one more step, and nothing is drawn."""
+        rows = self.placed(tokens, np.ones(len(tokens), bool))
+        _, self.cache = self.step(self.weights, self.cache, rows, self.sampler, self.stop)
 
     def check(self) -> None:
         """Raises what the steps could only record."""

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+
+from kvattn.errors import DTypeError
 
 
 def name_of(keys: tuple[Any, ...]) -> str:
@@ -13,3 +16,18 @@ def name_of(keys: tuple[Any, ...]) -> str:
 def parameters_of(model: nnx.Module) -> dict[str, Any]:
     """The parameters by name."""
     return {name_of(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def floating(dtype: Any) -> Any:
+    """A dtype that parameters can have.
+
+    Raises:
+        DTypeError: it is none.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise DTypeError(f"dtype must be floating, such as jnp.bfloat16, got {dtype!r}.") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise DTypeError(f"dtype must be floating, got {found}.")
+    return found

@@ -17,9 +17,15 @@ from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
 from kvattn.models.hf.rules import HEAD
-from kvattn.models.parameters import name_of
-from kvattn.models.tensors import Tensors, in_folder, read_json
+from kvattn.models.parameters import floating, name_of
+from kvattn.models.tensors import Tensors, folder_of, in_folder, read_json
 
+_WRAPPERS = ("model.", "transformer.", "language_model.", "module.", "_orig_mod.", "base_model.")
+"""What else names may begin with, more than once too: what a model was wrapped in when it was saved."""
+_BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached|position_ids|decoder\.version)$"
+)
+"""What files of any family may carry that is no parameter: numbers that follow from the config."""
 _COMPARED = 1 << 22
 """How many numbers of two tensors are compared at a time."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -41,7 +47,8 @@ def from_pretrained(
     Qwen3, Gemma 2, Gemma 3 (text), Falcon, OPT, MPT, BLOOM, GPT-2, GPT-BigCode, gpt-oss. Nothing is ever unpickled.
     Tensors are read one at a time, the largest first, and go straight to their dtype and devices. Of a tensor that is
     split over a mesh each process reads the parts that its own devices hold. A head that differs from the embedding is
-    used, whatever ``tie_word_embeddings`` says.
+    used, whatever ``tie_word_embeddings`` says; where it is tied, one of the two is enough. Names may have prefixes of
+    what the model was wrapped in (``model.``, ``language_model.``, ``module.``, ...), or lack their own.
 
     Args:
         path: the folder.
@@ -54,13 +61,13 @@ def from_pretrained(
             raises ends the loading.
 
     Raises:
-        MissingFileError: the config, the tensors or a shard are not there.
+        MissingFileError: the folder, the config, the tensors or a shard are not there, or the path is a file.
         CacheCorruptionError: a file that is damaged.
         ConfigError: a config whose sizes are no sizes or contradict each other. (What is left out is what transformers
             takes it for.)
         UnsupportedError: a model_type, or a setting, that this decoder does not have.
         CacheVersionError: tensors that are missing, left over, or of another shape or kind; all are named.
-        DTypeError: a `dtype` that is not floating.
+        DTypeError: a `dtype` that is not floating, a `path` that is none, one text for `ignore`.
         ShardingError: a mesh without the axis.
 
     Example:
@@ -69,7 +76,10 @@ def from_pretrained(
         >>> model = kvattn.models.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
         >>> kvattn.generate(model, [[128000, 791, 6864]], max_new_tokens=8)  # doctest: +SKIP
     """
-    folder, on = Path(path), {"mesh": mesh, "by": by, "axis": axis}
+    if isinstance(ignore, str):
+        raise DTypeError(f"ignore must hold names of fields, got the text {ignore!r}: write ({ignore!r},).")
+    dtype = None if dtype is None else floating(dtype)
+    folder, on = folder_of(path), {"mesh": mesh, "by": by, "axis": axis}
     family = read_family(folder, ignore)
     placement.Split(**on)
     tensors = in_folder(folder, on_read)
@@ -78,8 +88,6 @@ def from_pretrained(
     names = _checked(family, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise DTypeError(f"dtype must be floating, got {jnp.dtype(dtype)}.")
     skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
     graph, state = nnx.split(skeleton)
@@ -166,10 +174,13 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
     Raises:
         CacheVersionError: the files do not hold what the config describes.
     """
+    located, table = _Names(family, tensors), _table(family)
     names, problems = {}, []
     for rule in family.rules:
         for name, shape in rule.sources.items():
-            found = _located(name, tensors, family.prefixes)
+            found = located(name)
+            if found is None and name == table and family.config.tie_embeddings:
+                found = located(HEAD)
             if found is None:
                 problems.append(f"missing: {name} {shape}")
                 continue
@@ -180,7 +191,8 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
             elif entry.dtype not in rule.stored:
                 problems.append(f"kind: {found} in {entry.file.name} holds {entry.dtype}, not {rule.stored}")
     for name in sorted(set(tensors.entries) - set(names.values())):
-        if not any(re.search(pattern, name) for pattern in family.ignored):
+        bare = located.bare(name)
+        if not (_BUFFERS.search(name) or any(re.search(p, n) for p in family.ignored for n in (name, bare))):
             entry = tensors.entries[name]
             problems.append(f"left over: {name} {entry.shape} in {entry.file.name}")
     if problems:
@@ -190,24 +202,45 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
 
 def _has_its_own_head(family: Family, tensors: Tensors) -> bool:
     """Whether the files hold a head that is not the embedding, though the config says that it is."""
-    table = next(iter(next(rule for rule in family.rules if "embed.embedding" in rule.makes).sources))
-    embedding = _located(table, tensors, family.prefixes)
-    if HEAD not in tensors.entries or embedding is None:
+    located = _Names(family, tensors)
+    embedding, head = located(_table(family)), located(HEAD)
+    if head is None or embedding is None:
         return False
-    shape = tensors.entries[HEAD].shape
+    shape = tensors.entries[head].shape
     if shape != tensors.entries[embedding].shape or len(shape) != 2:
         return True
     rows = max(_COMPARED // max(shape[1], 1), 1)
     parts = ([np.arange(start, min(start + rows, shape[0]))] for start in range(0, shape[0], rows))
     try:
-        return not all(np.array_equal(tensors.read(HEAD, part), tensors.read(embedding, part)) for part in parts)
+        return not all(np.array_equal(tensors.read(head, part), tensors.read(embedding, part)) for part in parts)
     finally:
         tensors.close()
 
 
-def _located(name: str, tensors: Tensors, prefixes: Iterable[str]) -> str | None:
-    shorter = (name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))
-    return next((known for known in (name, *shorter) if known in tensors.entries), None)
+def _table(family: Family) -> str:
+    """The tensor that becomes the embedding."""
+    return next(iter(next(rule for rule in family.rules if "embed.embedding" in rule.makes).sources))
+
+
+class _Names:
+    """Finds tensors by the names that a family's table has for them, whatever either of them begins with."""
+
+    def __init__(self, family: Family, tensors: Tensors):
+        self._prefixes = (*family.prefixes, *_WRAPPERS)
+        self._whole = set(tensors.entries)
+        self._bare: dict[str, str] = {}
+        for name in sorted(tensors.entries, key=len, reverse=True):  # of several the shortest counts
+            self._bare[self.bare(name)] = name
+
+    def __call__(self, name: str) -> str | None:
+        """The name in the files; None: it is not there."""
+        return name if name in self._whole else self._bare.get(self.bare(name))
+
+    def bare(self, name: str) -> str:
+        """A name without what may stand before it."""
+        while prefix := next((p for p in self._prefixes if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        return name
 
 
 def _largest_first(rules: Iterable[Rule]) -> list[Rule]:

@@ -1,13 +1,16 @@
-"""What `kvattn.generate` is given: prompts and stop tokens, checked and brought into the form of arrays."""
+"""What `kvattn.generate` is given: prompts, stop tokens and caches, checked and brought into the form it works on."""
 
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks
-from kvattn.errors import DTypeError, RangeError, ShapeError
+from kvattn.cache import Cache
+from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, StaleCacheError
+from kvattn.models.decoder import Caches, Decoder
 
 
 def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
@@ -49,6 +52,72 @@ def stop_mask(stop_tokens: Any, vocab_size: int) -> np.ndarray:
             raise RangeError(f"stop tokens must lie in [0, {vocab_size}), got {token}.")
         mask[token] = True
     return mask
+
+
+def continued(cache: Any, model: Decoder, num_rows: int) -> tuple[Caches, np.ndarray]:
+    """The caches of an earlier call, one per layer, and int32 [B], the tokens they hold.
+
+    Raises:
+        DTypeError: what is no sequence of caches.
+        ShapeError: caches of another model, or of another number of rows.
+        ConfigError: caches of an encoder, or such that hold different tokens.
+        StaleCacheError: caches that an earlier call or step has used up, or one for several layers.
+        KVAttnError: what an earlier step recorded, as `kvattn.KVCache.check` raises it.
+    """
+    if not isinstance(cache, list | tuple) or not all(isinstance(layer, Cache) for layer in cache):
+        raise DTypeError(
+            "cache must be what generate(..., return_cache=True) or model.make_cache returned, a tuple of one cache "
+            f"per layer, got {type(cache).__name__}."
+        )
+    if len(cache) != len(model.layers):
+        raise ShapeError(f"the model has {len(model.layers)} layers but was given {len(cache)} caches: one for each.")
+    if len({id(layer) for layer in cache}) < len(cache):
+        raise StaleCacheError("the cache of one layer is given to several: each has its own, which is used up.")
+    for number, (layer, block) in enumerate(zip(cache, model.layers, strict=True)):
+        _checks.not_donated("cache", layer)
+        where, attention = f"the cache of layer {number}", block.attention
+        if layer.is_static:
+            raise ConfigError(f"{where} is static, it holds an encoder's keys and values: nothing can be appended.")
+        if layer.batch_size != num_rows:
+            raise ShapeError(
+                f"{where} has {layer.batch_size} rows, but there are {num_rows} prompts: one for each row. "
+                "cache.select(rows) of every layer leaves rows out."
+            )
+        sizes = layer.num_kv_heads, layer.key_head_dim, layer.value_head_dim
+        expected = attention.num_kv_heads, attention.head_dim, attention.value_head_dim
+        if sizes != expected:
+            raise ShapeError(
+                f"{where} has {sizes[0]} key/value heads of {sizes[1]} and {sizes[2]}, the model {expected[0]} of "
+                f"{expected[1]} and {expected[2]}: it belongs to another model."
+            )
+        layer.check()
+    lengths = [_checks.on_host(layer.lengths) for layer in cache]
+    for number, held in enumerate(lengths):
+        if not np.array_equal(held, lengths[0]):
+            raise ConfigError(
+                f"the cache of layer {number} holds {held.tolist()} tokens, that of layer 0 {lengths[0].tolist()}: "
+                "trim and select all layers alike."
+            )
+    return tuple(cache), lengths[0]
+
+
+def fitting(cache: Caches, needed: np.ndarray) -> None:
+    """Checks that int32 [B] more tokens can be appended.
+
+    Raises:
+        CapacityError: they cannot; it says how many are missing.
+    """
+    for layer in cache:
+        fits = _checks.on_host(layer.policy.fits(layer.state, layer.lengths, jnp.asarray(needed), layer.num_slots))
+        if not np.all(fits):
+            rows = np.nonzero(~fits)[0]
+            held, more = _checks.on_host(layer.lengths)[rows], needed[rows]
+            raise CapacityError(
+                f"rows {rows.tolist()} of a cache of {layer.num_slots} slots hold {held.tolist()} tokens, and prompts "
+                f"and new tokens are {more.tolist()} more: {(held + more - layer.num_slots).tolist()} slots are "
+                "missing. Nothing was computed. Give the first call a larger capacity, or a policy that lets tokens "
+                "go, or ask for fewer new tokens."
+            )
 
 
 def padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:

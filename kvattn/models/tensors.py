@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvattn.errors import CacheCorruptionError, ConfigError, MissingFileError
+from kvattn.errors import CacheCorruptionError, ConfigError, DTypeError, MissingFileError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_ENDING = ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +104,15 @@ def in_folder(folder: Path, on_read: Callable[[str, int], Any] | None = None) ->
         CacheCorruptionError: a damaged file, or tensors that do not lie where the index says; all are named.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():  # as transformers: where shards were joined, their index may have stayed
+        return Tensors([folder / SINGLE], on_read)
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return Tensors([folder / SINGLE], on_read)
-        others = sorted(file.name for file in folder.glob("*.bin"))
-        why = (
-            f" It holds {', '.join(others)}: pickled files are never read, save them as safetensors." if others else ""
-        )
+        others = sorted(file.name for ending in ("*.bin", "*.safetensors") for file in folder.glob(ending))
+        why = ""
+        if any(name.endswith(".bin") for name in others):
+            why = f" It holds {', '.join(others)}: pickled files are never read, save them as safetensors."
+        elif others:
+            why = f" It holds {', '.join(others)}: a single file must be named {SINGLE}, several need their index."
         raise MissingFileError(f"{folder} has neither {SINGLE} nor {INDEX}.{why}")
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
@@ -128,6 +132,27 @@ def in_folder(folder: Path, on_read: Callable[[str, int], Any] | None = None) ->
     return found
 
 
+def folder_of(path: Any) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        DTypeError: no path.
+        MissingFileError: no folder; it says what to give instead.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise DTypeError(f"a checkpoint's folder must be a path, got {path!r}.")
+    folder = Path(path)
+    if folder.is_file():
+        ours = ", or read what kvattn.models.save wrote with kvattn.models.load" if folder.suffix == _ENDING else ""
+        raise MissingFileError(f"{folder} is no folder but a file: give the folder it lies in, {folder.parent}{ours}.")
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"{folder} is no folder, there is no such folder: give that of a checkpoint, with config.json and "
+            f"{SINGLE}. The name of a model on a hub is not looked up: download it first."
+        )
+    return folder
+
+
 def found_in(tensors: Tensors, name: str) -> str | None:
     """The name of the file that holds a tensor."""
     entry = tensors.entries.get(name)
@@ -144,9 +169,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise MissingFileError(f"{path} is not there.") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or no end of brackets
         raise CacheCorruptionError(f"{path} is no JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a JSON object, it holds {type(fields).__name__}.")
