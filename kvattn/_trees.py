@@ -74,7 +74,7 @@ def _from_state_dict(target: Any, state: dict[str, Any]) -> Any:
     new = {n: flax.from_state_dict(getattr(target, n), state[n], name=n) for n in array_fields(target)}
     for name, value in new.items():
         here, there = (jax.tree.map(_shape, tree) for tree in (getattr(target, name), value))
-        if here != there:
+        if repr(here) != repr(there):  # dataclasses of arrays are compared by identity
             raise CacheVersionError(
                 f"{name} of the stored {kind} is {there}, the target's is {here}: make the target with the sizes of "
                 "the stored one."

@@ -132,6 +132,16 @@ def test_differences_wider_than_a_step(codec):
         assert wide < 0.15 * slope, f"{codec}: off by {wide / slope:.0%} of the slope"
 
 
+def test_pages():
+    cache = kvattn.PagedKVCache.create(6, 2, K, H, batch_size=B, max_pages=4, codec=kvattn.Int8(), dtype=jnp.float32)
+    cache = cache.with_tables([[5, 1, 3, 0]], [0])
+    _, cache = jax.jit(kvattn.cached_attention)(*tokens(5), cache)
+    _, contiguous = jax.jit(kvattn.cached_attention)(*tokens(5), made(kvattn.Int8()))
+    losses = [lambda *new, c=c: weight(kvattn.cached_attention(*new, c)[0]) for c in (cache, contiguous)]
+    got, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*tokens(1, seed=1)) for f in losses)
+    check_close(got, expected, "pages")
+
+
 def test_by_sequence_every_device_has_its_share():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
     _, cache = jax.jit(kvattn.cached_attention)(*tokens(5), made(kvattn.Int8()))

@@ -299,15 +299,7 @@ def known_rows(rows: Any, batch_size: int) -> tuple[Array, Array]:
 
 def storage_dtype(dtype: Any) -> Any:
     """Checks what tokens are stored in without a codec."""
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
-    except TypeError as error:
-        raise DTypeError(f"dtype must be a floating dtype, got {dtype!r}.") from error
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
-        raise DTypeError(
-            f"dtype must be float32, bfloat16, float16 or float64, got {dtype}: fewer bits are a codec's business."
-        )
-    return dtype
+    return jax.dtypes.canonicalize_dtype(_checks.inexact("dtype", dtype, complex=False, bits=16))
 
 
 def nbytes_of(leaf: Any) -> int:

@@ -50,7 +50,8 @@ def jit(step: Callable[..., Any], *, donate: str | tuple[str, ...] = "cache", **
             _explain(name, (args, kwargs), error)
             raise
 
-    call.lower = compiled.lower  # type: ignore[attr-defined]
+    for method in ("lower", "trace", "eval_shape", "clear_cache"):  # what `jax.stages.Wrapped` has: `jax.export` asks
+        setattr(call, method, getattr(compiled, method))
     return call
 
 
