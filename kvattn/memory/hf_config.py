@@ -87,6 +87,7 @@ def from_config(
     _refuse(config, family)
     f = Fields({**said, **config}, family)
 
+    model_dim = f.size("model_dim")
     num_layers, window, kv_source = layers_of(f)
     weights, notes = _weights(f, num_params)
     spec = ModelSpec(
@@ -97,7 +98,7 @@ def from_config(
         head_dim=f.head_dim,
         window=window,
         kv_source=kv_source,
-        model_dim=f.size("model_dim"),
+        model_dim=model_dim,
         max_length=next((n for n in map(f.get, Fields.NAMES["positions"]) if n), None),
         source="config.json",
         **weights,
@@ -140,8 +141,8 @@ def _refuse(config: Mapping[str, Any], kind: str) -> None:
         raise UnsupportedError(f"model_type {kind!r} has an encoder and a decoder: plan its decoder with a ModelSpec.")
     if _ENCODERS.search(kind):
         raise UnsupportedError(
-            f"model_type {kind!r} is an encoder, or has one: it keeps no keys and values as it goes. Plan a decoder with "
-            "a ModelSpec."
+            f"model_type {kind!r} is an encoder, or has one: it keeps no keys and values as it goes. Plan a decoder "
+            "with a ModelSpec."
         )
     if kind in LATENT or config.get("kv_lora_rank"):
         raise UnsupportedError(
@@ -150,8 +151,8 @@ def _refuse(config: Mapping[str, Any], kind: str) -> None:
         )
     if kind in STATE:
         raise UnsupportedError(
-            f"model_type {kind!r} has no layer with keys and values, only a state of constant size: there is no cache to "
-            "plan."
+            f"model_type {kind!r} has no layer with keys and values, only a state of constant size: there is no cache "
+            "to plan."
         )
     if kind.startswith("gemma4"):
         raise UnsupportedError(
@@ -196,9 +197,9 @@ def _doubts(f: Fields, spec: ModelSpec) -> list[str]:
         return [f"config.json has settings that are not understood and may change the cache: {unread}"] * bool(unread)
     if unread:
         raise UnsupportedError(
-            f"model_type {f.kind!r} is not known here, and it has settings that may mean layers without a cache of keys "
-            f"and values of their own, or of another size: {unread}. Plan it with a ModelSpec, which says what each "
-            "layer keeps."
+            f"model_type {f.kind!r} is not known here, and it has settings that may mean layers without a cache of "
+            f"keys and values of their own, or of another size: {unread}. Plan it with a ModelSpec, which says what "
+            "each layer keeps."
         )
     return [
         f"model_type {f.kind!r} is not known here: all {spec.num_layers} layers are taken to keep keys and values of "
@@ -212,4 +213,6 @@ def _states(f: Fields, spec: ModelSpec) -> list[str]:
     states = spec.num_layers if f.kind == "falcon_h1" else states
     if f.kind not in HYBRID or not states:
         return []
-    return [f"{states} of {spec.num_layers} layers keep no keys and values; their states of constant size are not counted"]
+    return [
+        f"{states} of {spec.num_layers} layers keep no keys and values; their states of constant size are not counted"
+    ]

@@ -188,4 +188,11 @@ _SUSPECT = re.compile(
     "layer|linear|local|lora|mamba|memory|mixer|pattern|period|query|recurr|rnn|shar|skip|slid|sparse|ssm|state|"
     "stride|swa|value|window|yoco"
 )
-_NO_SIZE = re.compile("XXX")
+"""What the names of settings about layers, heads, windows and states hold."""
+
+_NO_SIZE = re.compile(
+    "_act$|activation|attn_(alpha|beta)_factor|bias|clip|_dt_|dtype|eps|expert|flash|gate$|implementation|init|kernels$|"
+    "lm_head|log_max|log_min|moe|mtp|multiplier|n_group$|neg_eigval|nextn|norm|parallel|per_layer_input|position|"
+    "query_pre_attn_scalar|residual|rope|scal(e|ing)|sequence_id|softcap|temperature|topk_group"
+)
+"""And what those of them hold that change numbers or weights, but not how much a layer keeps."""

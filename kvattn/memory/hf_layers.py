@@ -44,6 +44,8 @@ HYBRID = frozenset({
 })  # fmt: skip
 """Families some of whose layers keep a state of constant size."""
 
+_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
+
 Rule = Callable[[Fields, int], list[str] | None]
 
 
@@ -103,6 +105,8 @@ def _named(f: Fields, name: str, listed: Any, num_layers: int) -> list[str]:
             "layers without a cache of keys and values, which this family does not have: plan it with a ModelSpec."
         )
     f.list_of(name, num_layers)
+    for pattern in _PATTERNS:  # what was the list made from is no news
+        f.get(pattern)
     if f.get("use_sliding_window") is False:
         kinds = [FULL if kind == WINDOW else kind for kind in kinds]
     return kinds
@@ -118,7 +122,9 @@ def _sources(f: Fields, kinds: list[str]) -> list[int | None]:
             if not of_its_kind:
                 raise ConfigError(f"num_kv_shared_layers is {shared}: layer {i} has no earlier layer to share with.")
             sources[i] = of_its_kind[-1]
-    if f.reads("use_cla") and f.get("use_cla"):  # cross-layer attention: the first layer of each group has keys and values
+    if f.reads("use_cla") and f.get(
+        "use_cla"
+    ):  # cross-layer attention: the first layer of each group has keys and values
         group = f.size("cla_share_factor", 1)
         sources = [i - i % group for i in range(len(kinds))]
     return sources
@@ -140,8 +146,7 @@ def _windowed(period: int, at: int = -1) -> Rule:
     def rule(f: Fields, num_layers: int) -> list[str]:
         if at != -1:
             return _every(period, num_layers, WINDOW, at=at)
-        names = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
-        given = next((name for name in names if f.get(name)), None)
+        given = next((name for name in _PATTERNS if f.get(name)), None)
         return _every(period if given is None else f.size(given), num_layers, WINDOW)
 
     return rule
@@ -206,7 +211,8 @@ def _nemotron_h(f: Fields) -> list[str]:
         raise ConfigError(f"hybrid_override_pattern must be a text of {', '.join(known)}, got {letters!r}.")
     if f.size("num_hidden_layers", len(letters)) != len(letters):
         raise ConfigError(
-            f"num_hidden_layers is {f.get('num_hidden_layers')}, but hybrid_override_pattern has {len(letters)} letters."
+            f"num_hidden_layers is {f.get('num_hidden_layers')}, but hybrid_override_pattern has {len(letters)} "
+            "letters: keep one."
         )
     return [known[letter] for letter in letters]
 

@@ -150,10 +150,11 @@ def estimate(f: Fields) -> int:
     attending = sum(kind != NONE for kind in kinds)
     attention = _attention(f) + (d * f.size("heads") * f.head_dim if f.kind in _GATED else 0)
     total = embeddings(f) + attending * attention + len(kinds) * 2 * d + d
-    if others := len(kinds) if f.kind == "falcon_h1" else len(kinds) - attending:
-        total += others * mixer_params(f)
-    sparse = sparse_layers(f)
-    if dense := _dense_layers(f, len(kinds)) - sparse:
+    mlps, sparse = _mlp_layers(f, len(kinds)), sparse_layers(f)
+    mixers = {"falcon_h1": len(kinds), "nemotron_h": len(kinds) - mlps - attending}.get(f.kind, len(kinds) - attending)
+    if mixers:
+        total += mixers * mixer_params(f)
+    if dense := mlps - sparse:
         total += dense * _mlp(f)
     return total + sparse * (f.num_experts * (expert_params(f) + d) + shared_params(f)) if sparse else total
 
@@ -162,7 +163,7 @@ _GATED = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Families whose attention has a gate as wide as its queries."""
 
 
-def _dense_layers(f: Fields, num_layers: int) -> int:
+def _mlp_layers(f: Fields, num_layers: int) -> int:
     """Layers with an MLP, of one expert or many: all, but where MLPs are layers of their own."""
     if f.kind != "nemotron_h":
         return num_layers

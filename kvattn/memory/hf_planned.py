@@ -253,6 +253,11 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "adapter_rank": 128,
         "tie_word_embeddings": True,
         "mamba_d_state": 64,
+        "attention_head_dim": None,
+        "attention_hidden_size": None,
+        "kv_channels": None,
+        "mamba_headdim": None,
+        "num_query_groups": None,
         "hybrid_layer_ids": None,
     },
     "falcon_h1": {

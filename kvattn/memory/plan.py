@@ -18,10 +18,7 @@ from kvattn.memory.specs import DeviceSpec, ModelSpec
 from kvattn.policies import Policy
 
 ESTIMATED = "the parameters of {} are an estimate, without norms and biases: give num_params if they are known"
-CACHE_ESTIMATED = (
-    "the cache of {} is an estimate: its architecture is not known here, and every layer is taken to keep keys and "
-    "values of all its key/value heads"
-)
+CACHE_ESTIMATED = "the cache of {} is an estimate: plan it with a ModelSpec if you know its layers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,8 @@ class Plan:
         page_size: tokens of a page; None: contiguous.
         weight_bytes: all weights.
         device_weight_bytes: per device.
-        bytes_per_token: what one more token takes in all layers that keep keys and values, one copy, scales and policy state included.
+        bytes_per_token: what one more token takes in all layers that keep keys and values, one copy, scales and policy
+            state included.
         free_bytes: per device, for caches.
         cache_bytes: one copy of the caches of `batch_size` (1 if None) sequences of `length` tokens; None without one.
         device_cache_bytes: of them, per device, copies included.

@@ -152,19 +152,21 @@ class ModelSpec:
         """Layers that keep keys and values of their own."""
         return len(set(self.layer_sources) - {None})
 
-    def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all parameters.
+    def params_in(self, dtype: str) -> int:
+        """Parameters that are stored in a type of weights where the others have 16 bits.
 
-        Args:
-            dtype: what they are stored in. Where it is the `weight_dtype` of the checkpoint, or mxfp4 and there are
-                experts, it holds for those parameters that such checkpoints have in it; the others have 16 bits.
+        Of the checkpoint's own `weight_dtype`, those that it holds for; of mxfp4, the experts; of any other, all.
         """
         stored = None
         if dtype == self.weight_dtype:
             stored = self.num_quantized_params
         elif dtype == "mxfp4":
             stored = self.num_expert_weights
-        stored = self.num_params if stored is None else stored
+        return self.num_params if stored is None else stored
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all parameters: of `params_in` this type, and of the others in bfloat16."""
+        stored = self.params_in(dtype)
         return num_bytes(stored, dtype) + num_bytes(self.num_params - stored, "bfloat16")
 
     @property
