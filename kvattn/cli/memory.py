@@ -160,7 +160,7 @@ def tables() -> list[Any]:
 
 def windows(spec: ModelSpec) -> str:
     """Its window; "4096, half" and the like where some layers have one."""
-    own = [spec.layer_windows[i] for i in sorted(set(spec.layer_sources) - {None})]
+    own = [spec.layer_windows[i] for i in spec.cache_layers]
     sizes = {w for w in own if w is not None}
     if not sizes:
         return ""

@@ -35,11 +35,11 @@ _TEXT_KINDS: Mapping[str, str] = {
 """What the text part of a model is where it does not say so itself."""
 
 _ENCODERS = re.compile(
-    r"bert|albert|electra|(^|_|-)(vit|deit|beit|swin|clip|siglip2?|dinov2|detr|t5|mt5|umt5|bart|esm|xlm|xlnet|roformer)"
-    r"($|_|-|v\d)|whisper|wav2vec|hubert|pegasus|marian|m2m_100|blenderbot|prophetnet|longformer|big_?bird|deberta|"
-    r"funnel|fnet|layoutlm|mpnet|nystromformer|perceiver|canine|data2vec|convnext|resnet|encoder|seamless|speech_to|"
-    r"^(led|luke|reformer|splinter|tapas|ernie|ernie_m|xmod|modernbert|git|musicgen|trocr|mvp|plbart|mbart|longt5|rag|"
-    r"switch_transformers|udop|pix2struct|bark|vits)$"
+    r"bert|electra|(^|_|-)(deit|beit|swin|clip|siglip2?|detr|u?m?t5|bart|esm|xlm|xlnet|roformer)($|_|-|v\d)|vit($|_|-|s$)|"
+    r"whisper|wav2vec|wavlm|hubert|pegasus|marian|m2m_100|blenderbot|prophetnet|longformer|big_?bird|deberta|dinov\d|"
+    r"funnel|fnet|layoutlm|mpnet|nystromformer|perceiver|canine|data2vec|convnext|resnet|encoder|seamless|speech|mae$|"
+    r"segformer|^(led|luke|reformer|splinter|tapas|ernie|ernie_m|xmod|git|musicgen|trocr|mvp|plbart|mbart|longt5|rag|"
+    r"switch_transformers|udop|pix2struct|bark|dpt|hiera|yolos|vilt|timesformer|audio-spectrogram-transformer)$"
 )
 """Families that are encoders, or have one."""
 

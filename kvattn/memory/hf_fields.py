@@ -10,6 +10,8 @@ from kvattn.memory.hf_defaults import ALIASES, DEFAULTS, NULLABLE
 from kvattn.memory.hf_harmless import is_harmless
 from kvattn.memory.hf_planned import PLANNED, PLANNED_NULLABLE
 
+_WINDOWS = {"sliding_window", "attention_chunk_size"}
+
 
 class Fields:
     """The settings of a config.json under one set of names.
@@ -39,7 +41,7 @@ class Fields:
         self.kind = kind
         self.is_known = kind in DEFAULTS or kind in PLANNED
         self._defaults: Mapping[str, Any] = DEFAULTS.get(kind) or PLANNED.get(kind) or {}
-        self._nullable = NULLABLE.get(kind) or PLANNED_NULLABLE.get(kind, frozenset()) | {"sliding_window"}
+        self._nullable = NULLABLE.get(kind) or PLANNED_NULLABLE.get(kind, frozenset()) | _WINDOWS
         self._config = _renamed(dict(_flat(config)), ALIASES.get(kind, {}))
         self._read: set[str] = set()
 

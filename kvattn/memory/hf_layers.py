@@ -46,7 +46,7 @@ HYBRID = frozenset({
 
 _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
 
-Rule = Callable[[Fields, int], list[str] | None]
+Rule = Callable[[Fields, int], list[str]]
 
 
 def layers_of(f: Fields) -> tuple[int, Window, KVSource]:
@@ -189,6 +189,8 @@ def _recurrent_gemma(f: Fields, num_layers: int) -> list[str]:
 
 def _minimax(f: Fields, num_layers: int) -> list[str]:
     listed = f.list_of("attn_type_list", num_layers)
+    if listed is None and f.kind != "minimax":
+        raise ConfigError(f"attn_type_list must say which of the {num_layers} layers of {f.kind} have softmax.")
     if listed is None:
         return _every(2, num_layers, NONE, at=0)
     if any(x not in (0, 1) for x in listed):
@@ -274,7 +276,7 @@ def _uniform(f: Fields, num_layers: int) -> list[str]:
     return [FULL] * num_layers
 
 
-RULES: Mapping[str, Callable[[Fields, int], list[str]]] = {
+RULES: Mapping[str, Rule] = {
     "afmoe": _windowed(4),
     "bamba": _only("attn_layer_indices"),
     "cohere2": _windowed(4),

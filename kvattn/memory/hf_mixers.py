@@ -79,6 +79,8 @@ MIXERS: Mapping[str, Callable[[Fields], int]] = {
     "lfm2": _convolution,
     "lfm2_moe": _convolution,
     "minimax": _lightning,
+    "minimax_m1": _lightning,
+    "minimax_text_01": _lightning,
     "nemotron_h": _nemotron_h,
     "olmo_hybrid": _delta,
     "qwen3_5_moe_text": _delta,

@@ -60,6 +60,8 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "internlm3": {"num_key_value_heads": 2},
     "jais2": {"head_dim": 128},
     "minimax_m2": {"num_key_value_heads": 8, "head_dim": 128},
+    "minimax_m1": {"attn_type_list": None, "layernorm_full_attention_alpha": None},
+    "minimax_text_01": {"attn_type_list": None, "layernorm_full_attention_alpha": None},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "ministral3": {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": None},
     "nanochat": {"num_key_value_heads": 6},

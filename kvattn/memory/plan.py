@@ -11,7 +11,7 @@ from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.memory import formula
 from kvattn.memory.devices import DEVICES
-from kvattn.memory.dtypes import name_of, num_bytes
+from kvattn.memory.dtypes import name_of
 from kvattn.memory.models import MODELS
 from kvattn.memory.placement import place
 from kvattn.memory.specs import DeviceSpec, ModelSpec
@@ -233,8 +233,7 @@ def plan(
     # Time.
     present = mean_length or length or 0
     read = max(sum(n * layer.read_bytes(present, placement.parts) for layer, n in kinds.items()) for kinds in readers)
-    idle = num_bytes(math.floor(model.num_params - model.touched_params(batch_size or 1)), weight_dtype)
-    touched = (weight_bytes - idle) * of_stage / num_devices
+    touched = model.touched_bytes(batch_size or 1, weight_dtype) * of_stage / num_devices
     step = pipeline_stages * (touched + rows * read) / device.bandwidth
     flops = attention = prefill = None
     if length is not None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
-from kvattn.memory.dtypes import name_of, num_bytes
+from kvattn.memory.dtypes import BITS, name_of, num_bytes
 
 Window = int | None | tuple[int | None, ...]
 KVSource = tuple[int | None, ...] | None
@@ -148,9 +148,14 @@ class ModelSpec:
         return tuple(range(self.num_layers)) if self.kv_source is None else self.kv_source
 
     @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that keep keys and values of their own."""
+        return tuple(sorted({source for source in self.layer_sources if source is not None}))
+
+    @property
     def num_cache_layers(self) -> int:
-        """Layers that keep keys and values of their own."""
-        return len(set(self.layer_sources) - {None})
+        """How many these are."""
+        return len(self.cache_layers)
 
     def params_in(self, dtype: str) -> int:
         """Parameters that are stored in a type of weights where the others have 16 bits.
@@ -191,6 +196,15 @@ class ModelSpec:
             return self.num_params
         of_experts = (self.num_params - self.active_params) / (1 - share)
         return self.num_params - of_experts * (1 - share) ** num_tokens
+
+    def touched_bytes(self, num_tokens: int, dtype: str) -> float:
+        """Bytes of `touched_params`, stored as `weight_bytes` counts them: all but those of the experts that idle."""
+        idle = self.num_params - self.touched_params(num_tokens)
+        stored = 1.0
+        if idle and self.num_experts and self.experts_per_token and dtype == "mxfp4" and self.num_expert_weights:
+            of_experts = (self.num_params - self.active_params) / (1 - self.experts_per_token / self.num_experts)
+            stored = self.num_expert_weights / of_experts  # their biases have 16 bits
+        return self.weight_bytes(dtype) - idle * (stored * float(BITS[dtype]) + (1 - stored) * 16) / 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
