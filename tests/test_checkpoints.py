@@ -614,8 +614,9 @@ HARMLESS = {
     },
     "generation": {
         "max_length": 50, "min_length": 1, "do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9,
-        "num_beams": 4, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[5]], "output_scores": True,
-        "forced_eos_token_id": 2, "num_return_sequences": 2, "early_stopping": True, "stop_strings": ["x"],
+        "num_beams": 4, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[5]],
+        "output_scores": True, "forced_eos_token_id": 2, "num_return_sequences": 2, "early_stopping": True,
+        "stop_strings": ["x"],
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "typical_p": 1.0,
     },
     "training": {

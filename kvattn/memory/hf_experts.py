@@ -18,12 +18,12 @@ def sparse_layers(f: Fields) -> int:
     if f.kind == "nemotron_h":
         letters, listed = f.get("hybrid_override_pattern"), f.get("layers_block_type")
         return sum(x in ("E", "moe") for x in listed or letters or ())
-    return sum(_is_sparse(f, i) for i in range(f.size("layers")))
+    return sum(_is_sparse(f, i) for i in range(f.num_layers))
 
 
 def _is_sparse(f: Fields, layer: int) -> bool:
     """Whether a layer's MLP is one of experts."""
-    if (kinds := f.list_of("mlp_layer_types", f.size("layers"))) is not None:
+    if (kinds := f.list_of("mlp_layer_types", f.num_layers)) is not None:
         return kinds[layer] == "sparse"
     if f.kind == "llama4_text":
         if (chosen := f.get("moe_layers")) is not None:
@@ -34,7 +34,7 @@ def _is_sparse(f: Fields, layer: int) -> bool:
         return layer % period == offset
     if f.kind == "ernie4_5_moe":
         last = f.get("moe_layer_end_index")
-        last = f.size("layers") - 1 if last == -1 else _checks.integer("moe_layer_end_index", last, 0)
+        last = f.num_layers - 1 if last == -1 else _checks.integer("moe_layer_end_index", last, 0)
         within = f.count("moe_layer_start_index") <= layer <= last
         return within and (layer + 1) % f.size("moe_layer_interval") == 0
     if layer in _numbers("mlp_only_layers", f.get("mlp_only_layers", ())):

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvattn import _checks
-from kvattn.errors import ConfigError
+from kvattn.errors import ConfigError, RangeError
 from kvattn.memory.hf_defaults import ALIASES, DEFAULTS, NULLABLE
 from kvattn.memory.hf_harmless import is_harmless
 from kvattn.memory.hf_planned import PLANNED, PLANNED_NULLABLE
+from kvattn.memory.specs import MAX_LAYERS
 
 _WINDOWS = {"sliding_window", "attention_chunk_size"}
 
@@ -99,6 +100,18 @@ class Fields:
         if isinstance(value, list | tuple) and value and all(x == value[0] for x in value):
             value = value[0]
         return _checks.integer(name, value, least)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers.
+
+        Raises:
+            RangeError: more than any model has.
+        """
+        found = self.size("layers")
+        if found > MAX_LAYERS:
+            raise RangeError(f"the config has {found} layers, of which there may be {MAX_LAYERS} at most.")
+        return found
 
     @property
     def num_experts(self) -> int:

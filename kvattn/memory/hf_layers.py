@@ -79,7 +79,7 @@ def kinds_of(f: Fields) -> list[str]:
     """
     if f.kind == "nemotron_h":
         return _nemotron_h(f)
-    num_layers = f.size("layers")
+    num_layers = f.num_layers
     for name in ("layer_types", "layers_block_type"):
         if (listed := f.get(name)) is not None:
             return _named(f, name, listed, num_layers)

@@ -35,7 +35,7 @@ def _gated(
     qkv_bias: bool = False,
 ) -> int:
     """Llama and its relatives: RMS norms, three matrices in the MLP or in every expert."""
-    d, layers = f.size("model_dim"), f.size("layers")
+    d, layers = f.size("model_dim"), f.num_layers
     bias = bool(f.get("attention_bias", False))
     mlp = 3 * d * f.size("mlp_dim")
     if f.get("mlp_bias", False):
@@ -50,7 +50,7 @@ def _gpt_oss(f: Fields) -> int:
     d, hidden, experts = f.size("model_dim"), f.size("mlp_dim"), f.size("experts")
     mlp = experts * (d * 2 * hidden + 2 * hidden + hidden * d + d) + d * experts + experts
     attention = _attention(f, qkv_bias=True, out_bias=True) + f.size("heads")  # a sink per head
-    return embeddings(f, False) + f.size("layers") * (attention + mlp + 2 * d) + d
+    return embeddings(f, False) + f.num_layers * (attention + mlp + 2 * d) + d
 
 
 def _falcon(f: Fields) -> int:
@@ -61,7 +61,7 @@ def _falcon(f: Fields) -> int:
     else:
         norms = 1 if f.get("parallel_attn", True) else 2
     layer = _attention(f, qkv_bias=bias, out_bias=bias) + 2 * d * hidden + (hidden + d) * bias + norms * 2 * d
-    return embeddings(f, True) + f.size("layers") * layer + 2 * d
+    return embeddings(f, True) + f.num_layers * layer + 2 * d
 
 
 def _opt(f: Fields) -> int:
@@ -73,32 +73,32 @@ def _opt(f: Fields) -> int:
     copies = 1 if f.get("tie_word_embeddings", True) else 2
     embeddings = copies * f.size("vocab") * narrow + (f.size("positions") + 2) * d
     projections = 2 * narrow * d if narrow != d else 0
-    return embeddings + projections + f.size("layers") * layer + (2 * d * affine if last else 0)
+    return embeddings + projections + f.num_layers * layer + (2 * d * affine if last else 0)
 
 
 def _mpt(f: Fields) -> int:
     d = f.size("model_dim")
     if not f.get("no_bias", True):
         raise ConfigError("mpt with biases: give num_params yourself.")
-    return embeddings(f, True) + f.size("layers") * (_attention(f) + 8 * d * d + 2 * d) + d
+    return embeddings(f, True) + f.num_layers * (_attention(f) + 8 * d * d + 2 * d) + d
 
 
 def _bloom(f: Fields) -> int:
     d = f.size("model_dim")
     layer = _attention(f, qkv_bias=True, out_bias=True) + 8 * d * d + 5 * d + 4 * d
-    return embeddings(f, True) + 2 * d + f.size("layers") * layer + 2 * d
+    return embeddings(f, True) + 2 * d + f.num_layers * layer + 2 * d
 
 
 def _gpt2(f: Fields) -> int:
     d, hidden = f.size("model_dim"), f.size("mlp_dim", 4 * f.size("model_dim"))
     layer = _attention(f, qkv_bias=True, out_bias=True) + 2 * d * hidden + hidden + d + 4 * d
-    return embeddings(f, True) + f.size("positions") * d + f.size("layers") * layer + 2 * d
+    return embeddings(f, True) + f.size("positions") * d + f.num_layers * layer + 2 * d
 
 
 def _gpt_neox(f: Fields) -> int:
     d, hidden, bias = f.size("model_dim"), f.size("mlp_dim"), bool(f.get("attention_bias", True))
     layer = _attention(f, qkv_bias=bias, out_bias=bias) + 2 * d * hidden + hidden + d + 4 * d
-    return embeddings(f, False) + f.size("layers") * layer + 2 * d
+    return embeddings(f, False) + f.num_layers * layer + 2 * d
 
 
 COUNTERS: Mapping[str, Callable[[Fields], int]] = {

@@ -13,6 +13,9 @@ from kvattn.memory.dtypes import BITS, name_of, num_bytes
 Window = int | None | tuple[int | None, ...]
 KVSource = tuple[int | None, ...] | None
 
+MAX_LAYERS = 10_000
+"""More layers than any model has: a number that is no mistake lies below."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -87,6 +90,8 @@ class ModelSpec:
         _checks.head_counts(self.num_heads, self.num_kv_heads)
         for field in ("num_layers", "head_dim"):
             _checks.integer(field, getattr(self, field), 1)
+        if self.num_layers > MAX_LAYERS:
+            raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         _checks.integer("num_params", self.num_params, 0)
         for field in ("model_dim", "max_length", "num_active_params", "num_experts", "experts_per_token"):
             if getattr(self, field) is not None:
