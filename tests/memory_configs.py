@@ -297,6 +297,33 @@ COUNTED = {
     "qwen1.5-moe-a2.7b": (sized("qwen2_moe", 24, 16, 16, 2048), 14.3, 2.7),
 }  # fmt: skip
 
+BUILT = {
+    # What transformers 5.24 builds of them.
+    "bamba": (
+        sized("bamba", 32, 32, 8, 4096, attn_layer_indices=[9, 18, 27], intermediate_size=14336, vocab_size=128000),
+        9_808_584_064,
+    ),
+    "granitemoehybrid": (sized("granitemoehybrid", 40, 32, 32, 4096, layer_types=GRANITE * 4), 48_040_881_664),
+    "granitemoehybrid, dense": (
+        sized("granitemoehybrid", 40, 32, 32, 4096, layer_types=GRANITE * 4, num_local_experts=0,
+              shared_intermediate_size=8192), 8_277_569_024,
+    ),
+    "lfm2": (sized("lfm2", 16, 32, 8, 2048, layer_types=LFM), 1_170_340_608),
+    "lfm2_moe": (
+        sized("lfm2_moe", 32, 32, 8, 2048, layer_types=["conv", "full_attention"] * 16), 11_230_351_360
+    ),
+    "jamba": (sized("jamba", 32, 32, 8, 4096, expert_layer_period=3, expert_layer_offset=2), 35_715_460_992),
+    "qwen2_moe": (
+        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]), 7_566_573_568
+    ),
+    "ernie4_5_moe": (
+        sized("ernie4_5_moe", 28, 20, 4, 2560, intermediate_size=12288, vocab_size=103424, moe_num_experts=64, moe_k=6,
+              moe_num_shared_experts=2, moe_intermediate_size=1536, moe_layer_interval=2, moe_layer_start_index=3,
+              moe_layer_end_index=20, **UNTIED), 9_771_727_936,
+    ),
+    "glm4_moe": (ESTIMATED["glm4_moe"][0] | {"first_k_dense_replace": 3}, 99_285_323_776),
+}  # fmt: skip
+
 QWEN3_MOE = CONFIGS["qwen3-30b-a3b"]
 DENSE_LAYERS = {
     # Layers without experts, of 48; in each an MLP of 6144 stands where 128 experts of 768 and a router were.

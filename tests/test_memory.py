@@ -17,6 +17,7 @@ import pytest
 from memory_configs import (
     ACTIVE,
     AWQ,
+    BUILT,
     CONFIGS,
     COUNTED,
     DENSE_LAYERS,
@@ -551,6 +552,13 @@ def test_parameters_by_layer(name):
     spec = from_config(config)
     assert spec.is_estimate and abs(spec.num_params / 1e9 / billions - 1) < 0.025
     assert abs(spec.active_params / 1e9 / active - 1) < 0.12  # some pages leave embeddings out
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_parameters_that_transformers_builds(name):
+    config, counted = BUILT[name]
+    spec = from_config(config)
+    assert spec.is_estimate and abs(spec.num_params / counted - 1) < 1e-3
 
 
 @pytest.mark.parametrize("what", DENSE_LAYERS)

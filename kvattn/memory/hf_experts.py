@@ -5,6 +5,7 @@ from typing import Any
 from kvattn import _checks
 from kvattn.errors import ConfigError
 from kvattn.memory.hf_fields import Fields
+from kvattn.memory.hf_layers import nemotron_blocks
 
 
 def sparse_layers(f: Fields) -> int:
@@ -16,8 +17,7 @@ def sparse_layers(f: Fields) -> int:
     if not f.num_experts:
         return 0
     if f.kind == "nemotron_h":
-        letters, listed = f.get("hybrid_override_pattern"), f.get("layers_block_type")
-        return sum(x in ("E", "moe") for x in listed or letters or ())
+        return nemotron_blocks(f).count("moe")
     return sum(_is_sparse(f, i) for i in range(f.num_layers))
 
 

@@ -78,7 +78,8 @@ def kinds_of(f: Fields) -> list[str]:
         ConfigError, UnsupportedError: as `layers_of`.
     """
     if f.kind == "nemotron_h":
-        return _nemotron_h(f)
+        blocks = nemotron_blocks(f)
+        return _named(f, "layers_block_type", blocks, len(blocks))
     num_layers = f.num_layers
     for name in ("layer_types", "layers_block_type"):
         if (listed := f.get(name)) is not None:
@@ -104,7 +105,8 @@ def _named(f: Fields, name: str, listed: Any, num_layers: int) -> list[str]:
             f"{name} of model_type {f.kind!r} holds {', '.join(sorted({x for x in entries if _NAMES[x] == NONE}))}, "
             "layers without a cache of keys and values, which this family does not have: plan it with a ModelSpec."
         )
-    f.list_of(name, num_layers)
+    if len(kinds) != num_layers:
+        raise ConfigError(f"{name} must have {num_layers} entries, one per layer, got {listed!r}.")
     for pattern in _PATTERNS:  # what was the list made from is no news
         f.get(pattern)
     if f.get("use_sliding_window") is False:
@@ -203,20 +205,27 @@ def _olmo_hybrid(f: Fields, num_layers: int) -> list[str]:
     return kinds if FULL in kinds else [*kinds[:-1], FULL]
 
 
-def _nemotron_h(f: Fields) -> list[str]:
-    """By letters: M is Mamba, * attention, - an MLP, E experts. The letters say how many layers there are."""
+_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+
+
+def nemotron_blocks(f: Fields) -> list[str]:
+    """What each layer of Nemotron-H is, by the names of layers_block_type. The letters say how many there are.
+
+    Raises:
+        ConfigError: other letters, or not as many as layers.
+    """
     letters, listed = f.get("hybrid_override_pattern"), f.get("layers_block_type")
-    if isinstance(listed, list | tuple):
-        return _named(f, "layers_block_type", listed, f.size("num_hidden_layers", len(listed)))
-    known = {"M": NONE, "*": FULL, "-": NONE, "E": NONE}
-    if not isinstance(letters, str) or not letters or any(letter not in known for letter in letters):
-        raise ConfigError(f"hybrid_override_pattern must be a text of {', '.join(known)}, got {letters!r}.")
+    if listed is not None:
+        length = len(listed) if isinstance(listed, list | tuple) else 1
+        return f.list_of("layers_block_type", f.size("num_hidden_layers", length)) or []
+    if not isinstance(letters, str) or not letters or any(letter not in _LETTERS for letter in letters):
+        raise ConfigError(f"hybrid_override_pattern must be a text of {', '.join(_LETTERS)}, got {letters!r}.")
     if f.size("num_hidden_layers", len(letters)) != len(letters):
         raise ConfigError(
             f"num_hidden_layers is {f.get('num_hidden_layers')}, but hybrid_override_pattern has {len(letters)} "
             "letters: keep one."
         )
-    return [known[letter] for letter in letters]
+    return [_LETTERS[letter] for letter in letters]
 
 
 def _llama4(f: Fields, num_layers: int) -> list[str]:

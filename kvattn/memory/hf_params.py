@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from kvattn.errors import ConfigError
 from kvattn.memory.hf_experts import expert_params, shared_params, sparse_layers
 from kvattn.memory.hf_fields import Fields
-from kvattn.memory.hf_layers import NONE, kinds_of
+from kvattn.memory.hf_layers import NONE, kinds_of, nemotron_blocks
 from kvattn.memory.hf_mixers import mixer_params
 
 
@@ -167,8 +167,7 @@ def _mlp_layers(f: Fields, num_layers: int) -> int:
     """Layers with an MLP, of one expert or many: all, but where MLPs are layers of their own."""
     if f.kind != "nemotron_h":
         return num_layers
-    letters, listed = f.get("hybrid_override_pattern"), f.get("layers_block_type")
-    return sum(x in ("-", "E", "mlp", "moe") for x in listed or letters or ())
+    return sum(block in ("mlp", "moe") for block in nemotron_blocks(f))
 
 
 def _mlp(f: Fields) -> int:
