@@ -27,6 +27,7 @@ from memory_configs import (
     PUBLISHED,
     QWEN3_MOE,
     STORED,
+    WRITTEN,
     nested,
     sized,
 )
@@ -643,6 +644,12 @@ def test_settings_of_an_unknown_family_that_may_matter_are_refused(name):
 def test_settings_of_a_known_family_that_may_matter_are_said(name):
     spec = from_config(CONFIGS["llama-2-7b"] | {name: UNREAD[name]})
     assert spec.cache_is_estimate and name in " ".join(plan(spec, "t4").notes)
+
+
+@pytest.mark.parametrize("config", WRITTEN, ids=lambda config: config["model_type"])
+def test_published_files_leave_no_doubt(config):
+    spec = from_config(config, num_params=10**12)
+    assert not spec.cache_is_estimate, spec.notes
 
 
 def test_settings_that_do_not_matter_pass():

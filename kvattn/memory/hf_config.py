@@ -11,7 +11,7 @@ from typing import Any
 from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
 from kvattn.memory.hf_experts import expert_params, expert_weights, sparse_layers
 from kvattn.memory.hf_fields import Fields
-from kvattn.memory.hf_layers import HYBRID, LATENT, STATE, layers_of
+from kvattn.memory.hf_layers import LATENT, STATE, layers_of
 from kvattn.memory.hf_params import COUNTERS, embeddings, estimate
 from kvattn.memory.hf_quantized import quantized
 from kvattn.memory.specs import ModelSpec
@@ -210,8 +210,9 @@ def _doubts(f: Fields, spec: ModelSpec) -> list[str]:
 def _states(f: Fields, spec: ModelSpec) -> list[str]:
     """What hybrids keep besides, in words."""
     states = spec.layer_sources.count(None)
-    states = spec.num_layers if f.kind == "falcon_h1" else states
-    if f.kind not in HYBRID or not states:
+    if f.kind == "falcon_h1":
+        return ["every layer keeps a state of constant size besides, which is not counted"]
+    if not states:
         return []
     return [
         f"{states} of {spec.num_layers} layers keep no keys and values; their states of constant size are not counted"

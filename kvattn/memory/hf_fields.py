@@ -207,7 +207,7 @@ _SUSPECT = re.compile(
 
 _NO_SIZE = re.compile(
     "_act$|activation|attn_(alpha|beta)_factor|bias|clip|_dt_|dtype|eps|expert|flash|gate$|implementation|init|kernels$|"
-    "lm_head|log_max|log_min|moe|mtp|multiplier|n_group$|neg_eigval|nextn|norm|parallel|per_layer_input|position|"
+    "lm_head|log_max|log_min|max_window_layers|moe|mtp|multiplier|n_group$|neg_eigval|nextn|norm|parallel|per_layer_input|position|"
     "query_pre_attn_scalar|residual|rope|scal(e|ing)|sequence_id|softcap|temperature|topk_group"
 )
 """And what those of them hold that change numbers or weights, but not how much a layer keeps."""

@@ -191,6 +191,8 @@ def _recurrent_gemma(f: Fields, num_layers: int) -> list[str]:
 
 def _minimax(f: Fields, num_layers: int) -> list[str]:
     listed = f.list_of("attn_type_list", num_layers)
+    if listed is None and f.kind == "minimax_m2":
+        return [FULL] * num_layers
     if listed is None and f.kind != "minimax":
         raise ConfigError(f"attn_type_list must say which of the {num_layers} layers of {f.kind} have softmax.")
     if listed is None:
@@ -242,14 +244,16 @@ def _turned(f: Fields, num_layers: int) -> list[Any]:
 
 
 def _qwen(f: Fields, num_layers: int) -> list[str]:
-    if not f.get("use_sliding_window", False) or not f.get("sliding_window"):
+    window = f.get("sliding_window")
+    if not f.get("use_sliding_window", False) or not window:
         return [FULL] * num_layers
     first = f.size("max_window_layers", 28, least=0)
     return [WINDOW if i >= first else FULL for i in range(num_layers)]
 
 
 def _qwen3_moe(f: Fields, num_layers: int) -> list[str]:
-    used = f.get("use_sliding_window", False) and f.get("sliding_window")
+    window = f.get("sliding_window")
+    used = f.get("use_sliding_window", False) and window
     return [WINDOW if used else FULL] * num_layers
 
 
@@ -304,6 +308,7 @@ RULES: Mapping[str, Rule] = {
     "llama4_text": _llama4,
     "minimax": _minimax,
     "minimax_m1": _minimax,
+    "minimax_m2": _minimax,
     "minimax_text_01": _minimax,
     "ministral": _all,
     "ministral3": _all,

@@ -28,7 +28,13 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     },
     "codegen": {},
     "cohere": {"tie_word_embeddings": True},
-    "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": True},
+    "cohere2": {
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "layer_switch": None,
+        "order_of_interleaved_layers": None,
+        "tie_word_embeddings": True,
+    },
     "cwm": {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192},
     "deepseek": {},
     "diffllama": {},
@@ -59,9 +65,9 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "internlm2": {},
     "internlm3": {"num_key_value_heads": 2},
     "jais2": {"head_dim": 128},
-    "minimax_m2": {"num_key_value_heads": 8, "head_dim": 128},
-    "minimax_m1": {"attn_type_list": None, "layernorm_full_attention_alpha": None},
-    "minimax_text_01": {"attn_type_list": None, "layernorm_full_attention_alpha": None},
+    "minimax_m2": {"num_key_value_heads": 8, "head_dim": 128, "attn_type_list": None, "mtp_transformer_layers": 1},
+    "minimax_m1": {"attn_type_list": None},
+    "minimax_text_01": {"attn_type_list": None},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "ministral3": {"num_key_value_heads": 8, "head_dim": 128, "sliding_window": None},
     "nanochat": {"num_key_value_heads": 6},
@@ -73,6 +79,7 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "persimmon": {},
     "phi": {},
     "phimoe": {"num_key_value_heads": 8, "sliding_window": None},
+    "qwen": {"kv_channels": 128, "use_logn_attn": True, "attn_dropout_prob": 0.0},
     "qwen2_5_vl": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
     "qwen2_5_vl_text": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
     "qwen2_vl": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
@@ -214,6 +221,7 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "mamba_d_state": 16,
     },
     "bamba": {
+        "attn_rotary_emb": None,
         "vocab_size": 128000,
         "tie_word_embeddings": False,
         "hidden_size": 4096,
@@ -237,6 +245,9 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "layer_types": None,
     },
     "zamba2": {
+        "use_shared_mlp_adapter": None,
+        "use_shared_block_adapter": None,
+        "state_size": None,
         "vocab_size": 32000,
         "max_position_embeddings": 4096,
         "hidden_size": 2560,
@@ -263,6 +274,8 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "hybrid_layer_ids": None,
     },
     "falcon_h1": {
+        "mamba_use_mlp": None,
+        "attn_layer_indices": None,
         "vocab_size": 128000,
         "tie_word_embeddings": False,
         "hidden_size": 4096,
@@ -309,6 +322,13 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "mamba_d_state": 256,
     },
     "lfm2": {
+        "block_dim": None,
+        "block_use_swiglu": None,
+        "block_use_xavier_init": None,
+        "conv_dim": None,
+        "conv_dim_out": None,
+        "conv_use_xavier_init": None,
+        "num_heads": None,
         "vocab_size": 65536,
         "hidden_size": 2560,
         "intermediate_size": 12288,
@@ -343,6 +363,7 @@ PLANNED: Mapping[str, Mapping[str, Any]] = PLAIN | {
         "layer_types": None,
     },
     "recurrent_gemma": {
+        "_block_types": None,
         "num_hidden_layers": 26,
         "vocab_size": 256000,
         "hidden_size": 2560,
@@ -537,5 +558,5 @@ PLANNED_NULLABLE: Mapping[str, frozenset[str]] = {
         "bamba", "bitnet", "ernie4_5", "exaone", "falcon_h1", "internlm3", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl",
         "recurrent_gemma", "seed_oss", "smollm3",
     )
-}  # fmt: skip
-"""Of which families null means as many key/value heads as query heads, though their default is another number."""
+} | {"falcon_h1": frozenset({"num_key_value_heads", "mamba_d_ssm"})}  # fmt: skip
+"""Fields that may be null though their default is another number: key/value heads are then as many as query heads."""
