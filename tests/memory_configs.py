@@ -340,11 +340,12 @@ WRITTEN = [
           order_of_interleaved_layers="local_attn_first", use_parallel_block=True, logit_scale=0.25),
     sized("minimax_m2", 62, 48, 8, 3072, attn_type_list=[1] * 62, num_mtp_modules=3, mtp_transformer_layers=1,
           layernorm_full_attention_beta=1.0, qk_norm_type="per_layer", num_local_experts=8, num_experts_per_tok=2),
-    sized("falcon_h1", 66, 32, 4, 5120, mamba_d_ssm=None, mamba_use_mlp=True, key_multiplier=0.1, attn_layer_indices=None),
+    sized("falcon_h1", 66, 32, 4, 5120, mamba_d_ssm=None, mamba_use_mlp=True, key_multiplier=0.1,
+          attn_layer_indices=None),
     sized("zamba2", 4, 32, 32, 2560, hybrid_layer_ids=[1, 3], kv_channels=80, num_query_groups=32, mamba_headdim=64,
           use_shared_mlp_adapter=True, attention_head_dim=160, state_size=64),
     sized("glm4_moe", 46, 96, 8, 4096, num_nextn_predict_layers=1, n_group=1, topk_group=1, use_qk_norm=False,
-          num_experts_per_tok=8, n_routed_experts=4, moe_intermediate_size=8),
+          num_experts_per_tok=8, n_routed_experts=16, moe_intermediate_size=8),
     sized("llama", 4, 8, 2, 512, is_llama_config=True, rope_interleaved=False, head_dim=64, mlp_bias=False),
 ]  # fmt: skip
 
