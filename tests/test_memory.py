@@ -1063,6 +1063,10 @@ REFUSED = {
     "quantised in words": (
         errors.ConfigError, "quantization_config", lambda: from_config(LLAMA | {"quantization_config": "awq"}),
     ),
+    "an encoder around a decoder": (
+        errors.UnsupportedError, "encoder",
+        lambda: from_config({"model_type": "x", "is_encoder_decoder": True, "text_config": LLAMA}),
+    ),
     "Mamba alone": (errors.UnsupportedError, "state", lambda: from_config(LLAMA | {"model_type": "mamba2"})),
     "heads that differ by layer": (
         errors.UnsupportedError, "gemma4", lambda: from_config({"model_type": "gemma4_text"}),

@@ -131,8 +131,9 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
     if inner is None or outer is None:
         return config
-    around = {"model_type": _TEXT_KINDS.get(outer, outer), "quantization_config": config.get("quantization_config")}
-    return around | {name: value for name, value in inner.items() if name not in around or value is not None}
+    around = {name: config.get(name) for name in ("is_encoder_decoder", "quantization_config")}
+    around["model_type"] = _TEXT_KINDS.get(outer, outer)
+    return around | {name: value for name, value in inner.items() if name not in around or value}
 
 
 def _refuse(config: Mapping[str, Any], kind: str) -> None:
