@@ -289,11 +289,6 @@ COUNTED = {
     ),
     "recurrent-gemma-2b": (sized("recurrent_gemma", 26, 10, 1, 2560, intermediate_size=15360), 2.7, 2.7),
     "chatglm3-6b": (CHATGLM | {"padded_vocab_size": 65024, "ffn_hidden_size": 13696}, 6.24, 6.24),
-    "glm-4.5-air": (
-        sized("glm4_moe", 46, 96, 8, 4096, head_dim=128, intermediate_size=10944, moe_intermediate_size=1408,
-              vocab_size=151552, n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
-              first_k_dense_replace=1), 106, 12,
-    ),
     "qwen1.5-moe-a2.7b": (sized("qwen2_moe", 24, 16, 16, 2048), 14.3, 2.7),
 }  # fmt: skip
 
@@ -321,7 +316,6 @@ BUILT = {
               moe_num_shared_experts=2, moe_intermediate_size=1536, moe_layer_interval=2, moe_layer_start_index=3,
               moe_layer_end_index=20, **UNTIED), 9_771_727_936,
     ),
-    "glm4_moe": (ESTIMATED["glm4_moe"][0] | {"first_k_dense_replace": 3}, 99_285_323_776),
 }  # fmt: skip
 
 QWEN3_MOE = CONFIGS["qwen3-30b-a3b"]
