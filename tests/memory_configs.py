@@ -172,3 +172,189 @@ ESTIMATED = {
 
 ACTIVE = {"phimoe": 6.6e9, "qwen2_moe": 2.7e9}
 """As published, to two digits."""
+
+
+def sized(kind, layers, heads, kv_heads, dim, **more):
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {"model_type": kind, "hidden_size": dim} | sizes | more
+
+
+def nested(kind, **inner):
+    return {"model_type": kind, "text_config": {"model_type": f"{kind}_text"} | inner}
+
+
+NEMOTRON_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+GRANITE = ["mamba"] * 5 + ["attention"] + ["mamba"] * 4
+LFM = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv",
+       "full_attention", "conv", "full_attention", "conv", "full_attention", "conv"]  # fmt: skip
+LLAMA4 = {"head_dim": 128, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
+LLAMA4 |= {"num_hidden_layers": 48, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "vocab_size": 202048}
+DBRX = {
+    "model_type": "dbrx",
+    "d_model": 6144,
+    "n_heads": 48,
+    "n_layers": 40,
+    "max_seq_len": 32768,
+    "vocab_size": 100352,
+}
+DBRX |= {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000}}
+DBRX |= {"ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "moe_loss_weight": 0.05}}
+CHATGLM = {"model_type": "chatglm", "num_layers": 28, "num_attention_heads": 32, "hidden_size": 4096}
+CHATGLM |= {"kv_channels": 128, "multi_query_attention": True, "multi_query_group_num": 2}
+
+KEPT = {
+    # One layer in four has keys and values; the others a gated delta net.
+    "qwen3_next": (
+        sized("qwen3_next", 48, 16, 2, 2048, full_attention_interval=4, head_dim=256, vocab_size=151936), 48, 12, 24_576
+    ),
+    "qwen3_next, without the interval": (sized("qwen3_next", 48, 16, 2, 2048, head_dim=256), 48, 12, 24_576),
+    "qwen3_next, listed": (
+        sized("qwen3_next", 4, 16, 2, 2048, head_dim=256,
+              layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"]),
+        4, 1, 2_048,
+    ),
+    "qwen3_5": (nested("qwen3_5", num_hidden_layers=24, num_key_value_heads=2, head_dim=256), 24, 6, 12_288),
+    # Letters: M Mamba, * attention, - an MLP, E experts.
+    "nemotron_h": (
+        sized("nemotron_h", 52, 32, 8, 4096, head_dim=128, hybrid_override_pattern="M-M*" * 13), 52, 13, 53_248
+    ),
+    "nemotron_h, published": (
+        sized("nemotron_h", 52, 32, 8, 4096, attention_head_dim=128, hybrid_override_pattern=NEMOTRON_8B), 52, 4, 16_384
+    ),
+    "jamba": (sized("jamba", 32, 32, 8, 4096, attn_layer_period=8, attn_layer_offset=4), 32, 4, 16_384),
+    "bamba": (sized("bamba", 32, 32, 8, 4096, attn_layer_indices=[9, 18, 27], mamba_d_state=128), 32, 3, 12_288),
+    "zamba2": (sized("zamba2", 54, 32, 32, 2560, hybrid_layer_ids=[6, 12, 18]), 54, 3, 61_440),
+    "zamba2, listed": (
+        sized("zamba2", 4, 32, 32, 2560, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]), 4, 2, 40_960
+    ),
+    # Attention and Mamba side by side in every layer.
+    "falcon_h1": (sized("falcon_h1", 36, 8, 2, 2048, head_dim=128, mamba_d_ssm=3072), 36, 36, 36_864),
+    "granitemoehybrid": (sized("granitemoehybrid", 40, 12, 4, 1536, layer_types=GRANITE * 4), 40, 4, 8_192),
+    "lfm2": (sized("lfm2", 16, 32, 8, 2048, layer_types=LFM, conv_L_cache=3), 16, 6, 12_288),
+    "lfm2, by numbers": (sized("lfm2", 16, 32, 8, 2048, full_attn_idxs=[2, 5, 8, 10, 12, 14]), 16, 6, 12_288),
+    "recurrent_gemma": (
+        sized("recurrent_gemma", 26, 10, 1, 2560, block_types=["recurrent", "recurrent", "attention"],
+              attention_window_size=2048, lru_width=2560), 26, 8, 8_192,
+    ),
+    "minimax": (
+        sized("minimax_text_01", 80, 64, 8, 6144, head_dim=128, attn_type_list=([0] * 7 + [1]) * 10), 80, 10, 40_960
+    ),
+    "olmo_hybrid": (sized("olmo_hybrid", 32, 30, 30, 3840), 32, 8, 122_880),
+    # The last layers share the cache of an earlier one.
+    "gemma3n": (nested("gemma3n", num_hidden_layers=35, num_kv_shared_layers=15), 35, 20, 40_960),
+    "gemma3n, all its own": (nested("gemma3n", num_hidden_layers=30, num_kv_shared_layers=0), 30, 30, 61_440),
+    "hunyuan": (sized("hunyuan", 64, 80, 8, 6400, head_dim=128, use_cla=True, cla_share_factor=2), 64, 32, 131_072),
+    # Every layer, under a name of the family's own.
+    "chatglm": (CHATGLM, 28, 28, 28_672),
+    "chatglm, one head for each query": (CHATGLM | {"multi_query_attention": False}, 28, 28, 458_752),
+    "dbrx": (DBRX, 40, 40, 163_840),
+    "falcon": (
+        {"model_type": "falcon", "n_head_kv": 8, "n_head": 128, "n_layer": 60, "hidden_size": 8192,
+         "new_decoder_architecture": True}, 60, 60, 122_880,
+    ),
+    "falcon, as first published": (
+        {"model_type": "RefinedWeb", "n_head_kv": 8, "n_head": 128, "n_layer": 60, "hidden_size": 8192}, 60, 60, 122_880
+    ),
+    "bloom": ({"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16}, 24, 24, 98_304),
+    "mpt, one head": (
+        {"model_type": "mpt", "n_layers": 4, "n_heads": 8, "d_model": 512,
+         "attn_config": {"attn_type": "multiquery_attention"}}, 4, 4, 1_024,
+    ),
+    # Llama 4: three layers in four keep their chunk of 8192 at most.
+    "llama4": (nested("llama4", **LLAMA4), 48, 48, 196_608),
+    # null is no default.
+    "qwen2, null": (sized("qwen2", 80, 64, None, 8192), 80, 80, 2_621_440),
+    "mixtral, null": (sized("mixtral", 32, 32, 8, 4096, head_dim=None, sliding_window=None), 32, 32, 131_072),
+    "falcon, null": ({"model_type": "falcon", "num_kv_heads": None, "new_decoder_architecture": True}, 32, 32, 581_632),
+}  # fmt: skip
+"""Settings; layers, layers that keep keys and values, and 2 * those * K * H * 2 bytes, by hand."""
+
+LLAMA4_MOE = LLAMA4 | {"num_experts_per_tok": 1}
+COUNTED = {
+    # As the model pages have them: all parameters and active ones, in billions.
+    "llama-4-maverick": (nested("llama4", **LLAMA4_MOE, num_local_experts=128, interleave_moe_layer_step=2), 400, 17),
+    "llama-4-maverick, listed": (
+        nested("llama4", **LLAMA4_MOE, num_local_experts=128, moe_layers=list(range(1, 48, 2))), 400, 17
+    ),
+    "llama-4-scout": (nested("llama4", **LLAMA4_MOE, num_local_experts=16), 109, 17),
+    "dbrx": (DBRX, 132, 36),
+    "qwen3-next-80b-a3b": (sized("qwen3_next", 48, 16, 2, 2048, head_dim=256), 80, 3.9),
+    "nemotron-h-8b": (
+        sized("nemotron_h", 52, 32, 8, 4096, hybrid_override_pattern=NEMOTRON_8B, vocab_size=131072), 8.1, 8.1
+    ),
+    "jamba": (sized("jamba", 32, 32, 8, 4096, expert_layer_period=2, expert_layer_offset=1), 52, 12),
+    "minimax-text-01": (
+        sized("minimax_text_01", 80, 64, 8, 6144, head_dim=128, attn_type_list=([0] * 7 + [1]) * 10, vocab_size=200064,
+              intermediate_size=9216, num_local_experts=32, num_experts_per_tok=2), 456, 45.9,
+    ),
+    "recurrent-gemma-2b": (sized("recurrent_gemma", 26, 10, 1, 2560, intermediate_size=15360), 2.7, 2.7),
+    "chatglm3-6b": (CHATGLM | {"padded_vocab_size": 65024, "ffn_hidden_size": 13696}, 6.24, 6.24),
+    "qwen1.5-moe-a2.7b": (sized("qwen2_moe", 24, 16, 16, 2048), 14.3, 2.7),
+}  # fmt: skip
+
+BUILT = {
+    # What transformers 5.24 builds of them.
+    "bamba": (
+        sized("bamba", 32, 32, 8, 4096, attn_layer_indices=[9, 18, 27], intermediate_size=14336, vocab_size=128000),
+        9_808_584_064,
+    ),
+    "granitemoehybrid": (sized("granitemoehybrid", 40, 32, 32, 4096, layer_types=GRANITE * 4), 48_040_881_664),
+    "granitemoehybrid, dense": (
+        sized("granitemoehybrid", 40, 32, 32, 4096, layer_types=GRANITE * 4, num_local_experts=0,
+              shared_intermediate_size=8192), 8_277_569_024,
+    ),
+    "lfm2": (sized("lfm2", 16, 32, 8, 2048, layer_types=LFM), 1_170_340_608),
+    "lfm2_moe": (
+        sized("lfm2_moe", 32, 32, 8, 2048, layer_types=["conv", "full_attention"] * 16), 11_230_351_360
+    ),
+    "jamba": (sized("jamba", 32, 32, 8, 4096, expert_layer_period=3, expert_layer_offset=2), 35_715_460_992),
+    "qwen2_moe": (
+        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]), 7_566_573_568
+    ),
+    "ernie4_5_moe": (
+        sized("ernie4_5_moe", 28, 20, 4, 2560, intermediate_size=12288, vocab_size=103424, moe_num_experts=64, moe_k=6,
+              moe_num_shared_experts=2, moe_intermediate_size=1536, moe_layer_interval=2, moe_layer_start_index=3,
+              moe_layer_end_index=20, **UNTIED), 9_771_727_936,
+    ),
+}  # fmt: skip
+
+QWEN3_MOE = CONFIGS["qwen3-30b-a3b"]
+DENSE_LAYERS = {
+    # Layers without experts, of 48; in each an MLP of 6144 stands where 128 experts of 768 and a router were.
+    "every second": (QWEN3_MOE | {"decoder_sparse_step": 2}, 24),
+    "by name": (QWEN3_MOE | {"mlp_only_layers": [0, 5]}, 2),
+    "both": (QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2]}, 25),
+}
+
+WRITTEN = [
+    # More of what published files say, none of which is about the cache.
+    sized("qwen2_vl", 28, 28, 4, 3584, use_sliding_window=False, sliding_window=32768, max_window_layers=28,
+          vision_config={"depth": 32}),
+    sized("cohere2", 32, 32, 8, 4096, sliding_window=4096, sliding_window_pattern=4, layer_switch=4,
+          order_of_interleaved_layers="local_attn_first", use_parallel_block=True, logit_scale=0.25),
+    sized("minimax_m2", 62, 48, 8, 3072, attn_type_list=[1] * 62, num_mtp_modules=3, mtp_transformer_layers=1,
+          layernorm_full_attention_beta=1.0, qk_norm_type="per_layer", num_local_experts=8, num_experts_per_tok=2),
+    sized("falcon_h1", 66, 32, 4, 5120, mamba_d_ssm=None, mamba_use_mlp=True, key_multiplier=0.1,
+          attn_layer_indices=None),
+    sized("zamba2", 4, 32, 32, 2560, hybrid_layer_ids=[1, 3], kv_channels=80, num_query_groups=32, mamba_headdim=64,
+          use_shared_mlp_adapter=True, attention_head_dim=160, state_size=64),
+    sized("glm4_moe", 46, 96, 8, 4096, num_nextn_predict_layers=1, n_group=1, topk_group=1, use_qk_norm=False,
+          num_experts_per_tok=8, n_routed_experts=16, moe_intermediate_size=8),
+    sized("llama", 4, 8, 2, 512, is_llama_config=True, rope_interleaved=False, head_dim=64, mlp_bias=False),
+]  # fmt: skip
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+FP8_GROUPS = {"group_0": {"weights": {"num_bits": 8, "type": "float"}, "targets": ["Linear"]}}
+STORED = {
+    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+    "awq": (AWQ, "int4"),
+    "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3}, "int3"),
+    "gptq of 8 bits": ({"quant_method": "gptq", "bits": 8}, "int8"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8_e4m3fn"),
+    "bitsandbytes, 4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "int4"),
+    "bitsandbytes, 8": ({"load_in_8bit": True, "load_in_4bit": False}, "int8"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": FP8_GROUPS}, "float8_e4m3fn"),
+    "another": ({"quant_method": "quip"}, None),
+    "another number of bits": ({"quant_method": "gptq", "bits": 5}, None),
+}
+"""quantization_config, and the type of the weights."""

@@ -727,6 +727,63 @@ def test_fields_that_are_known_to_change_nothing(folder):
     assert_same(from_pretrained(path, ignore=("residual_multiplier",)), from_pretrained(GOLDEN / "llama3"))
 
 
+HARMLESS = {
+    "files": {
+        "is_llama_config": True, "_num_labels": 1, "finetuning_task": "x", "sep_token_id": 3, "_commit_hash": "1f",
+        "model_max_length": 8, "summary_type": "cls_index", "license": "mit",
+    },
+    "generation": {
+        "max_length": 50, "min_length": 1, "do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9,
+        "num_beams": 4, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[5]],
+        "output_scores": True, "forced_eos_token_id": 2, "num_return_sequences": 2, "early_stopping": True,
+        "stop_strings": ["x"],
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "typical_p": 1.0,
+    },
+    "training": {
+        "neftune_noise_alpha": 5.0, "activation_dropout": 0.1, "classifier_dropout": 0.1,
+        "gradient_checkpointing": True, "loss_type": "ForCausalLM", "resid_pdrop": 0.1,
+    },
+    "runtime": {
+        "_attn_implementation": "flash_attention_2", "attn_implementation": "eager", "max_sequence_length": 2048,
+        "pad_key_length": True, "torchscript": True, "use_bfloat16": True, "_flash_attn_2_enabled": True,
+        "_attn_implementation_internal": "sdpa", "use_flash_attn": True, "max_batch_size": 4,
+    },
+    "switched off": {
+        "is_decoder": True, "add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {},
+        "chunk_size_feed_forward": 0, "tie_encoder_decoder": False, "cross_attention_hidden_size": None,
+        "rope_interleaved": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "mistral", "gemma2", "falcon7b", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt"]
+)
+def test_fields_that_never_matter(folder, name):
+    """What published files carry of how they were trained, run and sampled from, in every family."""
+    path = folder(name)
+    for fields in HARMLESS.values():
+        set_config(path, **fields)
+    assert read_family(path).config == read_family(GOLDEN / name).config
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"add_cross_attention": True}, {"is_encoder_decoder": True}, {"pruned_heads": {"0": [1]}},
+        {"chunk_size_feed_forward": 8}, {"tie_encoder_decoder": True}, {"cross_attention_hidden_size": 64},
+        {"rope_interleaved": True}, {"is_causal": False}, {"activation": "relu"}, {"is_decoder": 2},
+        {"temperatur": 0.6},
+        {"embedding_multiplier": 12.0}, {"logits_scaling": 8.0}, {"num_kv_shared_layers": 2}, {"use_qk_norm": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fields_that_matter_with_this_value(folder, fields):
+    path = folder()
+    set_config(path, **fields)
+    refused(UnsupportedError, path, *fields)
+
+
 def test_every_family_is_documented():
     text = (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for name in FAMILIES:

@@ -150,6 +150,23 @@ def test_a_config_file(tmp_path):
     assert "7,000 parameters" in flat(printed("memory", "--config", file, "--num-params", 7000))
 
 
+def test_what_a_config_file_leaves_uncertain(tmp_path):
+    file = tmp_path / "config.json"
+    sizes = {"num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+    settings = {"model_type": "qwen3_next", "vocab_size": 1000, "head_dim": 64} | sizes
+    file.write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    for options in ([], ["--device", "t4"]):
+        text = flat(printed("memory", "--config", file, *options))
+        assert "1,024 bytes per token in the 2 of 8 layers that keep keys and values" in text
+        assert "6 of 8 layers keep no keys and values" in text and "parameters in int4" in text
+        assert "the others in bfloat16" in text
+    assert "parameters in bfloat16" in flat(printed("memory", "--config", file, "--weight-dtype", "bfloat16"))
+    file.write_text(json.dumps({"model_type": "brand_new", "vocab_size": 1000, "intermediate_size": 512} | sizes))
+    text = flat(printed("memory", "--config", file))
+    assert "about 4,096 bytes per token in all layers" in text and "the cache of " in text and "is an estimate" in text
+    assert json.loads(printed("memory", "--config", file, "--json"))["model"]["cache_is_estimate"]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_plot(tmp_path, ending):
     pytest.importorskip("matplotlib")

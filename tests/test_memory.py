@@ -14,13 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memory_configs import ACTIVE, CONFIGS, ESTIMATED, PUBLISHED
+from memory_configs import (
+    ACTIVE,
+    AWQ,
+    BUILT,
+    CONFIGS,
+    COUNTED,
+    DENSE_LAYERS,
+    ESTIMATED,
+    KEPT,
+    LLAMA4,
+    PUBLISHED,
+    QWEN3_MOE,
+    STORED,
+    WRITTEN,
+    nested,
+    sized,
+)
 
 import kvattn
 from kvattn import errors, memory
 from kvattn.cache import Layout
 from kvattn.codecs import Plain
 from kvattn.memory import DEVICES, MODELS, ModelSpec, bytes_per_token, cache_bytes, formula, from_config, levers, plan
+from kvattn.memory.hf_defaults import ALIASES
 from kvattn.memory.plan import _seen
 from kvattn.models.pretrained import read_family
 from kvattn.policies import Full
@@ -463,6 +480,242 @@ def test_what_a_config_leaves_out(folder, tmp_path):
     assert read > len(config) // 2
 
 
+@pytest.mark.parametrize("what", KEPT)
+def test_which_layers_keep_keys_and_values(what):
+    config, layers, keeping, expected = KEPT[what]
+    spec = from_config(config, num_params=10**9)
+    assert (spec.num_layers, spec.num_cache_layers, spec.cache_is_estimate) == (layers, keeping, False)
+    assert plan(spec, "h100").bytes_per_token == expected
+    assert bytes_per_token(keeping, spec.num_kv_heads, spec.head_dim) == expected
+    kinds = formula.layers(spec, policy=kvattn.Full())
+    assert sum(kinds.values()) == keeping
+
+
+def test_where_hybrids_keep_them():
+    """Jamba's fifth of eight, Nemotron's stars, every fourth of Qwen3-Next; a window in Griffin's third of three."""
+    sources = {name: from_config(KEPT[name][0], num_params=1).layer_sources for name in ("jamba", "nemotron_h", "lfm2")}
+    assert sources["jamba"] == tuple(i if i % 8 == 4 else None for i in range(32))
+    assert sources["nemotron_h"] == tuple(i if i % 4 == 3 else None for i in range(52))
+    assert [i for i in sources["lfm2"] if i is not None] == [2, 5, 8, 10, 12, 14]
+    griffin = from_config(KEPT["recurrent_gemma"][0], num_params=1)
+    assert griffin.cache_layers == tuple(range(2, 26, 3))
+    assert [griffin.layer_windows[i] for i in griffin.cache_layers] == [2048] * 8
+    assert any("18 of 26 layers keep no keys" in note for note in plan(griffin, "a10").notes)
+
+
+def test_layers_that_share_a_cache():
+    """Gemma 3n: the last 15 of 35 go by the last of the first 20 of their kind: layer 18, with a window, or 19."""
+    spec = from_config(KEPT["gemma3n"][0], num_params=10**9)
+    assert spec.layer_sources == tuple(range(20)) + tuple(19 if i % 5 == 4 else 18 for i in range(20, 35))
+    hunyuan = from_config(KEPT["hunyuan"][0], num_params=10**9)
+    assert hunyuan.layer_sources == tuple(i - i % 2 for i in range(64))
+    # What is kept once is read by every layer that attends to it.
+    read = lambda model: plan(model, "h100", length=100).step_seconds - plan(model, "h100").step_seconds
+    assert math.isclose(read(hunyuan), read(dataclasses.replace(hunyuan, kv_source=None)))
+    whole = plan(dataclasses.replace(hunyuan, kv_source=None), "h100", length=100)
+    assert plan(hunyuan, "h100", length=100).cache_bytes * 2 == whole.cache_bytes
+    assert plan(hunyuan, "h100", length=100).prefill_attention_flops == whole.prefill_attention_flops
+
+
+def test_layers_without_a_cache_are_not_attended_to():
+    model = tiny(4, 4, 2, 16, window=(8, None, 8, None))
+    hybrid = dataclasses.replace(model, kv_source=(None, 1, None, 1), window=(None, None, 8, None))
+    alone = dataclasses.replace(model, num_layers=1, window=None)
+    for options in ({}, {"codec": kvattn.Int8()}, {"page_size": 16}, {"policy": kvattn.H2O(4, 4)}):
+        assert cache_bytes(hybrid, 2, 64, **options) == cache_bytes(alone, 2, 64, **options)
+    p, one = plan(hybrid, "t4", batch_size=2, length=64), plan(alone, "t4", batch_size=2, length=64)
+    assert p.bytes_per_token == one.bytes_per_token == 2 * 2 * 16 * 2
+    assert p.prefill_attention_flops == 2 * one.prefill_attention_flops
+    assert p.max_tokens == one.max_tokens
+    gqa = next(lever for lever in levers(p) if lever.name.startswith("MQA"))
+    assert gqa.cache_ratio == pytest.approx(1 / 2, rel=0.01)
+    # Two stages: the second attends to a cache of the first and keeps a copy of it.
+    staged = plan(hybrid, "t4", batch_size=2, length=64, pipeline_stages=2)
+    assert staged.device_cache_bytes == staged.cache_bytes == p.cache_bytes
+    apart = dataclasses.replace(hybrid, kv_source=(None, None, None, 3))
+    assert plan(apart, "t4", batch_size=2, length=64, pipeline_stages=4).device_cache_bytes == p.cache_bytes
+
+
+def test_chunks_are_windows_of_their_size():
+    """Llama 4: all but every fourth layer keep at most a chunk."""
+    spec = from_config(nested("llama4", **LLAMA4), num_params=10**9)
+    assert spec.layer_windows == (8192, 8192, 8192, None) * 12
+    listed = nested("llama4", **LLAMA4, no_rope_layers=[1, 0] * 24, attention_chunk_size=512)
+    assert from_config(listed, num_params=1).layer_windows == (512, None) * 24
+    whole = nested("llama4", **LLAMA4, attention_chunk_size=None)
+    assert from_config(whole, num_params=1).window is None
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameters_by_layer(name):
+    """Dense layers among those with experts, shared experts, state spaces: within 2.5 % of what the pages say."""
+    config, billions, active = COUNTED[name]
+    spec = from_config(config)
+    assert spec.is_estimate and abs(spec.num_params / 1e9 / billions - 1) < 0.025
+    assert abs(spec.active_params / 1e9 / active - 1) < 0.06
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_parameters_that_transformers_builds(name):
+    config, counted = BUILT[name]
+    spec = from_config(config)
+    assert spec.is_estimate and abs(spec.num_params / counted - 1) < 1e-3
+
+
+@pytest.mark.parametrize("what", DENSE_LAYERS)
+def test_dense_layers_among_experts(what):
+    config, dense = DENSE_LAYERS[what]
+    spec, whole = from_config(config), from_config(QWEN3_MOE)
+    d, expert = 2048, 3 * 2048 * 768
+    assert whole.num_params - spec.num_params == dense * (128 * (expert + d) - 3 * d * 6144)
+    assert spec.num_params - spec.active_params == (48 - dense) * 120 * expert
+    assert spec.num_expert_weights == (48 - dense) * 128 * expert
+
+
+def test_experts_that_do_not_fit_in_the_parameters_given():
+    spec = from_config(QWEN3_MOE, num_params=7_000_000_000)
+    assert (spec.num_params, spec.num_experts) == (7 * 10**9, None)
+    assert any("less than the experts" in note for note in plan(spec, "h100").notes)
+
+
+def test_mxfp4_is_for_experts():
+    """As published: experts in 4.25 bits, everything else in bfloat16."""
+    assert plan("gpt-oss-120b", "h100", weight_dtype="mxfp4").weight_bytes == 65_248_815_744
+    assert plan("gpt-oss-20b", "h100", weight_dtype="mxfp4").weight_bytes == 13_761_264_768
+    config = CONFIGS["gpt-oss-120b"] | {"quantization_config": {"quant_method": "mxfp4"}}
+    p = plan(from_config(config), "h100")
+    assert (p.weight_dtype, p.weight_bytes) == ("mxfp4", 65_248_815_744)
+    assert p.changed() == p
+    whole = plan(from_config(config), "h100", weight_dtype="bfloat16")
+    assert whole.weight_bytes == 2 * 116_829_156_672
+    # A token reads 4 of 128 experts of 36 layers; their biases have 16 bits.
+    idle = 36 * 124 * (3 * 2880**2 * 17 / 32 + 3 * 2880 * 2)
+    assert math.isclose(p.step_seconds, (65_248_815_744 - idle) / 3.35e12, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("what", STORED)
+def test_what_the_checkpoint_is_quantised_to(what):
+    settings, expected = STORED[what]
+    spec = from_config(CONFIGS["llama-3-8b"] | {"quantization_config": settings})
+    p = plan(spec, "h100")
+    assert spec.weight_dtype == expected and p.weight_dtype == (expected or "bfloat16")
+    assert ("not understood" in " ".join(p.notes)) == (expected is None) and p.notes
+    tables = 2 * 128256 * 4096
+    bits = {None: 16, "int3": 3, "int4": 4, "mxfp4": 4.25}.get(expected, 8)
+    linear = spec.num_params - (0 if expected == "mxfp4" else tables)
+    assert p.weight_bytes == math.ceil(linear * bits / 8) + 2 * (spec.num_params - linear)
+    assert plan(spec, "h100", weight_dtype="float32").weight_bytes == 4 * spec.num_params
+
+
+def test_quantised_text_within_a_model_of_images():
+    inner = {key: x for key, x in CONFIGS["llama-3-8b"].items()}
+    spec = from_config({"model_type": "llava", "text_config": inner, "quantization_config": AWQ})
+    assert spec.weight_dtype == "int4"
+
+
+# Families and fields that are not known.
+
+
+def test_a_family_that_is_not_known_is_an_estimate():
+    spec = from_config(sized("brand_new", 4, 8, 2, 512), num_params=1000)
+    assert spec.cache_is_estimate and not spec.is_estimate
+    notes = " ".join(plan(spec, "t4").notes)
+    assert "the cache of brand_new is an estimate" in notes and "2 heads of 64" in notes
+    assert plan(spec, "t4").to_json()["model"]["cache_is_estimate"] is True
+    assert not from_config(sized("olmo2", 4, 8, 2, 512), num_params=1000).cache_is_estimate
+
+
+UNREAD = {
+    "linear_every": 2, "attn_layer_freq": 4, "mamba_expand": 2, "num_kv_shared": 8, "kv_share_pattern": [0, 0],
+    "full_attention_interval": 4, "hybrid_override_pattern": "M*", "cross_layer_attention": True, "mb_per_layer": 2,
+    "multi_query": True, "attn_config": {"kv_n_heads": 8}, "v_head_dim": 128, "recurrent_layers": [1],
+    "ssm_cfg": {"d": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_settings_of_an_unknown_family_that_may_matter_are_refused(name):
+    with pytest.raises(errors.UnsupportedError, match="ModelSpec") as caught:
+        from_config(sized("brand_new", 4, 8, 2, 512, **{name: UNREAD[name]}), num_params=1000)
+    assert name in str(caught.value) and "brand_new" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_settings_of_a_known_family_that_may_matter_are_said(name):
+    spec = from_config(CONFIGS["llama-2-7b"] | {name: UNREAD[name]})
+    assert spec.cache_is_estimate and name in " ".join(plan(spec, "t4").notes)
+
+
+@pytest.mark.parametrize("config", WRITTEN, ids=lambda config: config["model_type"])
+def test_published_files_leave_no_doubt(config):
+    spec = from_config(config, num_params=10**12)
+    assert not spec.cache_is_estimate, spec.notes
+
+
+def test_settings_that_do_not_matter_pass():
+    harmless = {
+        "attention_bias": True,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.1,
+        "temperature": 0.6,
+        "min_length": 3,
+    }
+    harmless |= {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "is_decoder": True,
+        "kv_sharing": None,
+        "group_of": 0,
+    }
+    assert not from_config(CONFIGS["llama-2-7b"] | harmless).notes
+    assert len(from_config(sized("brand_new", 4, 8, 2, 512, **harmless), num_params=1).notes) == 1
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_what_null_means(folder, tmp_path):
+    """Field by field: the planner takes null for what the loader takes it for, and refuses it where that does."""
+    config, read = json.loads((folder / "config.json").read_text()), 0
+    for name in config:
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: None}))
+        try:
+            loaded = read_family(tmp_path).config
+        except errors.KVAttnError as error:
+            if f"{name} is null" in str(error) and name in NULL_SIZES:
+                with pytest.raises(errors.KVAttnError, match=name):
+                    from_config(tmp_path)
+            continue
+        found, read = from_config(tmp_path), read + 1
+        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_windows"):
+            assert getattr(found, field) == getattr(loaded, field), (name, field)
+    assert read
+
+
+NULL_SIZES = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "sliding_window")  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_other_names_of_a_field(folder, tmp_path):
+    """Every alias of the family, for the planner and for the loader."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, others in ALIASES.get(config["model_type"], {}).items():
+        for other in others:
+            if name not in config:
+                continue
+            renamed = {key: value for key, value in config.items() if key != name} | {other: config[name]}
+            (tmp_path / "config.json").write_text(json.dumps(renamed))
+            assert from_config(tmp_path, name="x") == from_config(folder, name="x"), other
+            assert read_family(tmp_path).config == read_family(folder).config, other
+            (tmp_path / "config.json").write_text(json.dumps(renamed | {name: config[name] + 1}))
+            with pytest.raises(errors.ConfigError, match="keep one"):
+                from_config(tmp_path)
+
+
+def test_bloom_by_its_published_name():
+    published = {"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "vocab_size": 250880}
+    spec = from_config(published)
+    assert (spec.num_params, spec.is_estimate) == (559_214_592, False)
+
+
 def test_windows_layer_by_layer():
     base = CONFIGS["qwen3-8b"] | {"num_hidden_layers": 6, "sliding_window": 100}
     assert from_config(base).window is None
@@ -726,6 +979,7 @@ def test_a_plan_as_json_and_again():
 # What is refused ------------------------------------------------------------------------------------------------------
 
 LLAMA = CONFIGS["llama-2-7b"]
+HYBRID = sized("nemotron_h", 3, 8, 2, 64)
 GPT2 = functools.partial(plan, "gpt2", "t4")
 REFUSED = {
     "no such window": (errors.RangeError, "window", lambda: tiny(window=0)),
@@ -785,9 +1039,67 @@ REFUSED = {
     "linear attention": (
         errors.UnsupportedError, "linear_attention", lambda: from_config(LLAMA | {"layer_types": ["linear_attention"]}),
     ),
+    "sources of too few layers": (
+        errors.ConfigError, "2 entries for 3", lambda: dataclasses.replace(tiny(3), kv_source=(0, 1)),
+    ),
+    "a source that comes later": (
+        errors.ConfigError, "earlier layer", lambda: dataclasses.replace(tiny(2), kv_source=(1, 1)),
+    ),
+    "a source that has none": (
+        errors.ConfigError, "of its own", lambda: dataclasses.replace(tiny(3), kv_source=(0, None, 1)),
+    ),
+    "a source that keeps less": (
+        errors.ConfigError, "keeps 4", lambda: dataclasses.replace(tiny(2, window=(4, 9)), kv_source=(0, 0)),
+    ),
+    "no layer that keeps anything": (
+        errors.ConfigError, "no cache", lambda: dataclasses.replace(tiny(2), kv_source=(None, None)),
+    ),
+    "more experts than parameters": (
+        errors.ConfigError, "exceeds num_params", lambda: dataclasses.replace(tiny(), num_expert_weights=1001),
+    ),
+    "quantised to nothing": (
+        errors.ConfigError, "weight_dtype", lambda: dataclasses.replace(tiny(), num_quantized_params=5),
+    ),
+    "quantised in words": (
+        errors.ConfigError, "quantization_config", lambda: from_config(LLAMA | {"quantization_config": "awq"}),
+    ),
+    "an encoder around a decoder": (
+        errors.UnsupportedError, "encoder",
+        lambda: from_config({"model_type": "x", "is_encoder_decoder": True, "text_config": LLAMA}),
+    ),
+    "Mamba alone": (errors.UnsupportedError, "state", lambda: from_config(LLAMA | {"model_type": "mamba2"})),
+    "heads that differ by layer": (
+        errors.UnsupportedError, "gemma4", lambda: from_config({"model_type": "gemma4_text"}),
+    ),
+    "kinds of layers that are not known": (
+        errors.UnsupportedError, "compressed", lambda: from_config(LLAMA | {"layer_types": ["compressed"] * 32}),
+    ),
+    "a pattern of other letters": (
+        errors.ConfigError, "hybrid_override_pattern", lambda: from_config(HYBRID | {"hybrid_override_pattern": "MXA"}),
+    ),
+    "a pattern of another length": (
+        errors.ConfigError, "4 letters", lambda: from_config(HYBRID | {"hybrid_override_pattern": "MM*M"}),
+    ),
+    "layers with attention that are not there": (
+        errors.ConfigError, "attn_layer_indices",
+        lambda: from_config(sized("bamba", 4, 8, 2, 64, attn_layer_indices=[4])),
+    ),
+    "two names that contradict each other": (
+        errors.ConfigError, "keep one", lambda: from_config(sized("brand_new", 4, 8, 2, 64, n_layer=5), num_params=1),
+    ),
     "an encoder": (errors.UnsupportedError, "encoder", lambda: from_config(LLAMA | {"is_encoder_decoder": True})),
     "a file that is not there": (errors.MissingFileError, "nowhere", lambda: from_config("nowhere/config.json")),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "modernbert", "vit", "clip_text_model",
+     "dinov2", "t5", "mt5", "bart", "whisper", "wav2vec2", "encoder-decoder"],
+)  # fmt: skip
+def test_encoders_are_refused(kind):
+    with pytest.raises(errors.UnsupportedError, match="encoder"):
+        from_config(sized(kind, 12, 12, 12, 768), num_params=1000)
 
 
 @pytest.mark.parametrize("what", REFUSED)

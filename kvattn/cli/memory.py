@@ -21,7 +21,6 @@ from kvattn.memory import (
     levers,
     plan,
 )
-from kvattn.memory.dtypes import num_bytes
 
 
 @show.reports_errors
@@ -49,8 +48,9 @@ def memory(
         typer.Option(metavar="CODEC", help="In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ..."),
     ] = None,
     weight_dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, int8, int4, mxfp4, ...")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says."),
+    ] = None,
     page_size: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of a page of a shared pool.")] = None,
     tensor_parallel: Annotated[
         str, typer.Option("--tensor-parallel", "--devices", metavar="INT", help="Devices that share every layer.")
@@ -116,7 +116,8 @@ def memory(
     parts = sizes(found) if device is None else summary(found)
     parts += ["", by_length(plans, with_device=device is not None)]
     if device is not None:
-        parts += ["", by_lever(plans[-1], pulled), *notes(found)]
+        parts += ["", by_lever(plans[-1], pulled)]
+    parts += notes(found, with_device=device is not None)
     show.display(*parts)
     if plot is not None:
         typer.echo(f"drawn: {plot}")
@@ -145,7 +146,7 @@ def tables() -> list[Any]:
     """Every model with its bytes per token, every device."""
     models = show.columns("model", "layers", "heads", "on", "of", "window", "params", "cache/token")
     for m in MODELS.values():
-        per_token = bytes_per_token(m.num_layers, m.num_kv_heads, m.head_dim)
+        per_token = bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)
         heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
         params = f"{m.num_params / 1e9:.3g} B"
         models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
@@ -159,12 +160,13 @@ def tables() -> list[Any]:
 
 def windows(spec: ModelSpec) -> str:
     """Its window; "4096, half" and the like where some layers have one."""
-    sizes = {w for w in spec.layer_windows if w is not None}
+    own = [spec.layer_windows[i] for i in spec.cache_layers]
+    sizes = {w for w in own if w is not None}
     if not sizes:
         return ""
-    having = sum(w is not None for w in spec.layer_windows)
+    having = sum(w is not None for w in own)
     text = ", ".join(map(str, sorted(sizes)))
-    return text if having == spec.num_layers else f"{text} in {having}"
+    return text if having == len(own) else f"{text} in {having}"
 
 
 def sizes(p: Plan) -> list[Any]:
@@ -176,16 +178,19 @@ def sizes(p: Plan) -> list[Any]:
     how = [p.dtype if p.codec is None else str(p.codec)]
     how += [] if p.policy is None else [str(p.policy)]
     how += [] if p.page_size is None else [f"pages of {p.page_size}"]
+    about = "about " * m.cache_is_estimate
     params = f"{'about ' * m.is_estimate}{m.num_params:,} parameters in {p.weight_dtype}"
+    if (stored := m.params_in(p.weight_dtype)) < m.num_params:
+        params += f" ({stored:,} of them, the others in bfloat16)"
+    own = m.num_cache_layers
+    layers = "all layers" if own == m.num_layers else f"the {own} of {m.num_layers} layers that keep keys and values"
     rows = [
         ("model", f"{m.name}: {m.num_layers} layers, {heads}"),
         ("weights", f"{show.size(p.weight_bytes)}: {params}"),
-        ("cache", f"{per_token:,} bytes per token in all layers ({binary}): {', '.join(how)}"),
+        ("cache", f"{about}{per_token:,} bytes per token in {layers} ({binary}): {', '.join(how)}"),
     ]
-    if m.window is not None:
-        rows.insert(
-            1, ("window", f"{windows(m)} of {m.num_layers} layers" if isinstance(m.window, tuple) else windows(m))
-        )
+    if seen := windows(m):
+        rows.insert(1, ("window", f"{seen} of {m.num_cache_layers} layers" if " in " in seen else seen))
     if m.num_experts is not None:
         active = f"{m.experts_per_token} of {m.num_experts} experts per token: {m.active_params / 1e9:.3g} B parameters"
         rows.insert(-1, ("active", active))
@@ -260,12 +265,12 @@ def by_lever(p: Plan, pulled: list[Lever]) -> Any:
     return table
 
 
-def notes(p: Plan) -> list[str]:
+def notes(p: Plan, with_device: bool = True) -> list[str]:
     """What one should know besides."""
     found = [f"Note: {note}." for note in p.notes]
-    if p.length and p.model.max_length and p.length > p.model.max_length:
+    if with_device and p.length and p.model.max_length and p.length > p.model.max_length:
         found.append(f"Note: {p.model.name} was trained for {p.model.max_length:,} tokens.")
-    if p.free_bytes == 0:
+    if with_device and p.free_bytes == 0:
         found.append("Note: nothing fits; more devices or fewer bits of weights make room.")
     return ["", *found] if found else []
 
@@ -297,15 +302,16 @@ def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool
         }
     return {
         "model": found.to_json()["model"],
-        "weight_bytes": num_bytes(found.model.num_params, found.weight_dtype),
+        "weight_bytes": found.weight_bytes,
         "bytes_per_token": found.bytes_per_token,
+        "notes": list(found.notes),
         "lengths": [{"length": p.length, "cache_bytes": _one(p) * (p.batch_size or 1)} for p in plans],
     }
 
 
 def _models_json() -> list[dict[str, Any]]:
     return [
-        dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_layers, m.num_kv_heads, m.head_dim)}
+        dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)}
         for m in MODELS.values()
     ]
 

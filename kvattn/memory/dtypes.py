@@ -21,6 +21,7 @@ BITS: dict[str, Fraction] = {
     "int4": Fraction(4),
     "uint4": Fraction(4),
     "float4_e2m1fn": Fraction(4),
+    "int3": Fraction(3),
     "int2": Fraction(2),
     "uint2": Fraction(2),
 }

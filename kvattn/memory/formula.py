@@ -38,7 +38,7 @@ def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: An
     """Bytes of one token's keys and values in all layers: 2 * layers * K * H numbers.
 
     Args:
-        num_layers: layers.
+        num_layers: layers that keep keys and values (`ModelSpec.num_cache_layers`).
         num_kv_heads: K.
         head_dim: H.
         dtype: what a number is stored in, by name ("bfloat16", "int4", ...) or as a dtype. No scales; with those of a
@@ -213,8 +213,10 @@ def layers(
     dtype: Any = "bfloat16",
     backend: str = "gpu",
     num_kv_heads: int | None = None,
+    only: range | None = None,
+    reading: bool = False,
 ) -> dict[Layer, int]:
-    """The kinds of layers of a model, and how many there are of each.
+    """The kinds of caches of a model, and how many there are of each.
 
     Args:
         model: which.
@@ -223,6 +225,8 @@ def layers(
         dtype: what tokens are before they are encoded: float32, bfloat16, float16.
         backend: whose layout.
         num_kv_heads: K on one device, where heads are divided. None: the model's.
+        only: of these layers: those they have, and those of other layers that they share. None: of all.
+        reading: count a cache once for every layer that attends to it, with that layer's window; False: once.
 
     Raises:
         ConfigError: something that is no policy or codec, an unknown dtype or backend.
@@ -237,13 +241,19 @@ def layers(
     dtype = storage_dtype(name_of("dtype", dtype))
     codec = Plain(dtype) if codec is None else codec
     found: dict[Layer, int] = {}
-    for window in model.layer_windows:
-        kept = policy or (Full() if window is None else SlidingWindow(window))
+    sources, windows = model.layer_sources, model.layer_windows
+    attending = {i: sources[i] for i in only or range(model.num_layers)}
+    if not reading:
+        attending = {source: source for source in attending.values() if source is not None}
+    for reader, source in attending.items():
+        if source is None:
+            continue
+        kept = policy or (Full() if (window := windows[source]) is None else SlidingWindow(window))
         # As in KVCache.create: whether slot s holds the token of position s for ever.
         in_order = all(getattr(type(kept), name) is getattr(Policy, name) for name in ("place", "positions", "absorb"))
         if (reason := codec.refuses(in_order)) is not None:
             raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
-        layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, dtype, backend, window)
+        layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, dtype, backend, windows[reader])
         found[layer] = found.get(layer, 0) + 1
     return found
 

@@ -1,32 +1,57 @@
 """HuggingFace's ``config.json`` as a `ModelSpec`."""
 
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvattn import _checks
-from kvattn.errors import ConfigError, DTypeError, MissingFileError, UnsupportedError
-from kvattn.memory.hf_defaults import DEFAULTS, PLANNED
-from kvattn.memory.hf_params import COUNTERS, Fields, estimate, expert_params
-from kvattn.memory.specs import ModelSpec, Window
+from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
+from kvattn.memory.hf_experts import expert_params, expert_weights, sparse_layers
+from kvattn.memory.hf_fields import Fields
+from kvattn.memory.hf_layers import LATENT, STATE, layers_of
+from kvattn.memory.hf_params import COUNTERS, embeddings, estimate
+from kvattn.memory.hf_quantized import quantized
+from kvattn.memory.specs import ModelSpec
 
-_EVERY: Mapping[str, tuple[int, int]] = {
-    # (period, which): layers whose number is `which` modulo `period` see everything, the others a window.
-    "gemma2": (2, 1),
-    "gpt_oss": (2, 1),
-    "gemma3_text": (6, 5),
-    "cohere2": (4, 3),
+_OLDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "RefinedWeb": ("falcon", {"new_decoder_architecture": True}),
+    "RefinedWebModel": ("falcon", {}),
 }
-_ALL_WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
-_LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3", "kimi_k2")
+"""What families were called before transformers had them, and what that name said."""
+
+_TEXT_KINDS: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl": "qwen3_vl_text",
+}
+"""What the text part of a model is where it does not say so itself."""
+
+_ENCODERS = re.compile(
+    r"bert|electra|(^|_|-)(deit|beit|swin|clip|siglip2?|detr|u?m?t5|bart|esm|xlm|xlnet|roformer)($|_|-|v\d)|vit($|_|-|s$)|"
+    r"whisper|wav2vec|wavlm|hubert|pegasus|marian|m2m_100|blenderbot|prophetnet|longformer|big_?bird|deberta|dinov\d|"
+    r"funnel|fnet|layoutlm|mpnet|nystromformer|perceiver|canine|data2vec|convnext|resnet|encoder|seamless|speech|mae$|"
+    r"segformer|^(led|luke|reformer|splinter|tapas|ernie|ernie_m|xmod|git|musicgen|trocr|mvp|plbart|mbart|longt5|rag|"
+    r"switch_transformers|udop|pix2struct|bark|dpt|hiera|yolos|vilt|timesformer|audio-spectrogram-transformer)$"
+)
+"""Families that are encoders, or have one."""
 
 
 def from_config(
     config: Mapping[str, Any] | str | os.PathLike[str], *, name: str | None = None, num_params: int | None = None
 ) -> ModelSpec:
     """A model by its HuggingFace settings.
+
+    Of a family that is known here, the spec says exactly which layers keep keys and values, and a setting that is not
+    understood is named in its `notes`. Of any other, all layers are taken to keep them, the spec says that its cache is
+    an estimate, and a setting that may mean something else is refused.
 
     Args:
         config: the settings; or the file, or the checkpoint folder that holds a ``config.json``. Of a model of text and
@@ -36,13 +61,14 @@ def from_config(
             others, which the spec and every plan with it say.
 
     Returns:
-        layers, heads, windows layer by layer and parameters.
+        layers, heads, windows and sharing layer by layer, parameters, and what they are quantised to.
 
     Raises:
         MissingFileError: no such file.
-        ConfigError: settings that are no such config, or that parameters cannot be estimated from.
-        UnsupportedError: layers whose cache is not one of keys and values per head: latent (MLA), linear, recurrent,
-            chunked, or an encoder's.
+        ConfigError: settings that are no such config or contradict each other, or that parameters cannot be estimated
+            from.
+        UnsupportedError: a cache that is not one of keys and values per head and token: latent (MLA), a state alone, an
+            encoder's; or settings of an unknown family that may mean such a thing.
 
     Example:
         >>> from kvattn.memory import from_config
@@ -51,6 +77,38 @@ def from_config(
         >>> spec.num_params, spec.head_dim
         (68976648192, 128)
     """
+    config, where, name = _settings(config, name)
+    outer_name = config.get("_name_or_path")
+    config = _text_part(config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
+    family, said = _OLDER.get(kind, (kind, {}))
+    _refuse(config, family)
+    f = Fields({**said, **config}, family)
+
+    model_dim = f.size("model_dim")
+    num_layers, window, kv_source = layers_of(f)
+    weights, notes = _weights(f, num_params)
+    spec = ModelSpec(
+        name=str(name or outer_name or kind),
+        num_layers=num_layers,
+        num_heads=f.size("heads"),
+        num_kv_heads=f.kv_heads,
+        head_dim=f.head_dim,
+        window=window,
+        kv_source=kv_source,
+        model_dim=model_dim,
+        max_length=next((n for n in map(f.get, Fields.NAMES["positions"]) if n), None),
+        source="config.json",
+        **weights,
+    )
+    doubts = _doubts(f, spec)
+    return dataclasses.replace(spec, cache_is_estimate=bool(doubts), notes=(*doubts, *_states(f, spec), *notes))
+
+
+def _settings(config: Any, name: str | None) -> tuple[Mapping[str, Any], str, str | None]:
+    """The settings, where they are from, and what the model is called by that."""
     where = "the config"
     if isinstance(config, str | os.PathLike):
         path = Path(config)
@@ -64,93 +122,99 @@ def from_config(
             raise ConfigError(f"{path} is no JSON: {error}.") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where} must be an object of settings, got {type(config).__name__}.")
-    outer_name = config.get("_name_or_path")
-    config = _text_part(config)
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
-    fields = Fields(config, DEFAULTS.get(kind) or PLANNED.get(kind) or {})
-    _refuse(config, kind)
-
-    estimated = num_params is None and kind not in COUNTERS
-    if num_params is None:
-        num_params = COUNTERS.get(kind, estimate)(fields)
-    moe: dict[str, Any] = {}
-    if each := expert_params(fields):
-        chosen = fields.size("experts_per_token")
-        idle = (fields.num_experts - chosen) * each
-        moe = {"num_experts": fields.num_experts, "experts_per_token": chosen, "num_active_params": num_params - idle}
-    return ModelSpec(
-        name=str(name or outer_name or kind),
-        num_layers=fields.size("layers"),
-        num_heads=fields.size("heads"),
-        num_kv_heads=fields.kv_heads,
-        head_dim=fields.head_dim,
-        num_params=num_params,
-        window=_windows(fields, kind),
-        model_dim=fields.size("model_dim"),
-        max_length=next((n for n in map(fields.get, Fields.NAMES["positions"]) if n), None),
-        source="config.json",
-        is_estimate=estimated,
-        **moe,
-    )
+    return config, where, name
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The decoder of a model that also takes images."""
+    outer = config.get("model_type")
     inner = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
-    if inner is None or "model_type" not in config:
+    if inner is None or outer is None:
         return config
-    if inner.get("model_type") is None and config["model_type"] == "gemma3":
-        return {**inner, "model_type": "gemma3_text"}
-    return inner
+    around = {name: config.get(name) for name in ("is_encoder_decoder", "quantization_config")}
+    around["model_type"] = _TEXT_KINDS.get(outer, outer)
+    return around | {name: value for name, value in inner.items() if name not in around or value}
 
 
 def _refuse(config: Mapping[str, Any], kind: str) -> None:
+    """Refuses what has no cache of keys and values per head and token."""
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"model_type {kind!r} has an encoder and a decoder: plan its decoder with a ModelSpec.")
-    if kind in _LATENT or config.get("kv_lora_rank"):
+    if _ENCODERS.search(kind):
+        raise UnsupportedError(
+            f"model_type {kind!r} is an encoder, or has one: it keeps no keys and values as it goes. Plan a decoder "
+            "with a ModelSpec."
+        )
+    if kind in LATENT or config.get("kv_lora_rank"):
         raise UnsupportedError(
             f"model_type {kind!r} caches latent vectors (MLA), not keys and values per head: this library has no such "
             "cache."
         )
-    other = sorted(set(map(str, config.get("layer_types") or ())) - {"full_attention", "sliding_attention"})
-    if other or any(
-        key in config for key in ("ssm_cfg", "mamba_d_state", "attn_layer_period", "block_types", "conv_L_cache")
-    ):
+    if kind in STATE:
         raise UnsupportedError(
-            f"model_type {kind!r} has layers without a cache of keys and values ({', '.join(other) or 'state space'}): "
-            "plan those that have one with a ModelSpec."
+            f"model_type {kind!r} has no layer with keys and values, only a state of constant size: there is no cache "
+            "to plan."
+        )
+    if kind.startswith("gemma4"):
+        raise UnsupportedError(
+            f"model_type {kind!r} has key/value heads of another size in layers without a window, which a ModelSpec "
+            "cannot say: plan both kinds of layers with one each."
         )
 
 
-def _windows(fields: Fields, kind: str) -> Window:
-    """None, one window, or one entry per layer."""
-    layers, window = fields.size("layers"), fields.get("sliding_window")
-    if not window or fields.get("use_sliding_window") is False:
-        return None
-    _checks.window(window)
-    types = fields.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list | tuple) or len(types) != layers:
-            raise ConfigError(f"layer_types must have {layers} entries, one per layer, got {types!r}.")
-        windowed = [x == "sliding_attention" for x in types]
-    elif kind in _EVERY:
-        period, which = _EVERY[kind]
-        period = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or period
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise DTypeError(f"sliding_window_pattern must be an int >= 1, got {period!r}.")
-        which = period - 1 if kind in ("gemma3_text", "cohere2") else which
-        windowed = [i % period != which for i in range(layers)]
-    elif kind.startswith("qwen"):
-        if not fields.get("use_sliding_window", False):
-            return None
-        first = fields.get("max_window_layers", 28)
-        windowed = [i >= first for i in range(layers)]
-    elif kind in _ALL_WINDOWED:
-        return window
-    else:
-        raise ConfigError(f"which layers of model_type {kind!r} have the window of {window}? Give it layer_types.")
-    if all(windowed):
-        return window
-    return tuple(window if x else None for x in windowed) if any(windowed) else None
+def _weights(f: Fields, num_params: int | None) -> tuple[dict[str, Any], list[str]]:
+    """What a `ModelSpec` has on parameters, and what should be said of them."""
+    estimated, given = num_params is None and f.kind not in COUNTERS, num_params is not None
+    num_params = COUNTERS.get(f.kind, estimate)(f) if num_params is None else num_params
+    found, notes = {"num_params": num_params, "is_estimate": estimated}, []
+    sparse = sparse_layers(f)
+    if sparse and (weights := sparse * f.num_experts * expert_weights(f)):
+        if given and weights > num_params:
+            notes.append(
+                f"num_params ({num_params}) is less than the experts of config.json ({weights}): planned as if dense"
+            )
+        else:
+            chosen = f.size("experts_per_token")
+            idle = sparse * (f.num_experts - chosen) * expert_params(f)
+            found |= {"num_experts": f.num_experts, "experts_per_token": chosen, "num_expert_weights": weights}
+            found["num_active_params"] = num_params - idle
+    dtype, note = quantized(f.get("quantization_config") or f.get("quantization"))
+    if dtype is not None:
+        whole = num_params - embeddings(f) if dtype != "mxfp4" else found.get("num_expert_weights", num_params)
+        found |= {"weight_dtype": dtype, "num_quantized_params": whole if whole > 0 else None}
+        scales = "" if dtype == "mxfp4" else "; scales are not counted"
+        notes.append(f"weights are in {dtype}, as its quantization_config says, unless weight_dtype is given{scales}")
+    return found, notes + [note] * bool(note)
+
+
+def _doubts(f: Fields, spec: ModelSpec) -> list[str]:
+    """What is not certain of the cache.
+
+    Raises:
+        UnsupportedError: settings of an unknown family that may mean another cache.
+    """
+    unread = f.unread()
+    if f.is_known:
+        return [f"config.json has settings that are not understood and may change the cache: {unread}"] * bool(unread)
+    if unread:
+        raise UnsupportedError(
+            f"model_type {f.kind!r} is not known here, and it has settings that may mean layers without a cache of "
+            f"keys and values of their own, or of another size: {unread}. Plan it with a ModelSpec, which says what "
+            "each layer keeps."
+        )
+    return [
+        f"model_type {f.kind!r} is not known here: all {spec.num_layers} layers are taken to keep keys and values of "
+        f"{spec.num_kv_heads} heads of {spec.head_dim}"
+    ]
+
+
+def _states(f: Fields, spec: ModelSpec) -> list[str]:
+    """What hybrids keep besides, in words."""
+    states = spec.layer_sources.count(None)
+    if f.kind == "falcon_h1":
+        return ["every layer keeps a state of constant size besides, which is not counted"]
+    if not states:
+        return []
+    return [
+        f"{states} of {spec.num_layers} layers keep no keys and values; their states of constant size are not counted"
+    ]

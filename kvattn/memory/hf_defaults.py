@@ -96,6 +96,18 @@ _GPT2 = _EVERY | {
     "tie_word_embeddings": True,
 }
 
+_GPT2_NAMES: Mapping[str, tuple[str, ...]] = {
+    "n_embd": ("hidden_size",),
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_positions": ("max_position_embeddings",),
+}
+_MPT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "d_model": ("hidden_size",),
+    "n_layers": ("num_hidden_layers",),
+    "n_heads": ("num_attention_heads",),
+}
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
@@ -216,48 +228,53 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """By model_type, every field that a family reads, and what it is where the file says nothing."""
 
-PLANNED: Mapping[str, Mapping[str, Any]] = {
-    "gemma": {
-        "vocab_size": 256000,
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
+ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "bloom": {"hidden_size": ("n_embed",), "n_layer": ("num_hidden_layers",), "n_head": ("num_attention_heads",)},
+    "falcon": {
+        "hidden_size": ("n_embed",),
+        "num_hidden_layers": ("n_layer",),
+        "num_attention_heads": ("n_head",),
+        "num_kv_heads": ("n_head_kv",),
     },
-    "gpt_neox": {
-        "vocab_size": 50432,
-        "hidden_size": 6144,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 44,
-        "num_attention_heads": 64,
-        "max_position_embeddings": 2048,
+    "gpt2": _GPT2_NAMES,
+    "gpt_bigcode": _GPT2_NAMES,
+    "gptj": _GPT2_NAMES,
+    "codegen": _GPT2_NAMES,
+    "gpt_oss": {"num_local_experts": ("num_experts",), "num_experts_per_tok": ("experts_per_token",)},
+    "mpt": _MPT_NAMES,
+    "dbrx": _MPT_NAMES
+    | {
+        "max_seq_len": ("max_position_embeddings",),
+        "num_key_value_heads": ("attn_config.kv_n_heads",),
+        "mlp_dim": ("ffn_config.ffn_hidden_size",),
+        "num_experts": ("ffn_config.moe_num_experts",),
+        "num_experts_per_tok": ("ffn_config.moe_top_k",),
     },
-    "mixtral": _MISTRAL | {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "phi3": {
-        "vocab_size": 32064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
+    "qwen3_moe": {"num_experts": ("num_local_experts",)},
+    "mixtral": {"num_local_experts": ("num_experts",)},
+    "jamba": {"num_experts": ("num_local_experts",)},
+    "nemotron_h": {
+        "layers_block_type": ("layer_types",),
+        "n_routed_experts": ("num_local_experts",),
+        "head_dim": ("attention_head_dim",),
+        "n_groups": ("mamba_n_groups",),
+        "conv_kernel": ("mamba_d_conv",),
+        "expand": ("mamba_expand",),
     },
-    "qwen3_moe": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
+    "granitemoehybrid": {"layer_types": ("layers_block_type",)},
+    "bamba": {"layer_types": ("layers_block_type",)},
+    "zamba2": {"layers_block_type": ("layer_types",), "attention_head_dim": ("head_dim",)},
+    "lfm2": {"intermediate_size": ("block_ff_dim",), "tie_word_embeddings": ("tie_embedding",)},
+    "lfm2_moe": {"tie_word_embeddings": ("tie_embedding",)},
+    "recurrent_gemma": {"sliding_window": ("attention_window_size",)},
+    "chatglm": {
+        "num_layers": ("num_hidden_layers",),
+        "ffn_hidden_size": ("intermediate_size",),
+        "padded_vocab_size": ("vocab_size",),
+        "kv_channels": ("head_dim",),
     },
 }
-"""The same, sizes only, of families that the planner counts and no decoder reads."""
+"""By model_type, what a field is called besides: in transformers' attribute_map, or in files that were published."""
 
 MPT_ATTENTION: Mapping[str, Any] = {
     "attn_type": "multihead_attention",

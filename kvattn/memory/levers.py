@@ -152,11 +152,12 @@ def with_kv_heads(model: ModelSpec, num_kv_heads: int) -> ModelSpec:
     saved = 0
     if model.model_dim is not None:
         gone = model.num_kv_heads - num_kv_heads
-        saved = 2 * model.num_layers * model.model_dim * gone * model.head_dim
-    active = model.num_active_params
+        saved = 2 * model.num_cache_layers * model.model_dim * gone * model.head_dim
+    active, quantized = model.num_active_params, model.num_quantized_params
     return dataclasses.replace(
         model,
         num_kv_heads=num_kv_heads,
         num_params=model.num_params - saved,
         num_active_params=None if active is None else active - saved,
+        num_quantized_params=None if quantized is None else min(quantized, model.num_params - saved),
     )

@@ -7,13 +7,14 @@ once, the text part of models that also see), and as in the paper for PaLM.
 from kvattn.memory.specs import ModelSpec, Table, Window
 
 _EXPERTS = {
-    # Experts of a layer, how many of them a token goes to, parameters one token is multiplied with.
-    "mixtral-8x7b": (8, 2, 12_879_925_248),
-    "mixtral-8x22b": (8, 2, 39_161_468_928),
-    "qwen3-30b-a3b": (128, 8, 3_353_032_704),
-    "qwen3-235b-a22b": (128, 8, 22_190_763_520),
-    "gpt-oss-20b": (32, 4, 4_187_440_704),
-    "gpt-oss-120b": (128, 4, 5_711_982_912),
+    # Experts of a layer, how many of them a token goes to, parameters one token is multiplied with, numbers in the
+    # matrices of all experts.
+    "mixtral-8x7b": (8, 2, 12_879_925_248, 45_097_156_608),
+    "mixtral-8x22b": (8, 2, 39_161_468_928, 135_291_469_824),
+    "qwen3-30b-a3b": (128, 8, 3_353_032_704, 28_991_029_248),
+    "qwen3-235b-a22b": (128, 8, 22_190_763_520, 227_096_395_776),
+    "gpt-oss-20b": (32, 4, 4_187_440_704, 19_110_297_600),
+    "gpt-oss-120b": (128, 4, 5_711_982_912, 114_661_785_600),
 }
 
 
@@ -29,7 +30,7 @@ def _model(
     source: str,
     window: Window = None,
 ) -> ModelSpec:
-    num_experts, experts_per_token, num_active_params = _EXPERTS.get(name, (None, None, None))
+    num_experts, experts_per_token, num_active_params, num_expert_weights = _EXPERTS.get(name, (None,) * 4)
     return ModelSpec(
         name=name,
         num_layers=layers,
@@ -44,6 +45,7 @@ def _model(
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         num_active_params=num_active_params,
+        num_expert_weights=num_expert_weights,
     )
 
 

@@ -21,7 +21,8 @@ class Placement:
     Attributes:
         by: "heads", "batch" or "sequence".
         num_devices: n.
-        stages: of the pipeline: each holds ceil(layers / stages) layers.
+        stages: of the pipeline: each holds ceil(layers / stages) layers, and a copy of a cache of an earlier stage
+            that one of them shares.
         notes: what one should know about it.
     """
 
@@ -48,11 +49,10 @@ class Placement:
         """Devices that hold different rows: n by batch, else 1."""
         return self.num_devices if self.by == "batch" else 1
 
-    def stage_windows(self, model: ModelSpec) -> set[tuple[int | None, ...]]:
-        """The windows of the layers of each stage."""
+    def stage_layers(self, model: ModelSpec) -> list[range]:
+        """The layers of each stage."""
         size = -(-model.num_layers // self.stages)
-        windows = model.layer_windows
-        return {windows[i : i + size] for i in range(0, model.num_layers, size)}
+        return [range(i, min(i + size, model.num_layers)) for i in range(0, model.num_layers, size)]
 
 
 def place(model: ModelSpec, batch_size: int | None, num_devices: int, stages: int, by: str) -> Placement:

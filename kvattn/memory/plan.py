@@ -11,13 +11,14 @@ from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.memory import formula
 from kvattn.memory.devices import DEVICES
-from kvattn.memory.dtypes import name_of, num_bytes
+from kvattn.memory.dtypes import name_of
 from kvattn.memory.models import MODELS
 from kvattn.memory.placement import place
 from kvattn.memory.specs import DeviceSpec, ModelSpec
 from kvattn.policies import Policy
 
 ESTIMATED = "the parameters of {} are an estimate, without norms and biases: give num_params if they are known"
+CACHE_ESTIMATED = "the cache of {} is an estimate: plan it with a ModelSpec if you know its layers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,8 @@ class Plan:
         page_size: tokens of a page; None: contiguous.
         weight_bytes: all weights.
         device_weight_bytes: per device.
-        bytes_per_token: what one more token takes in all layers, one copy, scales and policy state included.
+        bytes_per_token: what one more token takes in all layers that keep keys and values, one copy, scales and policy
+            state included.
         free_bytes: per device, for caches.
         cache_bytes: one copy of the caches of `batch_size` (1 if None) sequences of `length` tokens; None without one.
         device_cache_bytes: of them, per device, copies included.
@@ -126,7 +128,7 @@ def plan(
     length: int | None = None,
     policy: Policy | None = None,
     codec: Codec | None = None,
-    weight_dtype: Any = "bfloat16",
+    weight_dtype: Any = None,
     num_devices: int = 1,
     by: str = "auto",
     memory_fraction: float = 1.0,
@@ -145,7 +147,8 @@ def plan(
         length: tokens of the longest sequence: prompt and what is generated. None: answers that need one are None.
         policy: which tokens are kept. None: all, in layers with a window those within it.
         codec: in how many bits. None: as they are, in `dtype`.
-        weight_dtype: what the weights are stored in, by name: "float32", "bfloat16", "int8", "int4", "mxfp4", ...
+        weight_dtype: what the weights are stored in, by name: "float32", "bfloat16", "int8", "int4", "mxfp4", ... None:
+            what the model's config.json says its checkpoint is quantised to; bfloat16 where it is not.
         num_devices: devices that share every layer (tensor parallel).
         by: how the cache is divided over them: "heads", "batch", "sequence", or "auto" (`kvattn.sharding.choose`).
         memory_fraction: share of each device's memory that caches may take at most. What weights and `reserved_bytes`
@@ -182,20 +185,24 @@ def plan(
         raise RangeError(f"mean_length ({mean_length}) must be at most length, got length {length}.")
     _checks.integer("reserved_bytes", reserved_bytes, 0, RangeError)
     memory_fraction = fraction("memory_fraction", memory_fraction)
+    weight_dtype = model.weight_dtype or "bfloat16" if weight_dtype is None else weight_dtype
     weight_dtype, dtype = name_of("weight_dtype", weight_dtype), name_of("dtype", dtype)
     if page_size is not None:
         _checks.integer("page_size", page_size, 1)
 
     placement = place(model, batch_size, num_devices, pipeline_stages, by)
     options = {"policy": policy, "codec": codec, "dtype": dtype, "backend": device.backend}
-    whole = formula.layers(model, **options)
-    if page_size is not None:
-        whole = formula.paged(whole)
-    stages = []
-    for windows in placement.stage_windows(model):
-        part = dataclasses.replace(model, num_layers=len(windows), window=windows)
-        kinds = formula.layers(part, **options, num_kv_heads=placement.kv_heads(model))
-        stages.append(kinds if page_size is None else formula.paged(kinds))
+
+    def kinds_of(**more: Any) -> dict[formula.Layer, int]:
+        kinds = formula.layers(model, **options, **more)
+        return kinds if page_size is None else formula.paged(kinds)
+
+    whole = kinds_of()
+    stages, readers = [], []
+    for layers in placement.stage_layers(model):
+        part = {"num_kv_heads": placement.kv_heads(model), "only": layers}
+        stages.append(kinds_of(**part))
+        readers.append(kinds_of(**part, reading=True))
 
     def row(kinds: dict[formula.Layer, int], tokens: int, held: int | None = None, parts: int = 1) -> int:
         """Bytes of a sequence of up to `tokens` tokens, of which it has `held` (pages only)."""
@@ -208,7 +215,7 @@ def plan(
         return max(row(kinds, tokens, held, placement.parts) for kinds in stages)
 
     # Memory.
-    weight_bytes = num_bytes(model.num_params, weight_dtype)
+    weight_bytes = model.weight_bytes(weight_dtype)
     of_stage = -(-model.num_layers // pipeline_stages) / model.num_layers
     device_weight_bytes = math.ceil(weight_bytes * of_stage / num_devices)
     left = device.memory_bytes - reserved_bytes - device_weight_bytes
@@ -225,15 +232,17 @@ def plan(
 
     # Time.
     present = mean_length or length or 0
-    read = max(sum(n * layer.read_bytes(present, placement.parts) for layer, n in kinds.items()) for kinds in stages)
-    touched = num_bytes(math.ceil(model.touched_params(batch_size or 1)), weight_dtype) * of_stage / num_devices
+    read = max(sum(n * layer.read_bytes(present, placement.parts) for layer, n in kinds.items()) for kinds in readers)
+    touched = model.touched_bytes(batch_size or 1, weight_dtype) * of_stage / num_devices
     step = pipeline_stages * (touched + rows * read) / device.bandwidth
     flops = attention = prefill = None
     if length is not None:
         tokens = (batch_size or 1) * length
         flops = 2 * model.active_params * tokens
         attention = (batch_size or 1) * sum(
-            4 * model.num_heads * model.head_dim * _seen(length, window) for window in model.layer_windows
+            4 * model.num_heads * model.head_dim * _seen(length, window)
+            for window, source in zip(model.layer_windows, model.layer_sources, strict=True)
+            if source is not None
         )
         if device.flops is not None:
             prefill = (flops + attention) / (num_devices * pipeline_stages * device.flops)
@@ -271,8 +280,15 @@ def plan(
         prefill_attention_flops=attention,
         prefill_seconds=prefill,
         crossover_length=_crossover(lambda tokens: (batch_size or 1) * row(whole, tokens) < weight_bytes),
-        notes=placement.notes + ((ESTIMATED.format(model.name),) if model.is_estimate else ()),
+        notes=placement.notes + about(model),
     )
+
+
+def about(model: ModelSpec) -> tuple[str, ...]:
+    """What is not exact about a model, whatever the plan."""
+    cache = (CACHE_ESTIMATED.format(model.name),) if model.cache_is_estimate else ()
+    params = (ESTIMATED.format(model.name),) if model.is_estimate else ()
+    return cache + params + model.notes
 
 
 def fraction(name: str, value: Any) -> float:

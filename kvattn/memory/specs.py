@@ -8,8 +8,13 @@ from typing import TypeVar
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
+from kvattn.memory.dtypes import BITS, name_of, num_bytes
 
 Window = int | None | tuple[int | None, ...]
+KVSource = tuple[int | None, ...] | None
+
+MAX_LAYERS = 10_000
+"""More layers than any model has: a number that is no mistake lies below."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,20 +23,30 @@ class ModelSpec:
 
     Attributes:
         name: what it is called.
-        num_layers: layers that have a cache.
+        num_layers: layers, those without a cache included.
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads.
         head_dim: H.
         num_params: parameters, tied ones once.
         window: tokens a query sees, its own included: None for all of them, one int for all layers, or one entry per
             layer (`layer_windows`). A layer with a window keeps a cache of that size.
+        kv_source: for each layer, the number of the layer whose keys and values it attends to: its own number, that of
+            an earlier layer that it shares a cache with, or None where it has no keys and values (linear attention,
+            Mamba, convolutions, an MLP alone). None: every layer has its own. What such layers keep instead, a state
+            of constant size, is not counted.
         model_dim: D; None where it is not known (then the planner does not say what fewer heads save in weights).
         max_length: tokens it was trained for, or None.
         num_active_params: parameters one token is multiplied with; None: all.
         num_experts: experts of a layer; None for a dense model.
         experts_per_token: how many of them a token goes to.
+        num_expert_weights: numbers in the matrices of all experts of all layers, which is what mxfp4 holds for; None
+            where that is not known (then mxfp4 holds for all parameters).
+        weight_dtype: what the checkpoint's weights are quantised to, such as "int4"; None: they are not.
+        num_quantized_params: parameters that `weight_dtype` holds for, the others having 16 bits; None: all.
         source: where the numbers are from.
         is_estimate: whether the parameters are estimated, not counted.
+        cache_is_estimate: whether the cache is, because the architecture is not known here.
+        notes: what every plan with it should say.
 
     Raises:
         ConfigError, DTypeError, RangeError: sizes that cannot be.
@@ -41,6 +56,13 @@ class ModelSpec:
         >>> spec = ModelSpec(name="mine", num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, num_params=10**7)
         >>> spec.layer_windows
         (None, None, None, None)
+
+        One layer in four keeps keys and values, the others a state:
+
+        >>> hybrid = ModelSpec(name="hybrid", num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, num_params=10**7,
+        ...     kv_source=(None, None, None, 3))
+        >>> hybrid.num_cache_layers
+        1
     """
 
     name: str
@@ -50,28 +72,39 @@ class ModelSpec:
     head_dim: int
     num_params: int
     window: Window = None
+    kv_source: KVSource = None
     model_dim: int | None = None
     max_length: int | None = None
     num_active_params: int | None = None
     num_experts: int | None = None
     experts_per_token: int | None = None
+    num_expert_weights: int | None = None
+    weight_dtype: str | None = None
+    num_quantized_params: int | None = None
     source: str = ""
     is_estimate: bool = False
+    cache_is_estimate: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _checks.head_counts(self.num_heads, self.num_kv_heads)
         for field in ("num_layers", "head_dim"):
             _checks.integer(field, getattr(self, field), 1)
+        if self.num_layers > MAX_LAYERS:
+            raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         _checks.integer("num_params", self.num_params, 0)
         for field in ("model_dim", "max_length", "num_active_params", "num_experts", "experts_per_token"):
             if getattr(self, field) is not None:
                 _checks.integer(field, getattr(self, field), 1)
-        if isinstance(self.window, list):
-            object.__setattr__(self, "window", tuple(self.window))
+        for field in ("window", "kv_source", "notes"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.layer_windows) != self.num_layers:
             raise ConfigError(f"window has {len(self.layer_windows)} entries for {self.num_layers} layers.")
         for window in set(self.layer_windows):
             _checks.window(window)
+        self._check_sources()
+        self._check_weights()
         if (self.num_experts is None) != (self.experts_per_token is None):
             raise ConfigError("num_experts and experts_per_token go together: give both or none.")
         if self.num_experts is not None and self.experts_per_token is not None:
@@ -81,6 +114,70 @@ class ModelSpec:
                 raise ConfigError("a model with experts needs num_active_params.")
         if self.num_active_params is not None and self.num_active_params > self.num_params:
             raise ConfigError(f"num_active_params ({self.num_active_params}) exceeds num_params ({self.num_params}).")
+
+    def _check_sources(self) -> None:
+        """That `kv_source` names layers that are there and have what is asked of them."""
+        sources, windows = self.layer_sources, self.layer_windows
+        if len(sources) != self.num_layers:
+            raise ConfigError(f"kv_source has {len(sources)} entries for {self.num_layers} layers.")
+        for layer, source in enumerate(sources):
+            if source is None:
+                continue
+            if _checks.integer("kv_source", source, 0) > layer or sources[source] != source:
+                raise ConfigError(
+                    f"kv_source of layer {layer} is {source}: it must be {layer} itself, or an earlier layer that has "
+                    "keys and values of its own, or None."
+                )
+            kept, seen = windows[source], windows[layer]
+            if kept is not None and (seen is None or seen > kept):
+                raise ConfigError(
+                    f"layer {layer} sees {seen or 'all'} tokens of layer {source}, which keeps {kept} of them."
+                )
+        if not self.num_cache_layers:
+            raise ConfigError(f"no layer of {self.name} keeps keys and values: there is no cache to plan.")
+
+    def _check_weights(self) -> None:
+        """That no more parameters are stored in another way than there are."""
+        for field in ("num_expert_weights", "num_quantized_params"):
+            value = getattr(self, field)
+            if value is not None and _checks.integer(field, value, 0) > self.num_params:
+                raise ConfigError(f"{field} ({value}) exceeds num_params ({self.num_params}).")
+        if self.weight_dtype is not None:
+            object.__setattr__(self, "weight_dtype", name_of("weight_dtype", self.weight_dtype))
+        elif self.num_quantized_params is not None:
+            raise ConfigError("num_quantized_params without weight_dtype: what are they stored in?")
+
+    @property
+    def layer_sources(self) -> tuple[int | None, ...]:
+        """`kv_source`, one entry per layer."""
+        return tuple(range(self.num_layers)) if self.kv_source is None else self.kv_source
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that keep keys and values of their own."""
+        return tuple(sorted({source for source in self.layer_sources if source is not None}))
+
+    @property
+    def num_cache_layers(self) -> int:
+        """How many these are."""
+        return len(self.cache_layers)
+
+    def params_in(self, dtype: str) -> int:
+        """Parameters that are stored in a type of weights where the others have 16 bits.
+
+        Of the checkpoint's own `weight_dtype`, those that it holds for; of mxfp4, the experts; of any other, all.
+        """
+        stored = None
+        if dtype == self.weight_dtype:
+            stored = self.num_quantized_params
+        elif dtype == "mxfp4":
+            stored = self.num_expert_weights
+        return self.num_params if stored is None else stored
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all parameters: of `params_in` this type, and of the others in bfloat16."""
+        stored = self.params_in(dtype)
+        return num_bytes(stored, dtype) + num_bytes(self.num_params - stored, "bfloat16")
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -104,6 +201,15 @@ class ModelSpec:
             return self.num_params
         of_experts = (self.num_params - self.active_params) / (1 - share)
         return self.num_params - of_experts * (1 - share) ** num_tokens
+
+    def touched_bytes(self, num_tokens: int, dtype: str) -> float:
+        """Bytes of `touched_params`, stored as `weight_bytes` counts them: all but those of the experts that idle."""
+        idle = self.num_params - self.touched_params(num_tokens)
+        stored = 1.0
+        if idle and self.num_experts and self.experts_per_token and dtype == "mxfp4" and self.num_expert_weights:
+            of_experts = (self.num_params - self.active_params) / (1 - self.experts_per_token / self.num_experts)
+            stored = self.num_expert_weights / of_experts  # their biases have 16 bits
+        return self.weight_bytes(dtype) - idle * (stored * float(BITS[dtype]) + (1 - stored) * 16) / 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
-from kvattn.memory.hf_defaults import DEFAULTS, NULLABLE
+from kvattn.memory.hf_defaults import ALIASES, DEFAULTS, NULLABLE
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
@@ -153,7 +153,8 @@ def read_family(folder: Path, ignore: Collection[str] = (), *, tied: bool | None
         raise UnsupportedError(
             f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(sorted(FAMILIES))}."
         )
-    fields = Fields(settings, str(source), ignore, defaults=DEFAULTS[kind], nullable=NULLABLE.get(kind, ()))
+    tables = {"defaults": DEFAULTS[kind], "nullable": NULLABLE.get(kind, ()), "aliases": ALIASES.get(kind)}
+    fields = Fields(settings, str(source), ignore, **tables)
     if kind != "gpt_oss":
         fields.only("quantization_config", why="quantised weights are read for gpt_oss (mxfp4) only")
     try:

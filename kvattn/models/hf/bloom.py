@@ -12,15 +12,15 @@ from kvattn.models.hf.rules import Family, Rule
 
 def bloom(fields: Fields) -> Family:
     """BLOOM and BLOOMZ."""
-    features = fields.size("hidden_size", "n_embed")
+    features = fields.size("hidden_size")
     if fields.size("pretraining_tp") > 1 and fields.flag("slow_but_exact"):
         # transformers then leaves out the biases of two projections.
         raise rules.unsupported(fields.source, "slow_but_exact", True, "false where pretraining_tp is above 1")
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.layers("n_layer", "num_hidden_layers"),
-        num_heads=fields.heads(features, "n_head", "num_attention_heads"),
+        num_layers=fields.layers("n_layer"),
+        num_heads=fields.heads(features, "n_head"),
         mlp_dim=4 * features,
         positions="alibi",
         norm="layer",
@@ -58,12 +58,12 @@ def mpt(fields: Fields) -> Family:
     # In transformers the MLP is four times as wide whatever expansion_ratio says, and with ALiBi there are no learned
     # positions whatever learned_pos_emb says; a file that has them otherwise does not fit these tensors.
     fields.passed("expansion_ratio", "learned_pos_emb", "max_seq_len")
-    features = fields.size("d_model", "hidden_size")
+    features = fields.size("d_model")
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.layers("n_layers", "num_hidden_layers"),
-        num_heads=fields.heads(features, "n_heads", "num_attention_heads"),
+        num_layers=fields.layers("n_layers"),
+        num_heads=fields.heads(features, "n_heads"),
         mlp_dim=4 * features,
         positions="alibi",
         norm="layer",
@@ -79,11 +79,7 @@ def mpt(fields: Fields) -> Family:
 
 # A config within a config carries the defaults of every config.
 MPT_IGNORED = (
-    "attn_impl", "chunk_size_feed_forward", "is_encoder_decoder", "add_cross_attention", "is_decoder", "rope_theta",
-    "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings", "kv_n_heads", "model_type",
-    "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty", "length_penalty",
-    "num_return_sequences", "num_beam_groups", "diversity_penalty", "encoder_no_repeat_ngram_size", "typical_p",
-    "no_repeat_ngram_size",
+    "rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings", "kv_n_heads",
 )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from kvattn.models.hf.rules import Family, Rule
 
 def falcon(fields: Fields) -> Family:
     """Any of them, by its flags."""
-    features = fields.size("hidden_size", "n_embed")
-    heads = fields.heads(features, "num_attention_heads", "n_head")
+    features = fields.size("hidden_size")
+    heads = fields.heads(features, "num_attention_heads")
     newer, parallel = fields.flag("new_decoder_architecture"), fields.flag("parallel_attn")
     multi_query, alibi = fields.flag("multi_query"), fields.flag("alibi")
-    bias, groups = fields.flag("bias"), fields.size("num_kv_heads", "n_head_kv", null=heads)
+    bias, groups = fields.flag("bias"), fields.size("num_kv_heads", null=heads)
     # The newer architecture is parallel whatever parallel_attn says, and would have no norm of its own for it.
     if newer:
         fields.only("parallel_attn", True, why="new_decoder_architecture has parallel blocks")
@@ -28,7 +28,7 @@ def falcon(fields: Fields) -> Family:
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),
         model_dim=features,
-        num_layers=fields.layers("num_hidden_layers", "n_layer"),
+        num_layers=fields.layers("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=groups if newer else 1 if multi_query else heads,
         mlp_dim=fields.size("ffn_hidden_size", null=4 * features),

@@ -6,27 +6,11 @@ from typing import Any
 
 from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.memory.hf_harmless import is_harmless
 from kvattn.models.config import MAX_LAYERS
 
 MAX_HEADS = 10_000
 """More heads than any model has: a number that is no mistake of the file lies below."""
-
-# About training, generation, files and devices: they change nothing that a forward pass computes.
-_HARMLESS = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_softmax_in_fp32", "auto_map",
-    "begin_suppress_tokens", "bias_dropout_fusion", "bos_token_id", "cache_implementation", "dtype", "emb_pdrop",
-    "embd_pdrop", "attn_pdrop", "attention_dropout", "decoder_start_token_id", "dropout", "eos_token_id", "fc_dropout",
-    "gradient_checkpointing", "hidden_dropout", "id2label", "init_config", "init_device", "init_std",
-    "initializer_range", "initial_context_length", "keys_to_ignore_at_inference", "label2id", "layerdrop",
-    "masked_softmax_fusion", "mlp_pdrop", "model_type", "name", "num_labels", "offset_alibi", "output_attentions",
-    "output_hidden_states", "output_past", "output_router_logits", "pad_token_id", "prefix", "problem_type",
-    "resid_pdrop", "return_dict", "router_aux_loss_coef", "scale_attention_softmax_in_fp32", "seq_length",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params", "tokenizer_class", "tokenizer_name", "torch_dtype", "transformers.js_config",
-    "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "use_mambapy", "verbose",
-    "reorder_and_upcast_attn", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "pretraining_tp",
-    "training_dtype", "word_embed_proj_dim_comment", "n_ctx", "n_special", "predict_special_tokens", "license",
-}  # fmt: skip
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -51,6 +35,7 @@ class Fields:
         ignore: names of fields that the caller takes responsibility for.
         defaults: what fields are that the file does not have, by name: of every field that is asked for.
         nullable: those that may be null though their default is not.
+        aliases: more names that fields have, by their name.
     """
 
     def __init__(
@@ -61,23 +46,24 @@ class Fields:
         *,
         defaults: Mapping[str, Any],
         nullable: Collection[str] = (),
+        aliases: Mapping[str, tuple[str, ...]] | None = None,
     ):
         self.source = source
         self._fields = dict(fields)
-        self._defaults, self._nullable = defaults, nullable
-        self._left = {name for name in fields if name not in _HARMLESS and name not in ignore}
+        self._defaults, self._nullable, self._aliases = defaults, nullable, aliases or {}
+        self._left = {name for name, value in fields.items() if name not in ignore and not is_harmless(name, value)}
 
     def passed(self, *names: str) -> None:
         """These fields are known to change nothing."""
         self._left -= set(names)
 
-    def get(self, name: str, *others: str) -> Any:
-        """A field, `others` being more names for it; None where it is null, its default where it is not there.
+    def get(self, name: str) -> Any:
+        """A field, by whichever of its names; None where it is null, its default where it is not there.
 
         Raises:
             ConfigError: two of the names with different values, or null where that has no meaning.
         """
-        names = (name, *others)
+        names = (name, *self._aliases.get(name, ()))
         self.passed(*names)
         given = {n: self._fields[n] for n in names if n in self._fields}
         values = {n: value for n, value in given.items() if value is not None}
@@ -92,13 +78,13 @@ class Fields:
             raise ConfigError(f"{self.source}: {name} is null: give it a value, or leave it out for {default!r}.")
         return None if given else default
 
-    def size(self, name: str, *others: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
+    def size(self, name: str, *, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
         """The same for a whole number in [least, most]; `null` is what null means.
 
         Raises:
             ConfigError: it is something else.
         """
-        value = self.get(name, *others)
+        value = self.get(name)
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{self.source}: {name} must be a whole number >= {least}, got {value!r}.")
@@ -106,17 +92,17 @@ class Fields:
             raise ConfigError(f"{self.source}: {name} must be at most {most}, got {value}.")
         return value
 
-    def layers(self, name: str, *others: str) -> int:
+    def layers(self, name: str) -> int:
         """How many layers there are."""
-        return self.size(name, *others, most=MAX_LAYERS)
+        return self.size(name, most=MAX_LAYERS)
 
-    def heads(self, features: int, name: str, *others: str) -> int:
+    def heads(self, features: int, name: str) -> int:
         """How many heads `features` are split into, evenly.
 
         Raises:
             ConfigError: they do not divide.
         """
-        heads = self.size(name, *others, most=MAX_HEADS)
+        heads = self.size(name, most=MAX_HEADS)
         if features % heads:
             raise ConfigError(f"{self.source}: the hidden size ({features}) is no multiple of {name} ({heads}).")
         return heads
@@ -260,8 +246,7 @@ class Fields:
         Raises:
             UnsupportedError: fields with a value that nothing here reads.
         """
-        unread = {n: self._fields[n] for n in sorted(self._left) if self._fields[n] not in (None, False, [], {}, "")}
-        if unread:
+        if unread := {name: self._fields[name] for name in sorted(self._left)}:
             raise UnsupportedError(
                 f"{self.source} has fields that are not known for model_type {self._fields.get('model_type')!r} and "
                 f"may change what the model computes: {unread}. If they do not, name them in ignore=, such as "

@@ -21,7 +21,7 @@ def gpt2(fields: Fields) -> Family:
 def gpt_bigcode(fields: Fields) -> Family:
     """GPT-BigCode: one key/value head, unless multi_query is off."""
     multi_query = fields.flag("multi_query")
-    fields.passed("num_key_value_heads", "max_batch_size", "max_sequence_length")
+    fields.passed("num_key_value_heads")
     fields.only("inference_runner", 0)
     fields.only("validate_runner_input", True, False)
     fields.only("pre_allocate_kv_cache", False)
@@ -61,11 +61,8 @@ def opt(fields: Fields) -> Family:
 
 
 def _config(fields: Fields, *, kv_heads: int | None, by_layer: bool) -> DecoderConfig:
-    features = fields.size("n_embd", "hidden_size")
-    heads, layers = (
-        fields.heads(features, "n_head", "num_attention_heads"),
-        fields.layers("n_layer", "num_hidden_layers"),
-    )
+    features = fields.size("n_embd")
+    heads, layers = fields.heads(features, "n_head"), fields.layers("n_layer")
     fields.only("add_cross_attention", False)
     scale = (features // heads) ** -0.5 if fields.flag("scale_attn_weights") else 1.0
     return DecoderConfig(
@@ -76,7 +73,7 @@ def _config(fields: Fields, *, kv_heads: int | None, by_layer: bool) -> DecoderC
         num_kv_heads=kv_heads,
         mlp_dim=fields.size("n_inner", null=4 * features),
         positions="learned",
-        max_positions=fields.size("n_positions", "max_position_embeddings"),
+        max_positions=fields.size("n_positions"),
         norm="layer",
         norm_bias=True,
         norm_epsilon=fields.number("layer_norm_epsilon"),

@@ -22,7 +22,6 @@ def gpt_oss(fields: Fields) -> Family:
     packed = _is_packed(fields)
     bias = fields.flag("attention_bias")
     fields.only("hidden_act", "silu")
-    fields.passed("experts_per_token")
     config = DecoderConfig(
         **sizes(fields),
         **fields.rope(),
@@ -31,7 +30,7 @@ def gpt_oss(fields: Fields) -> Family:
         qkv_bias=bias,
         out_bias=bias,
         sinks=True,
-        num_experts=fields.size("num_local_experts", "num_experts"),
+        num_experts=fields.size("num_local_experts"),
         experts_per_token=fields.size("num_experts_per_tok"),
         expert_alpha=fields.number("swiglu_alpha"),
         expert_limit=fields.number("swiglu_limit"),

@@ -1,0 +1,62 @@
+"""What the quantization_config of a config.json says of the bytes of the weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvattn.errors import ConfigError
+from kvattn.memory.dtypes import BITS
+
+
+def quantized(settings: Any) -> tuple[str | None, str]:
+    """What the quantised weights of a checkpoint are stored in.
+
+    Args:
+        settings: the quantization_config, or None.
+
+    Returns:
+        a name of `kvattn.memory.dtypes.BITS`, or None where the weights are not quantised or it is not understood how;
+        and in the latter case a note, else "".
+
+    Raises:
+        ConfigError: no object.
+    """
+    if settings is None:
+        return None, ""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"quantization_config must be an object, got {settings!r}.")
+    method = settings.get("quant_method")
+    found = _dtype(method, settings)
+    if found in BITS:
+        return found, ""
+    said = f"of method {method!r}" if method else repr(dict(settings))
+    return None, f"quantization_config {said} is not understood: weights are planned unquantised"
+
+
+def _dtype(method: Any, settings: Mapping[str, Any]) -> str | None:
+    if method == "mxfp4":
+        return "mxfp4"
+    if method in ("fp8", "fbgemm_fp8"):
+        return "float8_e4m3fn"
+    if method == "compressed-tensors":
+        return _of_groups(settings.get("config_groups"))
+    if method in ("bitsandbytes", None) and (settings.get("load_in_4bit") or settings.get("_load_in_4bit")):
+        return "int4"
+    if method in ("bitsandbytes", None) and (settings.get("load_in_8bit") or settings.get("_load_in_8bit")):
+        return "int8"
+    if method in ("gptq", "awq", None):
+        return f"int{settings.get('bits', settings.get('w_bit'))}"
+    return None
+
+
+def _of_groups(groups: Any) -> str | None:
+    """The type that all groups of weights share; None where there is none."""
+    if not isinstance(groups, Mapping):
+        return None
+    found = set()
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            return None
+        kind, bits = weights.get("type"), weights.get("num_bits")
+        found.add({("int", bits): f"int{bits}", ("float", 8): "float8_e4m3fn"}.get((kind, bits)))
+    return found.pop() if len(found) == 1 else None
