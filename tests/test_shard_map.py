@@ -160,6 +160,20 @@ def test_gradients(codec):
     jax.eval_shape(mapped(jax.grad(total)), tokens(4, 1))
 
 
+def test_gradients_where_devices_share_some_arguments():
+    """Queries and keys are the same everywhere, values are not: so are outputs, but not the sums of the softmax."""
+    (query, key, value), *_ = tokens(2, batch=2)
+
+    def total(query, key, value):
+        out, _ = kvattn.cached_attention(query, key, value, made(kvattn.Full(), kvattn.Int8(), 2))
+        return jnp.sum(out**2)
+
+    grads = jax.grad(total, argnums=(0, 1))
+    other = lambda query, key, value: grads(query, key, value * jax.lax.axis_index("b").astype(value.dtype))
+    call = jax.shard_map(other, mesh=mesh(), in_specs=P(), out_specs=P())
+    jax.eval_shape(call, query, key, value)
+
+
 def test_what_no_device_has_alone_stays_so():
     """Outputs of what is the same on all devices of an axis are the same, by their types."""
     grid = jax.make_mesh((2, 2), ("b", "other"), axis_types=(AxisType.Auto,) * 2)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend import reference
 from kvattn.request import Request
@@ -27,7 +28,7 @@ def differentiable(attend: Attend) -> Attend:
         rest, floats = primals
         primal = on_leaves(structure, rest, floats)
         _, tangent = jax.jvp(lambda *f: reference.attend(_join(structure, rest, f)), floats, tangents[1])
-        return primal, tangent
+        return primal, jax.tree.map(_manual.like, tangent, primal)
 
     @functools.wraps(attend)
     def call(request: Request) -> Result:

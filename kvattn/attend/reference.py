@@ -46,8 +46,9 @@ def _past_codes(decoded: Array, kept: tuple[tuple[Array, Array], ...], slots: Ar
     for where, tokens in sources:
         where = where[:, None] if where.ndim == 2 else where
         where = jnp.where(where < 0, decoded.shape[2], where)  # past the end: dropped
-        rows = decoded.at[b, k, where].get(mode="clip")
-        decoded = decoded.at[b, k, where].set(_straight_through(rows, tokens.astype(decoded.dtype)), mode="drop")
+        rows, tokens = decoded.at[b, k, where].get(mode="clip"), tokens.astype(decoded.dtype)
+        rows, tokens = _manual.like(rows, tokens), _manual.like(tokens, rows)
+        decoded = decoded.at[b, k, where].set(_straight_through(rows, tokens), mode="drop")
     return decoded
 
 
