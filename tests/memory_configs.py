@@ -246,6 +246,10 @@ KEPT = {
     "hunyuan": (sized("hunyuan", 64, 80, 8, 6400, head_dim=128, use_cla=True, cla_share_factor=2), 64, 32, 131_072),
     # Every layer, under a name of the family's own.
     "chatglm": (CHATGLM, 28, 28, 28_672),
+    "chatglm, groups without the flag": (
+        {"model_type": "chatglm", "multi_query_group_num": 2, "num_layers": 28, "num_attention_heads": 32,
+         "hidden_size": 4096}, 28, 28, 28_672,
+    ),
     "chatglm, one head for each query": (CHATGLM | {"multi_query_attention": False}, 28, 28, 458_752),
     "dbrx": (DBRX, 40, 40, 163_840),
     "falcon": (

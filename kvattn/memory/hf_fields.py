@@ -142,7 +142,9 @@ class Fields:
             return kinds.get(kind, groups)
         if self.kind == "chatglm":
             groups = self.size("multi_query_group_num", 1)
-            return groups if self.get("multi_query_attention") else heads
+            # A file that names groups and not the flag means them; a flag that is off is taken at its word.
+            means_groups = groups > 1 and "multi_query_attention" not in self._config
+            return groups if means_groups or self.get("multi_query_attention") else heads
         return self.size("kv_heads", heads)
 
     def list_of(self, name: str, length: int) -> list[Any] | None:
