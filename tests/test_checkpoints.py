@@ -695,7 +695,7 @@ FLAGS = [
 
 
 OURS = {
-    "window must": "sliding_window",
+    "windows must": "sliding_window",
     "sliding_window is null": "layer_types",
     "num_heads": "n_head",
     "num_kv_heads": "num_key_value_heads",
