@@ -1,11 +1,13 @@
-"""What tests of kernels share: caches full of poison where there is no token, calls, and their truth."""
+"""What tests of kernels share: caches full of poison where there is no token, calls, and their truth.
+
+`benchmarks/on_device.py` looks at values with it where no pytest need be installed.
+"""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import kvattn
 import kvattn.pallas
@@ -144,9 +146,6 @@ POLICIES = {
     "H2O": kvattn.H2O(4, 3),
     "Scissorhands": kvattn.Scissorhands(7, 2, 8),
 }
-QUICK_POLICIES = [
-    pytest.param(n, marks=() if n in ("StreamingLLM", "H2O") else pytest.mark.slow, id=n) for n in POLICIES
-]
 
 
 def assert_steps_are_the_references(implementation, name, size, dtype, lengths):
