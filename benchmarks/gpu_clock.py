@@ -57,12 +57,6 @@ def timed(program: Program) -> dict[str, Any]:
     return row
 
 
-def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """How many times faster ours is, by the same clock."""
-    clock = "kernels_us" if "kernels_us" in ours and "kernels_us" in theirs else "span_us"
-    return round(theirs[clock] / ours[clock], 3)
-
-
 # Spans ----------------------------------------------------------------------------------------------------------------
 
 

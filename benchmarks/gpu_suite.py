@@ -6,7 +6,6 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import gpu_cases
@@ -14,9 +13,10 @@ import gpu_report
 from gpu_cases import CASES, FIRST, VALUES, Case
 from runner import Report, Stage, Task, UnfitError
 
-ROOT = Path(__file__).resolve().parent.parent
 LANES = 4
 """Values of so many cases are looked at at a time; times are taken one by one."""
+SLOWER = 10
+"""How much longer a task may take without a device."""
 VALUE_CASES = {f"values: {case.name}": case for case in (FIRST, *VALUES)}
 STEPS = {f"values: {name}": name.removeprefix("step of ") for name in gpu_cases.STEPS}
 ARRAYS = f"values: {gpu_cases.ARRAYS}"
@@ -29,16 +29,23 @@ def stages(options: dict[str, Any]) -> list[Stage]:
     Args:
         options: "mode"; "peers": names; "all": whether cases that are not `key` are timed too.
     """
+    on_device = options["mode"] == "device"
+    lanes, slower = (LANES, 1) if on_device else (1, SLOWER)
+
+    def task(name: str, seconds: float, limit: float, *more: Any) -> Task:
+        return Task(name, seconds, limit * slower, *more)
+
     first, *others = VALUE_CASES
-    values = [Task(name, 10, 60, needs=(first,)) for name in (*others, *STEPS, ARRAYS)]
+    values = [task(name, 10, 60, ("",), (first,)) for name in (*others, *STEPS, ARRAYS)]
     timed = [case for case in CASES if case.key] + [case for case in CASES if not case.key and options["all"]]
-    times = [Task("copy", 6, 40), *(Task(f"time: {c.name}", 14, 75, needs=needs_of(c)) for c in timed)]
-    peers = tuple(options["peers"])
-    beside = [Task(f"peers: {c.name}", 10 + 4 * len(peers), 90, peers, needs_of(c)) for c in CASES if c.peers]
-    sizes = [Task(f"sizes: {c.name}", 60, 45, tuple(gpu_cases.SIZES), needs_of(c)) for c in CASES if c.tuned]
-    lanes = LANES if options["mode"] == "device" else 1
+    times = [task("copy", 6, 40)] if on_device else []
+    times += [task(f"time: {c.name}", 14, 75, ("",), needs_of(c)) for c in timed]
+    # Nothing of the peers is lowered.
+    peers = () if options["mode"] == "lower" else tuple(options["peers"])
+    beside = [task(f"peers: {c.name}", 10 + 4 * len(peers), 90, peers, needs_of(c)) for c in CASES if c.peers]
+    sizes = [task(f"sizes: {c.name}", 60, 45, tuple(gpu_cases.SIZES), needs_of(c)) for c in CASES if c.tuned]
     return [
-        Stage("first", (Task(first, 12, 75),)),
+        Stage("first", (task(first, 12, 75),)),
         Stage("values", tuple(values), lanes),
         Stage("times", tuple(times), quiet=True),
         Stage("peers", tuple(beside if peers else ()), quiet=True),
@@ -105,7 +112,7 @@ def run(name: str, parts: list[str], report: Report, options: dict[str, Any]) ->
     else:
         try:
             if name == "copy":
-                figures = gpu_work.copy(mode)
+                figures = gpu_work.copy()
             elif kind == "time":
                 figures = gpu_work.times(BY_NAME[rest], mode)
             elif name in STEPS:

@@ -347,9 +347,9 @@ def times(case: Case, mode: str) -> dict[str, Any]:
     return row
 
 
-def copy(mode: str) -> dict[str, Any]:
+def copy() -> dict[str, Any]:
     """The bandwidth that all else is measured by."""
-    return {**gpu_clock.copy_bandwidth(), "gpu": gpu_clock.gpu_state()} if mode == "device" else {}
+    return {**gpu_clock.copy_bandwidth(), "gpu": gpu_clock.gpu_state()}
 
 
 def peers(case: Case, parts: list[str], report: Report, mode: str, fa3: str | None) -> None:

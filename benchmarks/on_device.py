@@ -28,13 +28,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 import gpu_cases
 import gpu_report
 import runner
 from runner import Stage
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,7 +106,7 @@ def default_out() -> Path:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         name = re.sub(r"[^a-z0-9]+", "_", asked.stdout.splitlines()[0].lower()).strip("_")
-    return ROOT / "benchmarks" / "results" / f"on_device-{name}-{datetime.date.today().isoformat()}"
+    return RESULTS / f"on_device-{name}-{datetime.date.today().isoformat()}"
 
 
 def tell(line: str) -> None:
@@ -161,8 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     tell("")
     tell(suite.summary([*earlier, *run.records.lines]))
     tell(f"files: {out}")
-    bad = {"wrong", "raised", "died", "hung"}
-    return int(any(record.get("status") in bad for record in run.records.lines))
+    return int(any(record.get("status") in runner.BAD for record in run.records.lines))
 
 
 if __name__ == "__main__":

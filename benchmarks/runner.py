@@ -35,8 +35,8 @@ MOST_SPARE = min(16, os.cpu_count() or 1)
 """Processes that are ready and wait, at most."""
 LAST_WORDS = 1500
 """Characters kept of what a process said before it failed."""
-FINAL = ("ok", "wrong", "raised", "died", "hung", "not there")
-"""What may become of a part that was started. A part that was not is "not run"."""
+BAD = ("wrong", "raised", "died", "hung")
+"""What else than "ok", "not there" (a peer that is not installed) and "not run" may become of a part."""
 
 
 class UnfitError(Exception):
@@ -52,7 +52,7 @@ class Task:
         seconds: what it should take, without the start of its process.
         limit: seconds after which a part of it is ended.
         parts: what it reports one by one; one nameless part if there are none.
-        needs: names of tasks without which it makes no sense: it runs if all of them are "ok", or never were to run.
+        needs: names of tasks that must not have hung or died: then this one would too.
     """
 
     name: str
@@ -111,11 +111,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def finished(records: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
     """(task, part) of all that needs no second run."""
-    done = ("ok", "wrong", "not there")
-    return {(r["task"], r["part"]) for r in records if r.get("status") in done}
+    return {(r["task"], r["part"]) for r in records if r.get("status") in ("ok", "wrong", "not there")}
 
 
-# The process that asks ---------------------------------------------------------------------------------------------------
+# The process that asks ------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -124,7 +123,7 @@ class Worker:
     def __init__(self, suite: str, options: dict[str, Any], environment: dict[str, str]):
         self.reader, writer = os.pipe()
         os.set_blocking(self.reader, False)
-        self.output = tempfile.TemporaryFile()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, str(HERE / "runner.py"), suite, str(writer), str(os.getpid()), json.dumps(options)]
         # A group of its own: whatever it starts ends with it.
         self.process = subprocess.Popen(
@@ -134,7 +133,7 @@ class Worker:
         os.close(writer)
         self.device: dict[str, Any] | None = None
         self.deadline = time.monotonic() + START_SECONDS
-        self.stage, self.task, self.left = "", None, []
+        self.stage, self.task, self.left, self.words = "", None, [], ""
         self.part, self.begun, self.leaving, self.since, self._rest = "", False, False, 0.0, b""
 
     def give(self, stage: str, task: Task, parts: list[str], last: float) -> None:
@@ -170,20 +169,20 @@ class Worker:
         return [json.loads(line) for line in lines], ended
 
     def end(self) -> int | None:
-        """Ends it with all it started; its status, None if it does not end."""
+        """Ends it with all it started; its status, None if it does not end. `words` is the end of its output."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         os.close(self.reader)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+        status = None
         # One that is stuck in a driver may take its time; nobody waits for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=5)
-
-    def said(self) -> str:
-        """The end of its output."""
+            status = self.process.wait(timeout=5)
         self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - (1 << 16)))
-        return self.output.read().decode(errors="replace")
+        self.words = self.output.read().decode(errors="replace").strip()
+        self.output.close()
+        return status
 
 
 class Run:
@@ -264,9 +263,9 @@ class Run:
         self.workers.remove(worker)
         self.selector.unregister(worker.reader)
         status = worker.end()
-        if said := worker.said().strip():
+        if worker.words:
             name = f"{worker.task.name} {worker.part}".strip() if worker.task else "idle"
-            self.log.write(f"=== {name}: {how}\n{said}\n")
+            self.log.write(f"=== {name}: {how}\n{worker.words}\n")
             self.log.flush()
         return status
 
@@ -288,8 +287,8 @@ class Run:
     def _reason(self, task: Task) -> str | None:
         """Why a task is not to be started."""
         for need in task.needs:
-            if self.status.get(need, "ok") != "ok":
-                return f"{need!r} came out as {self.status[need]!r}"
+            if (status := self.status.get(need)) in ("hung", "died", "not run"):
+                return f"{need!r} came out as {status!r}"
         left = self.deadline - time.monotonic()
         return f"{max(left, 0):.0f} s are left, it takes about {task.seconds:.0f} s" if left < task.seconds else None
 
@@ -317,7 +316,7 @@ class Run:
             self._drop(worker, "did not start")
             self.failed_starts += 1
             if self.failed_starts == 3:
-                raise UnfitError(f"three processes in a row did not start; the last one said:\n{worker.said()[-800:]}")
+                raise UnfitError(f"three processes in a row did not start; the last one said:\n{worker.words[-800:]}")
 
     def _hear_busy(self, worker: Worker, events: list[dict[str, Any]], ended: bool) -> list[str]:
         """Records what a process reported, or that it ended without; the parts that another one is to do."""
@@ -348,7 +347,7 @@ class Run:
         guilty = [worker.part] if worker.begun and worker.part in worker.left else list(worker.left)
         for part in guilty:
             worker.left.remove(part)
-            more = {"reason": reason, "said": worker.said()[-LAST_WORDS:]}
+            more = {"reason": reason, "said": worker.words[-LAST_WORDS:]}
             self._record(worker.stage, task, part, how, seconds=round(took, 2), **more)
         return worker.left
 

@@ -127,7 +127,9 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
         slot = lax.rem(visited, 2)
         pl.when(visited >= 2)(lambda: plgpu.barrier_wait(shared["query_free"].at[slot]))
         full = shared["query_full"].at[slot]
-        copy(memory["query"].at[:, row, head], shared["query"].at[slot], full)
+        # Part by part: a copy has five dimensions at most, and a tiled matrix has four.
+        for n in range(spec.parts):
+            copy(memory["query"].at[n, row, head], shared["query"].at[slot, n], full)
         copy(memory["at"].at[row, lax.rem(head, spec.chunks)], shared["at"].at[slot], full)
         for name in ("factor", "sums"):
             if name in memory:
