@@ -199,6 +199,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         columns = Columns(spec, shared, at_slot)
 
         def step(j, carry):
+            # Sums stay spread over the rows of a tile: adding up across threads once per segment is enough.
             top, total, acc = carry
             t = tile_of(j)
             slot = lax.rem(tiles + j - first, stages)
@@ -211,7 +212,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             shift = jnp.where(new == -jnp.inf, 0.0, new)
             keep = jnp.exp(top - shift)
             probs = jnp.exp(scores - spread(shift, scores.shape))
-            total = total * keep + jnp.sum(probs, axis=0)
+            total = total * spread(keep, total.shape) + probs
             whole = (t >= run) & (t < run_end)
             mixed = mix(spec, shared, slot, probs, kv_at, whole)
             plgpu.barrier_arrive(shared["free"].at[slot])
@@ -219,7 +220,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
 
         start = (
             constant((cols,), COLUMNS, -jnp.inf),
-            constant((cols,), COLUMNS, 0.0),
+            constant((tile, cols), WGMMA, 0.0),
             constant((spec.padded, cols), WGMMA, 0.0),
         )
         top, total, acc = lax.fori_loop(first, end, step, start)
@@ -227,7 +228,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         state = segment + program
         store(memory["out"].at[state], acc)
         store(memory["top"].at[state], top)
-        store(memory["total"].at[state], total)
+        store(memory["total"].at[state], jnp.sum(total, axis=0))
 
     walk.each(segment)
 

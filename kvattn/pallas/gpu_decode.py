@@ -96,6 +96,8 @@ def _device() -> str | None:
 def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view = request.view
+    if request.query.size == 0:
+        return _nothing(request)
     spec = _spec(request, config or config_for(request))
     batch, length, tile = spec.batch, request.query.shape[1], spec.config.tile
     heads, chunks, cols = view.num_kv_heads, spec.chunks, spec.cols
@@ -148,6 +150,14 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     probs = jnp.where(seen[:, None, :, None], jnp.exp(scores[0] - shift), 0)
     mass = jnp.sum(probs.reshape(batch, heads, chunks, spec.slots, cols), axis=(2, 4)) / group
     return out, lse, mass[..., : view.layout.num_slots]
+
+
+def _nothing(request: Request) -> tuple[Array, Array, Array | None]:
+    """The answer to no query: no rows, or no new tokens."""
+    (batch, *rest), view = request.query.shape[:3], request.view
+    out = jnp.zeros((batch, *rest, view.value_head_dim), jnp.float32)
+    mass = jnp.zeros((batch, view.num_kv_heads, view.layout.num_slots), jnp.float32) if request.want_mass else None
+    return out, jnp.full((batch, *rest), -jnp.inf, jnp.float32), mass
 
 
 def key(request: Request) -> str:
