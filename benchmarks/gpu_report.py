@@ -7,7 +7,7 @@ from typing import Any
 from gpu_cases import AGAINST, CASES
 
 Records = list[dict[str, Any]]
-WIDTH = 118
+WIDTH, MOST_BAD = 118, 20
 
 
 def latest(records: Records) -> dict[tuple[str, str], dict[str, Any]]:
@@ -113,10 +113,13 @@ def summary(records: Records) -> str:
     values = [r for (task, _), r in found.items() if task.startswith("values: ")]
     right = sum(r["status"] == "ok" for r in values)
     lines.append(f"values: {right} of {len(values)} right")
-    for (task, part), record in found.items():
-        if record["status"] not in ("ok", "not there", "not run"):
-            line = f"{record['status'].upper()} {task}{', ' if part else ''}{part}: {record.get('reason', '')}"
-            lines.append(line[: 2 * WIDTH])
+    bad = [
+        f"{record['status'].upper()} {task}{', ' if part else ''}{part}: {record.get('reason', '')}"
+        for (task, part), record in found.items()
+        if record["status"] not in ("ok", "not there", "not run")
+    ]
+    lines += [line[: 2 * WIDTH] for line in bad[:MOST_BAD]]
+    lines += [f"... and {len(bad) - MOST_BAD} more in results.jsonl"] if len(bad) > MOST_BAD else []
     lines += times_table(records) + peers_table(records)
     reached = goals(records)
     lines += ["", *table(["goal of", "goal", "figure", ""], reached)] if reached else []

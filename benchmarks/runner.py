@@ -31,6 +31,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 90
 """For a process to import what it needs and to find its device."""
+QUIET_SECONDS = 30
+"""For all processes that a quiet stage takes to start; then it begins with those that did."""
 MOST_SPARE = min(16, os.cpu_count() or 1)
 """Processes that are ready and wait, at most."""
 LAST_WORDS = 1500
@@ -168,10 +170,14 @@ class Worker:
         *lines, self._rest = (self._rest + found).split(b"\n")
         return [json.loads(line) for line in lines], ended
 
-    def end(self) -> int | None:
-        """Ends it with all it started; its status, None if it does not end. `words` is the end of its output."""
+    def kill(self) -> None:
+        """Ends it with all it started, without waiting for it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> int | None:
+        """Ends it with all it started; its status, None if it does not end. `words` is the end of its output."""
+        self.kill()
         os.close(self.reader)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -205,7 +211,7 @@ class Run:
         self.suite, self.options, self.environment, self.done, self.tell = suite, options, environment, set(done), tell
         self.started = time.monotonic()
         # What is left is for ending processes and for a table.
-        self.deadline = self.started + 60 * minutes - min(5, 3 * minutes)
+        self.deadline = self.started + 60 * minutes - min(5, 6 * minutes)
         out.mkdir(parents=True, exist_ok=True)
         self.records, self.log = Records(out / "results.jsonl"), (out / "log.txt").open("a")
         self.workers: list[Worker] = []
@@ -220,23 +226,28 @@ class Run:
             UnfitError: a process said that nothing can run here, or three in a row did not start.
         """
         try:
-            for stage, following in itertools.zip_longest(stages, stages[1:]):
-                self._stage(stage, len(following.tasks) if following is not None and following.quiet else 0)
+            for n, stage in enumerate(stages):
+                quiet = itertools.takewhile(lambda later: later.quiet, stages[n + 1 :])
+                loud = [later.lanes for later in stages[n + 1 : n + 2] if not later.quiet]
+                self._stage(stage, sum(loud) + sum(len(later.tasks) for later in quiet))
         finally:
+            for worker in self.workers:
+                worker.kill()
             for worker in list(self.workers):
                 self._drop(worker, "ended")
             self.log.close()
 
     def _stage(self, stage: Stage, later: int) -> None:
-        """One stage; for the next one, if it is a quiet one, there are to be `later` processes."""
+        """One stage; `later` processes are to be ready for what follows: a quiet stage starts none."""
         waiting: deque[tuple[Task, list[str]]] = deque()
         for task in stage.tasks:
             parts = [part for part in task.parts if (task.name, part) not in self.done]
             if parts:
                 waiting.append((task, parts))
         if stage.quiet:
-            self._fill(min(len(waiting), MOST_SPARE))
-            while any(w.device is None for w in self.workers) and time.monotonic() < self.deadline:
+            self._fill(min(len(waiting) + later, MOST_SPARE))
+            patience = min(time.monotonic() + QUIET_SECONDS, self.deadline)
+            while any(w.device is None for w in self.workers) and time.monotonic() < patience:
                 self._listen(waiting)
         while waiting or self._busy():
             self._hand_out(stage, waiting)
@@ -326,8 +337,10 @@ class Run:
             if "begin" in event:
                 worker.begin(event["begin"])
                 continue
-            worker.left.remove(event["part"])
             worker.leaving = event.pop("leaving", False)
+            if event["part"] not in worker.left:
+                continue  # an error after a result: the result counts
+            worker.left.remove(event["part"])
             self._record(worker.stage, task, seconds=round(time.monotonic() - worker.since, 2), **event)
         if not worker.left or (worker.leaving and ended):
             self._drop(worker, "done")
@@ -343,9 +356,8 @@ class Run:
             how, reason = "not run", f"the minutes were over after {took:.1f} s"
         else:
             how, reason = "hung", f"no result after {took:.1f} s"
-        # Before anything has begun all parts have the same trouble.
-        guilty = [worker.part] if worker.begun and worker.part in worker.left else list(worker.left)
-        for part in guilty:
+        # Before anything has begun all parts have the same trouble; between two parts none is to blame.
+        for part in [part for part in worker.left if part == worker.part or not worker.begun]:
             worker.left.remove(part)
             more = {"reason": reason, "said": worker.words[-LAST_WORDS:]}
             self._record(worker.stage, task, part, how, seconds=round(took, 2), **more)
@@ -399,6 +411,7 @@ def die_with(parent: int) -> None:
 def work(suite_name: str, descriptor: int, parent: int, options: dict[str, Any]) -> int:
     """Warms up, takes a task, reports."""
     die_with(parent)
+    os.set_inheritable(descriptor, False)  # the other end is to notice when this process ends
     report = Report(descriptor)
     suite = importlib.import_module(suite_name)
     try:

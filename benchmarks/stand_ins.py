@@ -26,6 +26,7 @@ def stages(options: dict[str, Any]) -> list[Stage]:
         "peer that hangs",
         "peer that is not there",
         "peer that raises",
+        "peer with an end",
         "slow peer",
     )
     good = lambda name, **more: Task(name, 2 * TICK, LONG, **more)
@@ -87,6 +88,8 @@ def run(name: str, parts: list[str], report: Report, options: dict[str, Any]) ->
             report.end("wrong", reason="error 1.0 > 0.1", error=1.0)
         else:
             report.end("ok", us=3.0)
+        if "with an end" in what:  # it has reported, the next part has not begun
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def summary(records: list[dict[str, Any]]) -> str:

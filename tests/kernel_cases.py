@@ -114,7 +114,9 @@ def honest(request):
     )
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights * jnp.where(filled, scale(view.values["scale"]), 0)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, decoded(view.values["data"])) / jnp.where(total == 0, 1, total)
+    # Where eight-bit floats are not kept as their bits, NaN in an empty slot is NaN here.
+    values = jnp.where(filled[:, :, 0, 0, :, None], decoded(view.values["data"]), 0)
+    out = jnp.einsum("bkgts,bksh->bkgth", weights, values) / jnp.where(total == 0, 1, total)
     return ungrouped(out), mass
 
 
