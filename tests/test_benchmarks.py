@@ -389,6 +389,35 @@ def test_times_and_peers(by_xla):
     assert (name, status, other) == ("jax.nn xla", "ok", "not there") and figures["span_us"] > 0 and reason["reason"]
 
 
+ON_DEVICE = {
+    "values: Float8, GQA, float32 queries": [""],
+    "values: bfloat16, GQA, pages of 16, float32 queries, 3 tokens, slopes": [""],
+    "values: step of H2O": [""],
+    "values: arrays, lengths per head": [""],
+    "copy": [""],
+    "time: bf16 32xZipf": [""],
+    "time: int4 32x4096": [""],
+    "peers: bf16 32x4096, pages of 64": ["kvattn xla", "jax.nn xla", "einsum"],
+    "sizes: bf16 32x4096": list(gpu_cases.SIZES)[:2],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_what_runs_on_a_device(name, by_xla, monkeypatch):
+    """Every kind of task to its end, as on a GPU as far as layouts and dtypes go, the reference for the kernel."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu_work.gpu_decode, "attend", lambda request, config=None: api.attend(request, "reference"))
+    monkeypatch.setattr(gpu_work, "REPEATS", 2)
+    sizes = {"batch": 2, "slots": 128, "heads": 2, "kv_heads": 1, "size": 64, "mean": 60}
+    cases = {case.name: gpu_cases.dataclasses.replace(case, **sizes) for case in gpu_cases.CASES}
+    monkeypatch.setattr(gpu_suite, "BY_NAME", cases)
+    report = Kept()
+    gpu_suite.run(name, ON_DEVICE[name], report, options())
+    assert [(part, status) for part, status, _ in report.ends] == [(part, "ok") for part in ON_DEVICE[name]]
+    json.dumps(report.ends)
+
+
 def test_a_wrong_kernel_is_not_timed(by_xla, monkeypatch):
     right = api.attend
     monkeypatch.setattr(gpu_work.gpu_decode, "attend", lambda r, c=None: (right(r, "xla")[0] * 1.1, None, None))
