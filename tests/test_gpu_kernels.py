@@ -418,6 +418,17 @@ def test_sizes(tmp_path, monkeypatch):
     for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
         request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
         assert gpu_decode.fits(request, gpu_decode.config_for(request))
+    # Two programs of a multiprocessor have 128 registers each: `make kernels-aot` says how many there are.
+    for codec, dtype, new, blocks in (
+        (None, BF16, 4, 2),
+        (None, BF16, 8, 1),
+        (None, F32, 1, 1),
+        (kvattn.Int8(), BF16, 2, 2),
+        (kvattn.Int8(), BF16, 4, 1),
+        (kvattn.Float8(), F32, 1, 1),
+    ):
+        request = request_for(made(64, 1, 128, dtype=BF16, codec=codec), 4, new, dtype=dtype)
+        assert gpu_decode.config_for(request).blocks_per_sm == blocks, (codec, dtype, new)
     request = request_for(made(64, 1, 128, dtype=BF16), 8, dtype=BF16)
     table, seconds = tuning.measure(
         lambda config, r: jnp.zeros(()) if config.stages == 2 else 1 / 0,
