@@ -54,17 +54,26 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--build", dest="mode", action="store_const", const="lower")
     mode.add_argument("--show", type=Path, metavar="DIR", help="prints the table of a run and draws a picture")
     parser.add_argument("--suite", default="gpu_suite", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.peers = [] if args.peers == ["none"] else args.peers
+    for word in args.peers:
+        if not any(name.lower().startswith(word.lower()) for name in gpu_cases.ALL_PEERS):
+            parser.error(f"no peer begins with {word!r}; there are {', '.join(gpu_cases.ALL_PEERS)}, or none")
+    if args.wheels and not [*args.wheels.glob("*.whl"), *args.wheels.glob("*fa3*.so")]:
+        parser.error(f"{args.wheels} holds neither wheels (*.whl) nor the extension of FA3 (*fa3*.so)")
+    return args
 
 
 def chosen(stages: list[Stage], args: argparse.Namespace) -> list[Stage]:
-    """Stages with the tasks that are asked for; what others need runs too."""
+    """Stages with the tasks that are asked for; ends the program if there is none."""
     found = []
     for stage in stages:
         words = [word.lower() for word in args.only]
         tasks = [t for t in stage.tasks if not words or any(word in t.name.lower() for word in words)]
         if tasks and (not args.values or stage.name in ("first", "values")):
-            found.append(runner.Stage(stage.name, tuple(tasks), stage.lanes, stage.quiet))
+            found.append(Stage(stage.name, tuple(tasks), stage.lanes, stage.quiet))
+    if not found:
+        sys.exit(f"no task has {' or '.join(map(repr, args.only))} in its name; --plan lists them")
     return found
 
 

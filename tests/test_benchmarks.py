@@ -130,10 +130,12 @@ def test_killed_at_any_moment(tmp_path):
     for process in running:
         first = process.stdout.readline()
         time.sleep(moments.uniform(0, 0.7))
-        process.send_signal(signal.SIGKILL)
+        # The last one is asked to end, and has the time for its table.
+        process.send_signal(signal.SIGTERM if process is running[-1] else signal.SIGKILL)
         heard.append(first + process.stdout.read())
         process.stdout.close()
         process.wait()
+    assert [(folder / "table.txt").exists() for folder in folders] == [False, False, True]
     stopped = time.monotonic()
     pids = []
     for folder, said in zip(folders, heard, strict=True):
@@ -196,6 +198,22 @@ def test_plan(capsys):
     assert on_device.main(["--plan", "--values", "--only", "Float8"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert len(lines) > 5 and all("values" in line and "Float8" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--only", "no such task"], "no task has 'no such task' in its name"),
+        (["--peers", "jax.nn", "Nobody"], "no peer begins with 'Nobody'"),
+        (["--wheels", "docs"], "holds neither wheels"),
+    ],
+)
+def test_what_means_nothing_is_refused(arguments, why, capsys):
+    with pytest.raises(SystemExit) as end:
+        on_device.main([*arguments, "--plan"])
+    assert why in f"{end.value} {capsys.readouterr().err}"
+    assert on_device.main(["--peers", "none", "--plan"]) == 0
+    assert "peers" not in capsys.readouterr().out
 
 
 def test_cases():
