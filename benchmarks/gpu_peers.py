@@ -1,4 +1,4 @@
-"""What else decodes on the GPU, for `decode_gpu.py`: each over the layout it is made for, with copies of the same data.
+"""What else decodes on the GPU, for `on_device.py`: each over the layout it is made for, with copies of the same data.
 
 A peer that is not installed, or that does not take a case, raises `NotThere` with the reason.
 """
@@ -9,7 +9,7 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -468,7 +468,7 @@ PEERS: dict[str, Callable[[Problem], Program]] = {
     "FlashInfer XQA": flashinfer_xqa,
     "FA3": fa3,
 }
-"""By name, the slow ones to compile last."""
+"""By name, as `gpu_cases.ALL_PEERS` has them."""
 
 
 @contextlib.contextmanager
@@ -483,8 +483,3 @@ def freed(problem: Problem):
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                     torch.cuda.empty_cache()
-
-
-def names(chosen: Sequence[str]) -> list[str]:
-    """The peers whose names begin with one of these words; "none" is none."""
-    return [n for n in PEERS if any(n.lower().startswith(c.lower()) for c in chosen)]

@@ -10,7 +10,8 @@ memory, cache-sized copies, and of a donated cache what is not updated in place.
 copies it, if a schedule cannot be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
-flight, and the same of the step; what is refused says why. Status 1 for a spill too.
+flight, and the same of the step; what is refused says why. Status 1 for a spill too, and for programs that do not
+fit a multiprocessor together.
 """
 
 import argparse
@@ -241,7 +242,9 @@ def print_gpu(console: Console, target: str) -> bool:
         spills = sum(spilled for _, spilled in kernels.values())
         # Every program has a state to leave behind, however small the cache is.
         temporary = float(result["temporary"]) * 2**10 - result["states"]
-        fine = spills == 0 and result["copies"] == "0" and temporary <= result["bytes"] / 4
+        # Programs that share a multiprocessor have 65536 registers together, each of 256 threads a multiple of 8.
+        room = -(-kernels["decode"][0] // 8) * 8 * 256 * result["blocks"] <= 65536
+        fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0)
         well &= fine

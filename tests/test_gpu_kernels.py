@@ -16,7 +16,7 @@ from kernel_cases import (
     BF16,
     F16,
     F32,
-    QUICK_POLICIES,
+    POLICIES,
     B,
     assert_arrays_agree,
     assert_steps_are_the_references,
@@ -191,7 +191,7 @@ def test_what_a_window_has_left_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
-@pytest.mark.parametrize("name", QUICK_POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Caches and chunks lie as on a GPU.
@@ -268,6 +268,42 @@ def test_work_is_shared_out_evenly(lengths, programs):
 def test_a_window_costs_a_window():
     read, _ = shared_out([700, 0, 65], 704, 1, 1, Mask(window=100, num_sinks=1))
     assert read == {(0, 0, 0): [0, 9, 10], (0, 0, 2): [0, 1]}
+
+
+@pytest.mark.parametrize(("batch", "new"), [(0, 1), (2, 0)])
+def test_no_rows_or_no_tokens(batch, new):
+    layout = Layout(16, 16, False)
+    cache = kvattn.KVCache.create(batch, 2, 64, capacity=16, layout=layout)
+    request = request_for(made(16, 2, 64, dtype=BF16), 4, want_mass=True)
+    query, positions = jnp.zeros((batch, new, 4, 64), BF16), jnp.zeros((batch, new), jnp.int32)
+    request = dataclasses.replace(request, query=query, positions=positions, view=cache.view())
+    out, lse, mass = gpu_decode.attend(request)
+    assert out.shape == (batch, new, 4, 64) and lse.shape == (batch, new, 4) and out.dtype == lse.dtype == F32
+    assert mass.shape == (batch, 2, 16) and not mass.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "codec", "query", "new"),
+    [
+        (64, None, "float32", 3),
+        (80, None, "bfloat16", 1),
+        (64, kvattn.Float8(), "float32", 8),
+        (128, kvattn.Int4(), "float32", 8),
+    ],
+    ids=str,
+)
+def test_lowered_for_a_gpu(size, codec, query, new):
+    """Down to Mosaic's own code, which refuses more than an interpreter: a copy of six dimensions, say."""
+    cache = made(64, 1, size, codec=codec, dtype=BF16)
+    request = request_for(cache, 4, new, dtype=query)
+    # Outside of `interpret`, as it is compiled.
+    token = kvattn.pallas._INTERPRETED.set(False)
+    try:
+        lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
+    finally:
+        kvattn.pallas._INTERPRETED.reset(token)
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
 
 
 def test_lengths_are_no_new_program():
@@ -382,6 +418,17 @@ def test_sizes(tmp_path, monkeypatch):
     for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
         request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
         assert gpu_decode.fits(request, gpu_decode.config_for(request))
+    # Two programs of a multiprocessor have 128 registers each: `make kernels-aot` says how many there are.
+    for codec, dtype, new, blocks in (
+        (None, BF16, 4, 2),
+        (None, BF16, 8, 1),
+        (None, F32, 1, 1),
+        (kvattn.Int8(), BF16, 2, 2),
+        (kvattn.Int8(), BF16, 4, 1),
+        (kvattn.Float8(), F32, 1, 1),
+    ):
+        request = request_for(made(64, 1, 128, dtype=BF16, codec=codec), 4, new, dtype=dtype)
+        assert gpu_decode.config_for(request).blocks_per_sm == blocks, (codec, dtype, new)
     request = request_for(made(64, 1, 128, dtype=BF16), 8, dtype=BF16)
     table, seconds = tuning.measure(
         lambda config, r: jnp.zeros(()) if config.stages == 2 else 1 / 0,
@@ -454,6 +501,18 @@ def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
 
 def copying(copy):
     return lambda source, target, full: copy(source, target, full)
+
+
+@pytest.mark.parametrize(("size", "codec"), [(64, kvattn.Float8()), (80, None)], ids=str)
+def test_values_are_masked_where_tiles_are_not_whole(size, codec, monkeypatch):
+    """Values that are written once more are masked on the edges only: an edge said to be whole lets NaN in."""
+    request = request_for(filled([100, 0, 37], 104, 1, size, dtype=BF16, codec=codec), 2, dtype=BF16)
+    check(request)
+    survey = shares.survey
+    every = lambda *a: dataclasses.replace(rows := survey(*a), run=rows.run * 0, run_end=rows.run_end + 9)
+    monkeypatch.setattr(gpu_decode, "survey", every)
+    with pytest.raises(AssertionError, match="not finite"):
+        check(request)
 
 
 def test_planted_faults(monkeypatch):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import (
     BF16,
     F32,
-    QUICK_POLICIES,
+    POLICIES,
     B,
     assert_arrays_agree,
     assert_steps_are_the_references,
@@ -191,7 +191,7 @@ def test_what_a_window_has_left_changes_no_bit(page_size, codec):
         assert_same_bits(a, b, "output")
 
 
-@pytest.mark.parametrize("name", QUICK_POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_through_the_step(name, monkeypatch):
     """Prompt by chunks of up to eight tokens, then token by token: as the reference, kept sets included."""
     # Chunks lie as on a TPU.

@@ -124,7 +124,9 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
         slot = lax.rem(visited, 2)
         pl.when(visited >= 2)(lambda: plgpu.barrier_wait(shared["query_free"].at[slot]))
         full = shared["query_full"].at[slot]
-        copy(memory["query"].at[:, row, head], shared["query"].at[slot], full)
+        # Part by part: a copy has five dimensions at most, and a tiled matrix has four.
+        for n in range(spec.parts):
+            copy(memory["query"].at[n, row, head], shared["query"].at[slot, n], full)
         copy(memory["at"].at[row, lax.rem(head, spec.chunks)], shared["at"].at[slot], full)
         for name in ("factor", "sums"):
             if name in memory:
@@ -194,6 +196,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         columns = Columns(spec, shared, at_slot)
 
         def step(j, carry):
+            # Sums stay spread over the rows of a tile: adding up across threads once per segment is enough.
             top, total, acc = carry
             t = tile_of(j)
             slot = lax.rem(tiles + j - first, stages)
@@ -206,7 +209,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             shift = jnp.where(new == -jnp.inf, 0.0, new)
             keep = jnp.exp(top - shift)
             probs = jnp.exp(scores - spread(shift, scores.shape))
-            total = total * keep + jnp.sum(probs, axis=0)
+            total = total * spread(keep, total.shape) + probs
             whole = (t >= run) & (t < run_end)
             mixed = mix(spec, shared, slot, probs, kv_at, whole)
             plgpu.barrier_arrive(shared["free"].at[slot])
@@ -214,7 +217,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
 
         start = (
             constant((cols,), COLUMNS, -jnp.inf),
-            constant((cols,), COLUMNS, 0.0),
+            constant((tile, cols), WGMMA, 0.0),
             constant((spec.padded, cols), WGMMA, 0.0),
         )
         top, total, acc = lax.fori_loop(first, end, step, start)
@@ -222,7 +225,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         state = segment + program
         store(memory["out"].at[state], acc)
         store(memory["top"].at[state], top)
-        store(memory["total"].at[state], total)
+        store(memory["total"].at[state], jnp.sum(total, axis=0))
 
     walk.each(segment)
 

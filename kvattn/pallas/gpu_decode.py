@@ -96,6 +96,8 @@ def _device() -> str | None:
 def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view = request.view
+    if request.query.size == 0:
+        return _nothing(request)
     spec = _spec(request, config or config_for(request))
     batch, length, tile = spec.batch, request.query.shape[1], spec.config.tile
     heads, chunks, cols = view.num_kv_heads, spec.chunks, spec.cols
@@ -150,6 +152,14 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     return out, lse, mass[..., : view.layout.num_slots]
 
 
+def _nothing(request: Request) -> tuple[Array, Array, Array | None]:
+    """The answer to no query: no rows, or no new tokens."""
+    (batch, *rest), view = request.query.shape[:3], request.view
+    out = jnp.zeros((batch, *rest, view.value_head_dim), jnp.float32)
+    mass = jnp.zeros((batch, view.num_kv_heads, view.layout.num_slots), jnp.float32) if request.want_mass else None
+    return out, jnp.full((batch, *rest), -jnp.inf, jnp.float32), mass
+
+
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     spec = _spec(request, GpuConfig())
@@ -171,8 +181,10 @@ def config_for(request: Request) -> GpuConfig:
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
-    # Two programs of 256 threads share the registers as long as states and scores are small.
-    blocks = 2 if spec.cols * spec.parts * spec.padded <= 16 * 128 and spec.padded <= 128 else 1
+    # Two programs of 256 threads share the registers, 128 for each thread, as long as states and scores are small;
+    # numbers that are decoded or split need more of them.
+    most = 16 * 128 if spec.parts == 1 and not spec.decoded else 8 * 128
+    blocks = 2 if spec.cols * spec.parts * spec.padded <= most and spec.padded <= 128 else 1
     choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
     return next((c for c in choices if fits(request, c)), choices[-1])
 

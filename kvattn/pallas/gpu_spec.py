@@ -158,7 +158,7 @@ def scratch(spec: Spec) -> dict[str, Any]:
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
         "query_full": plgpu.Barrier(
-            num_arrivals=2 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2
+            num_arrivals=parts + 1 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2
         ),
         "query_free": plgpu.Barrier(num_barriers=2),
         "share": plgpu.SMEM((4,), jnp.int32),

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kvattn._typing import Array
-from kvattn.codecs import Float8, Int4
+from kvattn.codecs import Int4, Int8
 from kvattn.codecs.grouped import unpack_pair
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
@@ -79,9 +79,8 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     if not isinstance(spec.codec, Int4):
         total: Any = 0.0
         for first, count in runs(spec.key_features):
-            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
-            total = total + product(codes, first, count)
+            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
+            total = total + product(codes.astype(spec.wide), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     groups: dict[int, Any] = {}
     for plane, group, start, unit in planes(keys, spec.key_features, spec.codec.group_size):
@@ -135,7 +134,7 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
         shared["probs"].at[n].T[...] = piece
     if spec.repacked:
-        repack(spec, shared, slot, filled)
+        repack(spec, shared, slot, filled, whole)
         lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
     else:
 
@@ -157,21 +156,22 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
     return mixed if isinstance(back, float) and back == 1.0 else mixed * back
 
 
-def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array) -> None:
+def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole: Array) -> None:
     """Writes a tile of values once more, channel by channel, in 16 bits; nothing there that is not finite."""
     values, target = shared["v_data"].at[slot], shared["values"]
-    real = pl.ds(0, spec.value_features)
-    if not spec.decoded:
-        numbers = plgpu.load(values, layout=WGMMA, optimized=False)
-        numbers = jnp.where(spread(filled, numbers.shape, 0), numbers, jnp.zeros((), numbers.dtype))
-        target.at[0, real].T[...] = numbers
-    elif not isinstance(spec.codec, Int4):
+
+    def rewrite(masked: bool) -> None:
         for first, count in runs(spec.value_features):
-            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-            codes = plgpu.layout_cast(codes.astype(spec.wide), WGMMA)
-            if isinstance(spec.codec, Float8):  # integers are finite, and their scales are 0
+            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False).astype(spec.wide)
+            if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
             target.at[0, pl.ds(first, count)].T[...] = codes
+
+    if isinstance(spec.codec, Int8):
+        rewrite(False)  # integers are finite, and the scales of empty slots are 0
+    elif not isinstance(spec.codec, Int4):
+        pl.when(whole)(lambda: rewrite(False))
+        pl.when(jnp.logical_not(whole))(lambda: rewrite(True))
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
         for plane, group, start, unit in planes(values, spec.value_features, spec.codec.group_size):
