@@ -21,10 +21,13 @@ _NODES: list[type] = []
 
 
 def portable[T: type](node: T) -> T:
-    """Lets a dataclass of arrays, registered with ``jax.tree_util.register_dataclass``, be written and read.
+    """Lets a dataclass of arrays, registered with ``jax.tree_util.register_dataclass``, be written, read and compared.
 
-    Its static fields are settings: None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those.
+    Its static fields are settings: None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those. Make
+    it with ``eq=False``: two of them are equal if their settings are and they hold the same array objects. (What a tree
+    holds instead of arrays, shardings or numbers, is compared by value.)
     """
+    node.__eq__, node.__hash__ = _equal, _hash  # type: ignore[method-assign]
     jax.export.register_pytree_node_serialization(
         node,
         serialized_name=f"kvattn.{node.__name__}" if _is_ours(node) else _name(node),
@@ -33,6 +36,22 @@ def portable[T: type](node: T) -> T:
     )
     _NODES.append(node)
     return node
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return NotImplemented
+    (mine, structure), (others, other) = jax.tree.flatten(a), jax.tree.flatten(b)
+    same = lambda x, y: x is y or (not (_is_array(x) or _is_array(y)) and bool(x == y))
+    return structure == other and all(same(x, y) for x, y in zip(mine, others, strict=True))
+
+
+def _hash(tree: Any) -> int:
+    return hash((type(tree), jax.tree.structure(tree)))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def read(text: str | bytes) -> Any:

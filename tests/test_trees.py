@@ -102,12 +102,21 @@ def test_a_module_that_holds_a_cache_is_shown():
 
 
 @pytest.mark.parametrize("cache", kinds(), ids=name_of)
-def test_caches_are_equal_if_they_are_the_same(cache):
+def test_caches_are_equal_if_they_hold_the_same_arrays(cache):
     other = jax.tree.map(jnp.copy, cache)
-    assert cache == cache and cache != other and cache != 1 and len({cache, other}) == 2
+    assert cache == jax.tree.map(lambda x: x, cache) and cache != other and cache != 1 and len({cache, other}) == 2
+    assert hash(cache) == hash(jax.tree.map(lambda x: x, cache))
     assert cache.state == () or (cache.state == cache.state and cache.state != other.state)
+    ones, twos = (jax.tree.map(lambda _, n=n: n, cache) for n in (1, 2))
+    assert ones == jax.tree.map(lambda _: 1, cache) and ones != twos, "other leaves go by value"
     assert cache.view() != cache.view()
     assert jax.jit(lambda a, b: jnp.asarray(a == b))(cache, other) == jnp.asarray(False)
+
+
+def test_caches_of_other_settings_differ():
+    leaf = lambda cache: jax.tree.map(lambda _: 0, cache)
+    assert leaf(made(kvattn.SlidingWindow(4))) != leaf(made(kvattn.SlidingWindow(5)))
+    assert leaf(made()) != leaf(made(dtype=jnp.bfloat16)) and leaf(made()) != leaf(made_paged())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from kvattn.policies import Policy
 class Cache:
     """Base of `kvattn.KVCache` and `kvattn.PagedKVCache`, which are dataclasses with these fields and more.
 
-    Caches are equal if they are the same object: what they hold is compared array by array.
+    Caches are equal if their settings are and they hold the same array objects; numbers are not looked at.
     """
 
     keys: Encoded
