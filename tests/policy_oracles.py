@@ -45,15 +45,21 @@ class Attention:
         return mean
 
 
-def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated=True):
-    """StreamingLLM, with keys cached before rotation and rotated by their rank in the cache."""
+def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated=True, sees=None):
+    """StreamingLLM, with keys cached before rotation and rotated by their rank in the cache.
+
+    sees: a query attends to the last so many of the places it is given, its own included. None: to all.
+    """
     length, heads, features = q.shape
     group = heads // k.shape[1]
     out = np.zeros((length, heads, v.shape[-1]))
     for t in range(length):
         tokens = [j for j in range(t + 1) if j < num_sinks or j > t - window]
         places = list(range(len(tokens))) if in_cache else tokens
-        here = places[-1]
+        here, kept = places[-1], set(tokens)
+        if sees is not None:
+            near = [i for i, place in enumerate(places) if place > here - sees]
+            tokens, places = [tokens[i] for i in near], [places[i] for i in near]
         for n in range(heads):
             keys, query = k[tokens, n // group], q[t, n]
             if rotated:
@@ -63,7 +69,7 @@ def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated
             if slopes is not None:
                 scores = scores + slopes[n] * (np.array(places) - here)
             out[t, n] = softmax(scores) @ v[tokens, n // group]
-    return out, [set(tokens)] * k.shape[1]
+    return out, [kept] * k.shape[1]
 
 
 def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):

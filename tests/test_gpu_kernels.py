@@ -5,6 +5,7 @@ Memory that nobody wrote holds NaN there, and so does every unused slot, page an
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -51,14 +52,14 @@ def eights(slots):
     return -(-slots // 8) * 8
 
 
-def check(request, wide=None):
+def check(request, wide=None, config=None):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass.
 
     Narrow queries are measured by attention in `wide`; None: in the dtype that the kernel multiplies in.
     """
     assert gpu_decode.unsupported(request) is None
     # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r))(request)
+    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
     exact, exact_lse = truth(request)
     if request.query.dtype == F32:
         low, expected_mass = honest(request)
@@ -144,6 +145,31 @@ def test_values(shape, store, rule, page_size, query, new):
     check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules))
 
 
+SEVERAL = {
+    # Four programs share twelve segments: each takes three, and waits for its first query buffer to be free again.
+    "segments of a program": (72, 4, {"dtype": BF16, "codec": kvattn.Int8()}, 2, {"want_mass": True}, None),
+    # Twelve programs have a tile each of the first row: its eleven states are merged in three rounds.
+    "states of a row": (704, 1, {"dtype": BF16}, 1, {"alibi_slopes": True}, tuning.GpuConfig(64, 2, 6)),
+    # Two groups of four bits with their minima, two pages to a tile that a window hides in the middle.
+    "groups and pages": (
+        128, 1, {"dtype": BF16, "codec": kvattn.Int4(32), "page_size": 64}, 3,
+        {"mask": Mask(window=40, num_sinks=3), "softcap": 2.0}, None,
+    ),
+}  # fmt: skip
+"""Slots, key/value heads, how they are stored, new tokens, rules, sizes."""
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several(name):
+    """More segments, tiles, states, pages and groups than fit at a time; new tokens that are pads; scales, slopes."""
+    slots, heads, store, new, rules, config = SEVERAL[name]
+    rows = None if "page_size" in store else slots
+    cache = filled([slots, 1, slots // 2 + 1], slots, heads, 64, rows=rows, **store)
+    if "alibi_slopes" in rules:
+        rules = {"alibi_slopes": kvattn.alibi_slopes(2 * heads)}
+    check(request_for(cache, 2 * heads, new, dtype=F32, **rules), config=config)
+
+
 @pytest.mark.parametrize("query", [F32, BF16], ids=["float32", "bfloat16"])
 def test_large_and_small_numbers_in_float16(query):
     """Products in float16 take queries and scales from far outside its range."""
@@ -226,7 +252,10 @@ def test_a_page_that_is_not_there():
 
 
 def shared_out(lengths, slots, heads, programs, mask=None):
-    """Who reads what, as the kernel finds out: {(program, head, row): tiles}, and the states of every segment."""
+    """Who reads what: {(program, head, row): tiles}, and the states of every segment.
+
+    The kernel's own walk, number by number instead of as a program.
+    """
     cache = filled(lengths, slots, 1, 64, dtype=BF16)
     request = request_for(cache, 1, dtype=BF16, mask=mask)
     positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
@@ -235,15 +264,19 @@ def shared_out(lengths, slots, heads, programs, mask=None):
     index = jnp.arange(rows.count.shape[0], dtype=jnp.int32)
     counts = shares.Counts(rows.count, index, B, heads, programs)
     read, states = {}, {}
+    memory = {"hole": rows.hole, "after": rows.after, "count": rows.count}
     for program in range(programs):
-        first, start, last, stop = (int(x) for x in counts.of_program(jnp.int32(program)))
-        for segment in range(first, last + 1):
-            row = segment % B
-            begin, end = (start if segment == first else 0), (stop if segment == last else int(rows.count[row]))
-            hole, after = int(rows.hole[row]), int(rows.after[row])
-            tiles = [j if j < hole else after + j - hole for j in range(begin, end)]
-            if tiles:
-                read[program, segment // B, row] = tiles
+        walk = gpu_body.Walk(types.SimpleNamespace(batch=B), memory, {"share": counts.of_program(jnp.int32(program))})
+        before = []
+
+        def visit(segment, row, head, first, end, tile_of, tiles, visited):
+            assert (int(tiles), int(visited)) == (sum(before), len(before))  # noqa: B023
+            read[program, int(head), int(row)] = [int(tile_of(j)) for j in range(int(first), int(end))]  # noqa: B023
+            before.append(int(end - first))  # noqa: B023
+
+        with jax.disable_jit():
+            tiles, visited = walk.each(visit)
+        assert (int(tiles), int(visited)) == (sum(before), len(before))
     for head, row in itertools.product(range(heads), range(B)):
         first, count = (int(x) for x in counts.of_segment(jnp.int32(row), jnp.int32(head)))
         states[head, row] = list(range(first, first + count))
@@ -268,6 +301,12 @@ def test_work_is_shared_out_evenly(lengths, programs):
 def test_a_window_costs_a_window():
     read, _ = shared_out([700, 0, 65], 704, 1, 1, Mask(window=100, num_sinks=1))
     assert read == {(0, 0, 0): [0, 9, 10], (0, 0, 2): [0, 1]}
+
+
+def test_a_window_that_begins_with_a_tiles_last_slot():
+    """Of 200 tokens the last 73 begin with position 127: the second tile is needed for it alone."""
+    read, _ = shared_out([200, 199, 201], 256, 1, 1, Mask(window=73))
+    assert read == {(0, 0, 0): [1, 2, 3], (0, 0, 1): [1, 2, 3], (0, 0, 2): [2, 3]}
 
 
 def test_lengths_are_no_new_program():
@@ -337,7 +376,7 @@ def test_a_mesh_is_not_left_to_the_compiler(kind):
 def test_copies_land_on_aligned_addresses():
     """In shared memory a copy begins at a multiple of 128 bytes, on the device at one of 16. No interpreter looks."""
     shapes, pages = ("GQA", "MQA of 71 heads", "heads of 80", "heads of 96"), (0, 8, 32, 64)
-    asked = (("bfloat16", 1), ("float32", 8))
+    asked, looked_at = (("bfloat16", 1), ("float32", 8)), 0
     for shape, store, page_size, (query, new) in itertools.product(shapes, STORES, pages, asked):
         slots, num_heads, heads, size = SHAPES[shape]
         specs = []
@@ -352,6 +391,7 @@ def test_copies_land_on_aligned_addresses():
         if not specs:
             continue
         (spec,) = specs
+        looked_at += 1
         for name, buffer in gpu_spec.scratch(spec).items():
             if isinstance(buffer, plgpu.Barrier) or name in ("share", "keys"):
                 continue
@@ -361,6 +401,7 @@ def test_copies_land_on_aligned_addresses():
             row = jnp.dtype(stream.dtype).itemsize * (1 if stream.tokens_last else stream.features)
             assert spec.pages == 1 or row * page_size % 128 == 0, f"{stream.name}, pages of {page_size}"
             assert stream.tokens_last or row % 16 == 0, f"{stream.name}: rows of {row} bytes"
+    assert looked_at == LOOKED_AT
 
 
 def test_too_few_threads_are_said_not_waited_for(monkeypatch):
@@ -444,16 +485,11 @@ def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_body, role, faulty)
     monkeypatch.setattr(plgpu, "barrier_wait", lambda ref: None if isinstance(ref, Ignored) else wait(ref))
-    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", copying(plgpu.copy_gmem_to_smem))
     monkeypatch.setattr(plgpu, "barrier_arrive", lambda ref: arrive(ref.barrier if isinstance(ref, Ignored) else ref))
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
         check(request_for(filled([700, 0, 301], 704, 1, 64, dtype=BF16), 2, dtype=BF16))
         assert "RACE DETECTED" not in capsys.readouterr().out
     capsys.readouterr()
-
-
-def copying(copy):
-    return lambda source, target, full: copy(source, target, full)
 
 
 def test_planted_faults(monkeypatch):

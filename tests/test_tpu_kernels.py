@@ -50,11 +50,11 @@ def races_found():
     return interpret_pallas_call.races.races_found
 
 
-def check(request):
+def check(request, config=None):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass."""
     assert tpu_decode.unsupported(request) is None
     # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r))(request))
+    out, lse, mass = jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r, config))(request))
     assert not races_found()
     exact, exact_lse = truth(request)
     low, expected_mass = honest(request)
@@ -104,6 +104,24 @@ def test_values(shape, rule, page_size, codec, new):
     slots, num_heads, heads, size = SHAPES[shape]
     cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, codec=codec, page_size=page_size)
     check(request_for(cache, num_heads, new, **RULES[rule]))
+
+
+@pytest.mark.parametrize("rising", [1, -1], ids=["rising", "falling"])
+def test_scores_of_one_tile_above_those_of_the_last(rising):
+    """Three tiles whose scores differ by 30: what was added up before is rescaled, or what comes. And slopes, pads."""
+    cache = filled([300, 1, 129], 300, 1, 128)
+    ramp = rising * jnp.arange(300, dtype=F32)[:, None] * (30 / 128 / 16)
+    cache = cache.replace(keys={"data": cache.keys["data"] * 0.3 + ramp})
+    request = request_for(cache, 4, 2, alibi_slopes=kvattn.alibi_slopes(4), want_mass=True)
+    # About the same scores for every head, and some of each tile that count.
+    request = dataclasses.replace(request, query=request.query * 0.2 + 1.0)
+    check(request, tuning.TpuConfig(1, 128))
+
+
+def test_minima_and_scales_in_several_pages():
+    """Two groups of four bits, tokens last, and two pages to a tile."""
+    cache = filled([256, 0, 130], 256, 1, 64, codec=kvattn.Int4(32), page_size=128)
+    check(request_for(cache, 2, mask=Mask(window=200, num_sinks=3)))
 
 
 @pytest.mark.parametrize("page_size", [0, 8])
@@ -314,6 +332,17 @@ def test_a_token_is_written_where_it_belongs(name):
     where = [[[5], [-1], [55]], [[-1], [-1], [slots - 1]], [[-1]] * 3]
     where.append([[0], [slots + 999], [40]] if page_size else [[[1], [7]], [[-1], [9]], [[55], [2]]])
     for at in where:
+        expected = cache.write(jnp.asarray(at, jnp.int32), *new)
+        for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
+            assert_same_bits(a, b, f"{at}")
+
+
+@pytest.mark.parametrize(("size", "codec", "slots"), [(128, None, 64), (64, kvattn.Int8(), 128)], ids=["rows", "last"])
+def test_a_token_is_written_into_contiguous_slots(size, codec, slots):
+    """Keys and values, scales too: slots of a row, and of a head each; nothing else moves."""
+    cache, rng = filled([30, 0, 55], slots, 2, size, codec=codec), np.random.default_rng(0)
+    new = [jnp.asarray(rng.normal(size=(B, 1, 2, size)), F32) for _ in range(2)]
+    for at in ([[slots - 1], [-1], [40]], [[[1], [7]], [[-1], [9]], [[55], [2]]]):
         expected = cache.write(jnp.asarray(at, jnp.int32), *new)
         for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
             assert_same_bits(a, b, f"{at}")
