@@ -109,3 +109,17 @@ def test_rules():
         np.testing.assert_allclose(a, b, atol=2e-6)
     same = kvattn.pallas.decode_attention(jnp.asarray(q, jnp.bfloat16), k, v, LENGTHS[:, 0], implementation="reference")
     assert same.dtype == jnp.bfloat16 and same.shape == (B, N, HV)
+
+
+def test_a_page_that_is_not_there_under_jit():
+    """Its row is empty, the others are what they are; behind the last token a table may say anything."""
+    q, k, v, *_ = stored("float32")
+    good = call(True, implementation="reference")(q, pools(k), pools(v), LENGTHS, TABLE)
+    for page in (-1, B * S // R, 2**30):
+        table = TABLE.copy()
+        table[0, 2] = table[1, 2] = page  # row 1 has no token there
+        for got, same in zip(
+            call(True, implementation="reference")(q, pools(k), pools(v), LENGTHS, table), good, strict=True
+        ):
+            np.testing.assert_array_equal(got[1:], same[1:])
+            np.testing.assert_array_equal(got[0], -np.inf if got.ndim == 2 else 0)

@@ -118,7 +118,7 @@ def test_a_pool_of_40000_pages():
 
 
 def test_which_tiles_are_needed_and_which_are_full():
-    """Slot by slot: a window that begins with a tile's last slot, a tile that lacks its last token, heads that differ."""
+    """Slot by slot: a window begins with a tile's last slot, a tile lacks its last token, heads differ."""
     rows, slots = 4, 16
     cache = filled([16, 0, 7], slots, 1, 64)
     positions = np.stack([np.arange(slots)] * 6).reshape(3, 2, slots)

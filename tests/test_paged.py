@@ -219,7 +219,7 @@ def with_any_content(cache, seed=0):
 
 @pytest.mark.parametrize("codec", [None, CODECS[3], CODECS[4]], ids=lambda c: type(c).__name__)
 def test_copies_and_selections_take_everything_along(codec):
-    """Keys, values, scales and minima: pages are copied, what rows have outside pages is selected, nothing else moves."""
+    """Keys, values, scales and minima: pages are copied, what lies outside pages is selected, nothing else moves."""
     cache = with_any_content(make(codec=codec).with_tables(scattered(), [0] * B))
     cache = dataclasses.replace(cache, lengths=jnp.asarray([9, 3, 17], jnp.int32), status=jnp.asarray([0, 4, 0]))
     copied, picked, rows = cache.copy_pages([3, -1, 5], [7, 1, 2]), cache.select([2, 0, 2, 1]), np.asarray([2, 0, 2, 1])
@@ -345,6 +345,8 @@ def _():
     start = paged(dtype=jnp.float32).with_tables([[0, 3], [1, 2]], [0, 0])
     _, start = step()(*new_tokens(3, 0, batch=2), start)
     after = jax.jit(lambda c, rows: c.select(rows))(start, np.asarray([1, 7]))
+    with pytest.raises(errors.RangeError, match=r"rows \[1\].*row number"):
+        after.check()
     _, after = step()(*new_tokens(1, 1, batch=2), after)
     assert after.lengths.tolist() == [4, 0]
     assert_same_bits(after.keys["data"][:, 0], start.keys["data"][:, 0], "the page of row 0")

@@ -39,7 +39,8 @@ QUICK = (
     ("streaming", MQA, "sequence", "explicit", (2, 4)),
     ("h2o", GQA, "sequence", "auto", (8,)),
     ("h2o in blocks", GQA, "sequence", "auto", (8,)),
-    ("full", MQA, "batch", "auto", (8,)),
+    ("full in blocks", GQA, "sequence", "auto", (8,)),
+    ("full in blocks", MQA, "batch", "auto", (8,)),
 )
 ALL = [
     (name, num_kv_heads, by, kind, (8,))

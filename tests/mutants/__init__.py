@@ -6,7 +6,9 @@ is changed there, and the tests nearest to it are run. The working tree is never
 
 import ast
 import dataclasses
+import functools
 import pathlib
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -61,37 +63,40 @@ def planted(source: str, fault: Fault) -> str:
     Raises:
         DoesNotApplyError: no such function; the text is not in it, or more than once; nothing is changed by it.
     """
-    first, last = _lines(source, fault)
+    places = functions(source).get(fault.function, [])
+    if len(places) != 1:
+        raise DoesNotApplyError(f"{fault}: {len(places)} functions of that name in kvattn/{fault.file}, not one.")
+    first, last = places[0]
     lines = source.splitlines(keepends=True)
     before, text, after = "".join(lines[:first]), "".join(lines[first:last]), "".join(lines[last:])
     if (count := text.count(fault.old)) != 1:
         raise DoesNotApplyError(f"{fault}: the text occurs {count} times in the function, not once.")
-    changed = before + text.replace(fault.old, fault.new) + after
+    changed = text.replace(fault.old, fault.new)
     try:
-        same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
+        same = _program(changed) == _program(text)
     except SyntaxError as error:
         raise DoesNotApplyError(f"{fault}: the result is no Python: {error}.") from error
     if same:
         raise DoesNotApplyError(f"{fault}: the program is the same with it.")
-    return changed
+    return before + changed + after
 
 
-def _lines(source: str, fault: Fault) -> tuple[int, int]:
-    """First line and end of the function, counted from 0."""
-    if not fault.function:
-        return 0, len(source.splitlines())
-    found = []
+@functools.cache
+def functions(source: str) -> dict[str, list[tuple[int, int]]]:
+    """First line and end, counted from 0, of every function and class by dotted name; "" is the module."""
+    found = {"": [(0, len(source.splitlines()))]}
 
     def look(node: ast.AST, names: tuple[str, ...]) -> None:
         for child in ast.iter_child_nodes(node):
             inner = names
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 inner = (*names, child.name)
-                if ".".join(inner) == fault.function:
-                    found.append(child)
+                found.setdefault(".".join(inner), []).append((child.lineno - 1, child.end_lineno or 0))
             look(child, inner)
 
     look(ast.parse(source), ())
-    if len(found) != 1:
-        raise DoesNotApplyError(f"{fault}: {len(found)} functions of that name in kvattn/{fault.file}, not one.")
-    return found[0].lineno - 1, found[0].end_lineno
+    return found
+
+
+def _program(text: str) -> str:
+    return ast.dump(ast.parse(textwrap.dedent(text)))

@@ -35,7 +35,7 @@ from mutants.faults import FAULTS
 
 STATE = ROOT / ".cache" / "mutants"
 COPIED = ("kvattn", "tests", "examples", "benchmarks", "docs")
-STAGES = (("quick", ["-m", "not slow"]), ("slow", ["-m", "slow"]))
+STAGES = {"quick": ["-m", "not slow"], "slow": ["-m", "slow"]}
 SECONDS = {"quick": 300, "slow": 900}
 """How long the tests of a fault may take before it counts as killed."""
 PYTEST = ["-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
@@ -99,23 +99,25 @@ class Copy:
         source = path.read_text()
         path.write_text(planted(source, fault))
         try:
-            for stage, options in STAGES:
+            for stage, options in STAGES.items():
                 status, output = self.run([*PYTEST, *options, *tests], SECONDS[stage])
                 if status is None:
                     return {"stage": stage, "test": "(did not end)"}
                 if status in (PASSED, NO_TESTS):
                     continue
                 if status in (FAILED, INTERRUPTED) or status < 0 or status > 128:
-                    seen = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", output, re.MULTILINE)
+                    seen = re.search(
+                        r"^(?:FAILED|ERROR) (\S+?\.py(?:::\w+(?:\[.*?\])?)?)(?= - |$)", output, re.MULTILINE
+                    )
                     return {"stage": stage, "test": seen[1] if seen else f"(ended with {status})"}
                 raise RuntimeError(f"pytest ended with {status} for {fault}:\n{output[-2000:]}")
             return {"stage": "survived", "test": ""}
         finally:
             path.write_text(source)
 
-    def control(self, tests: list[str], stage: int) -> str:
-        """The test that fails without any fault; "": none does."""
-        status, output = self.run([*PYTEST, *STAGES[stage][1], *tests], 3600)
+    def control(self, tests: list[str], stage: str) -> str:
+        """What is said of a test that fails without any fault; "": none does."""
+        status, output = self.run([*PYTEST, *STAGES[stage], *tests], 3600)
         return "" if status in (PASSED, NO_TESTS) else output[-2000:] or f"ended with {status}"
 
 
@@ -191,8 +193,8 @@ def check_controls(faults: list[Fault], results: Results) -> None:
             killers[result["stage"]].add(result["test"])
     with tempfile.TemporaryDirectory(dir=STATE, ignore_cleanup_errors=True) as folder:
         copy = Copy(pathlib.Path(folder) / "control")
-        for i, (stage, tests) in enumerate(killers.items()):
-            if tests and (failure := copy.control(sorted(tests), i)):
+        for stage, tests in killers.items():
+            if tests and (failure := copy.control(sorted(tests), stage)):
                 raise SystemExit(f"These tests fail without any fault, so what they killed does not count:\n{failure}")
 
 

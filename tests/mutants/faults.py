@@ -18,29 +18,17 @@ FAULTS: list[Fault] = [
         """,
         ("_copied", "values={name: copy(name, x) for name, x in cache.values.items()}", "values=cache.values"),
         ("_copied", "keys={name: copy(name, x) for name, x in cache.keys.items()}", "keys=cache.keys"),
-        ("_copied", "jnp.take(pool, sources, axis=1", "jnp.take(pool, targets, axis=1"),
-        ("_copied", 'if name == "residual"', 'if name != "data"'),
         ("_selected", "values=of_rows(cache.values)", "values=cache.values"),
         ("_selected", "keys=of_rows(cache.keys)", "keys=cache.keys"),
-        ("_selected", "jnp.take(cache.page_table, rows, axis=0", "jnp.take(cache.page_table, rows * 0, axis=0"),
         ("_selected", "jnp.take(cache.lengths, rows", "jnp.take(cache.lengths, rows[::-1]"),
         ("_selected", "jnp.take(cache.status, rows", "jnp.take(cache.status, rows * 0"),
         ("_selected", "bits.BAD_COUNT", "0", "test_paged.py::test_copies_and_selections_take_everything_along"),
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
         ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, self.num_pages", "jnp.where(skipped | bad, 0"),
         ("PagedKVCache.with_tables", "room = width * self.page_size", "room = width * self.page_size + 1"),
-        ("PagedKVCache.with_tables", "jnp.where(bad_count | lost, 0, lengths)", "lengths"),
         ("PagedKVCache.vouched", "jnp.where(bad, 0, num_new)", "num_new"),
-        ("PagedKVCache.pages_outside", "used = -(-jnp.minimum", "used = (jnp.minimum"),
         ("PagedKVCache.pages_outside", "self.page_table >= end", "self.page_table > end"),
         ("PagedKVCache._refuse_shared_writes", "lengths - window + 1", "lengths - window"),
-        ("PagedKVCache._refuse_shared_writes", "other != row", "other == row"),
-        (
-            "block_layout",
-            "pages = 1 if alone",
-            "pages = 2 if alone",
-            "test_paged.py::test_every_codec_as_in_a_contiguous_cache",
-        ),
     ),
     *group(
         "cache/pages.py",
@@ -59,13 +47,10 @@ FAULTS: list[Fault] = [
         ),
         ("Pages._page", "page >= 0", "page > 0"),
         ("Pages._page", "pool.shape[1])", "pool.shape[1] - 1)"),
-        ("Pages._page", "wanted & (page >= 0)", "page >= 0"),
         ("Pages.put", "index < self.table.shape[1]", "index <= self.table.shape[1]"),
         ("Pages.put", "new.swapaxes(0, 1)", "new.swapaxes(0, 1)[:, :, ::-1]"),
         ("Pages.write", "slots < self.num_slots", "slots <= self.num_slots"),
-        ("Pages.write", "row = slots % self.page_size", "row = slots % self.page_size * 0"),
         ("Pages.write", "slots >= 0", "slots > 0"),
-        ("Pages.from_blocks", "x.swapaxes(2, 3) if transposed else x", "x"),
         ("Pages._gather", "x.transpose(1, 0, 3, 2, 4)", "x.transpose(1, 0, 2, 3, 4)"),
     ),
     *group(
@@ -86,13 +71,9 @@ FAULTS: list[Fault] = [
             'x.swapaxes(1, 2).astype(blocks.dtype), mode="clip")',
         ),
         ("Layout.write", "slots // self.rows)", "slots // self.rows * 0)"),
-        ("Layout.write", "slots % self.rows", "(slots + 1) % self.rows"),
         ("Layout.write", "k = jnp.arange(heads, dtype=jnp.int32)", "k = 0 * jnp.arange(heads, dtype=jnp.int32)"),
         ("Layout.put", 'mode="drop"', 'mode="clip"'),
-        ("Layout.put", "new.swapaxes(1, 2)", "new.swapaxes(1, 2)[:, ::-1]"),
         ("Layout.take", "blocks, i, 0", "blocks, 0 * i, 0"),
-        ("Layout.to_blocks", "x.transpose(2, 0, 1, 4, 3)", "x[:, :, ::-1].transpose(2, 0, 1, 4, 3)"),
-        ("Layout.from_blocks", ": self.num_slots]", ":]"),
         ("Layout.divided", "// (unit * parts)) * unit * parts", "// (unit * parts)) * unit"),
         ("Layout.num_blocks", "-(-self.num_slots // self.rows)", "self.num_slots // self.rows"),
     ),
@@ -104,7 +85,6 @@ FAULTS: list[Fault] = [
         test_verbs.py::test_cross_attention
         """,
         ("_selected", "values=jax.tree.map(take(1), cache.values)", "values=cache.values"),
-        ("_selected", "keys=jax.tree.map(take(1), cache.keys)", "keys=cache.keys"),
         (
             "_selected",
             "jnp.where(known, take(0)(cache.lengths), 0)",
@@ -153,12 +133,6 @@ FAULTS: list[Fault] = [
         ("Cache.trim", "lengths=self.lengths - num_tokens", "lengths=self.lengths - num_tokens - (num_tokens > 0)"),
         (
             "Cache.trim",
-            "num_tokens <= self.lengths",
-            "num_tokens < self.lengths",
-            "test_verbs.py::test_trim_everything",
-        ),
-        (
-            "Cache.trim",
             "jnp.where(in_range & there, num_tokens, 0)",
             "jnp.where(in_range, num_tokens, 0)",
             "test_policies.py::test_trim_needs_what_has_left",
@@ -175,7 +149,6 @@ FAULTS: list[Fault] = [
             "self.status",
             "test_verbs.py::test_reset_clears_the_record",
         ),
-        ("Cache.reset", "jnp.where(rows, 0, self.lengths)", "jnp.where(rows, self.lengths, 0)"),
         (
             "Cache.forgotten",
             "jnp.where(rows.reshape",
@@ -190,7 +163,6 @@ FAULTS: list[Fault] = [
             "test_sharding.py::test_a_token_that_cannot_be_encoded_is_marked_once",
         ),
         ("Cache.advance", "bits.mark(self.status, too_many, bits.OVERFLOW)", "self.status"),
-        ("Cache.advance", "lengths=self.lengths + num_new", "lengths=self.lengths + 1 + 0 * num_new"),
         (
             "known_rows",
             "rows < batch_size)",
@@ -252,18 +224,11 @@ FAULTS: list[Fault] = [
         ("KIVI.block", "counts - self.residual", "counts - self.residual - 1"),
         ("KIVI.block", "position < counts", "position <= counts", "", "the mask hides what lies behind the last token"),
         ("KIVI.write", "t >= count[:, None] - self.residual", "t > count[:, None] - self.residual"),
-        ("KIVI.write", "slots % self.residual, -1)", "slots % self.residual, 0)"),
         ("KIVI._append_keys", "(start + count) // size", "(start + count - 1) // size"),
         ("KIVI._append_keys", "position < start[:, None]", "position <= start[:, None]"),
         ("KIVI._append_keys", "index < end[:, None], index, layout.num_blocks", "index < end[:, None], index, 0"),
-        ("KIVI._append_keys", "position % size", "(position + 1) % size"),
         ("KIVI._append_values", "start[:, None] - size + t", "start[:, None] - size + t + 1"),
         ("KIVI._append_values", "leaving >= 0", "leaving > 0"),
-        (
-            "KIVI._append_values",
-            '"minimum": layout.write(store["minimum"], slots, encoded["minimum"]',
-            '"minimum": layout.write(store["minimum"], slots, encoded["scale"]',
-        ),
         (
             "KIVI.mix",
             "coded = filled & ~exact",
@@ -271,17 +236,11 @@ FAULTS: list[Fault] = [
             "test_codecs.py::test_tokens_are_those_that_were_given",
         ),
         ("KIVI.scores", "jnp.where(exact, raw, coded)", "jnp.where(exact, coded, raw)"),
-        ("KIVI._coded_scores", "total + jnp.repeat(lows", "total - jnp.repeat(lows"),
         (
             "KIVI.can_trim",
             "lengths < self.residual",
             "lengths <= self.residual",
             "test_codecs.py::test_kivi_trims_only_what_it_has_as_it_was",
-        ),
-        (
-            "KIVI._decode_block",
-            "grouped.dequantise(codes, scale, minimum, self.group_size).swapaxes(-1, -2)",
-            "grouped.dequantise(codes, minimum, scale, self.group_size).swapaxes(-1, -2)",
         ),
     ),
     *group(
@@ -292,8 +251,6 @@ FAULTS: list[Fault] = [
         """,
         ("Int4.mix", "jnp.where(filled[:, :, None], values[n], jnp.uint16(0))", "values[n]"),
         ("Int4.mix", 'values["data"], scale, minimum', 'values["data"], minimum, scale'),
-        ("Int4.decode", 'encoded["scale"], encoded["minimum"]', 'encoded["minimum"], encoded["scale"]'),
-        ("Int4.scores", 'keys["scale"], keys["minimum"]', 'keys["minimum"], keys["scale"]'),
     ),
     *group(
         "codecs/grouped.py",
@@ -306,10 +263,8 @@ FAULTS: list[Fault] = [
         """,
         ("quantise", "top = 2**bits - 1", "top = 2**bits"),
         ("quantise", 'mode="edge"', 'mode="constant"'),
-        ("quantise", "jnp.round(codes)", "jnp.floor(codes)"),
         ("pack_pair", "_round(low, dtype, -1)", "_round(low, dtype, 1)"),
         ("pack_pair", "jnp.maximum(step, 0), dtype, 1", "jnp.maximum(step, 0), dtype, -1"),
-        ("pack_pair", "np.float32(2 / top)", "np.float32(2 / (top + 1))"),
         ("pack_pair", "largest > LARGE", "largest > 1e9"),
         (
             "pack_pair",
@@ -317,14 +272,10 @@ FAULTS: list[Fault] = [
             "scale",
             "test_codecs.py::test_values_that_are_not_finite",
         ),
-        ("dequantise", "(step * 0.5)", "(step * 0.5) + step * 0.25"),
         ("scores", "mean * low[:, :, group, None]", "mean * low[:, :, 0, None]"),
-        ("scores", "product * step[:, :, group, None]", "product * step[:, :, 0, None]"),
         ("mix", "weights = probs * step[:, :, group, None]", "weights = probs * step[:, :, 0, None]"),
-        ("mix", "offsets[..., group, None]", "offsets[..., 0, None]"),
         ("mix", "group = min(group, last)", "group = group % (last + 1)", "", "what lies behind H means nothing"),
         ("plane", "2**bits - 1", "2 ** (bits - 1) - 1"),
-        ("unpack_pair", "_SIGN - 1", "_SIGN - 2"),
     ),
     *group(
         "codecs/scaled.py",
@@ -335,9 +286,7 @@ FAULTS: list[Fault] = [
         """,
         ("mix_scaled", 'jnp.where(filled[:, :, None], values["scale"], 0)', 'values["scale"]'),
         ("mix_scaled", "data = jnp.where(filled[..., None], data, 0)", "data = data + 0"),
-        ("scale_for", "1 / top), SMALLEST", "1 / top), 1e-3"),
         ("scale_for", "jnp.where(jnp.isfinite(largest), scale, jnp.nan)", "scale"),
-        ("scale_for", "SMALLEST, highest)", "SMALLEST, np.inf)"),
     ),
     *group(
         "codecs/int8.py",
@@ -347,9 +296,6 @@ FAULTS: list[Fault] = [
         """,
         ("Int8.encode", "jnp.round(x / scale)", "jnp.floor(x / scale)"),
         ("integer_product", "rest - digits[-1]) * 254", "rest - digits[-1]) * 255"),
-        ("integer_product", "b + c * jnp.float32(1 / 254)", "b - c * jnp.float32(1 / 254)"),
-        ("integer_product", "(a + (b", "(a - (b"),
-        ("Int8.decode", '* encoded["scale"]', "* 1.0"),
         ("Int8.scores", '* keys["scale"]', "* 1.0"),
     ),
     *group(
@@ -361,9 +307,7 @@ FAULTS: list[Fault] = [
         """,
         ("Float8.encode", "jnp.clip(x / scale, -TOP, TOP)", "x / scale"),
         ("widen", "magnitude < 8", "magnitude < 7"),
-        ("widen", "jnp.uint32(0x80)) << 24", "jnp.uint32(0x80)) << 23"),
         ("widen", "2.0**-6", "2.0**-7"),
-        ("Float8.scores", '* keys["scale"]', "* 1.0"),
     ),
     *group(
         "codecs/plain.py",
@@ -375,7 +319,6 @@ FAULTS: list[Fault] = [
         ("Plain.mix", 'jnp.where(filled[..., None], values["data"], 0)', 'values["data"]'),
         ("product", "preferred_element_type=acc", "preferred_element_type=wide"),
         ("widen_float16", "exponent == 31", "exponent == 32", "test_meanings.py::test_codec_suite"),
-        ("widen_float16", "2.0**-24", "2.0**-25"),
     ),
     # Policies ----------------------------------------------------------------------------------------------------
     *group(
@@ -387,14 +330,12 @@ FAULTS: list[Fault] = [
         test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does
         """,
         ("FastGen._share", " + 1e-4", ""),
-        ("FastGen._share", "jnp.floor", "jnp.ceil"),
         (
             "FastGen._choose",
             "share(common, scores - near) + share(there, near)",
             "share(common, scores) + share(there, near)",
         ),
         ("FastGen._choose", "kept >= self.recovery", "kept > 1.1 * self.recovery"),
-        ("FastGen._choose", "kinds == 2, kinds >= 1", "kinds >= 1, kinds >= 1"),
         ("FastGen._choose", "(prompt == 1)[:, None]", "(prompt == 0)[:, None]"),
         (
             "FastGen._choose",
@@ -405,11 +346,8 @@ FAULTS: list[Fault] = [
         ),
         ("FastGen._bound", "positions > (last", "positions >= (last"),
         ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
-        ("FastGen._bound", "choice != FULL", "choice != LOCAL"),
         ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
-        ("FastGen.observe", "jnp.where(choice >= FREQUENT", "jnp.where(choice > FREQUENT"),
         ("FastGen.observe", "state.scores + mass, state.scores", "state.scores, state.scores"),
-        ("FastGen.absorb", "state.scores + kept[..., 0]", "state.scores"),
         (
             "FastGen._kinds",
             "(1, self.punctuation_tokens), (2, self.special_tokens)",
@@ -423,7 +361,6 @@ FAULTS: list[Fault] = [
         test_policies.py::test_h2o_keeps_what_brute_force_keeps
         """,
         ("H2O.observe", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.observe", "state.scores + mass, state.scores", "mass, state.scores"),
         ("H2O.observe", "scored.close_up(state.places, leaves)", "state.places"),
         (
             "H2O.observe",
@@ -433,9 +370,7 @@ FAULTS: list[Fault] = [
             "a token that enters starts without a score again",
         ),
         ("H2O.absorb", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.absorb", "self.num_heavy)", "self.num_heavy + 1)"),
         ("H2O.absorb", "scored.places(positions)", "state.places"),
-        ("H2O.absorb", "move(scores[..., :num_slots], new, 0)", "move(state.scores, new, 0)"),
         (
             "H2O.absorb",
             "<= self.budget",
@@ -459,16 +394,12 @@ FAULTS: list[Fault] = [
         test_policies.py::test_of_equal_scores_the_lowest_position_leaves
         """,
         ("Scissorhands.observe", "count.astype(mass.dtype) >= 1)", "count.astype(mass.dtype) > 1.2)"),
-        ("Scissorhands.observe", "lengths % self.history", "lengths % (self.history + 1)"),
         ("Scissorhands.observe", "over = count > self.budget", "over = count >= self.budget"),
         ("Scissorhands.observe", "(old & ~bit) |", "old |"),
         ("Scissorhands.measure", "lengths[:, None] + 1)", "lengths[:, None])"),
-        ("Scissorhands.measure", "kv <= q", "kv < q"),
         ("Scissorhands.absorb", "> self.budget, keep, there", "> self.budget + 1, keep, there"),
         ("Scissorhands.absorb", "scored.places(positions)", "state.places"),
-        ("Scissorhands._survivors", "self.budget + 1 - self.num_dropped", "self.budget - self.num_dropped"),
         ("Scissorhands._survivors", "last - self.num_protected", "last - self.num_protected + 1"),
-        ("Scissorhands.num_dropped", "self.budget // 2", "self.budget // 3"),
         ("Scissorhands._record", "(low & ~over_written) |", "low |"),
         (
             "Scissorhands._counts",
@@ -476,7 +407,6 @@ FAULTS: list[Fault] = [
             "jnp.maximum(count, bits(byte))",
             "test_policies.py::test_counts_of_records",
         ),
-        ("Scissorhands.enter", "jnp.uint8(0), mode", "jnp.uint8(255), mode"),
     ),
     *group(
         "policies/scored.py",
@@ -487,17 +417,11 @@ FAULTS: list[Fault] = [
         test_policies.py::test_h2o_keeps_what_brute_force_keeps
         """,
         ("_earlier", "one[1] <= other[1]", "one[1] >= other[1]"),
-        ("_earlier", "one[0] < other[0]", "one[0] > other[0]"),
         ("first", "jnp.where(jnp.isnan(scores), -jnp.inf", "jnp.where(jnp.isnan(scores), jnp.inf"),
-        ("first", "rest[..., 16 * lanes :]", "rest[..., 16 * lanes + 1 :]"),
-        ("best", "scores.shape[-1] - count", "scores.shape[-1] - count - 1"),
         ("best", "jnp.where(candidates, positions, EMPTY)", "jnp.where(candidates, -positions, EMPTY)"),
         ("settle", "jnp.argsort(keep, axis=-1, stable=True)", "jnp.argsort(~keep, axis=-1, stable=True)"),
-        ("settle", "jnp.where(where < 0, num_slots, where)", "jnp.where(where < 0, 0, where)"),
         ("close_up", "places > gap, places - 1", "places >= gap, places - 1"),
         ("enter_last", "axis=-1) + 1", "axis=-1)"),
-        ("enter", "jnp.where(index == slots, new", "jnp.where(index >= slots, new"),
-        ("chunk_positions", "lengths[:, None] + t, EMPTY", "lengths[:, None] + t + 1, EMPTY"),
     ),
     *group(
         "policies/streaming.py",
@@ -507,17 +431,14 @@ FAULTS: list[Fault] = [
         test_smaller_caches.py::test_smaller_caches
         """,
         ("StreamingLLM.sink_positions", "num_sinks + window - 1", "num_sinks + window"),
-        ("StreamingLLM.place", "position < num_sinks, position,", "position <= num_sinks, position,"),
         ("StreamingLLM.place", "num_new[:, None] - window", "num_new[:, None] - window + 1"),
         ("StreamingLLM.positions", "slot <= last, slot, EMPTY", "slot < last, slot, EMPTY"),
-        ("StreamingLLM.positions", "(last - slot) % window", "(last - slot) % (window + 1)"),
         (
             "StreamingLLM.can_trim",
             "lengths <= num_slots",
             "lengths >= 0",
             "test_policies.py::test_trim_needs_what_has_left",
         ),
-        ("StreamingLLM.num_slots", "self.num_sinks + self.window", "self.num_sinks + self.window - 1"),
     ),
     *group(
         "policies/window.py",
@@ -526,7 +447,6 @@ FAULTS: list[Fault] = [
         test_verbs.py::test_trim_ring_after_it_wrapped
         """,
         ("SlidingWindow.place", "num_new[:, None] - num_slots", "num_new[:, None] - num_slots + 1"),
-        ("SlidingWindow.place", "% num_slots, NOWHERE", "% num_slots, 0"),
         ("SlidingWindow.positions", "position >= 0", "position > 0"),
         ("SlidingWindow.kept", "jnp.minimum(lengths, num_slots)", "lengths", "test_meanings.py::test_policy_suite"),
         (
@@ -535,13 +455,11 @@ FAULTS: list[Fault] = [
             "lengths < num_slots",
             "test_verbs.py::test_trim_ring_before_it_wraps",
         ),
-        ("SlidingWindow.fits", "num_slots < self.window", "num_slots <= self.window"),
     ),
     *group(
         "policies/base.py",
         "test_verbs.py::test_trim\ntest_meanings.py::test_overflow",
         ("Policy.fits", "<= num_slots", "< num_slots"),
-        ("Policy.place", "lengths[:, None] + t, NOWHERE", "lengths[:, None] + t, 0"),
         ("Policy.positions", "slot < lengths[:, None]", "slot <= lengths[:, None]"),
     ),
     # Attention ---------------------------------------------------------------------------------------------------
@@ -549,8 +467,6 @@ FAULTS: list[Fault] = [
         "masks.py",
         "test_meanings.py::test_mask_rule",
         ("Mask.between", "kv > first - self.window", "kv >= first - self.window"),
-        ("Mask.between", "kv <= last", "kv < last"),
-        ("Mask.between", "kv < self.num_sinks", "kv <= self.num_sinks"),
         (
             "Mask.between",
             "kv > first - self.reach",
@@ -568,13 +484,12 @@ FAULTS: list[Fault] = [
             "jnp.max(jnp.where(real, q_positions, EMPTY)",
             "jnp.min(jnp.where(real, q_positions, EMPTY)",
         ),
-        ("Mask.reachable", "q_positions >= 0", "q_positions > 0"),
         (
             "Mask.narrowed",
             "window <= self.window",
             "window < self.window",
             "",
-            "of equal windows the call's hides the sinks only where no query reaches them: the policy's tokens stand closer",
+            "of two equal windows either hides the same: all but the last tokens, sinks too",
         ),
         (
             "Mask.narrowed",
@@ -591,7 +506,6 @@ FAULTS: list[Fault] = [
             "kv_positions[:, :, None, None, :] - q_positions",
             "kv_positions[:, :, None, None, :] + 1 - q_positions",
         ),
-        ("adjust", "jnp.tanh(scores / request.softcap) * request.softcap", "jnp.tanh(scores / request.softcap)"),
         ("ungrouped", "(0, 3, 1, 2,", "(0, 3, 2, 1,"),
         (
             "rotated",
@@ -621,7 +535,6 @@ FAULTS: list[Fault] = [
             "given",
             "test_bad_input.py",
         ),
-        ("_shift_left", "+ by[:, None]", "- by[:, None]"),
         ("_cross", "t < given[:, None]", "t <= given[:, None]", "test_verbs.py::test_cross_attention"),
         ("_cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
         ("_count", "axis=(1, 2)) + 1", "axis=(1, 2))"),
@@ -645,26 +558,17 @@ FAULTS: list[Fault] = [
             "lengths=lengths, state=seen",
             "test_policies.py::test_output_is_attention_over_the_kept_tokens",
         ),
-        (
-            "_attend_all",
-            "lse = add_sinks(out, lse, sinks)",
-            "lse = add_sinks(out, lse, -sinks)",
-            "test_meanings.py::test_rules_of_a_call",
-        ),
     ),
     *group(
         "attend/on_arrays.py",
         "test_arrays.py",
         ("_attend", "1 / math.sqrt(head_dim)", "1 / head_dim"),
         ("_attend", "view.layout.num_slots - 1, jnp.int32)", "view.layout.num_slots, jnp.int32)"),
-        ("_attend", "add_sinks(out, lse, sinks)", "add_sinks(out, lse, sinks * 0)"),
         ("decode_attention", 'else {"scale": v_scales[None', 'else {"scale": k_scales[None'),
         ("paged_decode_attention", 'else {"scale": v_scales[:, :, None]}', 'else {"scale": k_scales[:, :, None]}'),
         ("decode_attention", "_starts(starts, batch)", "_starts(starts, batch) + 1"),
-        ("decode_attention", "value_head_dim=v.shape[3]", "value_head_dim=features"),
         ("_positions", "slot + slots - lengths", "slot"),
         ("_positions", "slot < lengths,", "slot <= lengths,"),
-        ("_Pair._of", 'role == "keys"', 'role != "keys"', "test_compat.py::test_pages_of_two_dtypes"),
         ("_Pair.mix", "self.of_values.mix", "self.of_keys.mix", "test_compat.py::test_pages_of_two_dtypes"),
         (
             "paged_decode_attention",
@@ -683,7 +587,6 @@ FAULTS: list[Fault] = [
         ("attend", "request.positions, -1)", "request.positions)"),
         ("attend", "jnp.sum(mass, axis=0)", "mass[0]"),
         ("_query_block", "total * keep + jnp.sum(weights, axis=-1)", "total + jnp.sum(weights, axis=-1)"),
-        ("_query_block", "out * keep[..., None] + mixed", "out + mixed"),
         ("_query_block", "jnp.log(total) + top", "jnp.log(total) - top"),
         (
             "measure",
@@ -697,7 +600,6 @@ FAULTS: list[Fault] = [
     *group(
         "attend/state.py",
         "test_verbs.py::test_merge_is_attention_over_the_union\ntest_verbs.py::test_merge_with_nothing\ntest_meanings.py::test_rules_of_a_call",
-        ("merge_states", "_weighted(out_b, weight_b * share, acc)", "_weighted(out_b, weight_a * share, acc)"),
         (
             "merge_states",
             "jnp.maximum(lse_a, lse_b)",
@@ -705,12 +607,11 @@ FAULTS: list[Fault] = [
             "test_verbs.py::test_merge_far_apart_and_dtypes",
         ),
         ("_weighted", "jnp.where(weight == 0, 0, out.astype(acc))", "out.astype(acc)"),
-        ("add_sinks", "jnp.exp(lse - with_sink)", "jnp.exp(with_sink - lse)"),
     ),
     *group(
         "attend/reference.py",
         "test_meanings.py::test_logsumexp\ntest_meanings.py::test_empty_rows\ntest_policies.py::test_h2o_by_the_reference",
-        ("attend", "jnp.where(empty, 1, total)", "jnp.where(empty, 1, total) * 1.001"),
+        ("attend", "jnp.log(jnp.where(empty, 1, total)) + top", "jnp.log(jnp.where(empty, 1, total)) - top"),
         ("attend", "jnp.sum(jnp.mean(probs, axis=2), axis=2)", "jnp.sum(jnp.max(probs, axis=2), axis=2)"),
         (
             "attend",
@@ -726,7 +627,6 @@ FAULTS: list[Fault] = [
         test_blocks.py::test_which_tiles_are_needed_and_which_are_full
         test_blocks.py::test_a_pool_of_40000_pages
         test_tpu_kernels.py::test_only_tiles_that_hold_something_are_read
-        test_gpu_kernels.py::test_a_window_that_begins_with_a_tiles_last_slot
         """,
         ("near_and_filled", "cut(request.reached(positions))", "cut(request.reached(positions))[..., :-1]"),
         ("near_and_filled", "cut(positions >= 0)", "cut(positions >= 0)[..., :-1]"),
@@ -735,15 +635,8 @@ FAULTS: list[Fault] = [
             "jnp.all(cut(positions >= 0), axis=(1, 3))",
             "jnp.all(cut(positions >= 0), axis=3).any(axis=1)",
         ),
-        ("near_and_filled", "axis=(1, 3))\n", "axis=3)[:, 0]\n"),
         ("pages_of", "page = table[chosen.row[:, None]", "page = table.astype(jnp.int16)[chosen.row[:, None]"),
-        (
-            "pages_of",
-            "page < num_pages",
-            "page <= num_pages",
-            "test_gpu_kernels.py::test_a_page_that_is_not_there",
-            "the page past the last is cut off by the fetch, and its slots are empty",
-        ),
+        ("pages_of", "page < num_pages", "page <= num_pages"),
         (
             "pages_of",
             "column < width",
@@ -751,21 +644,17 @@ FAULTS: list[Fault] = [
             "",
             "the column is clamped to the last one, which is fetched once more",
         ),
-        ("plan", "near | (first & ~jnp.any", "near & (first | ~jnp.any"),
     ),
     *group(
         "pallas/shares.py",
         "test_gpu_kernels.py::test_work_is_shared_out_evenly\ntest_gpu_kernels.py::test_a_window_costs_a_window",
         ("survey", "hole + end - after", "hole + end - after - (end > 1)"),
-        ("survey", "(t > 0) & near", "near"),
         ("Counts.before", "self.index < row", "self.index <= row"),
-        ("Counts.locate", "rest - self.before(row)", "rest - self.before(row) + 1"),
         (
             "Counts.of_segment",
             "lax.div(begin + own - 1, self.share) - first + 1",
             "lax.div(begin + own, self.share) - first + 1",
         ),
-        ("Counts.of_program", "low + self.share", "low + self.share + 1"),
     ),
     *group(
         "pallas/gpu_body.py",
@@ -775,25 +664,19 @@ FAULTS: list[Fault] = [
         ("fetch", "lax.rem(start, size), part)", "lax.rem(start, size) * 0, part)", "test_gpu_kernels.py::test_values"),
         ("fetch", "lax.div(start + n * size, size)", "lax.div(start, size)"),
         ("Walk.each", "jnp.where(j < hole, j, after + j - hole)", "jnp.where(j <= hole, j, after + j - hole)"),
-        ("Walk.each", "jnp.where(segment == self.first, self.start, 0)", "jnp.where(segment == self.first, 0, 0)"),
         ("compute", "acc * spread(keep, acc.shape)", "acc"),
-        ("compute", "total * keep", "total"),
         ("compute", "state = segment + program", "state = segment + 0 * program"),
-        ("Columns.adjusted", "spread(self.slopes, shape) * (kv - at)", "spread(self.slopes, shape) * (at - kv)"),
-        ("Columns.adjusted", "tanh(scores * (1 / spec.softcap)) * spec.softcap", "tanh(scores * (1 / spec.softcap))"),
     ),
     *group(
         "pallas/gpu_merge.py",
         "test_gpu_kernels.py::test_several",
         ("merge", "lax.div(count + (AT_ONCE - 1), AT_ONCE)", "lax.min(count, 1)"),
-        ("merge", "l * keep, acc * spread(keep, acc.shape)", "l, acc"),
         ("merge", "i * AT_ONCE + n", "i * AT_ONCE + 0 * n"),
         ("merge", "jnp.where(index < count, 0.0, -jnp.inf)", "jnp.where(index < count, 0.0, 0.0)"),
     ),
     *group(
         "pallas/gpu_tile.py",
         "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_planted_faults",
-        ("products", 'load("k_scale", 0), shape, 0)', 'load("k_scale", 0) * 0 + 0.01, shape, 0)'),
         (
             "products",
             "spread(sums, shape) * spread(minimum, shape, 0)",
@@ -801,7 +684,6 @@ FAULTS: list[Fault] = [
         ),
         ("mix", "jnp.where(filled, scale, 0.0)", "scale"),
         ("planes", "(first + width) // group_size", "first // group_size"),
-        ("planes", "1 / 16", "1 / 8"),
         ("repack", "minimum, plane.shape, 0)", "scale, plane.shape, 0)"),
         ("split", "x = x - piece.astype(F32)", "x = piece.astype(F32)"),
     ),
@@ -809,8 +691,6 @@ FAULTS: list[Fault] = [
         "pallas/gpu_decode.py",
         "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_what_it_does_not_do_is_said",
         ("attend", "axis=(2, 4)) / group", "axis=(2, 4))"),
-        ("attend", "[..., : view.value_head_dim]", "[..., : view.value_head_dim] * 2"),
-        ("_split", "rest - piece", "rest"),
         ("_sums", "jnp.sum(query.astype(jnp.float32), axis=0)", "query[0].astype(jnp.float32)"),
         ("_paging", "size % 8 or", "size % 16 or", "test_gpu_kernels.py::test_copies_land_on_aligned_addresses"),
     ),
@@ -822,13 +702,10 @@ FAULTS: list[Fault] = [
         test_tpu_kernels.py::test_planted_faults
         """,
         ("_body", "total[k] * keep", "total[k]"),
-        ("_body", "acc[k] * keep", "acc[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
-        ("_body", "(i == 0) | (row[jnp.maximum(i - 1, 0)] != here)", "i == 0"),
         ("_body", "rest[n * per_tile : (n + 1) * per_tile]", "rest[n * per_tile : n * per_tile + 1] * per_tile"),
         ("_page_spec", "i * per_tile + part", "i * per_tile"),
-        ("attend", "axis=2)[..., : view.layout.num_slots] / group", "axis=2)[..., : view.layout.num_slots]"),
     ),
     *group(
         "pallas/tpu_read.py",
@@ -840,15 +717,8 @@ FAULTS: list[Fault] = [
         ("Store._grouped_scores", "(low - self._offset * step)", "(low + self._offset * step)"),
         ("Store._grouped_mix", "probs * low - self._offset", "probs * step - self._offset"),
         ("Store._grouped_mix", "jnp.where(filled, x, 0.0)", "x"),
-        ("Store._grouped_mix", "// codec.group_size", "// (codec.group_size * 2)"),
         ("Store.mix", "jnp.where(filled, factor, 0.0)", "factor"),
         ("Store.mix", "jnp.where(filled, values.astype(jnp.float32), 0.0)", "values.astype(jnp.float32)"),
-        (
-            "Store.scores",
-            'self._row("scale", k) * scale',
-            'self._row("scale", 0) * scale',
-            "test_tpu_kernels.py::test_values",
-        ),
     ),
     *group(
         "pallas/tpu_append.py",
@@ -861,9 +731,7 @@ FAULTS: list[Fault] = [
         ("_in_rows", "% slots.shape[1]", "% 1"),
         ("_in_rows", "at % size, -1)", "at % size, 0)"),
         ("_in_pages", "page[stand]", "page"),
-        ("_in_pages", "at < store.num_slots", "at <= store.num_slots"),
         ("_body", "(major[i] != major[before]) |", ""),
-        ("_body", "(tile[i] != tile[before])", "(tile[i] == tile[before])"),
     ),
     # Placement ---------------------------------------------------------------------------------------------------
     *group(
@@ -873,11 +741,9 @@ FAULTS: list[Fault] = [
         test_sharding.py::test_equals_one_device
         """,
         ("Share.write", "slots // store.rows * rows + row % rows", "row % rows"),
-        ("Share.write", "row // rows == jax", "row % self.size == jax"),
         ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
         ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
         ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
-        ("Share.view", "* layout.rows\n", "* layout.rows * 0\n"),
         ("Share.of_chunk", "mine(positions, -1)", "mine(positions)", "test_sharding.py::test_equals_one_device"),
         (
             "Share.joined",
@@ -898,14 +764,11 @@ FAULTS: list[Fault] = [
         "sharding/batch.py",
         "test_sharding.py::test_equals_one_device\ntest_sharding.py::test_an_encoders_cache",
         ("local.call", "split_axis=split, concat_axis=0", "split_axis=0, concat_axis=split"),
-        ("token_specs", "P(place.rows), P(place.rows), P()", "P(place.data), P(place.rows), P()"),
     ),
     *group(
         "sharding/choose.py",
         "test_sharding_placing.py::test_choose",
-        ("_choice", "num_kv_heads % n == 0", "n % num_kv_heads == 0"),
         ("_choice", "batch_size > n and", "batch_size >= n and", "", "a batch of n rows divides, and was taken before"),
-        ("against_heads", "num_kv_heads % n and n % num_kv_heads", "num_kv_heads % n"),
     ),
     # Layers and models -------------------------------------------------------------------------------------------
     *group(
@@ -916,12 +779,9 @@ FAULTS: list[Fault] = [
         test_layers_linen.py::test_positions_mean_the_same_in_flax_cache
         """,
         ("extend", "behind > -window", "behind >= -window"),
-        ("extend", "behind <= 0) & (", "behind < 0) & ("),
         ("extend", "alibi_slopes[:, None, None] * behind", "-alibi_slopes[:, None, None] * behind"),
         ("extend", "taken if input_positions is None", "taken * 0 if input_positions is None"),
-        ("extend", "index <= length - num_tokens", "index < length - num_tokens"),
         ("extend", "full.rotate(rope, key, rotate_at)", "key"),
-        ("positions", "index.astype(jnp.int32) +", "0 * index.astype(jnp.int32) +"),
         ("_write", "jnp.where(fits, new, old)", "new"),
     ),
     *group(
@@ -934,42 +794,22 @@ FAULTS: list[Fault] = [
             "@jax.jit\n    def append",
         ),
         (
-            "_programs.advance",
-            "num_new - 1",
-            "num_new - 2",
-            "test_generate.py::test_chunks_with_policies_and_codecs\ntest_generate.py::test_greedy_is_the_argmax_of_full_passes",
-        ),
-        (
             "_programs.step",
             "rows.num_drawn + 1",
             "rows.num_drawn",
             "test_generate.py::test_drawn_numbers_and_rows_differ",
-        ),
-        (
-            "generate",
-            "longest + max_new_tokens - 1",
-            "longest + max_new_tokens",
-            "test_generate.py::test_learned_positions_are_not_run_past",
         ),
     ),
     *group(
         "models/sampling.py",
         "test_generate.py::test_the_smallest_set_that_reaches_a_weight\ntest_generate.py::test_one_candidate_is_the_greedy_choice",
         ("best_reaching", "tied_before * weights < target", "tied_before * weights <= target"),
-        ("best_reaching", "order > lowest", "order >= lowest"),
         ("best_reaching", ">= target, higher, lowest", "> target, higher, lowest"),
-        ("best_reaching", "dtype=jnp.float32) - 1", "dtype=jnp.float32)"),
         (
             "choose",
             "jax.random.fold_in(jax.random.fold_in(key, row), num_drawn)",
             "jax.random.fold_in(key, num_drawn)",
             "test_generate.py::test_drawn_numbers_and_rows_differ",
-        ),
-        (
-            "choose",
-            "(logits - best) / temperature",
-            "(logits - best) * temperature",
-            "test_generate.py::test_draws_follow_the_filtered_probabilities",
         ),
     ),
     # Positions ---------------------------------------------------------------------------------------------------
@@ -977,21 +817,16 @@ FAULTS: list[Fault] = [
         "positions/rope.py",
         "test_positions.py::test_pairs\ntest_positions.py::test_only_the_distance_counts_however_far\ntest_positions.py::test_matches_transformers",
         ("_turned", "turning[..., 0::2], turning[..., 1::2]", "turning[..., 1::2], turning[..., 0::2]"),
-        ("_turned", "jnp.concatenate([a * cos - b * sin", "jnp.concatenate([a * cos + b * sin"),
-        ("_turned", "x[..., size:]], axis=-1)", "x[..., :size]], axis=-1)"),
         ("_cos_sin", "sin * factor", "sin"),
     ),
     *group(
         "positions/alibi.py",
         "test_positions.py::test_alibi_slopes_are_blooms",
         ("alibi_slopes", "[0::2]", "[1::2]"),
-        ("alibi_slopes", "-8.0 * (i + 1) / n", "-8.0 * i / n"),
     ),
     *group(
         "positions/scaling.py",
         "test_positions.py::test_matches_transformers\ntest_positions.py::test_every_field_of_the_rope_dict_matters",
         ("_yarn", "math.floor(low), math.ceil(high)", "math.ceil(low), math.floor(high)"),
-        ("_llama3", "(1 - kept) * f / factor + kept * f", "kept * f / factor + (1 - kept) * f"),
-        ("dynamic_ratio", "length - original", "length"),
     ),
 ]
