@@ -469,7 +469,7 @@ class Ignored:
 
 @pytest.mark.parametrize(("role", "barrier"), [("compute", "full"), ("fetch", "free")])
 def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
-    """Without a wait one warpgroup overtakes the other: the interpreter sees a race or a barrier out of step."""
+    """Without a wait one warpgroup overtakes the other: the interpreter sees a race."""
     original, wait, arrive = getattr(gpu_body, role), plgpu.barrier_wait, plgpu.barrier_arrive
 
     def faulty(spec, memory, shared, *rest):
@@ -478,10 +478,13 @@ def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
     monkeypatch.setattr(gpu_body, role, faulty)
     monkeypatch.setattr(plgpu, "barrier_wait", lambda ref: None if isinstance(ref, Ignored) else wait(ref))
     monkeypatch.setattr(plgpu, "barrier_arrive", lambda ref: arrive(ref.barrier if isinstance(ref, Ignored) else ref))
-    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
+    try:
         check(request_for(filled([700, 0, 301], 704, 1, 64, dtype=BF16), 2, dtype=BF16))
-        assert "RACE DETECTED" not in capsys.readouterr().out
-    capsys.readouterr()
+        said = ""
+    except Exception as error:
+        said = str(error)
+    # Older versions of JAX print it, and may go on.
+    assert "RACE DETECTED" in said + capsys.readouterr().out
 
 
 def test_planted_faults(monkeypatch):

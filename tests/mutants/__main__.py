@@ -33,7 +33,7 @@ from tqdm import tqdm
 from mutants import ROOT, Fault, planted
 from mutants.faults import FAULTS
 
-STATE = ROOT / ".cache" / "mutants"
+STATE = (ROOT / ".cache").resolve() / "mutants"
 COPIED = ("kvattn", "tests", "examples", "benchmarks", "docs")
 STAGES = {"quick": ["-m", "not slow"], "slow": ["-m", "slow"]}
 SECONDS = {"quick": 300, "slow": 900}
