@@ -59,6 +59,8 @@ class Copy:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self.process: subprocess.Popen | None = None
+        self.is_stopped = False
         for name in COPIED:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in ROOT.iterdir():
@@ -73,7 +75,9 @@ class Copy:
 
     def run(self, arguments: list[str], seconds: float) -> tuple[int | None, str]:
         """Exit status and output of Python; None: it did not end in time."""
-        process = subprocess.Popen(
+        if self.is_stopped:
+            raise InterruptedError("stopped")
+        process = self.process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
             stdout=subprocess.PIPE,
@@ -85,13 +89,25 @@ class Copy:
         )
         try:
             output, _ = process.communicate(timeout=seconds)
+            if self.is_stopped:
+                raise InterruptedError("stopped")
             return process.returncode, output
         except subprocess.TimeoutExpired:
             return None, ""
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            self._end(process)
+
+    def stop(self) -> None:
+        """Ends what runs, from another thread; nothing follows from it."""
+        self.is_stopped = True
+        if self.process is not None:
+            self._end(self.process)
+
+    @staticmethod
+    def _end(process: subprocess.Popen) -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def judge(self, fault: Fault, tests: tuple[str, ...]) -> dict[str, str]:
         """Plants a fault, runs the tests, takes it out again. What saw it: a stage, and the test."""
@@ -159,18 +175,19 @@ def judge_all(faults: list[Fault], results: Results, workers: int) -> None:
     if not todo:
         return
     with tempfile.TemporaryDirectory(dir=STATE, ignore_cleanup_errors=True) as folder:
-        copies = queue.SimpleQueue()
-        for i in range(min(workers, len(todo))):
-            copies.put(Copy(pathlib.Path(folder) / str(i)))
+        free = queue.SimpleQueue()
+        copies = [Copy(pathlib.Path(folder) / str(i)) for i in range(min(workers, len(todo)))]
+        for copy in copies:
+            free.put(copy)
 
         def one(fault: Fault) -> None:
-            copy = copies.get()
+            copy = free.get()
             try:
                 start = time.monotonic()
                 result = copy.judge(fault, fault.tests)
                 results.add(fault, {**result, "seconds": round(time.monotonic() - start, 1)})
             finally:
-                copies.put(copy)
+                free.put(copy)
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(one, fault) for fault in todo]
@@ -181,6 +198,8 @@ def judge_all(faults: list[Fault], results: Results, workers: int) -> None:
                         bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for copy in copies:
+                    copy.stop()
                 raise
 
 
