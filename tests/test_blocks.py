@@ -105,8 +105,10 @@ def test_a_pool_of_40000_pages():
     cache = cache.with_tables([far], [0])
     key, value = jnp.asarray(numbers(2, 1, 4, 1, 2))
     cache = cache.write(jnp.arange(4, dtype=jnp.int32)[None], key, value).replace(lengths=jnp.asarray([4], jnp.int32))
-    for got, given in zip(cache.dense(), (key, value), strict=True):
+    blocks = cache.view().key_block(jnp.int32(0))["data"], cache.view().value_block(jnp.int32(0))["data"]
+    for got, block, given in zip(cache.dense(), blocks, (key, value), strict=True):
         np.testing.assert_array_equal(got[0, 0], given[0, :, 0])
+        np.testing.assert_array_equal(block[0, 0], given[0, :, 0])
     for pool, given in ((cache.keys["data"], key), (cache.values["data"], value)):
         assert np.nonzero(np.asarray(pool).any(axis=(0, 2, 3)))[0].tolist() == sorted(far)
         np.testing.assert_array_equal(pool[0, np.asarray(far), 0], given[0, :, 0])

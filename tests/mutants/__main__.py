@@ -39,6 +39,7 @@ STAGES = {"quick": ["-m", "not slow"], "slow": ["-m", "slow"]}
 SECONDS = {"quick": 300, "slow": 900}
 """How long the tests of a fault may take before it counts as killed."""
 PYTEST = ["-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+ALIVE = ("survived", "not quick")
 PASSED, FAILED, INTERRUPTED, NO_TESTS = 0, 1, 2, 5
 
 
@@ -109,14 +110,14 @@ class Copy:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def judge(self, fault: Fault, tests: tuple[str, ...]) -> dict[str, str]:
-        """Plants a fault, runs the tests, takes it out again. What saw it: a stage, and the test."""
+    def judge(self, fault: Fault, stages: list[str]) -> dict[str, str]:
+        """Plants a fault, runs its tests, takes it out again. What saw it: a stage, and the test."""
         path = self.folder / "kvattn" / fault.file
         source = path.read_text()
         path.write_text(planted(source, fault))
         try:
-            for stage, options in STAGES.items():
-                status, output = self.run([*PYTEST, *options, *tests], SECONDS[stage])
+            for stage in stages:
+                status, output = self.run([*PYTEST, *STAGES[stage], *fault.tests], SECONDS[stage])
                 if status is None:
                     return {"stage": stage, "test": "(did not end)"}
                 if status in (PASSED, NO_TESTS):
@@ -127,7 +128,7 @@ class Copy:
                     )
                     return {"stage": stage, "test": seen[1] if seen else f"(ended with {status})"}
                 raise RuntimeError(f"pytest ended with {status} for {fault}:\n{output[-2000:]}")
-            return {"stage": "survived", "test": ""}
+            return {"stage": "survived" if stages == list(STAGES) else "not quick", "test": ""}
         finally:
             path.write_text(source)
 
@@ -155,6 +156,10 @@ class Results:
                 result = json.loads(line)
                 self.known[result["key"]] = result
 
+    def stage(self, fault: Fault) -> str:
+        """What is known of a fault: "quick", "slow", "survived", "not quick"; "": nothing."""
+        return self.known.get(key(fault), {"stage": ""})["stage"]
+
     def add(self, fault: Fault, result: dict[str, str]) -> None:
         result = {"key": key(fault), "fault": str(fault), **result}
         with self.lock:
@@ -169,9 +174,10 @@ def chosen(words: list[str], sample: int | None, seed: str) -> list[Fault]:
     return random.Random(seed).sample(faults, min(sample, len(faults))) if sample is not None else faults
 
 
-def judge_all(faults: list[Fault], results: Results, workers: int) -> None:
-    """Fills in what is not known yet."""
-    todo = [fault for fault in faults if key(fault) not in results.known]
+def judge_all(faults: list[Fault], results: Results, workers: int, stages: list[str]) -> None:
+    """Fills in what is not known yet; of what quick tests are known not to see, what slow ones do."""
+    unknown = ("",) if stages == ["quick"] else ("", "not quick")
+    todo = [fault for fault in faults if results.stage(fault) in unknown]
     if not todo:
         return
     with tempfile.TemporaryDirectory(dir=STATE, ignore_cleanup_errors=True) as folder:
@@ -184,7 +190,7 @@ def judge_all(faults: list[Fault], results: Results, workers: int) -> None:
             copy = free.get()
             try:
                 start = time.monotonic()
-                result = copy.judge(fault, fault.tests)
+                result = copy.judge(fault, stages)
                 results.add(fault, {**result, "seconds": round(time.monotonic() - start, 1)})
             finally:
                 free.put(copy)
@@ -221,11 +227,11 @@ def report(faults: list[Fault], results: Results) -> bool:
     """Prints what was killed and what survived; whether all is as it must be."""
     stages = {fault: results.known[key(fault)] for fault in faults}
     for fault, result in stages.items():
-        print(f"{result['stage']:>8}  {fault}\n          {result['test'] or fault.equivalent}")
+        print(f"{result['stage']:>9}  {fault}\n          {result['test'] or fault.equivalent}")
     real = [fault for fault in faults if not fault.equivalent]
     count = lambda *names: sum(stages[f]["stage"] in names for f in real)
-    alive = [fault for fault in real if stages[fault]["stage"] == "survived"]
-    dead = [fault for fault in faults if fault.equivalent and stages[fault]["stage"] != "survived"]
+    alive = [fault for fault in real if stages[fault]["stage"] in ALIVE]
+    dead = [fault for fault in faults if fault.equivalent and stages[fault]["stage"] not in ALIVE]
     share = lambda n: f"{n} of {len(real)} ({100 * n / max(len(real), 1):.1f} %)"
     print(f"\nkilled by quick tests: {share(count('quick'))}; by all: {share(count('quick', 'slow'))}")
     print(f"without consequence: {len(faults) - len(real)}; survived: {len(alive)}")
@@ -243,6 +249,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many of them, chosen by the seed")
     parser.add_argument("--seed", default=datetime.date.today().isoformat(), help="default: the date")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
     parser.add_argument("--no-control", action="store_true", help="do not run the tests without faults")
     options = parser.parse_args()
     faults = chosen(options.words, options.sample, options.seed)
@@ -250,7 +257,7 @@ def main() -> int:
     STATE.mkdir(parents=True, exist_ok=True)
     results = Results(STATE / "results.jsonl")
     try:
-        judge_all(faults, results, options.workers)
+        judge_all(faults, results, options.workers, ["quick"] if options.quick else list(STAGES))
         if not options.no_control:
             check_controls(faults, results)
     except KeyboardInterrupt:
