@@ -14,7 +14,7 @@ import kvattn
 import kvattn.pallas
 
 B, N, K, S, H, HV, R = 3, 4, 2, 12, 8, 16, 4
-LENGTHS = np.array([[12, 3], [0, 7], [5, 12]])
+LENGTHS = np.array([[12, 3], [0, 8], [5, 12]])
 STARTS = np.array([2, 0, 4])
 SINKS = np.array([0.5, -1.0, 0.0, 2.0], np.float32)
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
