@@ -147,14 +147,18 @@ def test_values(shape, store, rule, page_size, query, new):
 
 SEVERAL = {
     # Four programs share twelve segments: each takes three, and waits for its first query buffer to be free again.
+    # Two pages to a tile.
     "segments of a program": (
-        72, 4, {"dtype": BF16, "codec": kvattn.Int8(), "rows": 72}, 2, {"want_mass": True, "softcap": 2.0}, None,
+        72, 4, {"dtype": BF16, "codec": kvattn.Int8(), "page_size": 32}, 2, {"want_mass": True, "softcap": 2.0}, None,
     ),
-    # Twelve programs have a tile each of the first row, whose eleven states are merged in three rounds. Two groups of
-    # four bits, with their minima.
+    # Twelve programs have a tile each of the first row, whose eleven states are merged in three rounds.
     "states of a row": (
-        704, 1, {"dtype": BF16, "codec": kvattn.Int4(32), "page_size": 64}, 1, {"alibi_slopes": kvattn.alibi_slopes(2)},
-        tuning.GpuConfig(64, 2, 6),
+        704, 1, {"dtype": BF16, "rows": 704}, 1, {"alibi_slopes": kvattn.alibi_slopes(2)}, tuning.GpuConfig(64, 2, 6),
+    ),
+    # Two groups of four bits, with their minima, and two tiles to a page.
+    "groups of a token": (
+        200, 1, {"dtype": BF16, "codec": kvattn.Int4(32), "page_size": 128}, 3,
+        {"mask": Mask(window=20, num_sinks=3)}, None,
     ),
 }  # fmt: skip
 """Slots, key/value heads, how they are stored, new tokens, rules, sizes."""
