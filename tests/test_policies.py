@@ -125,7 +125,7 @@ def test_h2o_by_places_where_keys_are_rotated():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "prompt"), [((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)]
+    ("sizes", "prompt"), [((8, 3, 5, 4), 9), ((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)]
 )
 def test_scissorhands_by_places_in_the_cache(sizes, prompt):
     policy = kvattn.Scissorhands(*sizes, positions_in="cache")
@@ -174,6 +174,20 @@ def test_fastgen_keeps_the_same_after_a_token_and_after_a_chunk_of_one(seed):
         pad = lambda x, now=now: jnp.concatenate([jnp.asarray(x[:, now]), jnp.zeros_like(x[:, now])], axis=1)
         _, many = step()(pad(q), pad(k), pad(v), many, token_ids=pad(jnp.asarray(ids)), num_new=jnp.ones(B, jnp.int32))
         assert [kept(one, row) for row in range(B)] == [kept(many, row) for row in range(B)]
+
+
+def test_fastgen_takes_every_way():
+    """Rows of special tokens, of punctuation, of few and many tokens that count, and even ones: each way is chosen."""
+    rng = np.random.default_rng(0)
+    # Of ten tokens so many are special, and so many punctuation.
+    ids = np.stack(
+        [rng.permutation([1] * s + [2] * p + [5] * (T - s - p)) for s, p in [(27, 1), (3, 25)] + [(3, 3)] * 6]
+    )
+    sharp = np.array([1, 1, 0.1, 2.5, 2.5, 1.5, 1, 0.5])[:, None, None, None]
+    policy = kvattn.FastGen(0.85, special_tokens=(1,), punctuation_tokens=(2, 3))
+    oracle = lambda q, k, v, prompt, ids: oracles.fastgen(q, k, v, prompt, ids, 0.85, (1,), (2, 3), 0.3, 0.3)
+    cache = check_rows(policy, oracle, 10, 0, ids=ids, capacity=T, sharp=sharp)
+    assert set(np.unique(cache.state.choice)) == {0, 1, 2, 3, 4}
 
 
 def test_fastgen_rounds_shares_down():
