@@ -96,8 +96,13 @@ def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
     return attend.out, kept
 
 
-def scissorhands(q, k, v, prompt, budget, num_recent, history, drop, in_cache=False):
-    """Scissorhands, recorded variant, with a dict of the queries that found each token unimportant."""
+def scissorhands(q, k, v, chunks, budget, num_recent, history, drop, in_cache=False):
+    """Scissorhands, recorded variant, with a dict of the queries that found each token unimportant.
+
+    chunks: the length of the prompt, or of several chunks; each attends to what was kept and to itself.
+    """
+    chunks = [chunks] if isinstance(chunks, int) else list(chunks)
+    chunks += [1] * (len(q) - sum(chunks))
     attend, kept = Attention(q, k, v, in_cache), []
     num_recent = min(num_recent, budget + 1 - drop)
     for head in range(k.shape[1]):
@@ -114,16 +119,14 @@ def scissorhands(q, k, v, prompt, budget, num_recent, history, drop, in_cache=Fa
             leaving = sorted((j for j in tokens if j <= t - num_recent), key=lambda j: (-count[j], j))
             return [j for j in tokens if j not in leaving[: len(tokens) - target]]
 
-        for t in range(prompt):
-            look(t, list(range(t + 1)))
-        tokens = list(range(prompt))
-        if prompt > budget:
-            tokens = shrink(tokens, prompt - 1, budget + 1 - drop)
-        for t in range(prompt, len(q)):
-            tokens.append(t)
-            look(t, tokens)
+        tokens, start, t = [], 0, -1
+        for size in chunks:
+            for t in range(start, start + size):
+                tokens.append(t)
+                look(t, tokens)
             if len(tokens) > budget:
-                tokens = shrink(tokens, t, len(tokens) - drop)
+                tokens = shrink(tokens, t, budget + 1 - drop)
+            start += size
         kept.append(set(tokens))
     return attend.out, kept
 

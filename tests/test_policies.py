@@ -125,7 +125,8 @@ def test_h2o_by_places_where_keys_are_rotated():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "prompt"), [((8, 3, 5, 4), 9), ((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)]
+    ("sizes", "prompt"),
+    [((8, 3, 5, 4), [9, 6]), ((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)],
 )
 def test_scissorhands_by_places_in_the_cache(sizes, prompt):
     policy = kvattn.Scissorhands(*sizes, positions_in="cache")
