@@ -40,6 +40,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 NUM_CPU_DEVICES = 8
+COLLECTED = pytest.StashKey[frozenset[str]]()
+"""The node ids of the tests of this run, the slow ones too; not there where single tests were asked for."""
 
 jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -69,6 +71,8 @@ def pytest_collection_modifyitems(config, items):
     """Mark what slow.txt names; skip what needs hardware that is not there, always with the reason."""
     lines = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
     slow = {line for line in lines if not line.startswith("#")}
+    if not any("::" in str(argument) for argument in config.args):  # whole files
+        config.stash[COLLECTED] = frozenset(item.nodeid for item in items)
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
@@ -83,6 +87,12 @@ def pytest_sessionstart(session):
         devices = jax.devices()
         if len(devices) != NUM_CPU_DEVICES or devices[0].platform != "cpu":
             raise pytest.UsageError(f"expected {NUM_CPU_DEVICES} CPU devices, got {devices}")
+
+
+@pytest.fixture
+def collected(request):
+    """The node ids of the tests in the files of this run, those too that are left out of it."""
+    return request.config.stash.get(COLLECTED, frozenset())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -45,15 +45,21 @@ class Attention:
         return mean
 
 
-def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated=True):
-    """StreamingLLM, with keys cached before rotation and rotated by their rank in the cache."""
+def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated=True, sees=None):
+    """StreamingLLM, with keys cached before rotation and rotated by their rank in the cache.
+
+    sees: a query attends to the last so many of the places it is given, its own included. None: to all.
+    """
     length, heads, features = q.shape
     group = heads // k.shape[1]
     out = np.zeros((length, heads, v.shape[-1]))
     for t in range(length):
         tokens = [j for j in range(t + 1) if j < num_sinks or j > t - window]
         places = list(range(len(tokens))) if in_cache else tokens
-        here = places[-1]
+        here, kept = places[-1], set(tokens)
+        if sees is not None:
+            near = [i for i, place in enumerate(places) if place > here - sees]
+            tokens, places = [tokens[i] for i in near], [places[i] for i in near]
         for n in range(heads):
             keys, query = k[tokens, n // group], q[t, n]
             if rotated:
@@ -63,7 +69,7 @@ def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated
             if slopes is not None:
                 scores = scores + slopes[n] * (np.array(places) - here)
             out[t, n] = softmax(scores) @ v[tokens, n // group]
-    return out, [set(tokens)] * k.shape[1]
+    return out, [kept] * k.shape[1]
 
 
 def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
@@ -90,8 +96,13 @@ def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
     return attend.out, kept
 
 
-def scissorhands(q, k, v, prompt, budget, num_recent, history, drop, in_cache=False):
-    """Scissorhands, recorded variant, with a dict of the queries that found each token unimportant."""
+def scissorhands(q, k, v, chunks, budget, num_recent, history, drop, in_cache=False):
+    """Scissorhands, recorded variant, with a dict of the queries that found each token unimportant.
+
+    chunks: the length of the prompt, or of several chunks; each attends to what was kept and to itself.
+    """
+    chunks = [chunks] if isinstance(chunks, int) else list(chunks)
+    chunks += [1] * (len(q) - sum(chunks))
     attend, kept = Attention(q, k, v, in_cache), []
     num_recent = min(num_recent, budget + 1 - drop)
     for head in range(k.shape[1]):
@@ -108,16 +119,14 @@ def scissorhands(q, k, v, prompt, budget, num_recent, history, drop, in_cache=Fa
             leaving = sorted((j for j in tokens if j <= t - num_recent), key=lambda j: (-count[j], j))
             return [j for j in tokens if j not in leaving[: len(tokens) - target]]
 
-        for t in range(prompt):
-            look(t, list(range(t + 1)))
-        tokens = list(range(prompt))
-        if prompt > budget:
-            tokens = shrink(tokens, prompt - 1, budget + 1 - drop)
-        for t in range(prompt, len(q)):
-            tokens.append(t)
-            look(t, tokens)
+        tokens, start, t = [], 0, -1
+        for size in chunks:
+            for t in range(start, start + size):
+                tokens.append(t)
+                look(t, tokens)
             if len(tokens) > budget:
-                tokens = shrink(tokens, t, len(tokens) - drop)
+                tokens = shrink(tokens, t, budget + 1 - drop)
+            start += size
         kept.append(set(tokens))
     return attend.out, kept
 

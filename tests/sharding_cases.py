@@ -20,6 +20,8 @@ POLICIES = {
     "window": {"policy": kvattn.SlidingWindow(9)},
     "streaming": {"policy": kvattn.StreamingLLM(2, 9)},
     "h2o": {"policy": kvattn.H2O(6, 4)},
+    "full in blocks": {"capacity": 20, "layout": kvattn.cache.Layout(20, 8, True)},
+    "h2o in blocks": {"policy": kvattn.H2O(12, 5), "layout": kvattn.cache.Layout(18, 8, True)},
     "int8": {"capacity": 72, "codec": kvattn.Int8()},
     "scissorhands": {"policy": kvattn.Scissorhands(10, 2, 8)},
     "fastgen": {"policy": kvattn.FastGen(0.6), "capacity": 72},

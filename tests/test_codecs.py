@@ -30,6 +30,11 @@ def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
+def worst(x):
+    """NaN in the dtype of an array: of packed scales and minima too, which are read from the bits of integers."""
+    return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
+
+
 def there_and_back(codec, x):
     return np.asarray(codec.decode(codec.encode(jnp.asarray(x)), x.shape[-1], jnp.float32), np.float64)
 
@@ -164,9 +169,11 @@ def test_products_are_those_of_the_decoded_tokens(codec, transposed, size):
     lie = {n: e.swapaxes(-1, -2) if transposed or n in codec.token_minor else e for n, e in encoded.items()}
     scores = codec.scores(jnp.asarray(query), lie, transposed)
     np.testing.assert_allclose(scores, np.einsum("bkmh,bkrh->bkmr", query, decoded), atol=3e-5)
-    lie = {n: e.swapaxes(-1, -2) if n in codec.token_minor else e for n, e in encoded.items()}
     probs = np.abs(normal(B, 2, 3, 5, seed=2))
     filled = np.array([[[1, 1, 0, 1, 0]]] * B, bool)
+    # What is not filled is the worst there is, in every array's own dtype.
+    encoded = {n: jnp.where(jnp.asarray(filled)[..., None], e, worst(e)) for n, e in encoded.items()}
+    lie = {n: e.swapaxes(-1, -2) if n in codec.token_minor else e for n, e in encoded.items()}
     mixed = codec.mix(jnp.asarray(np.where(filled[:, :, None], probs, 0)), lie, jnp.asarray(filled))
     expected = np.einsum("bkmr,bkrh->bkmh", np.where(filled[:, :, None], probs, 0), decoded)
     np.testing.assert_allclose(mixed[..., :size], expected, atol=2e-5)
@@ -293,10 +300,7 @@ def test_what_lies_in_unused_slots_never_matters(codec):
     cache = kvattn.KVCache.create(B, 2, H, capacity=24, codec=codec, dtype=jnp.float32)
     _, cache = step_of()(*new_tokens(11, 4, 2, 0), cache)
 
-    def garbage(x):
-        return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0x7F, x.dtype)
-
-    dirty = jax.tree.map(garbage, (cache.keys, cache.values))
+    dirty = jax.tree.map(worst, (cache.keys, cache.values))
     clean = kvattn.KVCache.create(B, 2, H, capacity=24, codec=codec, dtype=jnp.float32)
     dirty = dataclasses.replace(clean, keys=dirty[0], values=dirty[1])
     new = new_tokens(11, 4, 2, 0)
@@ -399,6 +403,42 @@ def test_kivi_replay(codec):
                 expected, scale = coded(given[which], axis, codec.group_size, codec.bits)
                 assert (np.abs(got[which] - given[which]) <= scale / 2 * 1.02 + 2e-3).all()
                 assert np.mean(np.abs(got[which] - expected) < 0.05 * scale + 4e-3) > 0.9
+
+
+def test_kivi_at_and_around_whole_residuals():
+    """0 to 25 tokens, 0, 8, 16 and 24 among them, five at a time: coded, or bit for bit as they came.
+
+    One row per length, written without attention; over memory that is NaN.
+    """
+    counts, size = np.arange(26), KIVI.residual
+    key, value = normal(26, 25, 1, H), normal(26, 25, 1, H, seed=1) * 3
+    cache = kvattn.KVCache.create(26, 1, H, capacity=32, codec=KIVI, dtype=jnp.float32)
+    cache = dataclasses.replace(cache, keys=jax.tree.map(worst, cache.keys), values=jax.tree.map(worst, cache.values))
+
+    @jax.jit
+    def write(cache, key, value, num_new):
+        t = jnp.arange(5, dtype=jnp.int32)[None]
+        slots = jnp.where(t < num_new[:, None], cache.lengths[:, None] + t, -1)
+        return cache.write(slots, key, value).replace(lengths=cache.lengths + num_new)
+
+    for start in range(0, 25, 5):
+        num_new = np.clip(counts - start, 0, 5).astype(np.int32)
+        cache = write(cache, key[:, start : start + 5], value[:, start : start + 5], num_new)
+    keys, values = (np.asarray(x)[:, 0] for x in jax.jit(lambda c: c.dense())(cache.check()))
+    for n in counts:
+        for got, given, count, axis in (
+            (keys[n], key[n, :, 0], n - n % size, 0),
+            (values[n], value[n, :, 0], max(n - size, 0), 1),
+        ):
+            assert_same_bits(got[count:n], given[count:n], f"the last of {n}")
+            if not count:
+                continue
+            expected, scale = coded(given[:count], axis, KIVI.group_size, KIVI.bits)
+            # Scales and minima of 16 bits: a number on the edge between two codes may take the other one.
+            off = np.abs(got[:count] - expected)
+            assert (off <= scale * 1.02 + 2e-2).all()
+            assert np.mean(off < 0.02 * scale + 4e-3) > 0.9
+            assert np.mean(got[:count] != given[:count]) > 0.9, f"of {n}, {count} are to be coded"
 
 
 @pytest.mark.slow

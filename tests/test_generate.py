@@ -908,3 +908,21 @@ def test_planted_faults_in_sets(right, wrong):
     faulty = planted(sampling, right, wrong)
     with pytest.raises(AssertionError):
         check_sets(faulty.best_reaching)
+
+
+def test_steps_take_the_caches_over(model, monkeypatch):
+    """Every chunk of the prompts and every step is given the caches for good: what went in is gone afterwards."""
+    gone, programs = [], module._programs
+
+    def watched(program):
+        def call(weights, *given):
+            result = program(weights, *given)
+            caches = next(x for x in given if isinstance(x, tuple) and isinstance(x[0], kvattn.KVCache))
+            gone.append(all(x.is_deleted() for x in jax.tree.leaves(caches)))
+            return result
+
+        return call
+
+    monkeypatch.setattr(module, "_programs", lambda *given: tuple(map(watched, programs(*given))))
+    generate(model, PROMPTS, NEW)
+    assert gone == [True] * NEW  # the prompts bring the first token

@@ -5,6 +5,7 @@ Memory that nobody wrote holds NaN there, and so does every unused slot, page an
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -51,14 +52,14 @@ def eights(slots):
     return -(-slots // 8) * 8
 
 
-def check(request, wide=None):
+def check(request, wide=None, config=None):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass.
 
     Narrow queries are measured by attention in `wide`; None: in the dtype that the kernel multiplies in.
     """
     assert gpu_decode.unsupported(request) is None
     # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r))(request)
+    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
     exact, exact_lse = truth(request)
     if request.query.dtype == F32:
         low, expected_mass = honest(request)
@@ -144,6 +145,33 @@ def test_values(shape, store, rule, page_size, query, new):
     check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules))
 
 
+SEVERAL = {
+    # Four programs share twelve segments: each takes three, and waits for its first query buffer to be free again.
+    # Two pages to a tile.
+    "segments of a program": (
+        72, 4, {"dtype": BF16, "codec": kvattn.Int8(), "page_size": 32}, 2, {"want_mass": True, "softcap": 2.0}, None,
+    ),
+    # Twelve programs have a tile each of the first row, whose eleven states are merged in three rounds.
+    "states of a row": (
+        704, 1, {"dtype": BF16, "rows": 704}, 1, {"alibi_slopes": kvattn.alibi_slopes(2)}, tuning.GpuConfig(64, 2, 6),
+    ),
+    # Two groups of four bits, with their minima, and two tiles to a page.
+    "groups of a token": (
+        200, 1, {"dtype": BF16, "codec": kvattn.Int4(32), "page_size": 128}, 3,
+        {"mask": Mask(window=20, num_sinks=3)}, None,
+    ),
+}  # fmt: skip
+"""Slots, key/value heads, how they are stored, new tokens, rules, sizes."""
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several(name):
+    """More segments, tiles, states, pages and groups than fit at a time; new tokens that are pads; scales, slopes."""
+    slots, heads, store, new, rules, config = SEVERAL[name]
+    cache = filled([slots, 1, slots // 2 + 1], slots, heads, 64, **store)
+    check(request_for(cache, 2 * heads, new, dtype=BF16, **rules), config=config)
+
+
 @pytest.mark.parametrize("query", [F32, BF16], ids=["float32", "bfloat16"])
 def test_large_and_small_numbers_in_float16(query):
     """Products in float16 take queries and scales from far outside its range."""
@@ -226,7 +254,10 @@ def test_a_page_that_is_not_there():
 
 
 def shared_out(lengths, slots, heads, programs, mask=None):
-    """Who reads what, as the kernel finds out: {(program, head, row): tiles}, and the states of every segment."""
+    """Who reads what: {(program, head, row): tiles}, and the states of every segment.
+
+    The kernel's own walk, number by number instead of as a program.
+    """
     cache = filled(lengths, slots, 1, 64, dtype=BF16)
     request = request_for(cache, 1, dtype=BF16, mask=mask)
     positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
@@ -235,15 +266,19 @@ def shared_out(lengths, slots, heads, programs, mask=None):
     index = jnp.arange(rows.count.shape[0], dtype=jnp.int32)
     counts = shares.Counts(rows.count, index, B, heads, programs)
     read, states = {}, {}
+    memory = {"hole": rows.hole, "after": rows.after, "count": rows.count}
     for program in range(programs):
-        first, start, last, stop = (int(x) for x in counts.of_program(jnp.int32(program)))
-        for segment in range(first, last + 1):
-            row = segment % B
-            begin, end = (start if segment == first else 0), (stop if segment == last else int(rows.count[row]))
-            hole, after = int(rows.hole[row]), int(rows.after[row])
-            tiles = [j if j < hole else after + j - hole for j in range(begin, end)]
-            if tiles:
-                read[program, segment // B, row] = tiles
+        walk = gpu_body.Walk(types.SimpleNamespace(batch=B), memory, {"share": counts.of_program(jnp.int32(program))})
+        before = []
+
+        def visit(segment, row, head, first, end, tile_of, tiles, visited):
+            assert (int(tiles), int(visited)) == (sum(before), len(before))  # noqa: B023
+            read[program, int(head), int(row)] = [int(tile_of(j)) for j in range(int(first), int(end))]  # noqa: B023
+            before.append(int(end - first))  # noqa: B023
+
+        with jax.disable_jit():
+            tiles, visited = walk.each(visit)
+        assert (int(tiles), int(visited)) == (sum(before), len(before))
     for head, row in itertools.product(range(heads), range(B)):
         first, count = (int(x) for x in counts.of_segment(jnp.int32(row), jnp.int32(head)))
         states[head, row] = list(range(first, first + count))
@@ -373,7 +408,7 @@ def test_a_mesh_is_not_left_to_the_compiler(kind):
 def test_copies_land_on_aligned_addresses():
     """In shared memory a copy begins at a multiple of 128 bytes, on the device at one of 16. No interpreter looks."""
     shapes, pages = ("GQA", "MQA of 71 heads", "heads of 80", "heads of 96"), (0, 8, 32, 64)
-    asked = (("bfloat16", 1), ("float32", 8))
+    asked, looked_at = (("bfloat16", 1), ("float32", 8)), 0
     for shape, store, page_size, (query, new) in itertools.product(shapes, STORES, pages, asked):
         slots, num_heads, heads, size = SHAPES[shape]
         specs = []
@@ -388,6 +423,7 @@ def test_copies_land_on_aligned_addresses():
         if not specs:
             continue
         (spec,) = specs
+        looked_at += 1
         for name, buffer in gpu_spec.scratch(spec).items():
             if isinstance(buffer, plgpu.Barrier) or name in ("share", "keys"):
                 continue
@@ -397,6 +433,7 @@ def test_copies_land_on_aligned_addresses():
             row = jnp.dtype(stream.dtype).itemsize * (1 if stream.tokens_last else stream.features)
             assert spec.pages == 1 or row * page_size % 128 == 0, f"{stream.name}, pages of {page_size}"
             assert stream.tokens_last or row % 16 == 0, f"{stream.name}: rows of {row} bytes"
+    assert looked_at == 136, "of 192; the others are refused"
 
 
 def test_too_few_threads_are_said_not_waited_for(monkeypatch):
@@ -483,7 +520,7 @@ class Ignored:
 
 @pytest.mark.parametrize(("role", "barrier"), [("compute", "full"), ("fetch", "free")])
 def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
-    """Without a wait one warpgroup overtakes the other: the interpreter sees a race or a barrier out of step."""
+    """Without a wait one warpgroup overtakes the other: the interpreter sees a race."""
     original, wait, arrive = getattr(gpu_body, role), plgpu.barrier_wait, plgpu.barrier_arrive
 
     def faulty(spec, memory, shared, *rest):
@@ -491,16 +528,14 @@ def test_a_missing_barrier_is_found(role, barrier, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_body, role, faulty)
     monkeypatch.setattr(plgpu, "barrier_wait", lambda ref: None if isinstance(ref, Ignored) else wait(ref))
-    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", copying(plgpu.copy_gmem_to_smem))
     monkeypatch.setattr(plgpu, "barrier_arrive", lambda ref: arrive(ref.barrier if isinstance(ref, Ignored) else ref))
-    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError, ValueError, RuntimeError)):
+    try:
         check(request_for(filled([700, 0, 301], 704, 1, 64, dtype=BF16), 2, dtype=BF16))
-        assert "RACE DETECTED" not in capsys.readouterr().out
-    capsys.readouterr()
-
-
-def copying(copy):
-    return lambda source, target, full: copy(source, target, full)
+        said = ""
+    except Exception as error:
+        said = str(error)
+    # Older versions of JAX print it, and may go on.
+    assert "RACE DETECTED" in said + capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("size", "codec"), [(64, kvattn.Float8()), (80, None)], ids=str)

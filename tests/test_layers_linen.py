@@ -327,3 +327,19 @@ def test_the_cache_declares_how_it_is_split():
 def test_what_cannot_work(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_positions_mean_the_same_in_flax_cache():
+    """RoPE, ALiBi and a window, three tokens at a time: as over the full sequence."""
+    options = {"rope": kvattn.RoPE(4), "alibi": True, "window": 4, "num_kv_heads": 2}
+    layer, x = GroupedQueryAttention(4, **options), inputs(B, 6, D)
+    variables = parameters(layer, x)
+    full = jax.jit(lambda v, x: layer.apply(v, x, is_causal=True))(variables, x)
+    decoding = layer.clone(decode=True)
+    state = {"cache": decoding.init(jax.random.key(0), x)["cache"]}
+    step = jax.jit(lambda v, x: decoding.apply(v, x, mutable=["cache"]))
+    outs = []
+    for t in (0, 3):
+        y, state = step(variables | state, x[:, t : t + 3])
+        outs.append(y)
+    close(jnp.concatenate(outs, axis=1), full)

@@ -615,3 +615,15 @@ def test_numpy_and_empty_inputs():
     assert layer(jnp.ones((B, 0, D))).shape == (B, 0, D)
     y, cache = layer(jnp.ones((B, 0, D)), cache=layer.make_cache(B, L))
     assert y.shape == (B, 0, D) and not np.asarray(cache.lengths).any()
+
+
+def test_positions_mean_the_same_in_flax_cache():
+    """RoPE, ALiBi and a window, three tokens at a time: as over the full sequence."""
+    options = {"rope": kvattn.RoPE(4), "alibi": True, "window": 4, "num_kv_heads": 2}
+    layer, x = randomised(GroupedQueryAttention(4, D, **options, rngs=nnx.Rngs(0))), inputs(B, 6, D)
+    full = causal(layer, x)
+    assert (
+        np.abs(full - causal(randomised(GroupedQueryAttention(4, D, num_kv_heads=2, rngs=nnx.Rngs(0))), x)).max() > 0.1
+    )
+    layer.init_cache(x.shape)
+    close(jnp.concatenate([decode(layer, x[:, t : t + 3]) for t in (0, 3)], axis=1), full)

@@ -172,8 +172,8 @@ def test_verbs():
     with pytest.raises(errors.RangeError, match="trim"):
         cache.trim(100)
     picked = cache.select([2, 0, 2])
-    for row, of in enumerate([2, 0, 2]):
-        assert_same_bits(picked.dense()[0][row], cache.dense()[0][of], "the row selected")
+    for got, given in zip(picked.dense(), cache.dense(), strict=True):
+        assert_same_bits(np.asarray(got), np.asarray(given)[[2, 0, 2]], "the rows selected")
     assert cache.reset(jnp.asarray([False, True, False])).lengths.tolist() == [lengths[0], 0, lengths[2]]
     positions = np.asarray(cache.positions)
     assert [(p >= 0).sum() for p in positions] == lengths == cache.kept.tolist()
@@ -195,15 +195,47 @@ def test_copy_on_write(codec):
     child = [int(parent[0]), spare, *np.asarray(cache.page_table)[1, 2:].tolist()]
     cache = cache.with_tables(np.stack([parent, child]), [11, 11])
     before = [np.asarray(x)[0, :, :11] for x in cache.dense()]
-    assert_same_bits(before[0], np.asarray(cache.dense()[0])[1, :, :11], "the fork")
+    for parents, dense in zip(before, cache.dense(), strict=True):
+        assert_same_bits(parents, np.asarray(dense)[1, :, :11], "the fork")
     _, cache = step()(*new_tokens(1, 1, batch=2), cache)
     for got, old in zip(cache.dense(), before, strict=True):
         assert_same_bits(np.asarray(got)[0, :, :11], old, "the parent")
-    keys = np.asarray(cache.dense()[0])
-    assert np.abs(keys[0, :, 11] - keys[1, :, 11]).max() > 0.1, "the forks wrote to one page"
+    for x in map(np.asarray, cache.dense()):
+        assert np.abs(x[0, :, 11] - x[1, :, 11]).max() > 0.1, "the forks wrote to one page"
     for bad, error in (([PAGES], errors.RangeError), ([0.5], errors.DTypeError), ([[0]], errors.ShapeError)):
         with pytest.raises(error, match=r"pages|sources"):
             cache.copy_pages(bad, [0])
+
+
+def with_any_content(cache, seed=0):
+    """The cache with random bits in every array of its store: keys, values and scales all different."""
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        return jnp.asarray(rng.integers(0, 100, x.shape), jnp.int32).astype(x.dtype)
+
+    return dataclasses.replace(cache, keys=jax.tree.map(fill, cache.keys), values=jax.tree.map(fill, cache.values))
+
+
+@pytest.mark.parametrize("codec", [None, CODECS[3], CODECS[4]], ids=lambda c: type(c).__name__)
+def test_copies_and_selections_take_everything_along(codec):
+    """Keys, values, scales and minima: pages are copied, what lies outside pages is selected, nothing else moves."""
+    cache = with_any_content(make(codec=codec).with_tables(scattered(), [0] * B))
+    cache = dataclasses.replace(cache, lengths=jnp.asarray([9, 3, 17], jnp.int32), status=jnp.asarray([0, 4, 0]))
+    copied, picked, rows = cache.copy_pages([3, -1, 5], [7, 1, 2]), cache.select([2, 0, 2, 1]), np.asarray([2, 0, 2, 1])
+    for role in ("keys", "values"):
+        for name, x in getattr(cache, role).items():
+            before = np.asarray(x)
+            expected, chosen = before.copy(), before
+            if name == "residual":
+                chosen = before[:, rows]
+            else:
+                expected[:, 7], expected[:, 2] = before[:, 3], before[:, 5]
+            assert_same_bits(getattr(copied, role)[name], expected, f"{role}, {name} of copied pages")
+            assert_same_bits(getattr(picked, role)[name], chosen, f"{role}, {name} of selected rows")
+    for name in ("page_table", "lengths", "status"):
+        assert_same_bits(getattr(copied, name), getattr(cache, name), name)
+        assert_same_bits(getattr(picked, name), np.asarray(getattr(cache, name))[rows], name)
 
 
 def test_layers_and_models_take_paged_caches():
@@ -313,6 +345,8 @@ def _():
     start = paged(dtype=jnp.float32).with_tables([[0, 3], [1, 2]], [0, 0])
     _, start = step()(*new_tokens(3, 0, batch=2), start)
     after = jax.jit(lambda c, rows: c.select(rows))(start, np.asarray([1, 7]))
+    with pytest.raises(errors.RangeError, match=r"rows \[1\].*row number"):
+        after.check()
     _, after = step()(*new_tokens(1, 1, batch=2), after)
     assert after.lengths.tolist() == [4, 0]
     assert_same_bits(after.keys["data"][:, 0], start.keys["data"][:, 0], "the page of row 0")

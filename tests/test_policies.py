@@ -118,8 +118,15 @@ def test_h2o_by_places_in_the_cache(prompt, how):
     check_rows(policy, oracle, prompt, 1, slopes=slopes, **how)
 
 
+def test_h2o_by_places_where_keys_are_rotated():
+    """A chunk, then tokens."""
+    oracle = lambda *a: oracles.h2o(*a, 5, 4, in_cache=True)
+    check_rows(kvattn.H2O(5, 4, positions_in="cache"), oracle, 12, 1, rope=kvattn.RoPE(H))
+
+
 @pytest.mark.parametrize(
-    ("sizes", "prompt"), [((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)]
+    ("sizes", "prompt"),
+    [((8, 3, 5, 4), [9, 6]), ((8, 3, 5, 4), 25), pytest.param((10, 0, 8, 1), 7, marks=pytest.mark.slow)],
 )
 def test_scissorhands_by_places_in_the_cache(sizes, prompt):
     policy = kvattn.Scissorhands(*sizes, positions_in="cache")
@@ -168,6 +175,28 @@ def test_fastgen_keeps_the_same_after_a_token_and_after_a_chunk_of_one(seed):
         pad = lambda x, now=now: jnp.concatenate([jnp.asarray(x[:, now]), jnp.zeros_like(x[:, now])], axis=1)
         _, many = step()(pad(q), pad(k), pad(v), many, token_ids=pad(jnp.asarray(ids)), num_new=jnp.ones(B, jnp.int32))
         assert [kept(one, row) for row in range(B)] == [kept(many, row) for row in range(B)]
+
+
+def test_fastgen_takes_every_way():
+    """Rows of special tokens, of punctuation, of few and many tokens that count, and even ones: each way is chosen."""
+    rng = np.random.default_rng(0)
+    # Of ten tokens so many are special, and so many punctuation.
+    ids = np.stack(
+        [rng.permutation([1] * s + [2] * p + [5] * (T - s - p)) for s, p in [(27, 1), (3, 25)] + [(3, 3)] * 6]
+    )
+    sharp = np.array([1, 1, 0.1, 2.5, 2.5, 1.5, 1, 0.5])[:, None, None, None]
+    policy = kvattn.FastGen(0.85, special_tokens=(1,), punctuation_tokens=(2, 3))
+    oracle = lambda q, k, v, prompt, ids: oracles.fastgen(q, k, v, prompt, ids, 0.85, (1,), (2, 3), 0.3, 0.3)
+    cache = check_rows(policy, oracle, 10, 0, ids=ids, capacity=T, sharp=sharp)
+    assert set(np.unique(cache.state.choice)) == {0, 1, 2, 3, 4}
+
+
+def test_fastgen_rounds_shares_down():
+    """Of prompts of 0 to 500 tokens, in hundredths: the product of 75 and 0.84 is 63, in float32 a little less."""
+    prompt = np.arange(501)
+    for hundredths in range(101):
+        share = kvattn.FastGen()._share(hundredths / 100, jnp.asarray(prompt))
+        np.testing.assert_array_equal(share, prompt * hundredths // 100, err_msg=str(hundredths))
 
 
 def test_fastgen_takes_capacity_tokens_in_all():
@@ -242,6 +271,20 @@ def test_streaming_sees_positions_in_the_cache(sizes, chunks):
     out, _ = run(kvattn.StreamingLLM(*sizes, positions_in="original"), q, k, v, chunks, rope=rope)
     expected = np.stack([oracles.streaming(q[r], k[r], v[r], *sizes, in_cache=False)[0] for r in range(3)])
     np.testing.assert_allclose(out, expected, atol=F32)
+
+
+@pytest.mark.parametrize("window", [3, 7])
+def test_streaming_within_a_window_of_the_call(window):
+    """A call's window may hide some of the policy's, or some sinks: by the places they are seen from."""
+    q, k, v = (x[:2, :14] for x in tokens(5))
+    call = jax.jit(functools.partial(kvattn.cached_attention, implementation="reference", window=window))
+    cache = kvattn.KVCache.create(2, K, H, policy=kvattn.StreamingLLM(2, 6), dtype=jnp.float32)
+    for part in (slice(0, 13), slice(13, 14)):
+        out, cache = call(*(jnp.asarray(x[:, part], jnp.float32) for x in (q, k, v)), cache)
+        for row in range(2):
+            expected, sets = oracles.streaming(q[row], k[row], v[row], 2, 6, rotated=False, sees=window)
+            np.testing.assert_allclose(out[row], expected[part], atol=F32)
+    assert [kept(cache, row) for row in range(2)] == [sets] * 2
 
 
 @pytest.mark.parametrize(

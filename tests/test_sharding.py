@@ -38,6 +38,9 @@ QUICK = (
     ("window", MQA, "batch", "auto", (2, 4)),
     ("streaming", MQA, "sequence", "explicit", (2, 4)),
     ("h2o", GQA, "sequence", "auto", (8,)),
+    ("h2o in blocks", GQA, "sequence", "auto", (8,)),
+    ("full in blocks", GQA, "sequence", "auto", (8,)),
+    ("full in blocks", MQA, "batch", "auto", (8,)),
 )
 ALL = [
     (name, num_kv_heads, by, kind, (8,))
@@ -68,6 +71,31 @@ def test_equals_one_device_for_long(name, num_kv_heads, by, kind, shape):
 @pytest.mark.parametrize(("name", "num_kv_heads", "by", "kind", "shape"), MORE)
 def test_further_policies_and_codecs(name, num_kv_heads, by, kind, shape):
     check_equal(name, num_kv_heads, by, kind, 12, shape)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slots_of_several_blocks(transposed):
+    """By sequence every device has a part of every block: tokens are written, and gathered, where they belong."""
+    mesh, layout, slots = mesh_of("auto"), kvattn.cache.Layout(40, 16, transposed), np.arange(40)
+    share = sharding.sequence.Share("model", 8)
+    make_it = lambda: kvattn.KVCache.create(2, 2, 4, capacity=40, dtype=jnp.float32, layout=layout)
+    rng = np.random.default_rng(0)
+    key, value = (jnp.asarray(rng.normal(size=(2, 40, 2, 4)), jnp.float32) for _ in range(2))
+    where = jnp.asarray(np.where(slots % 5 == 3, -1, rng.permutation(slots)), jnp.int32)[None].repeat(2, 0)
+    specs = sharding.sequence.cache_specs(sharding.place.place_of(mesh, "model", None), make_it())
+
+    def on_each(cache, where, key, value):
+        written = share.write(cache, where, key, value)
+        own, _ = share.view(written.replace(lengths=jnp.full((2,), 40, jnp.int32)), None).dense(jnp.float32)
+        return written, share.all_slots(written, own)
+
+    out = (specs, jax.P())
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=(specs, *[jax.P()] * 3), out_specs=out, check_vma=False)
+    written, gathered = jax.jit(mapped)(make_it(), where, key, value)
+    expected = make_it().write(where, key, value)
+    for got, given in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(got, given)
+    np.testing.assert_array_equal(gathered, expected.dense()[0])
 
 
 # Beyond a jitted step -------------------------------------------------------------------------------------------------

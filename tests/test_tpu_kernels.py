@@ -50,11 +50,11 @@ def races_found():
     return interpret_pallas_call.races.races_found
 
 
-def check(request):
+def check(request, config=None):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass."""
     assert tpu_decode.unsupported(request) is None
     # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r))(request))
+    out, lse, mass = jax.block_until_ready(jax.jit(lambda r: tpu_decode.attend(r, config))(request))
     assert not races_found()
     exact, exact_lse = truth(request)
     low, expected_mass = honest(request)
@@ -104,6 +104,28 @@ def test_values(shape, rule, page_size, codec, new):
     slots, num_heads, heads, size = SHAPES[shape]
     cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, codec=codec, page_size=page_size)
     check(request_for(cache, num_heads, new, **RULES[rule]))
+
+
+@pytest.mark.parametrize("rising", [1, -1], ids=["rising", "falling"])
+def test_scores_of_one_tile_above_those_of_the_last(rising):
+    """Three tiles whose scores differ by 30: what was added up before is rescaled, or what comes. And slopes, pads."""
+    cache = filled([300, 1, 129], 300, 1, 128)
+    ramp = rising * jnp.arange(300, dtype=F32)[None, None, None, :, None] * (30 / 128 / 16)
+    cache = cache.replace(keys={"data": cache.keys["data"] * 0.3 + ramp})
+    request = request_for(cache, 4, 2, alibi_slopes=kvattn.alibi_slopes(4), want_mass=True)
+    # About the same scores for every head, and some of each tile that count.
+    request = dataclasses.replace(request, query=request.query * 0.2 + 1.0)
+    check(request, tuning.TpuConfig(1, 128))
+
+
+def test_minima_and_scales_in_several_pages():
+    """Two groups of four bits, tokens last, and two pages to a tile."""
+    cache = filled([256, 0, 130], 256, 1, 64, codec=kvattn.Int4(32), page_size=128)
+    request = request_for(cache, 2, mask=Mask(window=200, num_sinks=3))
+    out, lse, _ = jax.jit(lambda r: tpu_decode.attend(r))(request)
+    exact, exact_lse = truth(request)
+    np.testing.assert_allclose(out, exact, atol=5e-6)
+    np.testing.assert_allclose(lse, exact_lse, atol=5e-6)
 
 
 @pytest.mark.parametrize("page_size", [0, 8])
@@ -225,9 +247,10 @@ def test_only_tiles_that_hold_something_are_read():
     windowed = tiles.plan(request_for(cache, 1, mask=Mask(window=100, num_sinks=1)), positions, 128)
     listed = [(int(r), int(t)) for r, t in zip(windowed.row, windowed.tile, strict=True)][: int(windowed.count[0])]
     assert listed == [(0, 0), (0, 7), (1, 0), (2, 0), (2, 1)]
-    table = jnp.arange(3 * 32, dtype=jnp.int32).reshape(3, 32).at[1].set(-7)
-    pages = np.asarray(tiles.pages_of(chosen, table, 1, 96))[: int(chosen.count[0]), 0]
-    assert pages.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 64, 65], "nothing new is fetched for a page that is not there"
+    for unknown in (-7, 96):
+        table = jnp.arange(3 * 32, dtype=jnp.int32).reshape(3, 32).at[1].set(unknown)
+        pages = np.asarray(tiles.pages_of(chosen, table, 1, 96))[: int(chosen.count[0]), 0].tolist()
+        assert pages == [0, 1, 2, 3, 4, 5, 6, 7, 7, 64, 65], "nothing new is fetched for a page that is not there"
 
 
 def test_sizes():
@@ -314,6 +337,17 @@ def test_a_token_is_written_where_it_belongs(name):
     where = [[[5], [-1], [55]], [[-1], [-1], [slots - 1]], [[-1]] * 3]
     where.append([[0], [slots + 999], [40]] if page_size else [[[1], [7]], [[-1], [9]], [[55], [2]]])
     for at in where:
+        expected = cache.write(jnp.asarray(at, jnp.int32), *new)
+        for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
+            assert_same_bits(a, b, f"{at}")
+
+
+@pytest.mark.parametrize(("size", "codec", "slots"), [(128, None, 64), (64, kvattn.Int8(), 128)], ids=["rows", "last"])
+def test_a_token_is_written_into_contiguous_slots(size, codec, slots):
+    """Keys and values, scales too: slots of a row, and of a head each; nothing else moves."""
+    cache, rng = filled([30, 0, 55], slots, 2, size, codec=codec), np.random.default_rng(0)
+    new = [jnp.asarray(rng.normal(size=(B, 1, 2, size)), F32) for _ in range(2)]
+    for at in ([[slots - 1], [-1], [40]], [[[1], [7]], [[-1], [9]], [[55], [2]]]):
         expected = cache.write(jnp.asarray(at, jnp.int32), *new)
         for a, b in zip(*map(jax.tree.leaves, (expected, appended(cache, at, *new))), strict=True):
             assert_same_bits(a, b, f"{at}")

@@ -1,0 +1,834 @@
+"""The list of faults. Each changes a short text that occurs once in the function named; see `Fault`.
+
+A fault that no longer applies is an error: move it along with the code. A new kind of mistake that a test let pass gets
+a line here, beside the test that sees it now.
+"""
+
+from mutants import Fault, group
+
+FAULTS: list[Fault] = [
+    # Caches ------------------------------------------------------------------------------------------------------
+    *group(
+        "cache/paged.py",
+        """
+        test_paged.py::test_copies_and_selections_take_everything_along
+        test_paged.py::test_verbs
+        test_paged.py::test_rows
+        test_paged.py::test_copy_on_write
+        """,
+        ("_copied", "values={name: copy(name, x) for name, x in cache.values.items()}", "values=cache.values"),
+        ("_copied", "keys={name: copy(name, x) for name, x in cache.keys.items()}", "keys=cache.keys"),
+        ("_selected", "values=of_rows(cache.values)", "values=cache.values"),
+        ("_selected", "keys=of_rows(cache.keys)", "keys=cache.keys"),
+        ("_selected", "jnp.take(cache.lengths, rows", "jnp.take(cache.lengths, rows[::-1]"),
+        ("_selected", "jnp.take(cache.status, rows", "jnp.take(cache.status, rows * 0"),
+        ("_selected", "bits.BAD_COUNT", "0", "test_paged.py::test_copies_and_selections_take_everything_along"),
+        ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
+        ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, self.num_pages", "jnp.where(skipped | bad, 0"),
+        ("PagedKVCache.with_tables", "room = width * self.page_size", "room = width * self.page_size + 1"),
+        ("PagedKVCache.vouched", "jnp.where(bad, 0, num_new)", "num_new"),
+        ("PagedKVCache.pages_outside", "self.page_table >= end", "self.page_table > end"),
+        ("PagedKVCache._refuse_shared_writes", "lengths - window + 1", "lengths - window"),
+    ),
+    *group(
+        "cache/pages.py",
+        """
+        test_blocks.py::test_blocks_of_pages
+        test_blocks.py::test_a_pool_of_40000_pages
+        test_paged.py::test_rows
+        """,
+        ("Pages.take", "i * count", "i"),
+        ("Pages.take", "axis=1)", "axis=1).astype(jnp.int16)", "test_blocks.py::test_a_pool_of_40000_pages"),
+        (
+            "Pages._page",
+            "jnp.take_along_axis(self.table, column, axis=1)",
+            "jnp.take_along_axis(self.table, column, axis=1).astype(jnp.int16).astype(jnp.int32)",
+            "test_blocks.py::test_a_pool_of_40000_pages",
+        ),
+        ("Pages._page", "page >= 0", "page > 0"),
+        ("Pages._page", "pool.shape[1])", "pool.shape[1] - 1)"),
+        ("Pages.put", "index < self.table.shape[1]", "index <= self.table.shape[1]"),
+        ("Pages.put", "new.swapaxes(0, 1)", "new.swapaxes(0, 1)[:, :, ::-1]"),
+        ("Pages.write", "slots < self.num_slots", "slots <= self.num_slots"),
+        ("Pages.write", "slots >= 0", "slots > 0"),
+        ("Pages._gather", "x.transpose(1, 0, 3, 2, 4)", "x.transpose(1, 0, 2, 3, 4)"),
+    ),
+    *group(
+        "cache/layout.py",
+        """
+        test_blocks.py::test_blocks_of_a_layout
+        test_sharding_placing.py
+        """,
+        ("Layout.write", "slots < 0, self.num_blocks", "slots < 0, self.num_blocks - 1"),
+        (
+            "Layout.write",
+            'blocks.at[index].set(x.astype(blocks.dtype), mode="drop")',
+            'blocks.at[index].set(x.astype(blocks.dtype), mode="clip")',
+        ),
+        (
+            "Layout.write",
+            'x.swapaxes(1, 2).astype(blocks.dtype), mode="drop")',
+            'x.swapaxes(1, 2).astype(blocks.dtype), mode="clip")',
+        ),
+        ("Layout.write", "slots // self.rows)", "slots // self.rows * 0)"),
+        ("Layout.write", "k = jnp.arange(heads, dtype=jnp.int32)", "k = 0 * jnp.arange(heads, dtype=jnp.int32)"),
+        ("Layout.put", 'mode="drop"', 'mode="clip"'),
+        ("Layout.take", "blocks, i, 0", "blocks, 0 * i, 0"),
+        ("Layout.divided", "// (unit * parts)) * unit * parts", "// (unit * parts)) * unit"),
+        ("Layout.num_blocks", "-(-self.num_slots // self.rows)", "self.num_slots // self.rows"),
+    ),
+    *group(
+        "cache/kv_cache.py",
+        """
+        test_verbs.py::test_select
+        test_verbs.py::test_select_of_unknown_rows_takes_no_record_along
+        test_verbs.py::test_cross_attention
+        """,
+        ("_selected", "values=jax.tree.map(take(1), cache.values)", "values=cache.values"),
+        (
+            "_selected",
+            "jnp.where(known, take(0)(cache.lengths), 0)",
+            "take(0)(cache.lengths)",
+            "test_verbs.py::test_select_out_of_range_under_jit",
+        ),
+        (
+            "_selected",
+            "cache.forgotten(~known, jax.tree.map(take(0), cache.state))",
+            "jax.tree.map(take(0), cache.state)",
+            "test_verbs.py::test_select_of_unknown_rows_remembers_nothing",
+        ),
+        (
+            "KVCache.from_encoder",
+            "jnp.where(t < lengths[:, None], t, NOWHERE)",
+            "jnp.where(t <= lengths[:, None], t, NOWHERE)",
+            "test_blocks.py::test_pads_of_an_encoder_are_not_encoded",
+        ),
+        (
+            "KVCache.from_encoder",
+            "lengths = jnp.where(bad, 0, lengths)",
+            "lengths = lengths + 0",
+            "test_verbs.py::test_bad_encoder_lengths_under_jit",
+        ),
+        (
+            "_layout",
+            "rows=codec.rows or layout.rows",
+            "rows=layout.rows",
+            "test_codecs.py::test_kivi_at_and_around_whole_residuals",
+        ),
+        (
+            "_in_order",
+            "kind.positions is Policy.positions and ",
+            "",
+            "test_blocks.py::test_any_order_of_its_own_is_refused",
+        ),
+    ),
+    *group(
+        "cache/base.py",
+        """
+        test_verbs.py::test_trim
+        test_verbs.py::test_reset
+        test_verbs.py::test_select_refuses
+        test_meanings.py::test_overflow
+        """,
+        ("Cache.trim", "lengths=self.lengths - num_tokens", "lengths=self.lengths - num_tokens - (num_tokens > 0)"),
+        (
+            "Cache.trim",
+            "jnp.where(in_range & there, num_tokens, 0)",
+            "jnp.where(in_range, num_tokens, 0)",
+            "test_policies.py::test_trim_needs_what_has_left",
+        ),
+        (
+            "Cache.trim",
+            "there = there & encoded",
+            "there = there | encoded",
+            "test_codecs.py::test_kivi_trims_only_what_it_has_as_it_was",
+        ),
+        (
+            "Cache.reset",
+            "jnp.where(rows, 0, self.status)",
+            "self.status",
+            "test_verbs.py::test_reset_clears_the_record",
+        ),
+        (
+            "Cache.forgotten",
+            "jnp.where(rows.reshape",
+            "jnp.where(~rows.reshape",
+            "test_verbs.py::test_select_of_unknown_rows_remembers_nothing",
+        ),
+        ("Cache.unfit", "x & stored", "x | stored", "test_codecs.py::test_values_that_are_not_finite"),
+        (
+            "Cache.unfit",
+            "rows |= jnp.any(x & stored, axis=(1, 2))",
+            "rows = jnp.any(x & stored, axis=(1, 2))",
+            "test_sharding.py::test_a_token_that_cannot_be_encoded_is_marked_once",
+        ),
+        ("Cache.advance", "bits.mark(self.status, too_many, bits.OVERFLOW)", "self.status"),
+        (
+            "known_rows",
+            "rows < batch_size)",
+            "rows <= batch_size)",
+            "test_verbs.py::test_select_out_of_range_under_jit",
+        ),
+        (
+            "nbytes_of",
+            "-(-int(np.prod(leaf.shape)) * width // 8)",
+            "int(np.prod(leaf.shape)) * leaf.dtype.itemsize",
+            "test_blocks.py::test_bytes_of_narrow_types",
+        ),
+    ),
+    *group(
+        "cache/view.py",
+        "test_meanings.py::test_policy_suite",
+        ("block_positions", "fill=-1", "fill=0", "test_blocks.py::test_blocks_of_queries"),
+        (
+            "token_view",
+            "counts = jnp.sum(positions >= 0",
+            "counts = jnp.sum(positions > 0",
+            "",
+            "only KIVI reads counts, and no chunk is stored by it",
+        ),
+        (
+            "View.value_block",
+            '"values", i',
+            '"keys", i',
+            "test_codecs.py::test_what_lies_in_unused_slots_never_matters",
+        ),
+        (
+            "View.dense",
+            "codec.dense(self.values, store",
+            "codec.dense(self.keys, store",
+            "test_blocks.py::test_a_pool_of_40000_pages",
+        ),
+    ),
+    *group(
+        "cache/status.py",
+        "test_verbs.py::test_trim_out_of_range_under_jit\ntest_meanings.py::test_overflow",
+        ("mark", "status | bit", "status", "test_meanings.py::test_overflow"),
+        (
+            "raise_for",
+            "np.nonzero(status & bit)",
+            "np.nonzero(status == bit)",
+            "test_blocks.py::test_a_row_with_two_records",
+        ),
+    ),
+    # Codecs ------------------------------------------------------------------------------------------------------
+    *group(
+        "codecs/kivi.py",
+        """
+        test_codecs.py::test_kivi_at_and_around_whole_residuals
+        test_codecs.py::test_what_lies_in_unused_slots_never_matters
+        test_codecs.py::test_attention_is_attention_over_the_decoded_cache
+        test_codecs.py::test_kivi_replay
+        """,
+        ("KIVI.block", "counts // self.residual * self.residual", "(counts - 1) // self.residual * self.residual"),
+        ("KIVI.block", "counts - self.residual", "counts - self.residual - 1"),
+        ("KIVI.block", "position < counts", "position <= counts", "", "the mask hides what lies behind the last token"),
+        ("KIVI.write", "t >= count[:, None] - self.residual", "t > count[:, None] - self.residual"),
+        ("KIVI._append_keys", "(start + count) // size", "(start + count - 1) // size"),
+        ("KIVI._append_keys", "position < start[:, None]", "position <= start[:, None]"),
+        ("KIVI._append_keys", "index < end[:, None], index, layout.num_blocks", "index < end[:, None], index, 0"),
+        ("KIVI._append_values", "start[:, None] - size + t", "start[:, None] - size + t + 1"),
+        ("KIVI._append_values", "leaving >= 0", "leaving > 0"),
+        (
+            "KIVI.mix",
+            "coded = filled & ~exact",
+            "coded = filled | exact",
+            "test_codecs.py::test_tokens_are_those_that_were_given",
+        ),
+        ("KIVI.scores", "jnp.where(exact, raw, coded)", "jnp.where(exact, coded, raw)"),
+        (
+            "KIVI.can_trim",
+            "lengths < self.residual",
+            "lengths <= self.residual",
+            "test_codecs.py::test_kivi_trims_only_what_it_has_as_it_was",
+        ),
+    ),
+    *group(
+        "codecs/int4.py",
+        """
+        test_codecs.py::test_products_are_those_of_the_decoded_tokens
+        test_codecs.py::test_what_lies_in_unused_slots_never_matters
+        """,
+        ("Int4.mix", "jnp.where(filled[:, :, None], values[n], jnp.uint16(0))", "values[n]"),
+        ("Int4.mix", 'values["data"], scale, minimum', 'values["data"], minimum, scale'),
+    ),
+    *group(
+        "codecs/grouped.py",
+        """
+        test_codecs.py::test_scales_and_minima_cover_the_group
+        test_codecs.py::test_round_trip
+        test_codecs.py::test_packing
+        test_codecs.py::test_products_are_those_of_the_decoded_tokens
+        test_codecs.py::test_any_magnitude_stays_finite_and_within_the_bound
+        """,
+        ("quantise", "top = 2**bits - 1", "top = 2**bits"),
+        ("quantise", 'mode="edge"', 'mode="constant"'),
+        ("pack_pair", "_round(low, dtype, -1)", "_round(low, dtype, 1)"),
+        ("pack_pair", "jnp.maximum(step, 0), dtype, 1", "jnp.maximum(step, 0), dtype, -1"),
+        ("pack_pair", "largest > LARGE", "largest > 1e9"),
+        (
+            "pack_pair",
+            "jnp.where(finite, scale, jnp.uint16(_NAN))",
+            "scale",
+            "test_codecs.py::test_values_that_are_not_finite",
+            "the minimum of a group that is not finite is NaN too, and so is every number of the group",
+        ),
+        ("scores", "mean * low[:, :, group, None]", "mean * low[:, :, 0, None]"),
+        ("mix", "weights = probs * step[:, :, group, None]", "weights = probs * step[:, :, 0, None]"),
+        ("mix", "group = min(group, last)", "group = group % (last + 1)", "", "what lies behind H means nothing"),
+        ("plane", "2**bits - 1", "2 ** (bits - 1) - 1"),
+    ),
+    *group(
+        "codecs/scaled.py",
+        """
+        test_codecs.py::test_products_are_those_of_the_decoded_tokens
+        test_codecs.py::test_any_magnitude_stays_finite_and_within_the_bound
+        test_codecs.py::test_values_that_are_not_finite
+        """,
+        ("mix_scaled", 'jnp.where(filled[:, :, None], values["scale"], 0)', 'values["scale"]'),
+        ("mix_scaled", "data = jnp.where(filled[..., None], data, 0)", "data = data + 0"),
+        ("scale_for", "jnp.where(jnp.isfinite(largest), scale, jnp.nan)", "scale"),
+    ),
+    *group(
+        "codecs/int8.py",
+        """
+        test_codecs.py::test_int8_is_symmetric_and_rounds_half_to_even
+        test_codecs.py::test_products_are_those_of_the_decoded_tokens
+        """,
+        ("Int8.encode", "jnp.round(x / scale)", "jnp.floor(x / scale)"),
+        ("integer_product", "rest - digits[-1]) * 254", "rest - digits[-1]) * 255"),
+        ("Int8.scores", '* keys["scale"]', "* 1.0"),
+    ),
+    *group(
+        "codecs/float8.py",
+        """
+        test_codecs.py::test_float8_bits_are_widened_exactly
+        test_codecs.py::test_float8_saturates
+        test_codecs.py::test_products_are_those_of_the_decoded_tokens
+        """,
+        ("Float8.encode", "jnp.clip(x / scale, -TOP, TOP)", "x / scale"),
+        ("widen", "magnitude < 8", "magnitude < 7"),
+        ("widen", "2.0**-6", "2.0**-7"),
+    ),
+    *group(
+        "codecs/plain.py",
+        """
+        test_meanings.py::test_codec_suite
+        test_meanings.py::test_scores_beyond_the_storage_dtype
+        test_meanings.py::test_accuracy
+        """,
+        ("Plain.mix", 'jnp.where(filled[..., None], values["data"], 0)', 'values["data"]'),
+        ("product", "preferred_element_type=acc", "preferred_element_type=wide"),
+        ("widen_float16", "exponent == 31", "exponent == 32", "test_meanings.py::test_codec_suite"),
+    ),
+    # Policies ----------------------------------------------------------------------------------------------------
+    *group(
+        "policies/fastgen.py",
+        """
+        test_policies.py::test_fastgen_rounds_shares_down
+        test_policies.py::test_fastgen_without_special_tokens_skips_their_way
+        test_policies.py::test_fastgen_keeps_all_of_a_row_that_starts_with_one_token
+        test_policies.py::test_fastgen_takes_every_way
+        test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does
+        """,
+        ("FastGen._share", " + 1e-4", ""),
+        (
+            "FastGen._choose",
+            "share(common, scores - near) + share(there, near)",
+            "share(common, scores) + share(there, near)",
+        ),
+        ("FastGen._choose", "kept >= self.recovery", "kept > 1.1 * self.recovery"),
+        ("FastGen._choose", "(prompt == 1)[:, None]", "(prompt == 0)[:, None]"),
+        (
+            "FastGen._choose",
+            "if self.special_tokens else jnp.full_like(scores[..., 0], -1)",
+            "if True else jnp.full_like(scores[..., 0], -1)",
+            "test_policies.py::test_fastgen_without_special_tokens_skips_their_way",
+            "without special tokens their way keeps nothing, so no recovery above 0 is reached",
+        ),
+        ("FastGen._bound", "positions > (last", "positions >= (last"),
+        ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
+        ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
+        ("FastGen.observe", "state.scores + mass, state.scores", "state.scores, state.scores"),
+        (
+            "FastGen._kinds",
+            "(1, self.punctuation_tokens), (2, self.special_tokens)",
+            "(2, self.punctuation_tokens), (1, self.special_tokens)",
+        ),
+    ),
+    *group(
+        "policies/h2o.py",
+        """
+        test_policies.py::test_h2o_by_places_where_keys_are_rotated
+        test_policies.py::test_h2o_keeps_what_brute_force_keeps
+        """,
+        ("H2O.observe", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
+        ("H2O.observe", "scored.close_up(state.places, leaves)", "state.places"),
+        (
+            "H2O.observe",
+            "jnp.where(leaves, 0, scores)",
+            "scores",
+            "",
+            "a token that enters starts without a score again",
+        ),
+        ("H2O.absorb", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
+        ("H2O.absorb", "scored.places(positions)", "state.places"),
+        (
+            "H2O.absorb",
+            "<= self.budget",
+            "< self.budget",
+            "test_policies.py::test_h2o_keeps_what_brute_force_keeps",
+            "with as many tokens as the budget, the recent and the best of the others are all of them",
+        ),
+        ("H2O.enter", "scored.enter_last(state.places, slots)", "state.places"),
+        (
+            "H2O.num_slots",
+            "return self.budget + 1",
+            "return self.budget + 2",
+            "test_policies.py::test_one_leaves_whatever_the_compiler_does",
+        ),
+    ),
+    *group(
+        "policies/scissorhands.py",
+        """
+        test_policies.py::test_scissorhands_by_places_in_the_cache
+        test_policies.py::test_scissorhands_keeps_what_brute_force_keeps
+        test_policies.py::test_of_equal_scores_the_lowest_position_leaves
+        """,
+        ("Scissorhands.observe", "count.astype(mass.dtype) >= 1)", "count.astype(mass.dtype) > 1.2)"),
+        ("Scissorhands.observe", "over = count > self.budget", "over = count >= self.budget"),
+        ("Scissorhands.observe", "(old & ~bit) |", "old |"),
+        ("Scissorhands.measure", "lengths[:, None] + 1)", "lengths[:, None])"),
+        ("Scissorhands.absorb", "> self.budget, keep, there", "> self.budget + 1, keep, there"),
+        ("Scissorhands.absorb", "scored.places(positions)", "state.places"),
+        ("Scissorhands._survivors", "last - self.num_protected", "last - self.num_protected + 1"),
+        ("Scissorhands._record", "(low & ~over_written) |", "low |"),
+        (
+            "Scissorhands._counts",
+            "count + bits(byte)",
+            "jnp.maximum(count, bits(byte))",
+            "test_policies.py::test_counts_of_records",
+        ),
+    ),
+    *group(
+        "policies/scored.py",
+        """
+        test_policies.py::test_of_equal_scores_the_lowest_position_leaves
+        test_policies.py::test_exactly_one_leaves
+        test_policies.py::test_h2o_by_places_where_keys_are_rotated
+        test_policies.py::test_h2o_keeps_what_brute_force_keeps
+        """,
+        ("_earlier", "one[1] <= other[1]", "one[1] >= other[1]"),
+        ("first", "jnp.where(jnp.isnan(scores), -jnp.inf", "jnp.where(jnp.isnan(scores), jnp.inf"),
+        ("best", "jnp.where(candidates, positions, EMPTY)", "jnp.where(candidates, -positions, EMPTY)"),
+        ("settle", "jnp.argsort(keep, axis=-1, stable=True)", "jnp.argsort(~keep, axis=-1, stable=True)"),
+        ("close_up", "places > gap, places - 1", "places >= gap, places - 1"),
+        ("enter_last", "axis=-1) + 1", "axis=-1)"),
+    ),
+    *group(
+        "policies/streaming.py",
+        """
+        test_policies.py::test_streaming_within_a_window_of_the_call
+        test_policies.py::test_streaming_sees_positions_in_the_cache
+        test_smaller_caches.py::test_smaller_caches
+        """,
+        ("StreamingLLM.sink_positions", "num_sinks + window - 1", "num_sinks + window"),
+        ("StreamingLLM.place", "num_new[:, None] - window", "num_new[:, None] - window + 1"),
+        ("StreamingLLM.positions", "slot <= last, slot, EMPTY", "slot < last, slot, EMPTY"),
+        (
+            "StreamingLLM.can_trim",
+            "lengths <= num_slots",
+            "lengths >= 0",
+            "test_policies.py::test_trim_needs_what_has_left",
+        ),
+    ),
+    *group(
+        "policies/window.py",
+        """
+        test_meanings.py::test_ring_wraps_at_every_phase
+        test_verbs.py::test_trim_ring_after_it_wrapped
+        """,
+        ("SlidingWindow.place", "num_new[:, None] - num_slots", "num_new[:, None] - num_slots + 1"),
+        ("SlidingWindow.positions", "position >= 0", "position > 0"),
+        ("SlidingWindow.kept", "jnp.minimum(lengths, num_slots)", "lengths", "test_meanings.py::test_policy_suite"),
+        (
+            "SlidingWindow.can_trim",
+            "lengths <= num_slots",
+            "lengths < num_slots",
+            "test_verbs.py::test_trim_ring_before_it_wraps",
+        ),
+    ),
+    *group(
+        "policies/base.py",
+        "test_verbs.py::test_trim\ntest_meanings.py::test_overflow",
+        ("Policy.fits", "<= num_slots", "< num_slots"),
+        ("Policy.positions", "slot < lengths[:, None]", "slot <= lengths[:, None]"),
+    ),
+    # Attention ---------------------------------------------------------------------------------------------------
+    *group(
+        "masks.py",
+        "test_meanings.py::test_mask_rule",
+        ("Mask.between", "kv > first - self.window", "kv >= first - self.window"),
+        (
+            "Mask.between",
+            "kv > first - self.reach",
+            "kv >= first - self.reach",
+            "test_policies.py::test_streaming_within_a_window_of_the_call",
+        ),
+        (
+            "Mask.between",
+            "kv < self.end",
+            "kv <= self.end",
+            "test_policies.py::test_streaming_within_a_window_of_the_call",
+        ),
+        (
+            "Mask.reachable",
+            "jnp.max(jnp.where(real, q_positions, EMPTY)",
+            "jnp.min(jnp.where(real, q_positions, EMPTY)",
+        ),
+        (
+            "Mask.narrowed",
+            "window <= self.window",
+            "window < self.window",
+            "",
+            "of two equal windows either hides the same: all but the last tokens, sinks too",
+        ),
+        (
+            "Mask.narrowed",
+            "reach=window) if self.num_sinks",
+            "reach=window + 1) if self.num_sinks",
+            "test_policies.py::test_streaming_within_a_window_of_the_call",
+        ),
+    ),
+    *group(
+        "request.py",
+        "test_blocks.py::test_blocks_of_queries\ntest_meanings.py::test_logsumexp",
+        (
+            "adjust",
+            "kv_positions[:, :, None, None, :] - q_positions",
+            "kv_positions[:, :, None, None, :] + 1 - q_positions",
+        ),
+        ("ungrouped", "(0, 3, 1, 2,", "(0, 3, 2, 1,"),
+        (
+            "rotated",
+            "jnp.maximum(kv_positions, 0)",
+            "jnp.maximum(kv_positions - 1, 0)",
+            "test_policies.py::test_h2o_by_places_where_keys_are_rotated",
+        ),
+    ),
+    *group(
+        "attend/step.py",
+        """
+        test_policies.py::test_streaming_within_a_window_of_the_call
+        test_policies.py::test_h2o_by_places_where_keys_are_rotated
+        test_meanings.py::test_overflow
+        test_meanings.py::test_left_padding
+        """,
+        ("_requests", "call.mask.reach if call.mask.num_sinks else call.mask.window", "None"),
+        ("_requests", "begin=num_sinks, num_sinks=0", "num_sinks=0"),
+        ("_requests", "jnp.where(positions >= 0, sink_positions, EMPTY)", "positions"),
+        ("_fits", "cache.lengths <= _checks.INT32_MAX - given", "cache.lengths >= 0", "test_bad_input.py"),
+        ("_place_in_time", "jnp.where(fits, given, 0)", "given"),
+        ("_place_in_time", "cache.lengths if places is None else _count(places)", "cache.lengths"),
+        ("_place_in_time", "if call.key_rope is None else key", "if True else key"),
+        (
+            "_real_tokens",
+            "jnp.where(bad, 0, given)",
+            "given",
+            "test_bad_input.py",
+        ),
+        ("_cross", "t < given[:, None]", "t <= given[:, None]", "test_verbs.py::test_cross_attention"),
+        ("_cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
+        ("_count", "axis=(1, 2)) + 1", "axis=(1, 2))"),
+        (
+            "_scorable",
+            "jnp.any(jnp.isnan(lse), axis=(1, 2))",
+            "jnp.all(jnp.isnan(lse), axis=(1, 2))",
+            "test_policies.py::test_attention_that_is_nan",
+        ),
+        ("_chunk", "where + gone.reshape", "where - gone.reshape"),
+        (
+            "_chunk",
+            "min(layout.rows, CHUNK_ROWS)",
+            "max(layout.rows, CHUNK_ROWS)",
+            "",
+            "blocks of another length, the same numbers",
+        ),
+        (
+            "_decode",
+            "lengths=lengths + new, state=seen",
+            "lengths=lengths, state=seen",
+            "test_policies.py::test_output_is_attention_over_the_kept_tokens",
+        ),
+    ),
+    *group(
+        "attend/on_arrays.py",
+        "test_arrays.py",
+        ("_attend", "1 / math.sqrt(head_dim)", "1 / head_dim"),
+        ("_attend", "view.layout.num_slots - 1, jnp.int32)", "view.layout.num_slots, jnp.int32)"),
+        ("decode_attention", 'else {"scale": v_scales[None', 'else {"scale": k_scales[None'),
+        ("paged_decode_attention", 'else {"scale": v_scales[:, :, None]}', 'else {"scale": k_scales[:, :, None]}'),
+        ("decode_attention", "_starts(starts, batch)", "_starts(starts, batch) + 1"),
+        ("_positions", "slot + slots - lengths", "slot"),
+        ("_positions", "slot < lengths,", "slot <= lengths,"),
+        ("_Pair.mix", "self.of_values.mix", "self.of_keys.mix", "test_compat.py::test_pages_of_two_dtypes"),
+        (
+            "paged_decode_attention",
+            "jnp.where(jnp.any(unknown, axis=1)[:, None, None], EMPTY, positions)",
+            "positions",
+            "test_gpu_kernels.py::test_a_page_that_is_not_there",
+        ),
+    ),
+    *group(
+        "attend/xla.py",
+        """
+        test_blocks.py::test_blocks_of_queries
+        test_meanings.py::test_logsumexp
+        test_policies.py::test_h2o_keeps_what_brute_force_keeps
+        """,
+        ("attend", "request.positions, -1)", "request.positions)"),
+        ("attend", "jnp.sum(mass, axis=0)", "mass[0]"),
+        ("_query_block", "total * keep + jnp.sum(weights, axis=-1)", "total + jnp.sum(weights, axis=-1)"),
+        ("_query_block", "jnp.log(total) + top", "jnp.log(total) - top"),
+        (
+            "measure",
+            "by_block(lse, jnp.inf)",
+            "by_block(lse)",
+            "test_blocks.py::test_blocks_of_queries",
+            "queries that fill a block are pads: their scores are -inf against any sum",
+        ),
+        ("measure", "jnp.mean(probs, axis=2", "jnp.sum(probs, axis=2"),
+    ),
+    *group(
+        "attend/state.py",
+        "test_verbs.py::test_merge_is_attention_over_the_union\ntest_verbs.py::test_merge_with_nothing\ntest_meanings.py::test_rules_of_a_call",
+        (
+            "merge_states",
+            "jnp.maximum(lse_a, lse_b)",
+            "jnp.minimum(lse_a, lse_b)",
+            "test_verbs.py::test_merge_far_apart_and_dtypes",
+        ),
+        ("_weighted", "jnp.where(weight == 0, 0, out.astype(acc))", "out.astype(acc)"),
+    ),
+    *group(
+        "attend/reference.py",
+        "test_meanings.py::test_logsumexp\ntest_meanings.py::test_empty_rows\ntest_policies.py::test_h2o_by_the_reference",
+        ("attend", "jnp.log(jnp.where(empty, 1, total)) + top", "jnp.log(jnp.where(empty, 1, total)) - top"),
+        ("attend", "jnp.sum(jnp.mean(probs, axis=2), axis=2)", "jnp.sum(jnp.max(probs, axis=2), axis=2)"),
+        (
+            "attend",
+            "jnp.where(reached, values, 0)",
+            "values",
+            "test_meanings.py::test_a_page_that_a_window_has_left_may_be_anothers",
+        ),
+    ),
+    # Kernels -----------------------------------------------------------------------------------------------------
+    *group(
+        "pallas/tiles.py",
+        """
+        test_blocks.py::test_which_tiles_are_needed_and_which_are_full
+        test_blocks.py::test_a_pool_of_40000_pages
+        test_tpu_kernels.py::test_only_tiles_that_hold_something_are_read
+        """,
+        ("near_and_filled", "cut(request.reached(positions))", "cut(request.reached(positions))[..., :-1]"),
+        ("near_and_filled", "cut(positions >= 0)", "cut(positions >= 0)[..., :-1]"),
+        (
+            "near_and_filled",
+            "jnp.all(cut(positions >= 0), axis=(1, 3))",
+            "jnp.all(cut(positions >= 0), axis=3).any(axis=1)",
+        ),
+        ("pages_of", "page = table[chosen.row[:, None]", "page = table.astype(jnp.int16)[chosen.row[:, None]"),
+        ("pages_of", "page < num_pages", "page <= num_pages"),
+        (
+            "pages_of",
+            "column < width",
+            "column <= width",
+            "",
+            "the column is clamped to the last one, which is fetched once more",
+        ),
+    ),
+    *group(
+        "pallas/shares.py",
+        "test_gpu_kernels.py::test_work_is_shared_out_evenly\ntest_gpu_kernels.py::test_a_window_costs_a_window",
+        ("survey", "hole + end - after", "hole + end - after - (end > 1)"),
+        ("Counts.before", "self.index < row", "self.index <= row"),
+        (
+            "Counts.of_segment",
+            "lax.div(begin + own - 1, self.share) - first + 1",
+            "lax.div(begin + own, self.share) - first + 1",
+        ),
+    ),
+    *group(
+        "pallas/gpu_body.py",
+        "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_work_is_shared_out_evenly",
+        ("fetch", "visited >= 2", "visited >= 99"),
+        ("fetch", "i >= stages", "i >= 99"),
+        ("fetch", "lax.rem(start, size), part)", "lax.rem(start, size) * 0, part)", "test_gpu_kernels.py::test_values"),
+        ("fetch", "lax.div(start + n * size, size)", "lax.div(start, size)"),
+        ("Walk.each", "jnp.where(j < hole, j, after + j - hole)", "jnp.where(j <= hole, j, after + j - hole)"),
+        ("compute", "acc * spread(keep, acc.shape)", "acc"),
+        ("compute", "state = segment + program", "state = segment + 0 * program"),
+    ),
+    *group(
+        "pallas/gpu_merge.py",
+        "test_gpu_kernels.py::test_several",
+        ("merge", "lax.div(count + (AT_ONCE - 1), AT_ONCE)", "lax.min(count, 1)"),
+        ("merge", "i * AT_ONCE + n", "i * AT_ONCE + 0 * n"),
+        ("merge", "jnp.where(index < count, 0.0, -jnp.inf)", "jnp.where(index < count, 0.0, 0.0)"),
+    ),
+    *group(
+        "pallas/gpu_tile.py",
+        "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_planted_faults",
+        (
+            "products",
+            "spread(sums, shape) * spread(minimum, shape, 0)",
+            "spread(sums, shape) * spread(scale, shape, 0)",
+        ),
+        ("mix", "jnp.where(filled, scale, 0.0)", "scale"),
+        ("planes", "(first + width) // group_size", "first // group_size"),
+        ("repack", "minimum, plane.shape, 0)", "scale, plane.shape, 0)"),
+        ("split", "x = x - piece.astype(F32)", "x = piece.astype(F32)"),
+    ),
+    *group(
+        "pallas/gpu_decode.py",
+        "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_what_it_does_not_do_is_said",
+        ("attend", "axis=(2, 4)) / group", "axis=(2, 4))"),
+        ("_sums", "jnp.sum(query.astype(jnp.float32), axis=0)", "query[0].astype(jnp.float32)"),
+        ("_paging", "size % 8 or", "size % 16 or", "test_gpu_kernels.py::test_copies_land_on_aligned_addresses"),
+    ),
+    *group(
+        "pallas/tpu_decode.py",
+        """
+        test_tpu_kernels.py::test_scores_of_one_tile_above_those_of_the_last
+        test_tpu_kernels.py::test_minima_and_scales_in_several_pages
+        test_tpu_kernels.py::test_planted_faults
+        """,
+        ("_body", "total[k] * keep", "total[k]"),
+        ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
+        ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
+        ("_body", "rest[n * per_tile : (n + 1) * per_tile]", "rest[n * per_tile : n * per_tile + 1] * per_tile"),
+        ("_page_spec", "i * per_tile + part", "i * per_tile"),
+    ),
+    *group(
+        "pallas/tpu_read.py",
+        """
+        test_tpu_kernels.py::test_minima_and_scales_in_several_pages
+        test_tpu_kernels.py::test_what_lies_elsewhere_changes_no_bit
+        test_tpu_kernels.py::test_values
+        """,
+        ("Store._grouped_scores", "(low - self._offset * step)", "(low + self._offset * step)"),
+        ("Store._grouped_mix", "probs * low - self._offset", "probs * step - self._offset"),
+        ("Store._grouped_mix", "jnp.where(filled, x, 0.0)", "x"),
+        ("Store.mix", "jnp.where(filled, factor, 0.0)", "factor"),
+        ("Store.mix", "jnp.where(filled, values.astype(jnp.float32), 0.0)", "values.astype(jnp.float32)"),
+    ),
+    *group(
+        "pallas/tpu_append.py",
+        """
+        test_tpu_kernels.py::test_a_token_is_written_into_contiguous_slots
+        test_tpu_kernels.py::test_rows_that_write_nothing_stay_away_from_the_pages_of_others
+        test_tpu_kernels.py::test_a_token_is_written_where_it_belongs
+        """,
+        ("_in_rows", "jnp.maximum(at, 0) // size", "jnp.maximum(at, 0) // size * 0"),
+        ("_in_rows", "% slots.shape[1]", "% 1"),
+        ("_in_rows", "at % size, -1)", "at % size, 0)"),
+        ("_in_pages", "page[stand]", "page"),
+        ("_body", "(major[i] != major[before]) |", ""),
+    ),
+    # Placement ---------------------------------------------------------------------------------------------------
+    *group(
+        "sharding/sequence.py",
+        """
+        test_sharding.py::test_slots_of_several_blocks
+        test_sharding.py::test_equals_one_device
+        """,
+        ("Share.write", "slots // store.rows * rows + row % rows", "row % rows"),
+        ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
+        ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
+        ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
+        ("Share.of_chunk", "mine(positions, -1)", "mine(positions)", "test_sharding.py::test_equals_one_device"),
+        (
+            "Share.joined",
+            "jax.lax.pmax(jax.lax.stop_gradient(lse), self.axis)",
+            "jax.lax.stop_gradient(lse)",
+            "test_sharding.py::test_equals_one_device",
+        ),
+        ("Share._layout", "whole.num_blocks * rows, rows", "rows, rows"),
+    ),
+    *group(
+        "sharding/heads.py",
+        "test_sharding_faults.py::test_copies_lie_beside_each_other\ntest_sharding.py::test_equals_one_device",
+        ("repeated", "jnp.repeat(x, copies, axis=axis)", "jnp.concatenate([x] * copies, axis=axis)"),
+        ("SomeOfGroup.of_group", "/ self.copies", "/ 1"),
+        ("_heads", "values=store(cache.values)", "values=cache.values"),
+    ),
+    *group(
+        "sharding/batch.py",
+        "test_sharding.py::test_equals_one_device\ntest_sharding.py::test_an_encoders_cache",
+        ("local.call", "split_axis=split, concat_axis=0", "split_axis=0, concat_axis=split"),
+    ),
+    *group(
+        "sharding/choose.py",
+        "test_sharding_placing.py::test_choose",
+        ("_choice", "batch_size > n and", "batch_size >= n and", "", "a batch of n rows divides, and was taken before"),
+    ),
+    # Layers and models -------------------------------------------------------------------------------------------
+    *group(
+        "layers/decode.py",
+        """
+        test_layers_nnx.py::test_positions_mean_the_same_in_flax_cache
+        test_layers_nnx.py::test_under_jit_tokens_that_do_not_fit_are_dropped_and_recorded
+        test_layers_linen.py::test_positions_mean_the_same_in_flax_cache
+        """,
+        ("extend", "behind > -window", "behind >= -window"),
+        ("extend", "alibi_slopes[:, None, None] * behind", "-alibi_slopes[:, None, None] * behind"),
+        ("extend", "taken if input_positions is None", "taken * 0 if input_positions is None"),
+        ("extend", "full.rotate(rope, key, rotate_at)", "key"),
+        ("_write", "jnp.where(fits, new, old)", "new"),
+    ),
+    *group(
+        "models/generate.py",
+        "test_generate.py::test_steps_take_the_caches_over\ntest_generate.py::test_learned_positions_are_not_run_past\ntest_generate.py::test_generation_refuses",
+        ("_programs", '@functools.partial(jax.jit, donate_argnames="cache")\n    def step', "@jax.jit\n    def step"),
+        (
+            "_programs",
+            '@functools.partial(jax.jit, donate_argnames="cache")\n    def append',
+            "@jax.jit\n    def append",
+        ),
+        (
+            "_programs.step",
+            "rows.num_drawn + 1",
+            "rows.num_drawn",
+            "test_generate.py::test_drawn_numbers_and_rows_differ",
+        ),
+    ),
+    *group(
+        "models/sampling.py",
+        "test_generate.py::test_the_smallest_set_that_reaches_a_weight\ntest_generate.py::test_one_candidate_is_the_greedy_choice",
+        ("best_reaching", "tied_before * weights < target", "tied_before * weights <= target"),
+        ("best_reaching", ">= target, higher, lowest", "> target, higher, lowest"),
+        (
+            "choose",
+            "jax.random.fold_in(jax.random.fold_in(key, row), num_drawn)",
+            "jax.random.fold_in(key, num_drawn)",
+            "test_generate.py::test_drawn_numbers_and_rows_differ",
+        ),
+    ),
+    # Positions ---------------------------------------------------------------------------------------------------
+    *group(
+        "positions/rope.py",
+        "test_positions.py::test_pairs\ntest_positions.py::test_only_the_distance_counts_however_far\ntest_positions.py::test_matches_transformers",
+        ("_turned", "turning[..., 0::2], turning[..., 1::2]", "turning[..., 1::2], turning[..., 0::2]"),
+        ("_cos_sin", "sin * factor", "sin"),
+    ),
+    *group(
+        "positions/alibi.py",
+        "test_positions.py::test_alibi_slopes_are_blooms",
+        ("alibi_slopes", "[0::2]", "[1::2]"),
+    ),
+    *group(
+        "positions/scaling.py",
+        "test_positions.py::test_matches_transformers\ntest_positions.py::test_every_field_of_the_rope_dict_matters",
+        ("_yarn", "math.floor(low), math.ceil(high)", "math.ceil(low), math.floor(high)"),
+    ),
+]
