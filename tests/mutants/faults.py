@@ -742,7 +742,7 @@ FAULTS: list[Fault] = [
         test_sharding.py::test_slots_of_several_blocks
         test_sharding.py::test_equals_one_device
         """,
-        ("Share.write", "slots // store.rows * rows + row % rows", "row % rows"),
+        ("Share.of_store", "slots // store.rows * rows + row % rows", "row % rows"),
         ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
         ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
         ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
@@ -813,6 +813,61 @@ FAULTS: list[Fault] = [
             "jax.random.fold_in(key, num_drawn)",
             "test_generate.py::test_drawn_numbers_and_rows_differ",
         ),
+    ),
+    # What leaves the process, derivatives past codes, types of mesh axes ---------------------------------------------
+    *group(
+        "_trees.py",
+        "test_trees.py",
+        ("_equal", "structure == other and ", ""),
+        ("_from_state_dict", "if repr(here) != repr(there)", "if False"),
+        ("_from_state_dict", "if other:", "if False:"),
+        ("_plain", '{"tuple": [_plain(x) for x in value]}', "[_plain(x) for x in value]"),
+    ),
+    *group(
+        "_manual.py",
+        "test_shard_map.py",
+        ("_settled", "jax.tree.map(lambda x: _over(x, axes), carry)", "carry"),
+        ("cond", "_axes(a) | _axes(b)", "_axes(a)"),
+        ("result", "_axes_of(operands)", "frozenset()"),
+    ),
+    *group(
+        "attend/reference.py",
+        "test_straight_through.py\ntest_meanings.py::test_position_decides_whom_a_bad_value_reaches",
+        ("_", "primals[0], tangents[1]", "primals[0], tangents[0]"),
+        (
+            "_past_codes",
+            "new.swapaxes(1, 2)",
+            "new.swapaxes(1, 2)[:, :, ::-1]",
+            "test_straight_through.py::test_the_call_of_several_tokens",
+        ),
+        ("_mixed", "product(probs, jnp.where(finite, values, 0))", "product(probs, values)"),
+        ("_mixed", "jnp.where(met(jnp.isneginf(values)), -jnp.inf, 0)", "0"),
+    ),
+    *group(
+        "attend/xla.py",
+        "test_meanings.py::test_position_decides_whom_a_bad_value_reaches",
+        (
+            "_Walk.mixed",
+            "jnp.where(jnp.all(jnp.isfinite(mixed)), 0, length)",
+            "jnp.where(jnp.any(jnp.isfinite(mixed)), 0, length)",
+        ),
+        ("_Walk.mixed", "[:, :, 0]", "[:, :, 0] | True"),
+    ),
+    *group(
+        "cache/status.py",
+        "test_sharding.py::test_what_the_last_device_alone_saw_is_told",
+        ("_on_every_device", "status.addressable_shards", "status.addressable_shards[:1]"),
+    ),
+    *group(
+        "codecs/plain.py",
+        "test_verbs.py::test_a_number_that_is_too_large_is_not_stored_silently",
+        ("Plain.unfit", "jnp.finfo(x.dtype).max <= jnp.finfo(self.dtype).max", "True"),
+        ("Plain.unfit", "jnp.isfinite(x) & ", ""),
+    ),
+    *group(
+        "codecs/kivi.py",
+        "test_straight_through.py::test_kivi_on_both_sides_of_its_flush\ntest_straight_through.py::test_the_call_of_one_token",
+        ("KIVI.as_they_came", "last - (last - row) % self.residual", "last - (last - row - 1) % self.residual"),
     ),
     # Positions ---------------------------------------------------------------------------------------------------
     *group(
