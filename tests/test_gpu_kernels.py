@@ -146,10 +146,10 @@ def test_values(shape, store, rule, page_size, query, new):
 
 
 SEVERAL = {
-    # Four programs share twelve segments: each takes three, and waits for its first query buffer to be free again.
-    # Two pages to a tile.
+    # Four programs share twelve segments: each takes three of one tile, and waits for its first query
+    # buffer to be free again. Two pages to a tile.
     "segments of a program": (
-        72, 4, {"dtype": BF16, "codec": kvattn.Int8(), "page_size": 32}, 2, {"want_mass": True, "softcap": 2.0}, None,
+        64, 4, {"dtype": BF16, "codec": kvattn.Int8(), "page_size": 32}, 2, {"want_mass": True, "softcap": 2.0}, None,
     ),
     # Twelve programs have a tile each of the first row, whose eleven states are merged in three rounds.
     "states of a row": (
