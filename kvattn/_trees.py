@@ -21,13 +21,10 @@ _NODES: list[type] = []
 
 
 def portable[T: type](node: T) -> T:
-    """Lets a dataclass of arrays, registered with ``jax.tree_util.register_dataclass``, be written, read and compared.
+    """Lets a dataclass of arrays, registered with ``jax.tree_util.register_dataclass``, be written and read.
 
-    Its static fields are settings: None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those. Make
-    it with ``eq=False``: two of them are equal if their settings are and they hold the same array objects. (What a tree
-    holds instead of arrays, shardings or numbers, is compared by value.)
+    Its static fields are settings: None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those.
     """
-    node.__eq__, node.__hash__ = _equal, _hash  # type: ignore[method-assign]
     jax.export.register_pytree_node_serialization(
         node,
         serialized_name=f"kvattn.{node.__name__}" if _is_ours(node) else _name(node),
@@ -38,20 +35,27 @@ def portable[T: type](node: T) -> T:
     return node
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return NotImplemented
-    (mine, structure), (others, other) = jax.tree.flatten(a), jax.tree.flatten(b)
-    same = lambda x, y: x is y or (not (_is_array(x) or _is_array(y)) and bool(x == y))
-    return structure == other and all(same(x, y) for x, y in zip(mine, others, strict=True))
+class Tree:
+    """Base of dataclasses of arrays, made with ``eq=False``.
+
+    Two are equal if their settings are and they hold the same array objects; no number is looked at. What a tree holds
+    instead of arrays, shardings for example, is compared by value.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        (mine, structure), (theirs, other_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
+        return structure == other_structure and all(map(_same, mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash((type(self), jax.tree.structure(self)))
 
 
-def _hash(tree: Any) -> int:
-    return hash((type(tree), jax.tree.structure(tree)))
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
+def _same(a: Any, b: Any) -> bool:
+    """Whether two leaves are the same array, or equal otherwise."""
+    arrays = any(isinstance(x, jax.Array | np.ndarray) for x in (a, b))
+    return a is b or (not arrays and bool(a == b))
 
 
 def read(text: str | bytes) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks
-from kvattn._trees import array_fields
+from kvattn._trees import Tree, array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.view import View
@@ -17,7 +17,7 @@ from kvattn.errors import CapacityError, DTypeError, RangeError, ShapeError, Uns
 from kvattn.policies import Policy
 
 
-class Cache:
+class Cache(Tree):
     """Base of `kvattn.KVCache` and `kvattn.PagedKVCache`, which are dataclasses with these fields and more.
 
     Caches are equal if their settings are and they hold the same array objects; numbers are not looked at.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import _checks, _manual
-from kvattn._trees import portable
+from kvattn._trees import Tree, portable
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.masks import EMPTY
@@ -25,7 +25,7 @@ SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 @portable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Profile:
+class Profile(Tree):
     """What each head keeps, and what lies in its slots.
 
     Attributes:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn import _checks, _manual
-from kvattn._trees import portable
+from kvattn._trees import Tree, portable
 from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY
@@ -20,7 +20,7 @@ from kvattn.policies.base import Policy, State
 @portable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Record:
+class Record(Tree):
     """Which token lies in which slot, and when it was unimportant.
 
     Attributes:

@@ -6,7 +6,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from kvattn._trees import portable
+from kvattn._trees import Tree, portable
 from kvattn._typing import Array
 from kvattn.masks import EMPTY
 from kvattn.policies.base import NOWHERE
@@ -16,7 +16,7 @@ from kvattn.policies.base import NOWHERE
 @portable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Slots:
+class Slots(Tree):
     """Which token lies in which slot, per key/value head, and its score.
 
     Attributes:

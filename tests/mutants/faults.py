@@ -818,7 +818,7 @@ FAULTS: list[Fault] = [
     *group(
         "_trees.py",
         "test_trees.py",
-        ("_equal", "structure == other and ", ""),
+        ("Tree.__eq__", "structure == other_structure and ", ""),
         ("_from_state_dict", "if repr(here) != repr(there)", "if False"),
         ("_from_state_dict", "if other:", "if False:"),
         ("_plain", '{"tuple": [_plain(x) for x in value]}', "[_plain(x) for x in value]"),
