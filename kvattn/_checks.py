@@ -94,7 +94,8 @@ def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> An
     except (TypeError, ValueError) as error:
         raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.") from error
     if found is None or not jnp.issubdtype(found, jnp.inexact if complex else jnp.floating):
-        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.")
+        hint = ": fewer bits are a codec's business" if bits and found is not None else ""
+        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}{hint}.")
     if jnp.issubdtype(found, jnp.floating) and jnp.finfo(found).bits < bits:
         raise DTypeError(f"{name} must have {bits} bits or more, got {found}: fewer are a codec's business.")
     return found
