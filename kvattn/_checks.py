@@ -151,7 +151,7 @@ def _number(name: str, value: Any) -> float:
         except OverflowError:  # an int of hundreds of digits
             return math.inf
     try:
-        array = value if hasattr(value, "dtype") else np.asarray(value)
+        array = value if hasattr(value, "dtype") and not isinstance(value, type) else np.asarray(value)
     except Exception as error:
         raise DTypeError(f"{name} must be a number, got {value!r}.") from error
     _scalar(name, array)

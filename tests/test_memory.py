@@ -1043,7 +1043,8 @@ REFUSED = {
         errors.UnsupportedError, "layer_types", lambda: from_config(LLAMA | {"model_type": "x", "sliding_window": 9}),
     ),
     "heads that differ from layer to layer": (
-        errors.UnsupportedError, "layer to layer", lambda: from_config(LLAMA | {"num_key_value_heads": [32] * 31 + [8]}),
+        errors.UnsupportedError, "layer to layer",
+        lambda: from_config(LLAMA | {"num_key_value_heads": [32] * 31 + [8]}),
     ),
     "patterns that differ": (
         errors.ConfigError, "keep one",
