@@ -286,6 +286,9 @@ KEPT = {
     "exaone4, no window": (
         sized("exaone4", 30, 32, 8, 2048, sliding_window=None, sliding_window_pattern=None), 30, 30, 61_440
     ),
+    "cohere2, by its newer name": (
+        sized("cohere2", 8, 8, 8, 512, sliding_window=9, _sliding_window_pattern=2), 8, 8, 16_384
+    ),
     "a text part in a text part": (
         {"model_type": "qwen2_5_omni", "thinker_config": {"text_config":
          sized("qwen2", 28, 28, 4, 3584)}}, 28, 28, 57_344,

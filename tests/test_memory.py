@@ -508,6 +508,7 @@ def test_which_layers_have_the_window():
     assert windows("gpt_neo") == (None, 256) * 12
     assert windows("exaone4, letters") == (4096, 4096, 4096, None) * 2
     assert windows("exaone4, no window") == (None,) * 30
+    assert windows("cohere2, by its newer name") == (9, None) * 4
 
 
 def test_layers_that_share_a_cache():

@@ -63,6 +63,10 @@ class Fields:
         """These settings say nothing that is not known otherwise."""
         self._read.update(names)
 
+    def says(self, name: str) -> bool:
+        """Whether the file itself has the setting."""
+        return name in self._config
+
     def reads(self, name: str) -> bool:
         """Whether the family has a setting of this name, so that it means there what it is taken for here."""
         return name in self._defaults

@@ -147,7 +147,7 @@ def _windowed(period: int, at: int = -1) -> Rule:
     def rule(f: Fields, num_layers: int) -> list[str]:
         if at != -1:
             return _every(period, num_layers, WINDOW, at=at)
-        given = {name: value for name in _PATTERNS if (value := f.get(name))}
+        given = {name: value for name in _PATTERNS if (value := f.get(name)) and f.says(name)}
         if len(set(map(str, given.values()))) > 1:
             raise ConfigError(f"which layers have the window? {given} say different things: keep one.")
         name, pattern = next(iter(given.items()), (None, period))
