@@ -48,7 +48,7 @@ def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> f
     """Checks a finite number above 0."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    number = float(value)
+    number = _number(name, value)
     if not (math.isfinite(number) and number > 0):
         raise error(f"{name} must be finite and > 0, got {value}.")
     return number

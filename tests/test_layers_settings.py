@@ -33,7 +33,7 @@ DTYPE = [(v, errors.DTypeError) for v in ("float33", jnp.int32, bool, 32, np.zer
 METADATA = [(v, errors.DTypeError) for v in ("x", 3, PartitionSpec("x"), [("out_sharding", None)])]
 NEEDED_METADATA = [*METADATA, (None, errors.DTypeError)]
 NUMBER = [(v, errors.DTypeError) for v in ("0.1", 1j, {}, jnp.float32)]
-POSITIVE = [*NUMBER, *((v, errors.RangeError) for v in (0.0, -1, np.nan, np.inf))]
+POSITIVE = [*NUMBER, *((v, errors.RangeError) for v in (0.0, -1, np.nan, np.inf, 10**400))]
 WINDOW = [(v, errors.DTypeError) for v in ("4", 4.0, True)] + [(v, errors.RangeError) for v in (0, -1)]
 CHOICE = [(v, errors.ConfigError) for v in ("nonsense", 3, ["layer"], np.array(["layer", "rms"]))]
 
@@ -401,3 +401,11 @@ def test_every_policy_and_codec_is_in_the_table():
 def test_a_plain_codec_takes_names_of_dtypes():
     assert codecs.Plain("bfloat16") == codecs.Plain(jnp.bfloat16) == codecs.Plain()
     assert hash(codecs.Plain("bfloat16")) == hash(codecs.Plain(jnp.bfloat16))
+
+
+def test_a_clip_beyond_int32_is_a_number():
+    x = jnp.ones((1, 2, 8))
+    clipped, plain = (
+        layers.MultiHeadAttention(2, 8, decode=False, qkv_clip=limit, rngs=nnx.Rngs(0)) for limit in (10**30, None)
+    )
+    np.testing.assert_array_equal(clipped(x), plain(x))

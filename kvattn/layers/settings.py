@@ -126,7 +126,7 @@ def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[f
 
 def clipped(x: jax.Array, limit: float | None) -> jax.Array:
     """`x` within [-limit, limit]; as it is if None."""
-    return x if limit is None else jnp.clip(x, -limit, limit)
+    return x if limit is None else jnp.clip(x, -float(limit), float(limit))
 
 
 def finite_rope(rope: Any, size: int) -> None:
