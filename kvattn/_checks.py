@@ -48,7 +48,7 @@ def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> f
     """Checks a finite number above 0."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    number = float(value)
+    number = _number(name, value)
     if not (math.isfinite(number) and number > 0):
         raise error(f"{name} must be finite and > 0, got {value}.")
     return number
@@ -94,7 +94,8 @@ def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> An
     except (TypeError, ValueError) as error:
         raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.") from error
     if found is None or not jnp.issubdtype(found, jnp.inexact if complex else jnp.floating):
-        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.")
+        hint = ": fewer bits are a codec's business" if bits and found is not None else ""
+        raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}{hint}.")
     if jnp.issubdtype(found, jnp.floating) and jnp.finfo(found).bits < bits:
         raise DTypeError(f"{name} must have {bits} bits or more, got {found}: fewer are a codec's business.")
     return found
@@ -150,7 +151,7 @@ def _number(name: str, value: Any) -> float:
         except OverflowError:  # an int of hundreds of digits
             return math.inf
     try:
-        array = value if hasattr(value, "dtype") else np.asarray(value)
+        array = value if hasattr(value, "dtype") and not isinstance(value, type) else np.asarray(value)
     except Exception as error:
         raise DTypeError(f"{name} must be a number, got {value!r}.") from error
     _scalar(name, array)

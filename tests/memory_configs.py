@@ -163,6 +163,18 @@ ESTIMATED = {
         gated("glm4_moe", 46, 96, 8, 4096, 10944, 151552, n_routed_experts=128, num_experts_per_tok=8,
               moe_intermediate_size=1408, n_shared_experts=1, first_k_dense_replace=1), 103_481_200_640
     ),
+    "hunyuan_v1_moe": (  # as A13B has them: lists, and one expert for every token
+        gated("hunyuan_v1_moe", 32, 32, 8, 4096, 3072, 128167, head_dim=128, num_experts=64, moe_topk=[8] * 32,
+              num_shared_expert=[1] * 32, moe_intermediate_size=[3072] * 32, **TIED), 80_393_183_232
+    ),
+    "gpt_neo": (
+        {"model_type": "gpt_neo", "num_layers": 24, "num_heads": 16, "hidden_size": 2048, "window_size": 256},
+        1_311_000_000,
+    ),
+    "chatglm, the first": (
+        {"model_type": "chatglm", "num_layers": 28, "num_attention_heads": 32, "hidden_size": 4096,
+         "inner_hidden_size": 16384, "vocab_size": 130528}, 6_173_286_400
+    ),
     "ernie4_5_moe": (
         gated("ernie4_5_moe", 28, 20, 4, 2560, 12288, 103424, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
               moe_intermediate_size=1536, moe_layer_start_index=1, **TIED), 21_825_437_888
@@ -264,6 +276,26 @@ KEPT = {
         {"model_type": "mpt", "n_layers": 4, "n_heads": 8, "d_model": 512,
          "attn_config": {"attn_type": "multiquery_attention"}}, 4, 4, 1_024,
     ),
+    "gpt_neo": (
+        {"model_type": "gpt_neo", "num_layers": 24, "num_heads": 16, "attention_types": [[["global", "local"], 12]],
+         "attention_layers": ["global", "local"] * 12, "window_size": 256}, 24, 24, 196_608,
+    ),
+    "exaone4, letters": (
+        sized("exaone4", 8, 40, 8, 5120, sliding_window=4096, sliding_window_pattern="LLLG"), 8, 8, 32_768
+    ),
+    "exaone4, no window": (
+        sized("exaone4", 30, 32, 8, 2048, sliding_window=None, sliding_window_pattern=None), 30, 30, 61_440
+    ),
+    "cohere2, by its newer name": (
+        sized("cohere2", 8, 8, 8, 512, sliding_window=9, _sliding_window_pattern=2), 8, 8, 16_384
+    ),
+    "a text part in a text part": (
+        {"model_type": "qwen2_5_omni", "thinker_config": {"text_config":
+         sized("qwen2", 28, 28, 4, 3584)}}, 28, 28, 57_344,
+    ),
+    "a text part called language": (
+        {"model_type": "multi_modality", "language_config": sized("llama", 30, 32, 32, 4096)}, 30, 30, 491_520
+    ),
     # Llama 4: three layers in four keep their chunk of 8192 at most.
     "llama4": (nested("llama4", **LLAMA4), 48, 48, 196_608),
     # null is no default.
@@ -344,6 +376,13 @@ WRITTEN = [
           use_shared_mlp_adapter=True, attention_head_dim=160, state_size=64),
     sized("glm4_moe", 46, 96, 8, 4096, num_nextn_predict_layers=1, n_group=1, topk_group=1, use_qk_norm=False,
           num_experts_per_tok=8, n_routed_experts=16, moe_intermediate_size=8),
+    sized("exaone4", 4, 8, 2, 512, sliding_window=None, sliding_window_pattern=None,
+          layer_types=["full_attention"] * 4),
+    sized("gemma2", 4, 8, 2, 512, sliding_window=4096, sliding_window_size=4096),
+    sized("cohere2", 32, 32, 8, 4096, sliding_window=4096, sliding_window_pattern=4, _sliding_window_pattern=4,
+          use_embedding_sharing=True),
+    sized("phi3", 32, 24, 8, 3072, sliding_window=262144, full_attn_mod=1, interpolate_factor=1),
+    sized("qwen2_vl_text", 4, 28, 4, 3584, use_sliding_window=False, sliding_window=None),
     sized("llama", 4, 8, 2, 512, is_llama_config=True, rope_interleaved=False, head_dim=64, mlp_bias=False),
 ]  # fmt: skip
 

@@ -656,7 +656,9 @@ def test_unknown_models(folder):
 FLAGS = [
     ("llama3", {"hidden_act": "tanh"}, UnsupportedError),
     ("llama3", {"quantization_config": {"quant_method": "gptq"}}, UnsupportedError),
-    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ConfigError),
+    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, UnsupportedError),
+    ("llama3", {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, UnsupportedError),
+    ("gemma2", {"sliding_window_size": 4096}, ConfigError),
     ("llama3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, UnsupportedError),
     ("llama3", {"partial_rotary_factor": 0.5}, UnsupportedError),
     ("llama3", {"residual_multiplier": 0.22}, UnsupportedError),
@@ -782,6 +784,16 @@ def test_fields_that_matter_with_this_value(folder, fields):
     path = folder()
     set_config(path, **fields)
     refused(UnsupportedError, path, *fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "note"), [("gemma2", {"sliding_window_size": "sliding_window"}), ("falcon7b", {"ff_factor": None})]
+)
+def test_notes_that_published_files_have_beside_a_field(folder, name, note):
+    path, (field, same) = folder(name), *note.items()
+    config = json.loads((path / "config.json").read_text())
+    set_config(path, **{field: 4 if same is None else config[same]})
+    assert read_family(path).config == read_family(GOLDEN / name).config
 
 
 def test_every_family_is_documented():

@@ -23,6 +23,7 @@ from kvattn.models import DecoderConfig
 SIZE = [(v, errors.DTypeError) for v in ("16", 3.5, True, [16], np.float32(4), {})] + [
     (v, errors.ConfigError) for v in (0, -3, np.int64(0))
 ]
+LAYER_SIZE = [*SIZE, (10**30, errors.RangeError)]
 NEEDED_SIZE = [*SIZE, (None, errors.DTypeError)]
 FLAG = [(v, errors.DTypeError) for v in ("no", 2, 0.5, [True], np.array([True]))]
 NEEDED_FLAG = [*FLAG, (None, errors.DTypeError)]
@@ -31,20 +32,20 @@ NEEDED_FUNCTION = [*FUNCTION, (None, errors.DTypeError)]
 DTYPE = [(v, errors.DTypeError) for v in ("float33", jnp.int32, bool, 32, np.zeros(3), "")]
 METADATA = [(v, errors.DTypeError) for v in ("x", 3, PartitionSpec("x"), [("out_sharding", None)])]
 NEEDED_METADATA = [*METADATA, (None, errors.DTypeError)]
-NUMBER = [(v, errors.DTypeError) for v in ("0.1", 1j, {})]
-POSITIVE = [*NUMBER, *((v, errors.RangeError) for v in (0.0, -1, np.nan, np.inf))]
+NUMBER = [(v, errors.DTypeError) for v in ("0.1", 1j, {}, jnp.float32)]
+POSITIVE = [*NUMBER, *((v, errors.RangeError) for v in (0.0, -1, np.nan, np.inf, 10**400))]
 WINDOW = [(v, errors.DTypeError) for v in ("4", 4.0, True)] + [(v, errors.RangeError) for v in (0, -1)]
 CHOICE = [(v, errors.ConfigError) for v in ("nonsense", 3, ["layer"], np.array(["layer", "rms"]))]
 
 ARGUMENTS = {
     "num_heads": NEEDED_SIZE,
-    "in_features": NEEDED_SIZE,
-    "qkv_features": SIZE,
+    "in_features": [*LAYER_SIZE, (None, errors.DTypeError)],
+    "qkv_features": LAYER_SIZE,
     "out_features": [*(row for row in SIZE if row[0] != [16]), ((4, 0), errors.ConfigError), ((), errors.ConfigError)],
     "num_kv_heads": SIZE,
-    "in_kv_features": SIZE,
-    "head_dim": SIZE,
-    "value_head_dim": SIZE,
+    "in_kv_features": LAYER_SIZE,
+    "head_dim": LAYER_SIZE,
+    "value_head_dim": LAYER_SIZE,
     "dtype": [*DTYPE, (jnp.float8_e4m3fn, errors.DTypeError)],
     "param_dtype": DTYPE,
     "broadcast_dropout": NEEDED_FLAG,
@@ -400,3 +401,11 @@ def test_every_policy_and_codec_is_in_the_table():
 def test_a_plain_codec_takes_names_of_dtypes():
     assert codecs.Plain("bfloat16") == codecs.Plain(jnp.bfloat16) == codecs.Plain()
     assert hash(codecs.Plain("bfloat16")) == hash(codecs.Plain(jnp.bfloat16))
+
+
+def test_a_clip_beyond_int32_is_a_number():
+    x = jnp.ones((1, 2, 8))
+    clipped, plain = (
+        layers.MultiHeadAttention(2, 8, decode=False, qkv_clip=limit, rngs=nnx.Rngs(0)) for limit in (10**30, None)
+    )
+    np.testing.assert_array_equal(clipped(x), plain(x))

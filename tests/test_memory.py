@@ -503,6 +503,14 @@ def test_where_hybrids_keep_them():
     assert any("18 of 26 layers keep no keys" in note for note in plan(griffin, "a10").notes)
 
 
+def test_which_layers_have_the_window():
+    windows = lambda name: from_config(KEPT[name][0], num_params=1).layer_windows
+    assert windows("gpt_neo") == (None, 256) * 12
+    assert windows("exaone4, letters") == (4096, 4096, 4096, None) * 2
+    assert windows("exaone4, no window") == (None,) * 30
+    assert windows("cohere2, by its newer name") == (9, None) * 4
+
+
 def test_layers_that_share_a_cache():
     """Gemma 3n: the last 15 of 35 go by the last of the first 20 of their kind: layer 18, with a window, or 19."""
     spec = from_config(KEPT["gemma3n"][0], num_params=10**9)
@@ -1029,6 +1037,30 @@ REFUSED = {
         errors.UnsupportedError, "without a cache", lambda: from_config(LLAMA | {"model_type": "x", "conv_L_cache": 3}),
     ),
     "a config that is a list": (errors.ConfigError, "object", lambda: from_config([])),
+    "a family that is a list": (
+        errors.ConfigError, "model_type", lambda: from_config({"model_type": [], "text_config": LLAMA}),
+    ),
+    "a window of an unknown family": (
+        errors.UnsupportedError, "layer_types", lambda: from_config(LLAMA | {"model_type": "x", "sliding_window": 9}),
+    ),
+    "heads that differ from layer to layer": (
+        errors.UnsupportedError, "layer to layer",
+        lambda: from_config(LLAMA | {"num_key_value_heads": [32] * 31 + [8]}),
+    ),
+    "patterns that differ": (
+        errors.ConfigError, "keep one",
+        lambda: from_config(
+            sized("cohere2", 8, 8, 8, 64, sliding_window=4, sliding_window_pattern=4, _sliding_window_pattern=2)
+        ),
+    ),
+    "other letters": (
+        errors.ConfigError, "L and G",
+        lambda: from_config(sized("exaone4", 8, 8, 8, 64, sliding_window=4, sliding_window_pattern="LLX")),
+    ),
+    "attention types of too few layers": (
+        errors.ConfigError, "attention_types",
+        lambda: from_config(sized("gpt_neo", 8, 8, None, 64, attention_types=[[["global", "local"], 3]])),
+    ),
     "a config without a family": (errors.ConfigError, "model_type", lambda: from_config({"hidden_size": 3})),
     "a config without sizes": (errors.ConfigError, "hidden_size", lambda: from_config({"model_type": "olmo2"})),
     "half a layer": (errors.DTypeError, "num_hidden_layers", lambda: from_config(LLAMA | {"num_hidden_layers": 1.5})),

@@ -126,7 +126,7 @@ def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[f
 
 def clipped(x: jax.Array, limit: float | None) -> jax.Array:
     """`x` within [-limit, limit]; as it is if None."""
-    return x if limit is None else jnp.clip(x, -limit, limit)
+    return x if limit is None else jnp.clip(x, -float(limit), float(limit))
 
 
 def finite_rope(rope: Any, size: int) -> None:
@@ -168,14 +168,15 @@ def default_scale(scale: float | None, size: int) -> float:
 
 
 def _size(name: str, value: Any) -> None:
-    _checks.integer(name, value, 1)
+    if _checks.integer(name, value, 1) > _checks.INT32_MAX:
+        raise RangeError(f"{name} must be at most {_checks.INT32_MAX}, got {value}.")
 
 
 def _sizes(name: str, value: Any) -> None:
     """One size, or several, as Flax's projections take them."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for size in sizes:
-        _checks.integer(name, size, 1)
+        _size(name, size)
     if not sizes:
         raise ConfigError(f"{name} is an empty sequence: give one size or more.")
 

@@ -34,6 +34,9 @@ _TEXT_KINDS: Mapping[str, str] = {
 }
 """What the text part of a model is where it does not say so itself."""
 
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where such a model has its text part, which may be one within another."""
+
 _ENCODERS = re.compile(
     r"bert|electra|(^|_|-)(deit|beit|swin|clip|siglip2?|detr|u?m?t5|bart|esm|xlm|xlnet|roformer)($|_|-|v\d)|vit($|_|-|s$)|"
     r"whisper|wav2vec|wavlm|hubert|pegasus|marian|m2m_100|blenderbot|prophetnet|longformer|big_?bird|deberta|dinov\d|"
@@ -126,14 +129,14 @@ def _settings(config: Any, name: str | None) -> tuple[Mapping[str, Any], str, st
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder of a model that also takes images."""
+    """The decoder of a model that also takes images, or speaks."""
     outer = config.get("model_type")
-    inner = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
-    if inner is None or outer is None:
+    inner = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), None)
+    if inner is None or not isinstance(outer, str):
         return config
     around = {name: config.get(name) for name in ("is_encoder_decoder", "quantization_config")}
     around["model_type"] = _TEXT_KINDS.get(outer, outer)
-    return around | {name: value for name, value in inner.items() if name not in around or value}
+    return _text_part(around | {name: value for name, value in inner.items() if name not in around or value})
 
 
 def _refuse(config: Mapping[str, Any], kind: str) -> None:

@@ -236,9 +236,15 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "num_attention_heads": ("n_head",),
         "num_kv_heads": ("n_head_kv",),
     },
+    "gemma2": {"sliding_window": ("sliding_window_size",)},  # its files have both
     "gpt2": _GPT2_NAMES,
     "gpt_bigcode": _GPT2_NAMES,
     "gptj": _GPT2_NAMES,
+    "gpt_neo": {
+        "num_hidden_layers": ("num_layers",),
+        "num_attention_heads": ("num_heads",),
+        "sliding_window": ("window_size",),
+    },
     "codegen": _GPT2_NAMES,
     "gpt_oss": {"num_local_experts": ("num_experts",), "num_experts_per_tok": ("experts_per_token",)},
     "mpt": _MPT_NAMES,

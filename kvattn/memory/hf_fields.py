@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvattn import _checks
-from kvattn.errors import ConfigError, RangeError
+from kvattn.errors import ConfigError, RangeError, UnsupportedError
 from kvattn.memory.hf_defaults import ALIASES, DEFAULTS, NULLABLE
 from kvattn.memory.hf_harmless import is_harmless
 from kvattn.memory.hf_planned import PLANNED, PLANNED_NULLABLE
@@ -29,12 +29,12 @@ class Fields:
         "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "num_query_groups"),
         "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
         "model_dim": ("hidden_size", "n_embd", "d_model"),
-        "mlp_dim": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "mlp_dim"),
+        "mlp_dim": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "mlp_dim", "inner_hidden_size"),
         "vocab": ("vocab_size", "padded_vocab_size"),
         "positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
         "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
-        "shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+        "shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         "dense_layers": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
     }
 
@@ -58,6 +58,14 @@ class Fields:
         if value is None and default is not None and name not in self._nullable:
             raise ConfigError(f"{name} is null: give it a value, or leave it out for {default!r}.")
         return otherwise if value is None else value
+
+    def passed(self, *names: str) -> None:
+        """These settings say nothing that is not known otherwise."""
+        self._read.update(names)
+
+    def says(self, name: str) -> bool:
+        """Whether the file itself has the setting."""
+        return name in self._config
 
     def reads(self, name: str) -> bool:
         """Whether the family has a setting of this name, so that it means there what it is taken for here."""
@@ -96,8 +104,17 @@ class Fields:
 
     @staticmethod
     def _int(name: str, value: Any, least: int) -> int:
-        """A number, or the number that a list with one for every layer repeats."""
-        if isinstance(value, list | tuple) and value and all(x == value[0] for x in value):
+        """A number, or the number that a list with one for every layer repeats.
+
+        Raises:
+            UnsupportedError: numbers that differ from layer to layer.
+        """
+        if isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
+            if len(set(value)) > 1:
+                raise UnsupportedError(
+                    f"{name} differs from layer to layer, which a ModelSpec cannot say: {list(value)}. Plan the layers "
+                    "of each kind with a spec of their own."
+                )
             value = value[0]
         return _checks.integer(name, value, least)
 

@@ -66,12 +66,15 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
     "cross_attention_hidden_size": (),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_causal": (True,),
     "is_decoder": (True, False),
     "is_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
+    "use_embedding_sharing": (True, False),  # a note of what tie_word_embeddings says
 }
 """Fields of every config that change nothing with these values, or null, and something with others."""
 

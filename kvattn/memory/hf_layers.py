@@ -107,8 +107,7 @@ def _named(f: Fields, name: str, listed: Any, num_layers: int) -> list[str]:
         )
     if len(kinds) != num_layers:
         raise ConfigError(f"{name} must have {num_layers} entries, one per layer, got {listed!r}.")
-    for pattern in _PATTERNS:  # what was the list made from is no news
-        f.get(pattern)
+    f.passed(*_PATTERNS)  # what was the list made from is no news
     if f.get("use_sliding_window") is False:
         kinds = [FULL if kind == WINDOW else kind for kind in kinds]
     return kinds
@@ -148,10 +147,42 @@ def _windowed(period: int, at: int = -1) -> Rule:
     def rule(f: Fields, num_layers: int) -> list[str]:
         if at != -1:
             return _every(period, num_layers, WINDOW, at=at)
-        given = next((name for name in _PATTERNS if f.get(name)), None)
-        return _every(period if given is None else f.size(given), num_layers, WINDOW)
+        given = {name: value for name in _PATTERNS if (value := f.get(name)) and f.says(name)}
+        if len(set(map(str, given.values()))) > 1:
+            raise ConfigError(f"which layers have the window? {given} say different things: keep one.")
+        name, pattern = next(iter(given.items()), (None, period))
+        if isinstance(pattern, str):
+            return _lettered(name, pattern, num_layers)
+        return _every(period if name is None else f.size(name), num_layers, WINDOW)
 
     return rule
+
+
+def _lettered(name: str | None, pattern: str, num_layers: int) -> list[str]:
+    """A pattern that is repeated, of L (local) and G (global)."""
+    if set(pattern) - {"L", "G"}:
+        raise ConfigError(f"{name} must be a number, or a text of L and G, got {pattern!r}.")
+    return [FULL if pattern[i % len(pattern)] == "G" else WINDOW for i in range(num_layers)]
+
+
+def _exaone4(f: Fields, num_layers: int) -> list[str]:
+    if f.get("sliding_window") is None:
+        f.passed(*_PATTERNS)
+        return [FULL] * num_layers
+    return _windowed(4)(f, num_layers)
+
+
+def _gpt_neo(f: Fields, num_layers: int) -> list[str]:
+    """A list of patterns and how often each is repeated."""
+    groups = f.get("attention_types")
+    try:
+        named = [kind for pattern, times in groups for kind in pattern * times]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'attention_types must be such as [[["global", "local"], 12]], got {groups!r}.') from error
+    known = {"global": FULL, "local": WINDOW}
+    if len(named) != num_layers or any(not isinstance(kind, str) or kind not in known for kind in named):
+        raise ConfigError(f"attention_types must say global or local for each of {num_layers} layers, got {groups!r}.")
+    return [known[kind] for kind in named]
 
 
 def _only(name: str) -> Rule:
@@ -283,7 +314,7 @@ def _smollm3(f: Fields, num_layers: int) -> list[str]:
 def _uniform(f: Fields, num_layers: int) -> list[str]:
     """A family without a rule of its own: all layers alike."""
     if f.get("sliding_window") and f.get("use_sliding_window") is not False:
-        raise ConfigError(
+        raise (ConfigError if f.is_known else UnsupportedError)(
             f"which layers of model_type {f.kind!r} have the window of {f.get('sliding_window')}? Give it layer_types."
         )
     return [FULL] * num_layers
@@ -295,11 +326,12 @@ RULES: Mapping[str, Rule] = {
     "cohere2": _windowed(4),
     "cwm": _windowed(4, at=0),
     "dots1": _dots1,
-    "exaone4": _windowed(4),
+    "exaone4": _exaone4,
     "falcon_h1": _full,
     "gemma2": _windowed(2, at=1),
     "gemma3_text": _windowed(6),
     "gemma3n_text": _windowed(5),
+    "gpt_neo": _gpt_neo,
     "gpt_oss": _windowed(2, at=1),
     "granitemoehybrid": _granitemoehybrid,
     "jamba": _jamba,
@@ -323,6 +355,7 @@ RULES: Mapping[str, Rule] = {
     "qwen2_5_vl_text": _qwen,
     "qwen2_moe": _qwen2_moe,
     "qwen2_vl": _qwen,
+    "qwen2_vl_text": _qwen,
     "qwen3": _qwen,
     "qwen3_5_moe_text": _interval,
     "qwen3_5_text": _interval,

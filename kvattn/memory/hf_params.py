@@ -149,7 +149,7 @@ def estimate(f: Fields) -> int:
     d, kinds = f.size("model_dim"), kinds_of(f)
     attending = sum(kind != NONE for kind in kinds)
     attention = _attention(f) + (d * f.size("heads") * f.head_dim if f.kind in _GATED else 0)
-    total = embeddings(f) + attending * attention + len(kinds) * 2 * d + d
+    total = embeddings(f, tied=_is_first_chatglm(f)) + attending * attention + len(kinds) * 2 * d + d
     mlps, sparse = _mlp_layers(f, len(kinds)), sparse_layers(f)
     mixers = {"falcon_h1": len(kinds), "nemotron_h": len(kinds) - mlps - attending}.get(f.kind, len(kinds) - attending)
     if mixers:
@@ -163,6 +163,11 @@ _GATED = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Families whose attention has a gate as wide as its queries."""
 
 
+def _is_first_chatglm(f: Fields) -> bool:
+    """Whether it is ChatGLM-6B, which has no gate and one table for both ends, where the later ones have two."""
+    return f.kind == "chatglm" and f.get("inner_hidden_size") is not None
+
+
 def _mlp_layers(f: Fields, num_layers: int) -> int:
     """Layers with an MLP, of one expert or many: all, but where MLPs are layers of their own."""
     if f.kind != "nemotron_h":
@@ -172,7 +177,8 @@ def _mlp_layers(f: Fields, num_layers: int) -> int:
 
 def _mlp(f: Fields) -> int:
     """A dense MLP, without biases."""
-    d, matrices = f.size("model_dim"), 2 if f.kind in _TWO_MATRICES else 3
+    two = f.kind in _TWO_MATRICES or _is_first_chatglm(f)
+    d, matrices = f.size("model_dim"), 2 if two else 3
     hidden = f.size("mlp_dim", 4 * d if not f.num_experts else None)
     if f.kind == "llama4_text":
         hidden = f.size("intermediate_size_mlp")

@@ -20,6 +20,7 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "hidden_size": 4096,
         "ffn_hidden_size": 13696,
+        "inner_hidden_size": None,
         "padded_vocab_size": 65024,
         "kv_channels": 128,
         "multi_query_attention": False,
@@ -53,6 +54,18 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "glm": {"num_key_value_heads": 2, "head_dim": 128},
     "glm4": {"num_key_value_heads": 2, "head_dim": 128},
     "glm4_moe": {"num_key_value_heads": 8, "first_k_dense_replace": 1},
+    "gpt_neo": {
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_size": 2048,
+        "intermediate_size": None,
+        "vocab_size": 50257,
+        "max_position_embeddings": 2048,
+        "attention_types": [[["global", "local"], 12]],
+        "attention_layers": None,
+        "sliding_window": 256,
+        "tie_word_embeddings": True,
+    },
     "gptj": {},
     "granite": {},
     "granitemoe": {},
@@ -83,6 +96,7 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_vl": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
     "qwen2_5_vl_text": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
     "qwen2_vl": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
+    "qwen2_vl_text": {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 80},
     "qwen3_vl_text": {"num_key_value_heads": 32, "head_dim": 128},
     "seed_oss": {"num_key_value_heads": 8, "head_dim": 128},
     "smollm3": {
@@ -556,7 +570,11 @@ PLANNED_NULLABLE: Mapping[str, frozenset[str]] = {
     kind: frozenset({"num_key_value_heads"})
     for kind in (
         "bamba", "bitnet", "ernie4_5", "exaone", "falcon_h1", "internlm3", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl",
+        "qwen2_vl_text",
         "recurrent_gemma", "seed_oss", "smollm3",
     )
-} | {"falcon_h1": frozenset({"num_key_value_heads", "mamba_d_ssm"})}  # fmt: skip
+} | {
+    "exaone4": frozenset({"sliding_window_pattern"}),
+    "falcon_h1": frozenset({"num_key_value_heads", "mamba_d_ssm"}),
+}  # fmt: skip
 """Fields that may be null though their default is another number: key/value heads are then as many as query heads."""

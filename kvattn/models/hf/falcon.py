@@ -24,6 +24,7 @@ def falcon(fields: Fields) -> Family:
         raise rules.unsupported(
             fields.source, "num_ln_in_parallel_attn", norms, "1, or 2 with new_decoder_architecture"
         )
+    fields.passed("ff_factor")  # a note of what ffn_hidden_size says
     scale = (features // heads) ** -0.5
     config = DecoderConfig(
         vocab_size=fields.size("vocab_size"),

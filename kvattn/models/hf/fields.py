@@ -8,6 +8,7 @@ from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.memory.hf_harmless import is_harmless
 from kvattn.models.config import MAX_LAYERS
+from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
 """More heads than any model has: a number that is no mistake of the file lies below."""
@@ -201,6 +202,10 @@ class Fields:
             raise ConfigError(f"{self.source}: rope_theta must be a number, got {theta!r}.")
         kinds, length = (scaling.get("rope_type"), scaling.get("type")), "original_max_position_embeddings"
         kind = kinds[1] if kinds[0] is None else kinds[0]
+        if isinstance(kind, str) and kind not in ROPE_TYPES:
+            raise UnsupportedError(
+                f"{self.source}: rope_type is {kind!r}; the known ones are {', '.join(map(repr, ROPE_TYPES))}."
+            )
         if kind == "dynamic":
             scaling[length] = most  # whatever the dict says
         elif kind in ("llama3", "yarn"):
@@ -238,6 +243,8 @@ class Fields:
             raise ConfigError(f"{self.source}: layer_types has {len(local)} entries for {num_layers} layers.")
         if any(local) and window is None:
             raise ConfigError(f"{self.source}: there are layers with a window, but sliding_window is null.")
+        if any(local):
+            self.size("sliding_window")
         return tuple(window if here else None for here in local) if any(local) else None
 
     def finish(self) -> None:
