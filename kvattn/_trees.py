@@ -47,7 +47,9 @@ def read(text: str | bytes) -> Any:
 def tell_flax() -> None:
     """Registers all `portable` classes with `flax.serialization`, if the program has loaded that; never loads it."""
     flax: Any = sys.modules.get("flax.serialization")
-    for node in _NODES if flax is not None else ():
+    if flax is None:
+        return
+    for node in _NODES:
         if not flax.is_serializable(node):
             flax.register_serialization_state(node, _state_dict, _from_state_dict)
 
