@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn.errors import CacheVersionError
+from kvattn.errors import CacheVersionError, ConfigError
 
 _NODES: list[type] = []
 
@@ -70,7 +70,9 @@ def read(text: str | bytes) -> Any:
 def tell_flax() -> None:
     """Registers all `portable` classes with `flax.serialization`, if the program has loaded that; never loads it."""
     flax: Any = sys.modules.get("flax.serialization")
-    for node in _NODES if flax is not None else ():
+    if flax is None:
+        return
+    for node in _NODES:
         if not flax.is_serializable(node):
             flax.register_serialization_state(node, _state_dict, _from_state_dict)
 
@@ -130,6 +132,7 @@ def _name(kind: type) -> str:
 
 def _plain(value: Any) -> Any:
     """A setting in JSON."""
+    value = value.item() if isinstance(value, np.bool_ | np.number) else value  # else taken for its dtype
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):
@@ -137,7 +140,14 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"kind": _name(type(value)), "fields": fields}
-    return {"dtype": jnp.dtype(value).name}
+    if isinstance(value, np.dtype | type):
+        found = jnp.dtype(value)
+        if found != np.dtype(object):  # what NumPy takes any other class for
+            return {"dtype": found.name}
+    raise ConfigError(
+        f"the setting {value!r} of type {type(value).__name__} cannot be written: settings of policies and codecs are "
+        "None, bools, numbers, strings, dtypes, tuples, and frozen dataclasses of those."
+    )
 
 
 def _read(value: Any) -> Any:

@@ -581,6 +581,17 @@ def test_bad_input(error, words, changed):
         pass
 
 
+def test_a_constant_bias_may_be_looked_at_inside_jit():
+    """An array of JAX that the traced function closes over, not an argument of it."""
+    args, bias = good(), normal((N, T, S), 3)
+    call = lambda bias: jax.jit(lambda query: dot_product_attention(**args | {"query": query}, bias=bias))(
+        args["query"]
+    )
+    np.testing.assert_array_equal(call(jnp.asarray(bias)), call(bias))
+    with pytest.raises(RangeError, match=r"\+inf"):
+        call(jnp.full((T, S), jnp.inf))
+
+
 def test_traced_settings_are_named():
     args = good()
     for name, words in (("softcap", "softcap"), ("is_causal", "is_causal"), ("local_window_size", "local_window_size")):

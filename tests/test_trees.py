@@ -1,5 +1,6 @@
 """Caches as trees: of something else than arrays, from the host, in programs and files that outlive the process."""
 
+import dataclasses
 import pathlib
 import pickle
 import subprocess
@@ -120,7 +121,8 @@ def test_caches_of_other_settings_differ():
 
 
 @pytest.mark.parametrize(
-    "verb", [lambda c: c.positions, lambda c: c.trim(0), lambda c: c.view(), lambda c: c.select([0])]
+    "verb",
+    [lambda c: c.positions, lambda c: c.trim(0), lambda c: c.view(), lambda c: c.select([0]), lambda c: c.check()],
 )
 def test_a_tree_that_is_no_cache_says_so(verb):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
@@ -264,6 +266,27 @@ def test_settings_of_another_version_are_refused(text, words):
         _trees.read(text)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mine(kvattn.policies.Policy):
+    """A user's policy, with some setting."""
+
+    setting: object = None
+
+
+@pytest.mark.parametrize("setting", [np.int32(3), np.float32(0.5), np.bool_(True)])
+def test_numbers_of_numpy_are_settings(setting):
+    """They have a dtype, and are none."""
+    exported = jax.export.export(jax.jit(lambda cache: cache))(made(Mine(setting), capacity=8))
+    (cache,), _ = jax.tree.unflatten(jax.export.deserialize(exported.serialize()).in_tree, range(4))
+    assert cache.policy.setting == setting.item() and type(cache.policy.setting) is type(setting.item())
+
+
+@pytest.mark.parametrize("setting", [{1}, {"a": 1}, b"x", object, np.ones(2), jnp.ones(())], ids=str)
+def test_settings_that_are_no_data_are_refused(setting):
+    with pytest.raises(errors.ConfigError, match="cannot be written: settings of policies and codecs are"):
+        _trees._plain(Mine(setting))
+
+
 # Files of Flax --------------------------------------------------------------------------------------------------------
 
 
@@ -289,3 +312,9 @@ def test_flax_refuses_another_cache(target, words):
     stored = flax.serialization.to_bytes(made())
     with pytest.raises(errors.CacheVersionError, match=words):
         flax.serialization.from_bytes(target(), stored)
+
+
+def test_flax_refuses_other_numbers_of_numpy():
+    stored = flax.serialization.to_bytes(made(kvattn.H2O(np.int64(2), np.int64(3))))
+    with pytest.raises(errors.CacheVersionError, match=r"policy H2O\(num_heavy=2, num_recent=3"):
+        flax.serialization.from_bytes(made(kvattn.H2O(np.int64(3), np.int64(2))), stored)

@@ -154,9 +154,15 @@ def _broadcastable(name: str, array: Any, query: jax.Array, key: jax.Array) -> j
     scores = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if array.ndim > 4 or any(a not in (1, b) for a, b in zip(array.shape[::-1], scores[::-1], strict=False)):
         raise ShapeError(f"{name} must broadcast to [B, N, T, S] = {scores}, got {array.shape}.")
-    if name == "bias" and not isinstance(array, Tracer) and bool(jnp.any(array == jnp.inf)):
+    if name == "bias" and not isinstance(array, Tracer) and _has_infinity(array):
         raise RangeError("bias holds +inf, which makes the softmax NaN: use a large finite number.")
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def _has_infinity(bias: jax.Array) -> bool:
+    """Whether +inf is in a bias; a constant may be looked at inside jit too."""
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.any(bias == jnp.inf))
 
 
 def _lengths(name: str, lengths: Any, batch: int, longest: int) -> jax.Array | None:

@@ -42,17 +42,21 @@ class Cache(Tree):
             StaleCacheError: it was donated.
             DTypeError: a tree of something else than arrays, such as `kvattn.sharding.cache_sharding` returns.
         """
-        _checks.not_donated("this cache", self)
+        self._refuse_other_trees()
         leaves, tree = jax.tree.flatten(self)
         if all(isinstance(x, jax.Array) for x in leaves):
             return self
-        for x in leaves:
+        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves])
+
+    def _refuse_other_trees(self) -> None:
+        """Raises what `usable` does."""
+        _checks.not_donated("this cache", self)
+        for x in jax.tree.leaves(self):
             if not (isinstance(x, jax.Array | np.ndarray | np.generic) or hasattr(x, "__jax_array__")):
                 raise DTypeError(
                     f"this {type(self).__name__} holds {type(x).__name__} where a cache has arrays: it describes a "
                     "cache and is none. Use the cache that it was made from."
                 )
-        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves])
 
     def _sizes(self) -> dict[str, Any]:
         """Settings that `repr` shows."""
@@ -202,8 +206,9 @@ class Cache(Tree):
             RangeError: a count or row number was out of range, or a value was not finite, or too large, for the cache.
             UnsupportedError: a trim reached back too far.
             StaleCacheError: the cache was donated.
+            DTypeError: a tree of something else than arrays.
         """
-        _checks.not_donated("this cache", self)
+        self._refuse_other_trees()
         bits.raise_for(self.status)
         return self
 
