@@ -90,7 +90,8 @@ def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> An
     """
     wanted = "a floating or complex dtype" if complex else "a floating dtype"
     try:
-        found = None if dtype is None else jnp.dtype(dtype)
+        array = hasattr(dtype, "__array__") and not isinstance(dtype, type)
+        found = None if dtype is None or array else jnp.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise DTypeError(f"{name} must be {wanted} such as jnp.float32, got {dtype!r}.") from error
     if found is None or not jnp.issubdtype(found, jnp.inexact if complex else jnp.floating):
