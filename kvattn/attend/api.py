@@ -124,7 +124,8 @@ def _by_position(attend: Attend) -> Attend:
             alone = dataclasses.replace(
                 request, query=at(request.query), positions=at(request.positions), want_mass=False
             )
-            return jax.lax.dynamic_update_slice_in_dim(out, attend(alone)[0], t, 1)
+            old = at(out)
+            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(jnp.isfinite(old), old, attend(alone)[0]), t, 1)
 
         rounds = jnp.where(jnp.all(jnp.isfinite(out)), 0, length).astype(jnp.int32)
         return _manual.fori_loop(jnp.int32(0), rounds, one, out), lse, mass

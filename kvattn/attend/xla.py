@@ -159,8 +159,10 @@ class _Walk:
         def one(t: Array, mixed: Array) -> Array:
             at = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)
             allowed = request.mask.allowed(at(request.positions, 1), kv_positions)[:, :, 0]
-            part = product(at(weights, 3), allowed)
-            return jax.lax.dynamic_update_slice_in_dim(mixed, part, t, 3)
+            old = at(mixed, 3)
+            # What is finite stays bit by bit as it is: a neighbour's NaN must not be seen by how a row is rounded.
+            new = jnp.where(jnp.isfinite(old), old, product(at(weights, 3), allowed))
+            return jax.lax.dynamic_update_slice_in_dim(mixed, new, t, 3)
 
         mixed = product(weights, request.reached(kv_positions))
         if length == 1:

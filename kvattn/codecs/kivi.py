@@ -88,7 +88,8 @@ class KIVI(Codec):
 
     def refusal(self, dtype: Any) -> str:
         """They are not finite, or too large for the residual."""
-        return f"that are NaN, infinite, or beyond the largest number of the residual's {jnp.dtype(dtype)}"
+        largest = f"{float(jnp.finfo(dtype).max):.6g}, the largest number of its residual's {jnp.dtype(dtype)}"
+        return f"that are NaN, infinite, or beyond {largest}, which {self} cannot store"
 
     def as_they_came(self, store: Encoded, counts: Array) -> tuple[tuple[Array, Array], ...]:
         """The residual: row r holds the last token whose position is r modulo R."""
