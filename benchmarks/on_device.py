@@ -85,7 +85,9 @@ def plan(stages: list[Stage]) -> str:
         lines.append(f"{stage.name}: {len(stage.tasks)} tasks{lanes}, {stage.seconds / 60:.1f} minutes")
         for task in stage.tasks:
             parts = f", {len(task.parts)} parts" if len(task.parts) > 1 else ""
-            lines.append(f"    {task.name}{parts}: {task.seconds:.0f} s, at most {task.limit:.0f} s")
+            lines.append(
+                f"    {task.name}{parts}: {task.seconds:.0f} s, at most {task.limit:.0f} s{' each' if parts else ''}"
+            )
         total += stage.seconds
     return "\n".join([*lines, f"{total / 60:.1f} minutes in all"])
 

@@ -1155,3 +1155,14 @@ def test_files_that_are_no_config(tmp_path):
 
 def test_public_names():
     assert kvattn.memory is memory
+
+
+PLANNED = json.loads((Path(__file__).parent / "golden" / "planned.json").read_text())
+"""Configs written by hand, and the bytes of a token in bfloat16."""
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_configs_that_name_their_sizes_otherwise(name):
+    spec = from_config(PLANNED[name]["config"], num_params=10**9)
+    assert plan(spec, "h100", batch_size=1, length=64).bytes_per_token == PLANNED[name]["bytes_per_token"]
+    assert not spec.cache_is_estimate
