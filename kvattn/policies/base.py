@@ -81,7 +81,12 @@ class Policy:
     """Whether key/value heads keep different tokens: slots and positions then carry a K axis."""
 
     in_order: ClassVar[bool] = False
-    """Whether slot s holds the token of position s for ever, so that tokens can share a scale."""
+    """Whether slot s holds the token of position s for ever. Inherited as long as nothing is placed anew."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "in_order" not in vars(cls) and {"place", "positions", "absorb"} & set(vars(cls)):
+            cls.in_order = False
 
     def mask(self) -> Mask:
         """The rule a query of this policy attends by."""
