@@ -340,7 +340,7 @@ FAULTS: list[Fault] = [
             "test_policies.py::test_fastgen_without_special_tokens_skips_their_way",
             "without special tokens their way keeps nothing, so no recovery above 0 is reached",
         ),
-        ("FastGen._bound", "positions > (last", "positions >= (last"),
+        ("FastGen._bound", "positions > (step.last", "positions >= (step.last"),
         ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
         ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
         (
