@@ -12,6 +12,9 @@ import types
 import jax
 import pytest
 
+from kvattn.codecs.registry import CODECS
+from kvattn.policies.registry import POLICIES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.exists()]
 FENCE = re.compile(r"^(?P<indent> *)```python *$\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -38,8 +41,13 @@ def run_docstrings(module):
 
 
 @pytest.fixture(autouse=True)
-def _as_users_run_it():
-    """Examples are run as a reader would: without the strict promotion of the other tests."""
+def _as_users_run_it(monkeypatch):
+    """Examples are run as a reader would: without the strict promotion of the other tests.
+
+    What they register is forgotten.
+    """
+    for table in (POLICIES, CODECS):
+        monkeypatch.setattr(table, "_entries", list(table.entries))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

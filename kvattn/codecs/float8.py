@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 448
@@ -72,3 +73,6 @@ def widen(x: Array) -> Array:
     value = value - jnp.where(tiny, jnp.float32(2.0**-6), jnp.float32(0))
     sign = (bits & jnp.uint32(0x80)) << 24
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32)
+
+
+register(Float8, "float8", aliases=["fp8"], levers=lambda length: [("Float8()", Float8())], examples=[Float8()])

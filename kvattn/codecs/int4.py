@@ -9,6 +9,7 @@ from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.registry import register
 
 BITS = 4
 
@@ -59,3 +60,6 @@ class Int4(Codec):
         """Per group: (probs * scale) . codes + probs . minimum."""
         scale, minimum = (jnp.where(filled[:, :, None], values[n], jnp.uint16(0)) for n in ("scale", "minimum"))
         return grouped.mix(probs, values["data"], scale, minimum, BITS, self.group_size)
+
+
+register(Int4, "int4", levers=lambda length: [("Int4()", Int4())], examples=[Int4(group_size=4)])

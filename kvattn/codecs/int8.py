@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 127
@@ -77,3 +78,6 @@ def integer_product(spec: str, rows: Array, codes: Array) -> Array:
     sums = jnp.einsum(spec, digits, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
     a, b, c = (sums[:, :, i * count : (i + 1) * count] for i in range(3))
     return (a + (b + c * jnp.float32(1 / 254)) * jnp.float32(1 / 254)) * scale
+
+
+register(Int8, "int8", levers=lambda length: [("Int8()", Int8())], examples=[Int8()])

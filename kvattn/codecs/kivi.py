@@ -12,6 +12,7 @@ from kvattn._typing import Array, Encoded, Rows
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, Role, accumulator, not_finite
 from kvattn.codecs.plain import Plain, product
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors
 from kvattn.errors import ConfigError
 
@@ -267,3 +268,11 @@ def _column(index: Array, length: int) -> Array:
 def _column_of(x: Array, index: Array) -> Array:
     """x [B, K, R, H] at int32 [B, S] of its third axis."""
     return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
+
+
+register(
+    KIVI,
+    "kivi",
+    levers=lambda length: [("KIVI(4)", KIVI(4)), ("KIVI(2)", KIVI(2))],
+    examples=[KIVI(bits=2, group_size=4, residual=8)],
+)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, accumulator, wider
+from kvattn.codecs.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +86,11 @@ def widen_float16(x: Array) -> Array:
     widened = jax.lax.bitcast_convert_type(sign | jnp.where(exponent == 31, special, normal), jnp.float32)
     tiny = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
     return jnp.where(exponent == 0, jnp.where(sign == 0, tiny, -tiny), widened)
+
+
+register(
+    Plain,
+    "bfloat16",
+    aliases=["float16", "float32"],  # on the command line a dtype
+    examples=[Plain("float32"), Plain("bfloat16"), Plain("float16")],
+)

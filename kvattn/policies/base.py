@@ -127,7 +127,10 @@ class Policy:
         return step.lengths + step.num_new <= step.num_slots
 
     def place(self, state: State, step: Context) -> Int32[Array, "B *K T"]:
-        """The slot of each new token, NOWHERE for those not kept."""
+        """The slot of each new token, NOWHERE for those not kept.
+
+        Slots fill up from the first one on: of n tokens seen none lies in slot n or behind.
+        """
         return jnp.where(step.positions >= 0, step.positions, NOWHERE)
 
     def enter(self, state: State, slots: Int32[Array, "B *K 1"], step: Context) -> State:

@@ -16,6 +16,7 @@ from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
 from kvattn.policies.base import Context
+from kvattn.policies.registry import register
 
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 """What a head keeps, cheapest first; each keeps all that the one before it keeps."""
@@ -262,3 +263,6 @@ class FastGen(scored.ScoredPolicy):
     def _share(self, share: float, prompt: Int[Array, " B"]) -> Int32[Array, " B"]:
         """A share of the prompt, rounded down (a hair's breadth is forgiven to float32)."""
         return jnp.floor(prompt.astype(jnp.float32) * share + 1e-4).astype(jnp.int32)
+
+
+register(FastGen, "fastgen", examples=[FastGen(0.6)])

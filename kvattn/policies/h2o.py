@@ -15,6 +15,7 @@ from kvattn.errors import RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
 from kvattn.policies.base import Context
+from kvattn.policies.registry import register
 
 
 @typing.no_type_check
@@ -112,3 +113,11 @@ class H2O(scored.BudgetPolicy):
         positions = settled(positions, EMPTY)
         before = None if state.cache_positions is None else scored.cache_positions(positions)
         return Scores(positions, before, settled(scores, 0)), slots
+
+
+def _levers(length: int) -> list[tuple[str, H2O]]:
+    tenth = max(length // 10, 1)
+    return [(f"H2O({tenth}, {tenth}): 20 %", H2O(tenth, tenth))]
+
+
+register(H2O, "h2o", levers=_levers, examples=[H2O(4, 3), H2O(4, 3, positions_in="cache")])
