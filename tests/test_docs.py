@@ -98,6 +98,19 @@ def test_a_wrong_docstring_fails():
     assert run_docstrings(module) == (1, 1)
 
 
+def test_tables_name_every_policy_and_codec():
+    """Those of pages the classes, that of the command line their names."""
+    text = {page: (ROOT / page).read_text() for page in ("README.md", "docs/choose_a_cache.md", "docs/policies.md")}
+    options = (ROOT / "docs" / "cli.md").read_text()
+    for entry in POLICIES.entries:
+        assert [page for page in text if f"`{entry.kind.__name__}" not in text[page]] == []
+        assert f"`{entry.name}" in options
+    plain, *others = CODECS.entries
+    for entry in others:
+        assert [page for page in list(text)[:2] if f"`{entry.kind.__name__}" not in text[page]] == []
+    assert all(f"`{name}" in options for name in (*plain.names, *(entry.name for entry in others)))
+
+
 def test_every_public_name_is_documented():
     import kvattn
     from kvattn.codecs.base import Codec

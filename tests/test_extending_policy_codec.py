@@ -94,11 +94,35 @@ def test_the_planner(own):
         assert (found[name].plan, found[name].outputs) == (p, outputs)
 
 
+@pytest.mark.slow
+def test_the_command(folder):
+    code = "import own_parts, kvattn.cli; kvattn.cli.main()"
+    words = [
+        "memory",
+        "--model",
+        "gpt2",
+        "--length",
+        "1024",
+        "--policy",
+        "every-second",
+        "--codec",
+        "companded",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, env=with_path(ROOT), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"EverySecond()" in done.stdout and b"Companded()" in done.stdout
+
+
+def with_path(*folders):
+    """The environment of a process that finds modules there too."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])}
+
+
 def in_the_suites(folder, *words):
     """What pytest prints where the file is a plugin, and nothing else was changed."""
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "own_parts", "-p", "no:cacheprovider", "-q", *words]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=with_path(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -14,10 +14,10 @@ What it is told of the step is a `Context`.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
@@ -27,10 +27,10 @@ from kvattn.masks import EMPTY, Mask
 NOWHERE = -1
 """The slot of a token that is not kept."""
 
-State = Any
+State = PyTree
 """What a policy remembers: a tree of arrays that it alone knows."""
 
-Measured = Any
+Measured = PyTree
 """What `Policy.measure` returns: a tree of arrays."""
 
 

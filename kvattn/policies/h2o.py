@@ -79,15 +79,14 @@ class H2O(scored.BudgetPolicy):
 
     def enter(self, state: Scores, slots: Int32[Array, "B K 1"], step: Context) -> Scores:
         """The new token starts without a score."""
-        none = jnp.zeros_like(step.lengths, jnp.float32)[:, None]
-        return super().enter(state, slots, step).replace(scores=scored.put(state.scores, slots, none))
+        return super().enter(state, slots, step).replace(scores=scored.put(state.scores, slots, jnp.zeros((1, 1))))
 
     def observe(
         self, state: Scores, slots: Int32[Array, "B K 1"], mass: Float[Array, "B K C"], step: Context
     ) -> Scores:
         """Adds the attention received; evicts one token if all slots are taken."""
         there = state.positions >= 0
-        scores = scored.added(state, mass, step)
+        scores = scored.added(state.scores, mass, there, step)
         full = jnp.all(there, axis=-1, keepdims=True)
         old = state.positions <= (step.last - self.num_recent)[:, None, None]
         leaves = scored.lowest(scores, state.positions, there & old) & full

@@ -419,8 +419,8 @@ FAULTS: list[Fault] = [
         ),
         (
             "added",
-            "state.scores + mass, state.scores",
-            "state.scores, state.scores",
+            "scores + mass, scores",
+            "scores, scores",
             "test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does",
         ),
     ),
