@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvattn import cache as cache
 from kvattn import codecs as codecs
 from kvattn import errors as errors
+from kvattn import pallas as pallas
 from kvattn import policies as policies
 from kvattn import positions as positions
 from kvattn.attend.full import dot_product_attention as dot_product_attention
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from kvattn import layers as layers
     from kvattn import memory as memory
     from kvattn import models as models
-    from kvattn import pallas as pallas
     from kvattn import sharding as sharding
     from kvattn.models import generate as generate
 
@@ -73,7 +73,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = ("layers", "memory", "models", "pallas", "sharding")
+_ON_FIRST_USE = ("layers", "memory", "models", "sharding")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api, explicit
 from kvattn.attend import xla as _xla
+from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks, merge_states
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
@@ -21,7 +22,6 @@ from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, Unsup
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
-from kvattn.request import Request
 
 CHUNK_ROWS = 128
 """Rows per block when a chunk of new tokens attends to itself."""

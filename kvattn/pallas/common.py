@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.attend.request import Request
 from kvattn.cache.view import View
 from kvattn.codecs import Float8, Int4, Int8, Plain
 from kvattn.masks import EMPTY
-from kvattn.request import Request
 
 MOST_TOKENS = 8
 

@@ -18,16 +18,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs import Float8, Int4, Int8, Plain
-from kvattn.pallas import common, interpreted
+from kvattn.pallas import common
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
 from kvattn.pallas.gpu_spec import Spec, Stream, byte_runs, shared_bytes
 from kvattn.pallas.gpu_tile import FLOAT16_UNIT
+from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
-from kvattn.request import Request, grouped, ungrouped
 
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256

@@ -17,10 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvattn import _manual
 from kvattn._typing import Array
+from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.codecs import Int4
-from kvattn.pallas import common, interpreted, tiles, tpu_read
+from kvattn.pallas import common, tiles, tpu_read
+from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
-from kvattn.request import Request, grouped, ungrouped
 
 ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
 """One tile after the other, by one core: a row's state goes from tile to tile."""

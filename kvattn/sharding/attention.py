@@ -14,7 +14,7 @@ from kvattn.attend import api
 from kvattn.attend.step import Step, prepared
 from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
-from kvattn.pallas import interpreted
+from kvattn.pallas.interpreter import interpreted
 from kvattn.positions import RoPE
 from kvattn.sharding import batch
 from kvattn.sharding.cache import SCHEMES, check_divides, placed_by, resolved

@@ -13,6 +13,7 @@ import numpy as np
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
+from kvattn.attend.request import Request
 from kvattn.attend.state import add_sinks
 from kvattn.cache import Layout, View
 from kvattn.cache.paged import block_layout
@@ -21,7 +22,6 @@ from kvattn.codecs import Codec, Float8, Int8, Plain
 from kvattn.codecs.base import Role, accumulator
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.request import Request
 
 
 def decode_attention(
