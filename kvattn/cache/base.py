@@ -95,6 +95,11 @@ class Cache(Tree):
         raise NotImplementedError
 
     @property
+    def num_pages(self) -> int:
+        """P, pages of its pool; 0: it has none."""
+        return 0
+
+    @property
     def store(self) -> Any:
         """Where the arrays have their slots: a `Layout` or `Pages`."""
         raise NotImplementedError
@@ -102,6 +107,19 @@ class Cache(Tree):
     def view(self) -> View:
         """The slots as an implementation of attention reads them."""
         raise NotImplementedError
+
+    @property
+    def axes(self) -> Self:
+        """The names of every array's axes: this cache's tree with strings (`kvattn.cache.axes`)."""
+        store, codec, per_head = self.store, self.codec, self.policy.per_head
+        changes: dict[str, Any] = {
+            "keys": {name: codec.axes(store, "keys", name) for name in self.keys},
+            "values": {name: codec.axes(store, "values", name) for name in self.values},
+            "lengths": "rows",
+            "status": "rows",
+            "state": jax.tree.map(lambda x: "rows heads" if per_head and len(x.shape) > 1 else "rows", self.state),
+        }
+        return self.replace(**changes)
 
     @property
     def positions(self) -> Array:
@@ -181,6 +199,10 @@ class Cache(Tree):
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""
         status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
         return self.replace(lengths=self.lengths + num_new, status=status)
+
+    def pages_outside(self, num_new: Array, first: Any, end: Any) -> Array:
+        """bool [B, columns]: entries of the page table, outside [first, end), that old or int32 [B] new tokens need."""
+        raise NotImplementedError
 
     def refuse_overflow(self, fits: Array, num_new: Array) -> None:
         """Raises `CapacityError` for rows that can be seen not to fit."""

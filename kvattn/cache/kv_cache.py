@@ -15,6 +15,7 @@ from kvattn import _checks
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
+from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
@@ -230,17 +231,11 @@ class KVCache(Cache):
 
 def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
     """`select` of known rows; where bool [B'] `known` is False, an empty row."""
-
-    def take(axis: int):
-        return lambda x: jnp.take(x, rows, axis=axis, mode="clip")
-
-    return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(take(1), cache.keys),
-        values=jax.tree.map(take(1), cache.values),
-        lengths=jnp.where(known, take(0)(cache.lengths), 0),
-        state=cache.forgotten(~known, jax.tree.map(take(0), cache.state)),
-        status=jnp.where(known, take(0)(cache.status), bits.BAD_COUNT),
+    cache = along("rows", lambda x, axis: jnp.take(x, rows, axis=axis, mode="clip"), cache, cache.axes)
+    return cache.replace(
+        lengths=jnp.where(known, cache.lengths, 0),
+        state=cache.forgotten(~known, cache.state),
+        status=jnp.where(known, cache.status, bits.BAD_COUNT),
     )
 
 
