@@ -20,7 +20,7 @@ from kvattn.cache import status as bits
 from kvattn.cache.view import block_positions, token_view
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies import Policy
+from kvattn.policies import Context, Policy
 from kvattn.positions import RoPE
 
 CHUNK_ROWS = 128
@@ -149,7 +149,7 @@ def prepared(
     alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
     _checks.one_of("padding", padding, ("right", "left"))
     mask = cache.policy.mask().narrowed(_checks.window(window))
-    if window is not None and cache.policy.places(cache.state) is not None:
+    if window is not None and cache.policy.cache_positions(cache.state) is not None:
         raise UnsupportedError(
             f"window= goes by true positions, {cache.policy} by those in the cache: leave window out, or use "
             'positions_in="original".'
@@ -160,7 +160,7 @@ def prepared(
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     # A key that will move in the cache is stored as it is, and rotated when it is read.
-    key_rope = None if cache.policy.places(cache.state) is None else rope
+    key_rope = None if cache.policy.cache_positions(cache.state) is None else rope
     call = _Call(mask, scale, softcap, padding, rope, implementation, key_rope)
 
     given, bad_count = _real_tokens(num_new, batch, length)
@@ -173,7 +173,7 @@ def prepared(
     else:
         key, value = _new_tokens(key, value, query, cache)
         cache, given = cache.vouched(given, mask.window)
-        fits = _fits(cache, given)
+        fits = _fits(cache, given, length)
         cache.refuse_overflow(fits, given)
         run = _decode if length == 1 else _chunk
     if length == 0 or batch == 0:
@@ -292,10 +292,11 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
     """One new token: write it, attend to all that is kept, let the policy look."""
     policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
     queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    slots = policy.place(cache.state, lengths, new, 1, num_slots)
+    step = Context(lengths, new, 1, num_slots, token_ids)
+    slots = policy.place(cache.state, step)
     written = call.slots.write(cache, slots, key, value, call.implementation)
-    seen = policy.enter(cache.state, slots, lengths, new)
-    view = call.slots.view(written.replace(lengths=lengths + new, state=seen), policy.places(seen))
+    seen = policy.enter(cache.state, slots, step)
+    view = call.slots.view(written.replace(lengths=lengths + new, state=seen), policy.cache_positions(seen))
     if cache.codec.rounds:
         view = dataclasses.replace(view, fresh=(call.slots.of_store(cache.store, slots), key, value))
     # Mass goes by the whole softmax sum: where that is not known from one request, it is taken afterwards.
@@ -307,7 +308,7 @@ def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sink
         mass = call.slots.all_slots(written, mass)
     if mass is not None:
         mass = call.slots.of_group(mass)
-    state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
+    state = policy.observe(seen, slots, mass, step)
     written = written.replace(state=state, status=_scorable(policy, written.status, lse))
     return out, written.advance(new, ~fits, bad_count)
 
@@ -323,10 +324,11 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
     layout = Layout.best(own_tokens[0].shape[1], key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
     own = token_view(cache.codec.for_chunk(key.dtype), *own_tokens, layout)
-    places = policy.places(cache.state)
+    places = policy.cache_positions(cache.state)
     old_requests = _requests(call, queries, positions, call.slots.view(cache, places), slopes)
     own_requests = _requests(call, queries, positions, own, slopes)
     out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
+    step = Context(lengths, new, length, num_slots, token_ids)
     kept = fresh = None
     if policy.needs_mass:
         # What was left out before the chunk, if it was attended to by places in the cache.
@@ -341,13 +343,13 @@ def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks
             first, last = last, first
 
         def measured(requests):
-            function = lambda probs, q, kv: policy.measure(cache.state, first(probs), true(q), true(kv), lengths, new)
+            function = lambda probs, q, kv: policy.measure(cache.state, first(probs), true(q), true(kv), step)
             parts = [_xla.measure(request, lse, function) for request in requests]
             return last(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts))
 
         kept = call.slots.all_slots(cache, measured(old_requests))
         fresh = call.slots.all_new(measured(own_requests), length)
-    state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
+    state, slots = policy.absorb(cache.state, kept, fresh, step)
     cache = call.slots.write(cache, slots, key, value)
     cache = cache.replace(state=state, status=_scorable(policy, cache.status, lse))
     return out, cache.advance(new, ~fits, bad_count)
@@ -422,11 +424,11 @@ def _place_in_time(call: _Call, query, key, cache: Cache, given):
         queries: [(query, None)], and (query, (n, positions)) for the first n tokens where the policy wants it;
         key, as it is stored; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
     """
-    fits = _fits(cache, given)
+    fits = _fits(cache, given, query.shape[1])
     new = jnp.where(fits, given, 0)
     t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
-    places = cache.policy.places(cache.state)
+    places = cache.policy.cache_positions(cache.state)
     before = cache.lengths if places is None else _count(places)
     seen_at = jnp.where(t < new[:, None], before[:, None] + t, 0)
     rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
@@ -438,10 +440,10 @@ def _place_in_time(call: _Call, query, key, cache: Cache, given):
     return queries, rotated(key, seen_at) if call.key_rope is None else key, positions, new, fits
 
 
-def _fits(cache: Cache, given: Array) -> Array:
+def _fits(cache: Cache, given: Array, length: int) -> Array:
     """bool [B]: whether the tokens can be appended; lengths are int32 and must not wrap."""
     room = cache.lengths <= _checks.INT32_MAX - given
-    return room & cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
+    return room & cache.policy.fits(cache.state, Context(cache.lengths, given, length, cache.num_slots))
 
 
 def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:

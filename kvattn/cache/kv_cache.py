@@ -112,7 +112,7 @@ class KVCache(Cache):
         codec = Plain(dtype) if codec is None else codec
         num_slots = policy.num_slots(capacity)
 
-        reason = codec.refuses(_in_order(policy))
+        reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
         layout = _layout(layout, codec, num_slots, head_dim, dtype)
@@ -237,12 +237,6 @@ def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
         state=cache.forgotten(~known, cache.state),
         status=jnp.where(known, cache.status, bits.BAD_COUNT),
     )
-
-
-def _in_order(policy: Policy) -> bool:
-    """Whether slot s holds the token of position s for ever: what `Policy` itself does."""
-    kind = type(policy)
-    return kind.place is Policy.place and kind.positions is Policy.positions and kind.absorb is Policy.absorb
 
 
 def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: Any) -> Layout:

@@ -115,12 +115,6 @@ FAULTS: list[Fault] = [
             "rows=layout.rows",
             "test_codecs.py::test_kivi_at_and_around_whole_residuals",
         ),
-        (
-            "_in_order",
-            "kind.positions is Policy.positions and ",
-            "",
-            "test_blocks.py::test_any_order_of_its_own_is_refused",
-        ),
     ),
     *group(
         "cache/base.py",
@@ -349,7 +343,6 @@ FAULTS: list[Fault] = [
         ("FastGen._bound", "positions > (last", "positions >= (last"),
         ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
         ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
-        ("FastGen.observe", "state.scores + mass, state.scores", "state.scores, state.scores"),
         (
             "FastGen._kinds",
             "(1, self.punctuation_tokens), (2, self.special_tokens)",
@@ -362,8 +355,8 @@ FAULTS: list[Fault] = [
         test_policies.py::test_h2o_by_places_where_keys_are_rotated
         test_policies.py::test_h2o_keeps_what_brute_force_keeps
         """,
-        ("H2O.observe", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.observe", "scored.close_up(state.places, leaves)", "state.places"),
+        ("H2O.observe", "step.last - self.num_recent", "step.last + 1 - self.num_recent"),
+        ("H2O.observe", "scored.close_up(before, leaves)", "before"),
         (
             "H2O.observe",
             "jnp.where(leaves, 0, scores)",
@@ -371,21 +364,14 @@ FAULTS: list[Fault] = [
             "",
             "a token that enters starts without a score again",
         ),
-        ("H2O.absorb", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.absorb", "scored.places(positions)", "state.places"),
+        ("H2O.absorb", "step.last - self.num_recent", "step.last + 1 - self.num_recent"),
+        ("H2O.absorb", "scored.cache_positions(positions)", "state.cache_positions"),
         (
             "H2O.absorb",
             "<= self.budget",
             "< self.budget",
             "test_policies.py::test_h2o_keeps_what_brute_force_keeps",
             "with as many tokens as the budget, the recent and the best of the others are all of them",
-        ),
-        ("H2O.enter", "scored.enter_last(state.places, slots)", "state.places"),
-        (
-            "H2O.num_slots",
-            "return self.budget + 1",
-            "return self.budget + 2",
-            "test_policies.py::test_one_leaves_whatever_the_compiler_does",
         ),
     ),
     *group(
@@ -400,8 +386,8 @@ FAULTS: list[Fault] = [
         ("Scissorhands.observe", "(old & ~bit) |", "old |"),
         ("Scissorhands.measure", "lengths[:, None] + 1)", "lengths[:, None])"),
         ("Scissorhands.absorb", "> self.budget, keep, there", "> self.budget + 1, keep, there"),
-        ("Scissorhands.absorb", "scored.places(positions)", "state.places"),
-        ("Scissorhands._survivors", "last - self.num_protected", "last - self.num_protected + 1"),
+        ("Scissorhands.absorb", "scored.cache_positions(positions)", "state.cache_positions"),
+        ("Scissorhands._survivors", "step.last - self.num_protected", "step.last - self.num_protected + 1"),
         ("Scissorhands._record", "(low & ~over_written) |", "low |"),
         (
             "Scissorhands._counts",
@@ -421,9 +407,22 @@ FAULTS: list[Fault] = [
         ("_earlier", "one[1] <= other[1]", "one[1] >= other[1]"),
         ("first", "jnp.where(jnp.isnan(scores), -jnp.inf", "jnp.where(jnp.isnan(scores), jnp.inf"),
         ("best", "jnp.where(candidates, positions, EMPTY)", "jnp.where(candidates, -positions, EMPTY)"),
-        ("settle", "jnp.argsort(keep, axis=-1, stable=True)", "jnp.argsort(~keep, axis=-1, stable=True)"),
-        ("close_up", "places > gap, places - 1", "places >= gap, places - 1"),
+        ("settle", "jnp.argsort(stays, axis=-1, stable=True)", "jnp.argsort(~stays, axis=-1, stable=True)"),
+        ("close_up", "before > gap, before - 1", "before >= gap, before - 1"),
         ("enter_last", "axis=-1) + 1", "axis=-1)"),
+        ("ScoredPolicy.enter", "enter_last(state.cache_positions, slots)", "state.cache_positions"),
+        (
+            "BudgetPolicy.num_slots",
+            "return self.budget + 1",
+            "return self.budget + 2",
+            "test_policies.py::test_one_leaves_whatever_the_compiler_does",
+        ),
+        (
+            "added",
+            "state.scores + mass, state.scores",
+            "state.scores, state.scores",
+            "test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does",
+        ),
     ),
     *group(
         "policies/streaming.py",
@@ -433,7 +432,7 @@ FAULTS: list[Fault] = [
         test_smaller_caches.py::test_smaller_caches
         """,
         ("StreamingLLM.sink_positions", "num_sinks + window - 1", "num_sinks + window"),
-        ("StreamingLLM.place", "num_new[:, None] - window", "num_new[:, None] - window + 1"),
+        ("StreamingLLM.place", "step.last - window", "step.last + 1 - window"),
         ("StreamingLLM.positions", "slot <= last, slot, EMPTY", "slot < last, slot, EMPTY"),
         (
             "StreamingLLM.can_trim",
@@ -448,7 +447,7 @@ FAULTS: list[Fault] = [
         test_meanings.py::test_ring_wraps_at_every_phase
         test_verbs.py::test_trim_ring_after_it_wrapped
         """,
-        ("SlidingWindow.place", "num_new[:, None] - num_slots", "num_new[:, None] - num_slots + 1"),
+        ("SlidingWindow.place", "step.last - step.num_slots", "step.last + 1 - step.num_slots"),
         ("SlidingWindow.positions", "position >= 0", "position > 0"),
         ("SlidingWindow.kept", "jnp.minimum(lengths, num_slots)", "lengths", "test_meanings.py::test_policy_suite"),
         (
@@ -461,8 +460,14 @@ FAULTS: list[Fault] = [
     *group(
         "policies/base.py",
         "test_verbs.py::test_trim\ntest_meanings.py::test_overflow",
-        ("Policy.fits", "<= num_slots", "< num_slots"),
+        ("Policy.fits", "<= step.num_slots", "< step.num_slots"),
         ("Policy.positions", "slot < lengths[:, None]", "slot <= lengths[:, None]"),
+        (
+            "Policy.__init_subclass__",
+            '"positions", ',
+            "",
+            "test_blocks.py::test_any_order_of_its_own_is_refused",
+        ),
     ),
     # Attention ---------------------------------------------------------------------------------------------------
     *group(
