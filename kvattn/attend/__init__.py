@@ -9,14 +9,12 @@ from kvattn.attend.registry import register as register
 from kvattn.attend.registry import unregister as unregister
 from kvattn.attend.request import Request as Request
 from kvattn.attend.state import merge_states as merge_states
-from kvattn.attend.step import cached_attention as cached_attention
 
 __all__ = [
     "Implementation",
     "Request",
     "Sizes",
     "attend",
-    "cached_attention",
     "choose",
     "merge_states",
     "names",

@@ -19,7 +19,6 @@ from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
-from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import ConfigError, ShapeError, UnsupportedError
 from kvattn.policies import Full, Policy
@@ -65,6 +64,9 @@ class KVCache(Cache):
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     is_static: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    page_table = None
+    page_size = 0
 
     @classmethod
     def create(
@@ -190,22 +192,6 @@ class KVCache(Cache):
     def store(self) -> Layout:
         """Where the arrays have their slots."""
         return self.layout
-
-    def view(self) -> View:
-        """The slots as an implementation of attention reads them."""
-        cache = self.usable()
-        counts = jnp.minimum(cache.lengths, cache.num_slots)
-        positions = block_positions(cache.layout, cache.positions)
-        return View(
-            cache.keys,
-            cache.values,
-            positions,
-            counts,
-            cache.layout,
-            cache.codec,
-            cache.key_head_dim,
-            cache.value_head_dim,
-        )
 
     # What one does with it.
 

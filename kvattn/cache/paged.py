@@ -21,7 +21,6 @@ from kvattn.cache.base import Cache, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.cache.placed import placed, shardings_of
-from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import BlockStateError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Full
@@ -177,23 +176,6 @@ class PagedKVCache(Cache):
     def store(self) -> Pages:
         """Where the arrays have their slots."""
         return Pages(self.layout, self.page_size, self.page_table, self.num_pages)
-
-    def view(self) -> View:
-        """The slots as an implementation of attention reads them."""
-        cache = self.usable()
-        counts = jnp.minimum(cache.lengths, cache.num_slots)
-        return View(
-            cache.keys,
-            cache.values,
-            block_positions(cache.layout, cache.positions),
-            counts,
-            cache.layout,
-            cache.codec,
-            cache.key_head_dim,
-            cache.value_head_dim,
-            cache.page_table,
-            cache.page_size,
-        )
 
     def dense(self) -> tuple[Array, Array]:
         """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""

@@ -13,7 +13,7 @@ from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pages:
     """A pool and the table into it; to codecs what `Layout` is. Made on the spot: it holds arrays.
 
@@ -134,3 +134,7 @@ class Pages:
         if transposed:
             return x.transpose(1, 0, 3, 2, 4).reshape(batch, heads, tail[0], count * tail[1])
         return x.swapaxes(0, 1).reshape(batch, heads, count * tail[0], tail[1])
+
+
+Store = Layout | Pages
+"""Where the arrays of a cache have their slots."""

@@ -20,7 +20,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
 from kvattn.attend.request import Request
-from kvattn.attend.step import cached_attention
+from kvattn.sharding.explicit import cached_attention
 from kvattn.cache import KVCache
 from kvattn.cache.base import storage_dtype
 from kvattn.codecs import Codec, Plain

@@ -1,7 +1,15 @@
-"""`kvattn.pallas.compat`: the calls of `jax.experimental.pallas.ops`, answered by `kvattn.pallas.decode_attention`.
+"""The calls of JAX's deprecated decode kernels: change the import, keep the code.
 
-Arguments that tune the old kernels (blocks, splits, warps, grids, debugging) are taken and mean nothing. What differs:
-a row of length 0 gives 0 instead of garbage, and a page that does not exist is an error, or an empty row under jit.
+===========================================================  ==========================================
+``jax.experimental.pallas.ops.gpu.decode_attention.mqa``      `kvattn.pallas.compat.mqa`
+``jax.experimental.pallas.ops.gpu.decode_attention.gqa``      `kvattn.pallas.compat.gqa`
+``jax.experimental.pallas.ops.gpu.paged_attention``           `kvattn.pallas.compat.gpu_paged_attention`
+``jax.experimental.pallas.ops.tpu.paged_attention``           `kvattn.pallas.compat.tpu_paged_attention`
+===========================================================  ==========================================
+
+`kvattn.pallas.decode_attention` answers them. Arguments that tune the old kernels (blocks, splits, warps, grids,
+debugging) are taken and mean nothing. What differs: a row of length 0 gives 0 instead of garbage, and a page that does
+not exist is an error, or an empty row under jit.
 """
 
 import functools
@@ -13,8 +21,11 @@ import numpy as np
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.attend.tokens import folded
 from kvattn.errors import ShapeError, UnsupportedError
 from kvattn.pallas.on_arrays import decode_attention, paged_decode_attention
+
+__all__ = ["gpu_paged_attention", "gqa", "mqa", "tpu_paged_attention"]
 
 
 def mqa(
@@ -227,11 +238,10 @@ def _floats(*arrays: Any) -> tuple[Array, ...]:
 def _contiguous(q, k, v, start, length, scale, residuals: bool, normalize: bool) -> Any:
     """k, v [B, K, S, H]."""
     _checks.finite_scale(scale)
-    if scale is not None and not _checks.is_concrete(scale):
-        q, scale = q * jnp.asarray(scale, q.dtype), 1.0
+    q, scale = folded(q, scale)
     # Before jit, which would wrap what int32 does not hold.
     start, length = _per_row("start_idx", start, q), _per_row("kv_seq_len", length, q)
-    return _decode(q, k, v, start, length, None if scale is None else float(scale), residuals, normalize)
+    return _decode(q, k, v, start, length, scale, residuals, normalize)
 
 
 def _per_row(name: str, x: Any, q: Array) -> Array | None:
