@@ -18,7 +18,7 @@ import numpy as np
 
 import kvattn
 from kvattn.attend import api
-from kvattn.request import Request, adjust, grouped, ungrouped
+from kvattn.attend.request import Request, adjust, grouped, ungrouped
 
 FLASHINFER_PAGE = 64
 """Tokens per page in which FlashInfer, which has paged caches only, gets a contiguous one."""

@@ -28,10 +28,10 @@ from runner import Report
 import kvattn
 import kvattn.pallas
 from kvattn.attend import api
+from kvattn.attend.request import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 from kvattn.pallas import gpu_decode, tuning
-from kvattn.request import Request
 
 CODECS = {
     "bfloat16": None, "float16": None, "Int8": kvattn.Int8(), "Float8": kvattn.Float8(), "Int4(64)": kvattn.Int4(64),

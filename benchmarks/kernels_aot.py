@@ -39,10 +39,10 @@ from rich.table import Table
 
 import kvattn
 from kvattn.attend import api
+from kvattn.attend.request import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 from kvattn.pallas import tpu_decode
-from kvattn.request import Request
 
 CAUSAL = Mask()
 GPUS = ("h200", "b200")

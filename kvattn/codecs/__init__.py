@@ -1,6 +1,7 @@
 """In how many bits tokens are stored. One file per codec; none knows slots, policies or meshes."""
 
 from kvattn.codecs.base import Codec as Codec
+from kvattn.codecs.format import Format as Format
 from kvattn.codecs.registry import register as register
 from kvattn.codecs.registry import registered as registered
 
@@ -18,6 +19,7 @@ __all__ = [
     "KIVI",
     "Codec",
     "Float8",
+    "Format",
     "Int4",
     "Int8",
     "Plain",

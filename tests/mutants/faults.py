@@ -506,7 +506,7 @@ FAULTS: list[Fault] = [
         ),
     ),
     *group(
-        "request.py",
+        "attend/request.py",
         "test_blocks.py::test_blocks_of_queries\ntest_meanings.py::test_logsumexp",
         (
             "adjust",
@@ -567,7 +567,7 @@ FAULTS: list[Fault] = [
         ),
     ),
     *group(
-        "attend/on_arrays.py",
+        "pallas/on_arrays.py",
         "test_arrays.py",
         ("_attend", "1 / math.sqrt(head_dim)", "1 / head_dim"),
         ("_attend", "view.layout.num_slots - 1, jnp.int32)", "view.layout.num_slots, jnp.int32)"),
