@@ -1,10 +1,11 @@
 """`Float8`: e4m3 with one scale per token and key/value head."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
@@ -42,12 +43,12 @@ class Float8(Codec):
         narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if jax.default_backend() == "cpu" else data
         return {"data": narrow, "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """data * scale."""
         del head_dim
         return (widen(encoded["data"]) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)

@@ -1,10 +1,11 @@
 """`Int8`: one scale per token and key/value head."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
@@ -44,12 +45,12 @@ class Int8(Codec):
         codes = jnp.clip(jnp.round(x / scale), -TOP, TOP)
         return {"data": codes.astype(jnp.int8), "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """data * scale."""
         del head_dim
         return (encoded["data"].astype(jnp.float32) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
