@@ -49,7 +49,7 @@ def kinds():
 def name_of(cache):
     """A short name for the test of a cache."""
     return (
-        f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if hasattr(cache, 'page_size') else ''}"
+        f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if cache.page_size else ''}"
     )
 
 
@@ -139,8 +139,8 @@ VERBS = {
     "dense": lambda c: c.dense(),
     "check": lambda c: c.check(),
     "nbytes": lambda c: jnp.asarray(c.nbytes),
-    "with_tables": lambda c: c.with_tables([[2, 1, 0], [3, 4, 5]], [0, 0]) if hasattr(c, "page_table") else c,
-    "copy_pages": lambda c: c.copy_pages([0], [2]) if hasattr(c, "page_table") else c,
+    "with_tables": lambda c: c.with_tables([[2, 1, 0], [3, 4, 5]], [0, 0]) if c.page_size else c,
+    "copy_pages": lambda c: c.copy_pages([0], [2]) if c.page_size else c,
 }
 
 
