@@ -6,7 +6,7 @@ Slots hold any position and are freed one by one. In shapes, S = C + T: the slot
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class ScoredState(Tree):
     positions: Array
     cache_positions: Array | None
 
-    def replace(self, **changes: Array | None) -> Self:
+    def replace[S: ScoredState](self: S, **changes: Array | None) -> S:
         """The state with other arrays."""
         return dataclasses.replace(self, **changes)
 
