@@ -20,7 +20,6 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
 from kvattn.attend.request import Request
-from kvattn.sharding.explicit import cached_attention
 from kvattn.cache import KVCache
 from kvattn.cache.base import storage_dtype
 from kvattn.codecs import Codec, Plain
@@ -28,6 +27,7 @@ from kvattn.errors import RangeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.memory.formula import Layer
 from kvattn.policies import Full, SlidingWindow
+from kvattn.sharding.explicit import cached_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

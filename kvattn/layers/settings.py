@@ -16,7 +16,7 @@ from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.layers import placement
 from kvattn.policies import Policy
-from kvattn.sharding.choose import KNOWN
+from kvattn.sharding import scheme as schemes
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ def scheme(by: str) -> str:
     Raises:
         ConfigError: an unknown way.
     """
-    _checks.one_of("by", by, (*KNOWN, "auto"))
+    _checks.one_of("by", by, (*schemes.names(), "auto"))
     return by
 
 
