@@ -25,7 +25,7 @@ SHAPES = {
 """Slots of a row, query heads, key/value heads, head dim. Three rows: one full, one empty, one of a third and one."""
 STORES = ("bfloat16", "float16", "Int8", "Float8", "Int4(64)", "Int4(32)")
 RULES = ("plain", "window", "window and sinks", "a part", "softcap", "large softcap", "slopes", "mass")
-POLICIES = ("Full", "SlidingWindow", "StreamingLLM", "H2O", "Scissorhands")
+POLICIES = ("Full", "SlidingWindow", "StreamingLLM", "H2O", "Scissorhands", "FastGen")
 
 
 @dataclasses.dataclass(frozen=True)

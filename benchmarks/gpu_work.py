@@ -179,8 +179,8 @@ def step(policy: str, mode: str) -> dict[str, Any]:
     """Chunks and tokens through `kvattn.cached_attention`: outputs and what is kept as by the reference."""
     with as_on_a_gpu(mode):
         if mode == "lower":
-            capacity = 20 if policy == "Full" else None
-            cache = kvattn.KVCache.create(3, 2, 64, capacity=capacity, policy=kernel_cases.POLICIES[policy])
+            made = kernel_cases.POLICIES[policy]
+            cache = kvattn.KVCache.create(3, 2, 64, capacity=kernel_cases.variants.capacity_of(made, 20), policy=made)
             new = [jnp.ones((3, 1, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
             return lowered(lambda *a: kvattn.cached_attention(*a, implementation="mosaic_gpu"), *new, cache)
         try:

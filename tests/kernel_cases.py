@@ -8,6 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import variants
 
 import kvattn
 import kvattn.pallas
@@ -141,19 +142,14 @@ def narrow(request, dtype):
     return ungrouped(jnp.asarray(out, F32))
 
 
-POLICIES = {
-    "Full": kvattn.Full(),
-    "SlidingWindow": kvattn.SlidingWindow(6),
-    "StreamingLLM": kvattn.StreamingLLM(2, 6),
-    "H2O": kvattn.H2O(4, 3),
-    "Scissorhands": kvattn.Scissorhands(7, 2, 8),
-}
+POLICIES = {name: policy for name, policy in variants.POLICIES.items() if name == type(policy).__name__}
+"""One of each kind."""
 
 
 def assert_steps_are_the_references(implementation, name, size, dtype, lengths):
     """Chunks of these lengths through `cached_attention`: outputs, and what the policy keeps, as by the reference."""
     policy, rng = POLICIES[name], np.random.default_rng(3)
-    capacity = 20 if name == "Full" else None
+    capacity = variants.capacity_of(policy, 20)
     steps = {
         i: jax.jit(lambda *new, i=i: kvattn.cached_attention(*new, implementation=i, rope=kvattn.RoPE(size)))
         for i in (implementation, "reference")

@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import variants
 from jax.sharding import AxisType
 
 import kvattn
@@ -15,18 +16,24 @@ from kvattn import sharding
 B, N, H, LENGTH = 8, 16, 8, 6
 MHA, GQA, MQA = 16, 2, 1
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+CAPACITY = 72
 POLICIES = {
-    "full": {"capacity": 72},
-    "window": {"policy": kvattn.SlidingWindow(9)},
-    "streaming": {"policy": kvattn.StreamingLLM(2, 9)},
-    "h2o": {"policy": kvattn.H2O(6, 4)},
+    entry.name: {"policy": policy, "capacity": variants.capacity_of(policy, CAPACITY)}
+    for entry in kvattn.policies.registered()
+    for policy in entry.examples[:1]
+}
+CODECS = {
+    entry.name: {"codec": codec, "capacity": CAPACITY}
+    for entry in kvattn.codecs.registered()[1:]
+    for codec in entry.examples[:1]
+}
+SETTINGS = {
+    **POLICIES,
+    **CODECS,
     "full in blocks": {"capacity": 20, "layout": kvattn.cache.Layout(20, 8, True)},
     "h2o in blocks": {"policy": kvattn.H2O(12, 5), "layout": kvattn.cache.Layout(18, 8, True)},
-    "int8": {"capacity": 72, "codec": kvattn.Int8()},
-    "scissorhands": {"policy": kvattn.Scissorhands(10, 2, 8)},
-    "fastgen": {"policy": kvattn.FastGen(0.6), "capacity": 72},
-    "kivi": {"codec": kvattn.KIVI(bits=4, group_size=4, residual=8), "capacity": 72},
 }
+"""Arguments of `KVCache.create` by name."""
 SCHEMES = ((MHA, "heads"), (GQA, "heads"), *itertools.product((MHA, GQA, MQA), ("batch", "sequence")))
 ROPE = kvattn.RoPE(H)
 RAGGED = np.array([6, 0, 3, 6, 1, 5, 6, 4], np.int32)
@@ -68,7 +75,7 @@ def walk(step, cache, num_kv_heads, num_steps, num_heads=N):
 @functools.cache
 def one_device(name, num_kv_heads, num_steps, num_heads=N):
     step = jax.jit(lambda q, k, v, cache, num_new: kvattn.cached_attention(q, k, v, cache, num_new=num_new, rope=ROPE))
-    return walk(step, make(num_kv_heads, **POLICIES[name]), num_kv_heads, num_steps, num_heads)
+    return walk(step, make(num_kv_heads, **SETTINGS[name]), num_kv_heads, num_steps, num_heads)
 
 
 def sharded_step(mesh, by, **settings):
@@ -84,7 +91,7 @@ def check_equal(name, num_kv_heads, by, kind, num_steps, shape=(8,), num_heads=N
     """Outputs to 1e-5, and the same tokens kept, over a prompt, a ragged chunk and single tokens."""
     mesh = mesh_of(kind, shape)
     expected, after = one_device(name, num_kv_heads, num_steps, num_heads)
-    cache = sharding.shard_cache(make(num_kv_heads, **POLICIES[name]), mesh, by=by)
+    cache = sharding.shard_cache(make(num_kv_heads, **SETTINGS[name]), mesh, by=by)
     # Explicit meshes are those of a context, Auto ones arguments alone.
     with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
         outs, cache = walk(sharded_step(mesh, by), cache, num_kv_heads, num_steps, num_heads)

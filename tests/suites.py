@@ -1,10 +1,10 @@
 """Shared suites: what must hold for every policy, every codec and every implementation.
 
-A variant is one line in `POLICIES` or `CODECS`; `test_meanings.py` fails when a class of
-`kvattn.policies.ALL` or `kvattn.codecs.ALL` has no line. Implementations are found by asking which run
-here. A check raises AssertionError, so that the same check can be shown to fail on planted faults. It
-takes a `Steps`, its source of compiled steps: shared between checks on the real code, fresh under a
-fault, where nothing compiled before may be used.
+A variant is one line in `POLICIES` or `CODECS`. What is registered and has no line gets one from its
+examples, without what only an oracle knows; a plugin that has an oracle adds a `PolicyCase` of its own.
+Implementations are found by asking which run here. A check raises AssertionError, so that the same check
+can be shown to fail on planted faults. It takes a `Steps`, its source of compiled steps: shared between
+checks on the real code, fresh under a fault, where nothing compiled before may be used.
 
 All checks that can use one family of shapes: B=6, N=4, K=2, H=8, Hv=2*24, 24 slots in blocks of four.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import variants
 from oracles import (
     TokenLists,
     assert_accurate,
@@ -27,6 +28,7 @@ from oracles import (
     narrower,
     seen_from,
 )
+from variants import capacity_of
 
 import kvattn
 from kvattn import codecs, errors, policies
@@ -95,7 +97,7 @@ def _never_trim(length, n):
     return n == 0
 
 
-POLICIES = (
+POLICIES: tuple[PolicyCase, ...] = (
     PolicyCase("full", kvattn.Full, limit=CAPACITY),
     PolicyCase("full-window3", kvattn.Full, limit=CAPACITY, window=3),
     PolicyCase("ring5", lambda: kvattn.SlidingWindow(5), None, keeps=5, can_trim=_ring_trim(5)),
@@ -126,6 +128,13 @@ POLICIES = (
     PolicyCase("fastgen", policies.FastGen, by_position=False, can_trim=_never_trim, quick=False),
 )
 """One line per policy and setting."""
+POLICIES += tuple(
+    PolicyCase(
+        name, lambda policy=policy: policy, capacity_of(policy, CAPACITY), by_position=False, can_trim=_never_trim
+    )
+    for name, policy in variants.POLICIES.items()
+    if type(policy) not in {type(case.make()) for case in POLICIES}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +154,24 @@ class CodecCase:
     error: float
 
 
-CODECS = (
+PLAIN: tuple[CodecCase, ...] = (
     CodecCase("float32", lambda: codecs.Plain(jnp.dtype(jnp.float32)), jnp.float32, 0.0),
     CodecCase("bfloat16", lambda: codecs.Plain(jnp.dtype(jnp.bfloat16)), jnp.bfloat16, 2.0**-9),
     CodecCase("float16", lambda: codecs.Plain(jnp.dtype(jnp.float16)), jnp.float16, 2.0**-12),
 )
-"""One line per codec and setting."""
+"""What is stored without a codec."""
+CODECS = (
+    *PLAIN,
+    CodecCase("int8", kvattn.Int8, jnp.float32, 1 / 253),
+    CodecCase("float8", kvattn.Float8, jnp.float32, 2.0**-4),
+    CodecCase("int4", lambda: kvattn.Int4(4), jnp.float32, 1 / 14.8),
+)
+"""One line per codec of single tokens and setting."""
+CODECS += tuple(
+    CodecCase(name, lambda codec=codec: codec, jnp.float32, 1 / 8)
+    for name, codec in variants.CODECS.items()
+    if codec.rows is None and type(codec) not in {type(case.make()) for case in CODECS}
+)
 
 IMPLEMENTATIONS = tuple(name for name in kvattn.attend.names() if api.unsupported(name) is None)
 """Those that run on this machine."""

@@ -1,6 +1,7 @@
 """The command as a user calls it: what it prints, what it refuses, and with which status it ends."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -268,10 +269,15 @@ def test_policies_and_codecs_by_their_words():
     # What the library prints can be given back.
     for made in (kvattn.SlidingWindow(7), kvattn.H2O(3, 4), kvattn.StreamingLLM(1, 2)):
         assert parse.policy(repr(made).replace("'", "")) == made
-    for name, kind in parse.POLICIES.items():
-        assert kind in kvattn.policies.ALL, name
-    assert set(parse.POLICIES.values()) == set(kvattn.policies.ALL)
-    assert set(parse.CODECS.values()) | {kvattn.codecs.Plain} == set(kvattn.codecs.ALL)
+    plain, *codecs = kvattn.codecs.registered()
+    assert plain.kind is kvattn.codecs.Plain and plain.names == parse.DTYPES
+    for entry in (*kvattn.policies.registered(), *codecs):
+        for name, example in itertools.product(entry.names, entry.examples):
+            fields = [(f.name, getattr(example, f.name), f.default) for f in dataclasses.fields(example)]
+            text = f"{name}:{','.join(f'{key}={value}' for key, value, default in fields if value != default)}"
+            assert (parse.codec(text)[0] if entry in codecs else parse.policy(text)) == example
+    assert {e.kind for e in kvattn.policies.registered()} >= set(kvattn.policies.ALL)
+    assert {e.kind for e in (plain, *codecs)} >= set(kvattn.codecs.ALL)
 
 
 def test_bytes_by_their_words():

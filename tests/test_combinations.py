@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 from flax import nnx
+from variants import capacity_of, go_together, name, with_tokens
 
 import kvattn
 from kvattn.layers import GroupedQueryAttention, linen
@@ -18,27 +20,9 @@ from kvattn.layers import GroupedQueryAttention, linen
 B, D, N, H, CHUNK, STEPS = 2, 16, 4, 8, 9, 4
 LENGTH = CHUNK + STEPS
 KV_HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
-POLICIES = (
-    kvattn.Full(),
-    kvattn.SlidingWindow(5),
-    kvattn.StreamingLLM(2, 4),
-    kvattn.H2O(3, 3),
-    kvattn.H2O(3, 3, positions_in="cache"),
-    kvattn.Scissorhands(6, 2, 8),
-    kvattn.FastGen(0.7, special_tokens=(0,), punctuation_tokens=(1, 2)),
-)
-CODECS = (None, kvattn.Int8(), kvattn.Float8(), kvattn.Int4(4), kvattn.KIVI(2, 4, 4))
-ORDERED = (kvattn.Full,)
-"""Under these slot s holds the token of position s, as tokens that share a scale need."""
-
-
-def possible(policy, codec):
-    return not isinstance(codec, kvattn.KIVI) or isinstance(policy, ORDERED)
-
-
-def name(x):
-    moved = isinstance(x, kvattn.H2O) and x.positions_in == "cache"
-    return type(x).__name__ + ("InCache" if moved else "")
+POLICIES = tuple(map(with_tokens, variants.POLICIES.values()))
+CODECS = (None, *variants.CODECS.values())
+KIVI = variants.CODECS["KIVI"]
 
 
 def combinations():
@@ -46,7 +30,7 @@ def combinations():
     for i, policy in enumerate(POLICIES):
         for j, codec in enumerate(CODECS):
             for k, heads in enumerate(KV_HEADS):
-                if possible(policy, codec):
+                if go_together(policy, codec):
                     quick = (i + j) % 3 == k and (i + j) % 2 == 0
                     marks = () if quick else pytest.mark.slow
                     yield pytest.param(policy, codec, heads, id=f"{name(policy)}-{name(codec)}-{heads}", marks=marks)
@@ -61,7 +45,7 @@ def by_hand(layer, x, cache, ids):
 
 @pytest.mark.parametrize(("policy", "codec", "heads"), list(combinations()))
 def test_layers_are_the_functional_step(policy, codec, heads):
-    capacity = LENGTH if isinstance(policy, kvattn.Full | kvattn.FastGen) else None
+    capacity = capacity_of(policy, LENGTH)
     settings = {"num_kv_heads": KV_HEADS[heads], "head_dim": H, "rope": kvattn.RoPE(H), "use_bias": False}
     settings |= {"policy": policy, "codec": codec}
     layer = GroupedQueryAttention(N, D, **settings, rngs=nnx.Rngs(0))
@@ -107,12 +91,12 @@ def test_layers_are_the_functional_step(policy, codec, heads):
         assert cache.nbytes == after[2].nbytes
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if not possible(p, CODECS[-1])], ids=name)
+@pytest.mark.parametrize("policy", [p for p in POLICIES if not go_together(p, KIVI)], ids=name)
 def test_pairs_that_cannot_be(policy):
     """Refused where the cache is made, with both names and the reason."""
     why = rf"KIVI.*{type(policy).__name__}.*share their scales"
-    layer = GroupedQueryAttention(N, D, num_kv_heads=N, head_dim=H, policy=policy, codec=CODECS[-1], rngs=nnx.Rngs(0))
-    twin = linen.GroupedQueryAttention(N, num_kv_heads=N, head_dim=H, policy=policy, codec=CODECS[-1])
+    layer = GroupedQueryAttention(N, D, num_kv_heads=N, head_dim=H, policy=policy, codec=KIVI, rngs=nnx.Rngs(0))
+    twin = linen.GroupedQueryAttention(N, num_kv_heads=N, head_dim=H, policy=policy, codec=KIVI)
     for make in (lambda: layer.make_cache(B, 16), lambda: twin.make_cache(B, 16)):
         with pytest.raises(kvattn.errors.UnsupportedError, match=why):
             make()

@@ -12,6 +12,9 @@ import types
 import jax
 import pytest
 
+from kvattn.codecs.registry import CODECS
+from kvattn.policies.registry import POLICIES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.exists()]
 FENCE = re.compile(r"^(?P<indent> *)```python *$\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -38,8 +41,13 @@ def run_docstrings(module):
 
 
 @pytest.fixture(autouse=True)
-def _as_users_run_it():
-    """Examples are run as a reader would: without the strict promotion of the other tests."""
+def _as_users_run_it(monkeypatch):
+    """Examples are run as a reader would: without the strict promotion of the other tests.
+
+    What they register is forgotten.
+    """
+    for table in (POLICIES, CODECS):
+        monkeypatch.setattr(table, "_entries", list(table.entries))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -88,6 +96,19 @@ def test_a_wrong_page_fails_at_its_line(tmp_path):
 def test_a_wrong_docstring_fails():
     module = types.ModuleType("wrong", ">>> 1 + 1\n3\n")
     assert run_docstrings(module) == (1, 1)
+
+
+def test_tables_name_every_policy_and_codec():
+    """Those of pages the classes, that of the command line their names."""
+    text = {page: (ROOT / page).read_text() for page in ("README.md", "docs/choose_a_cache.md", "docs/policies.md")}
+    options = (ROOT / "docs" / "cli.md").read_text()
+    for entry in POLICIES.entries:
+        assert [page for page in text if f"`{entry.kind.__name__}" not in text[page]] == []
+        assert f"`{entry.name}" in options
+    plain, *others = CODECS.entries
+    for entry in others:
+        assert [page for page in list(text)[:2] if f"`{entry.kind.__name__}" not in text[page]] == []
+    assert all(f"`{name}" in options for name in (*plain.names, *(entry.name for entry in others)))
 
 
 def test_every_public_name_is_documented():

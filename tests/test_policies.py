@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import policy_oracles as oracles
 import pytest
+import variants
 
 import kvattn
 from kvattn.policies import scored
@@ -338,16 +339,11 @@ def test_a_budget_for_all_is_full_attention(policy):
     assert np.all(np.asarray(cache.kept) == T)
 
 
-SMALL = [
-    kvattn.StreamingLLM(2, 6),
-    kvattn.H2O(4, 3),
-    kvattn.Scissorhands(8, 2, 9),
-    kvattn.FastGen(0.6),
-    kvattn.SlidingWindow(7),
-]
+SMALL = [policy for policy in variants.POLICIES.values() if not policy.in_order]
+each_small = pytest.mark.parametrize("policy", SMALL, ids=variants.name)
 
 
-@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+@each_small
 @pytest.mark.parametrize(
     "heads", [(4, 2), *(pytest.param(h, marks=pytest.mark.slow) for h in [(2, 2), (4, 1)])], ids=["GQA", "MHA", "MQA"]
 )
@@ -372,7 +368,7 @@ def test_output_is_attention_over_the_kept_tokens(policy, heads):
         assert all(len(set(p[p >= 0])) == np.sum(p >= 0) for p in positions.reshape(-1, positions.shape[-1]))
 
 
-@pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
+@each_small
 def test_rows_of_a_batch_do_not_know_each_other(policy):
     q, k, v = tokens(4)
     chunks = [9] + [1] * 12
@@ -479,11 +475,7 @@ def test_fastgen_keeps_all_of_a_row_that_starts_with_one_token():
     assert np.asarray(padded.state.choice).tolist() == [[4] * K, [0] * K, [-1] * K]
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [pytest.param(p, marks=pytest.mark.slow if type(p).__name__ in ("FastGen", "Scissorhands") else ()) for p in SMALL],
-    ids=lambda p: type(p).__name__,
-)
+@each_small
 def test_ragged_prompts(policy):
     """Right and left padded prompts keep what each row keeps alone."""
     q, k, v = tokens(7)
@@ -509,7 +501,7 @@ def test_ragged_prompts(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [*SMALL[:3], SMALL[4]], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", [p for p in SMALL if variants.capacity_of(p, 1) is None], ids=variants.name)
 def test_twenty_thousand_steps(policy):
     """Memory is that of the first step, nothing is compiled again, the numbers stay finite."""
     cache = kvattn.KVCache.create(1, 1, H, policy=policy, dtype=jnp.float32)

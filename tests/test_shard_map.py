@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import suites
+import variants
 from jax.sharding import AxisType, PartitionSpec
 from kernel_cases import filled, request_for
 from oracles import assert_same_bits
+from variants import POLICIES, capacity_of, go_together
 
 import kvattn
 import kvattn.pallas
@@ -23,22 +25,7 @@ from kvattn.attend import api
 P = PartitionSpec
 B, N, K, H = 4, 4, 2, 8
 
-POLICIES = {
-    "full": kvattn.Full(),
-    "ring": kvattn.SlidingWindow(5),
-    "streaming": kvattn.StreamingLLM(2, 5),
-    "h2o": kvattn.H2O(3, 2),
-    "h2o by places": kvattn.H2O(3, 2, positions_in="cache"),
-    "scissorhands": kvattn.Scissorhands(5, 2, 8),
-    "fastgen": kvattn.FastGen(),
-}
-CODECS = {
-    "plain": None,
-    "int8": kvattn.Int8(),
-    "float8": kvattn.Float8(),
-    "int4": kvattn.Int4(group_size=4),
-    "kivi": kvattn.KIVI(bits=2, group_size=4, residual=8),
-}
+CODECS = {"plain": None, **variants.CODECS}
 
 
 def mesh(size=2, kind=AxisType.Auto):
@@ -51,10 +38,8 @@ def mapped(f, size=2, **options):
 
 def made(policy, codec, batch, capacity=24):
     """An empty cache; made inside the map it is a constant, which differs over no axis."""
-    needs_capacity = isinstance(policy, kvattn.Full | kvattn.FastGen)
-    return kvattn.KVCache.create(
-        batch, K, H, capacity=capacity if needs_capacity else None, policy=policy, codec=codec, dtype=jnp.float32
-    )
+    settings = {"capacity": capacity_of(policy, capacity), "policy": policy, "codec": codec}
+    return kvattn.KVCache.create(batch, K, H, **settings, dtype=jnp.float32)
 
 
 def made_paged(codec, batch):
@@ -95,16 +80,16 @@ def test_the_smallest_example(call):
 
 
 QUICK = [
-    ("full", "kivi", "xla"),
-    ("h2o by places", "int4", "reference"),
-    ("scissorhands", "float8", "xla"),
-    ("fastgen", "int8", "reference"),
+    ("Full", "KIVI", "xla"),
+    ("H2O-cache", "Int4", "reference"),
+    ("Scissorhands", "Float8", "xla"),
+    ("FastGen", "Int8", "reference"),
 ]
 
 
 def combinations():
     for policy, codec, implementation in itertools.product(POLICIES, CODECS, ("xla", "reference")):
-        if codec == "kivi" and policy != "full":
+        if not go_together(POLICIES[policy], CODECS[codec]):
             continue
         marks = () if (policy, codec, implementation) in QUICK else pytest.mark.slow
         yield pytest.param(policy, codec, implementation, marks=marks)
@@ -116,7 +101,7 @@ def test_every_policy_and_codec(policy, codec, implementation):
     check_types(make, 4, 1, implementation=implementation, sinks=jnp.zeros(N))
 
 
-@pytest.mark.parametrize("codec", [pytest.param(c, marks=() if c == "int8" else pytest.mark.slow) for c in CODECS])
+@pytest.mark.parametrize("codec", [pytest.param(c, marks=() if c == "Int8" else pytest.mark.slow) for c in CODECS])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_pages(codec, implementation):
     check_types(lambda batch: made_paged(CODECS[codec], batch), 4, 1, implementation=implementation)
@@ -152,7 +137,7 @@ def test_decode_attention_has_the_same_values():
         assert_same_bits(inside, outside, "decode_attention inside and outside")
 
 
-@pytest.mark.parametrize("codec", ["int8", pytest.param("kivi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("codec", ["Int8", pytest.param("KIVI", marks=pytest.mark.slow)])
 def test_gradients(codec):
     def total(news):
         return sum(jnp.sum(out**2) for out in run(lambda batch: made(kvattn.Full(), CODECS[codec], batch), news)[0])

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sharding_cases import (
+    CODECS,
     GQA,
     KINDS,
     LENGTH,
     MHA,
     MQA,
+    POLICIES,
     RAGGED,
     ROPE,
     SCHEMES,
@@ -42,14 +44,14 @@ QUICK = (
     ("full in blocks", GQA, "sequence", "auto", (8,)),
     ("full in blocks", MQA, "batch", "auto", (8,)),
 )
+FOR_LONG = ("full", "window", "streaming", "h2o", "int8")
 ALL = [
     (name, num_kv_heads, by, kind, (8,))
-    for name, (num_kv_heads, by), kind in itertools.product(
-        ("full", "window", "streaming", "h2o", "int8"), SCHEMES, KINDS
-    )
+    for name, (num_kv_heads, by), kind in itertools.product(FOR_LONG, SCHEMES, KINDS)
 ]
 MORE = [
-    *((name, kv, by, "auto", (8,)) for name in ("scissorhands", "fastgen") for kv, by in SCHEMES if kv != MHA),
+    *((name, kv, by, "auto", (8,)) for name in POLICIES if name not in FOR_LONG for kv, by in SCHEMES if kv != MHA),
+    *((name, MQA, "sequence", "auto", (8,)) for name in CODECS if name not in (*FOR_LONG, "kivi")),
     *(("kivi", kv, by, "explicit", (8,)) for kv, by in SCHEMES if by != "sequence"),
     *(("h2o", kv, by, "explicit", (2, 4)) for kv, by in SCHEMES),
     *((name, MQA, "replicated", "explicit", (8,)) for name in ("full", "h2o", "scissorhands")),

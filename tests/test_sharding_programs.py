@@ -11,9 +11,9 @@ from sharding_cases import (
     KINDS,
     MHA,
     MQA,
-    POLICIES,
     ROPE,
     SCHEMES,
+    SETTINGS,
     B,
     H,
     N,
@@ -71,7 +71,7 @@ MORE_EXCHANGED = (
 def test_a_decode_loop_is_one_program(name, num_kv_heads, by, shape, kind):
     """What a step returns lies where its argument lay, in the same words: nothing is looked up or compiled again."""
     mesh = mesh_of(kind, shape)
-    cache = sharding.shard_cache(make(num_kv_heads, **POLICIES[name]), mesh, by=by)
+    cache = sharding.shard_cache(make(num_kv_heads, **SETTINGS[name]), mesh, by=by)
     step = sharded_step(mesh, by)
     for i in range(3):
         before = jax.tree.map(lambda x: x.sharding, cache)
@@ -95,7 +95,7 @@ def test_what_other_decode_steps_exchange(name, num_kv_heads, by, shape, expecte
 def check_exchanged(name, num_kv_heads, by, shape, expected):
     """The collectives, how large they are, that the cache is updated in place, and the bytes of each device."""
     mesh = mesh_of("auto", shape)
-    cache = sharding.shard_cache(make(num_kv_heads, **POLICIES[name]), mesh, by=by)
+    cache = sharding.shard_cache(make(num_kv_heads, **SETTINGS[name]), mesh, by=by)
     program = compiled(mesh, by, cache, num_kv_heads)
     assert kinds(program) == expected
     # A token of every query head and its sum; what a policy must see of every slot.
@@ -150,7 +150,7 @@ def test_falcon_has_71_heads(kind):
     """72 in the projections, the last without weight: two all-to-alls, one all-reduce after the output projection."""
     mesh, real, given = mesh_of(kind), 71, 72
     expected, _ = one_device("full", MQA, 2, real)
-    cache = sharding.shard_cache(make(MQA, **POLICIES["full"]), mesh, by="batch")
+    cache = sharding.shard_cache(make(MQA, **SETTINGS["full"]), mesh, by="batch")
     rng = np.random.default_rng(0)
     w_out = rng.normal(size=(given, H, 4)).astype(np.float32)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))

@@ -12,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 from flax import nnx
 from jax.sharding import AxisType
 from oracles import assert_same_bits
@@ -23,21 +24,13 @@ from kvattn import _trees, errors
 from kvattn.layers import linen, stateless
 
 B, N, K, H = 2, 4, 2, 8
-POLICIES = [
-    kvattn.Full(),
-    kvattn.SlidingWindow(4),
-    kvattn.StreamingLLM(1, 4),
-    kvattn.H2O(2, 2),
-    kvattn.H2O(2, 2, positions_in="cache"),
-    kvattn.Scissorhands(4, 1, 8),
-    kvattn.FastGen(special_tokens=(0,), punctuation_tokens=(1, 2)),
-]
-CODECS = [None, kvattn.Int8(), kvattn.Float8(), kvattn.Int4(4), kvattn.KIVI(2, 2, 4)]
+POLICIES = [variants.with_tokens(policy) for policy in variants.POLICIES.values()]
+CODECS = variants.CODECS.values()
 
 
 def made(policy=None, codec=None, batch_size=B, **settings):
     policy = kvattn.Full() if policy is None else policy
-    capacity = 8 if isinstance(policy, kvattn.Full | kvattn.FastGen) else None
+    capacity = variants.capacity_of(policy, 8)
     settings = {"capacity": capacity, "dtype": jnp.float32, **settings}
     return kvattn.KVCache.create(batch_size, K, H, policy=policy, codec=codec, **settings)
 
@@ -49,14 +42,14 @@ def made_paged(codec=None):
 
 def kinds():
     """A cache of every policy and codec, and pages."""
-    caches = [made(policy) for policy in POLICIES] + [made(None, codec) for codec in CODECS[1:]]
+    caches = [made(policy) for policy in POLICIES] + [made(None, codec) for codec in CODECS]
     return [*caches, made_paged(), made_paged(kvattn.Int8())]
 
 
 def name_of(cache):
     """A short name for the test of a cache."""
     return (
-        f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if hasattr(cache, 'page_size') else ''}"
+        f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if cache.page_size else ''}"
     )
 
 
@@ -146,8 +139,8 @@ VERBS = {
     "dense": lambda c: c.dense(),
     "check": lambda c: c.check(),
     "nbytes": lambda c: jnp.asarray(c.nbytes),
-    "with_tables": lambda c: c.with_tables([[2, 1, 0], [3, 4, 5]], [0, 0]) if hasattr(c, "page_table") else c,
-    "copy_pages": lambda c: c.copy_pages([0], [2]) if hasattr(c, "page_table") else c,
+    "with_tables": lambda c: c.with_tables([[2, 1, 0], [3, 4, 5]], [0, 0]) if c.page_size else c,
+    "copy_pages": lambda c: c.copy_pages([0], [2]) if c.page_size else c,
 }
 
 

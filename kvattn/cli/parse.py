@@ -2,25 +2,16 @@
 
 import inspect
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from kvattn.codecs import KIVI, Codec, Float8, Int4, Int8
+from kvattn._registry import Registry
+from kvattn.codecs import Codec
+from kvattn.codecs.registry import CODECS
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
 from kvattn.memory.dtypes import name_of
-from kvattn.policies import H2O, FastGen, Full, Policy, Scissorhands, SlidingWindow, StreamingLLM
+from kvattn.policies import Policy
+from kvattn.policies.registry import POLICIES
 
-POLICIES: dict[str, type[Policy]] = {
-    "full": Full,
-    "window": SlidingWindow,
-    "slidingwindow": SlidingWindow,
-    "streaming": StreamingLLM,
-    "streamingllm": StreamingLLM,
-    "h2o": H2O,
-    "scissorhands": Scissorhands,
-    "fastgen": FastGen,
-}
-CODECS: dict[str, type[Codec]] = {"int8": Int8, "float8": Float8, "fp8": Float8, "int4": Int4, "kivi": KIVI}
 DTYPES = ("bfloat16", "float16", "float32")
 """What a cache without a codec is stored in."""
 
@@ -103,16 +94,16 @@ def codec(text: str | None) -> tuple[Codec | None, str | None]:
         name = None
     if name in DTYPES:
         return None, name
-    return _made("codec", text, CODECS, "int4:64, kivi:2,32,128", (*DTYPES, *CODECS)), None
+    return _made("codec", text, CODECS, "int4:64, kivi:2,32,128"), None
 
 
-def _made(what: str, text: str, known: dict[str, Any], example: str, names: Sequence[str] = ()) -> Any:
+def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:[:=](.*)|\((.*)\))?\s*", text)
-    kind = known.get(match[1].lower().replace("-", "").replace("_", "")) if match else None
-    if match is None or kind is None:
-        raise UnknownNameError(
-            f"unknown {what} {text!r}; the known ones are {', '.join(names or known)} (with arguments: {example})."
-        )
+    entry = known.find(match[1]) if match else None
+    if match is None or entry is None or entry.name in DTYPES:
+        names = ", ".join(name for each in known.entries for name in each.names)
+        raise UnknownNameError(f"unknown {what} {text!r}; the known ones are {names} (with arguments: {example}).")
+    kind = entry.kind
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for word in (match[2] or match[3] or "").split(","):

@@ -11,12 +11,16 @@ whose tokens share a scale (`kvattn.codecs.kivi`) also says how its store is mad
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int32
 
 from kvattn._typing import Array, Encoded, Rows
+from kvattn.codecs.blocks import Blocks, Contiguous
 from kvattn.codecs.format import Format
 
 Role = Literal["keys", "values"]
@@ -43,40 +47,41 @@ class Codec:
 
     # One token.
 
-    def encode(self, x: Array) -> dict[str, Array]:
-        """Encodes tokens [..., H] into named arrays [..., F]."""
+    def encode(self, x: Float[Array, "... H"]) -> dict[str, Array]:
+        """Encodes tokens into named arrays [..., F]."""
         raise NotImplementedError
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
-        """Decodes named arrays [..., F] into [..., H] of `dtype`."""
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
+        """Decodes named arrays [..., F] into tokens of `dtype`."""
         raise NotImplementedError
 
-    def unfit(self, x: Array, dtype: Any) -> Array | None:
-        """bool [...]: the tokens of [..., H] that a cache of `dtype` cannot store; None where it can store all."""
+    def unfit(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Bool[Array, "..."] | None:
+        """The tokens that a cache of `dtype` cannot store; None where it can store all."""
         del x, dtype
         return None
 
-    def refusal(self, dtype: Any) -> str:
+    def refusal(self, dtype: DTypeLike) -> str:
         """What is wrong with tokens that are `unfit`, to follow "keys or values"."""
         del dtype
         return f"that are NaN or infinite, which {self} cannot encode"
 
     # One block, as `block` returns it.
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
-        """query [B, K, M, H] times encoded keys of one block: float32 (or wider) [B, K, M, R]."""
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
+        """The query times encoded keys of one block, float32 or wider."""
         raise NotImplementedError
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
-        """probs [B, K, M, R] times encoded values of one block: [B, K, M, >= H], float32 or wider.
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
+        """Probabilities times encoded values of one block, float32 or wider; features from H on mean nothing.
 
-        `filled` bool [B, 1 or K, R] tells the slots that hold a token. What lies in the others, NaN
-        included, must not reach the result. Features from H on mean nothing.
+        `filled` tells the slots that hold a token. What lies in the others, NaN included, must not reach the result.
         """
         raise NotImplementedError
 
-    def keys(self, block: Encoded, head_dim: int, transposed: bool, dtype: Any) -> Array:
-        """Decodes the keys of one block: [B, K, R, H] of `dtype`."""
+    def keys(self, block: Encoded, head_dim: int, transposed: bool, dtype: DTypeLike) -> Float[Array, "B K R H"]:
+        """Decodes the keys of one block."""
         slots = {n: x.swapaxes(-1, -2) if transposed or n in self.token_minor else x for n, x in block.items()}
         return self.decode(slots, head_dim, dtype)
 
@@ -109,12 +114,12 @@ class Codec:
         del store, counts
         return ()
 
-    def can_trim(self, lengths: Array, num_tokens: Array) -> Rows:
-        """bool [B]: whether the last `num_tokens` of `lengths` tokens can be taken back as if they had never come."""
+    def can_trim(self, lengths: Int32[Array, " B"], num_tokens: Array) -> Rows:
+        """Whether the last `num_tokens` of `lengths` tokens can be taken back as if they had never come."""
         del lengths
         return num_tokens >= 0
 
-    def for_chunk(self, dtype: Any) -> "Codec":
+    def for_chunk(self, dtype: DTypeLike) -> "Codec":
         """How the new tokens of a chunk see each other: as the next chunk will see them, so that chunking is no matter.
 
         Args:
@@ -123,15 +128,17 @@ class Codec:
         del dtype
         return self
 
-    def transposed(self, layout: Any, role: Role, name: str) -> bool:
+    def transposed(self, layout: Blocks, role: Role, name: str) -> bool:
         """Whether the array `name` lies with tokens along the last axis."""
         return name in self.token_minor or (role == "keys" and layout.transposed_keys)
 
-    def axes(self, layout: Any, role: Role, name: str) -> str:
+    def axes(self, layout: Blocks, role: Role, name: str) -> str:
         """The names of the axes of the array `name`, as `kvattn.cache.axes` has them."""
         return layout.axes("features slots" if self.transposed(layout, role, name) else "slots features")
 
-    def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
+    def empty(
+        self, layout: Blocks, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> Encoded:
         """The store of an empty cache whose tokens come in `dtype`."""
         token = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((batch_size, num_kv_heads, head_dim), dtype))
         return {
@@ -139,11 +146,11 @@ class Codec:
             for name, x in token.items()
         }
 
-    def lay_out(self, layout: Any, role: Role, x: Array) -> Encoded:
-        """The store of the tokens [B, K, S, H], S = layout.num_slots."""
+    def lay_out(self, layout: Contiguous, role: Role, x: Float[Array, "B K S H"]) -> Encoded:
+        """The store of the tokens, S = layout.num_slots."""
         return {n: layout.to_blocks(e, self.transposed(layout, role, n)) for n, e in self.encode(x).items()}
 
-    def write(self, store: Encoded, layout: Any, role: Role, slots: Array, x: Array) -> Encoded:
+    def write(self, store: Encoded, layout: Blocks, role: Role, slots: Array, x: Array) -> Encoded:
         """Encodes tokens and stores them.
 
         Args:
@@ -156,7 +163,7 @@ class Codec:
         encoded = self.encode(x)
         return {n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()}
 
-    def block(self, store: Encoded, layout: Any, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+    def block(self, store: Encoded, layout: Blocks, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
         """Block i of a store: its arrays [B, K, R, F] or [B, K, F, R], and what else `scores` or `mix` must know.
 
         Args:
@@ -169,20 +176,22 @@ class Codec:
         del counts
         return {n: layout.take(x, i, self.transposed(layout, role, n)) for n, x in store.items()}
 
-    def dense(self, store: Encoded, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
+    def dense(
+        self, store: Encoded, layout: Blocks, role: Role, head_dim: int, counts: Array, dtype: DTypeLike
+    ) -> Array:
         """Decodes a store slot by slot: [B, K, C, H] of `dtype`."""
         del counts
         slots = {n: layout.from_blocks(x, self.transposed(layout, role, n)) for n, x in store.items()}
         return self.decode(slots, head_dim, dtype)
 
 
-def wider(*dtypes: Any) -> Any:
+def wider(*dtypes: DTypeLike) -> np.dtype:
     """The dtype that holds all of them, whatever `jax_numpy_dtype_promotion` says: the casts are written out."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
-def accumulator(*dtypes: Any) -> Any:
+def accumulator(*dtypes: DTypeLike) -> np.dtype:
     """The dtype sums are kept in: float32, or float64 where an operand is float64."""
     return wider(jnp.float32, *(d for d in dtypes if jnp.dtype(d) == jnp.float64))
 

@@ -1,14 +1,16 @@
 """`Float8`: e4m3 with one scale per token and key/value head."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
 from kvattn.codecs.format import Format
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 448
@@ -41,12 +43,12 @@ class Float8(Codec):
         narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if jax.default_backend() == "cpu" else data
         return {"data": narrow, "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """data * scale."""
         del head_dim
         return (widen(encoded["data"]) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
@@ -78,3 +80,6 @@ def widen(x: Array) -> Array:
     value = value - jnp.where(tiny, jnp.float32(2.0**-6), jnp.float32(0))
     sign = (bits & jnp.uint32(0x80)) << 24
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32)
+
+
+register(Float8, "float8", aliases=["fp8"], levers=lambda length: [("Float8()", Float8())], examples=[Float8()])

@@ -1,15 +1,17 @@
 """`Int4`: four bits, a scale and a minimum per group of channels (FlexGen, arXiv:2303.06865)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, not_finite
 from kvattn.codecs.format import Format
+from kvattn.codecs.registry import register
 
 BITS = 4
 
@@ -47,12 +49,12 @@ class Int4(Codec):
         codes, scale, minimum = grouped.quantise(x, BITS, self.group_size)
         return {"data": grouped.pack(codes, BITS), "scale": scale, "minimum": minimum}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """Minimum + scale * code."""
         codes = grouped.unpack(encoded["data"], BITS)[..., :head_dim]
         return grouped.dequantise(codes, encoded["scale"], encoded["minimum"], self.group_size).astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
@@ -65,3 +67,6 @@ class Int4(Codec):
         """Per group: (probs * scale) . codes + probs . minimum."""
         scale, minimum = (jnp.where(filled[:, :, None], values[n], jnp.uint16(0)) for n in ("scale", "minimum"))
         return grouped.mix(probs, values["data"], scale, minimum, BITS, self.group_size)
+
+
+register(Int4, "int4", levers=lambda length: [("Int4()", Int4())], examples=[Int4(group_size=4)])

@@ -1,14 +1,16 @@
 """`Int8`: one scale per token and key/value head."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
 from kvattn.codecs.format import Format
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 127
@@ -43,12 +45,12 @@ class Int8(Codec):
         codes = jnp.clip(jnp.round(x / scale), -TOP, TOP)
         return {"data": codes.astype(jnp.int8), "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """data * scale."""
         del head_dim
         return (encoded["data"].astype(jnp.float32) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
@@ -83,3 +85,6 @@ def integer_product(spec: str, rows: Array, codes: Array) -> Array:
     sums = jnp.einsum(spec, digits, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
     a, b, c = (sums[:, :, i * count : (i + 1) * count] for i in range(3))
     return (a + (b + c * jnp.float32(1 / 254)) * jnp.float32(1 / 254)) * scale
+
+
+register(Int8, "int8", levers=lambda length: [("Int8()", Int8())], examples=[Int8()])

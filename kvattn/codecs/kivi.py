@@ -6,12 +6,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn import _checks, _manual
 from kvattn._typing import Array, Encoded, Rows
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, Role, accumulator, not_finite
+from kvattn.codecs.blocks import Blocks
 from kvattn.codecs.plain import Plain, product
+from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors
 from kvattn.errors import ConfigError
 
@@ -78,15 +81,15 @@ class KIVI(Codec):
         """While nothing was encoded: what left the residual is not known as it was."""
         return (num_tokens == 0) | (lengths < self.residual)
 
-    def for_chunk(self, dtype: Any) -> Codec:
+    def for_chunk(self, dtype: DTypeLike) -> Codec:
         """As they come."""
         return Plain(jnp.dtype(dtype))
 
-    def unfit(self, x: Array, dtype: Any) -> Array:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
         """Tokens that are not finite, in the residual either."""
         return not_finite(x.astype(dtype))
 
-    def refusal(self, dtype: Any) -> str:
+    def refusal(self, dtype: DTypeLike) -> str:
         """They are not finite, or too large for the residual."""
         largest = f"{float(jnp.finfo(dtype).max):.6g}, the largest number of its residual's {jnp.dtype(dtype)}"
         return f"that are NaN, infinite, or beyond {largest}, which {self} cannot store"
@@ -99,7 +102,7 @@ class KIVI(Codec):
 
     # The store: codes, and the residual [1, B, K, R, H], where position p lies in row p % R.
 
-    def axes(self, layout: Any, role: Role, name: str) -> str:
+    def axes(self, layout: Blocks, role: Role, name: str) -> str:
         """The residual is of rows, whatever holds the slots; scales and minima are of groups."""
         if name == "residual":
             return "one rows heads recent features"
@@ -107,7 +110,9 @@ class KIVI(Codec):
             return super().axes(layout, role, name)
         return layout.axes("features groups" if role == "keys" else "groups slots")
 
-    def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
+    def empty(
+        self, layout: Blocks, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> Encoded:
         """Codes [blocks, B, K, R, F] (keys [.., F, R] where those lie transposed), scales, minima and residual."""
         block = jax.eval_shape(
             lambda x: self._encode_block(x, layout, role), jax.ShapeDtypeStruct((self.residual, head_dim), dtype)
@@ -115,7 +120,7 @@ class KIVI(Codec):
         store = {name: layout.empty(batch_size, num_kv_heads, x.shape, x.dtype) for name, x in block.items()}
         return {**store, "residual": jnp.zeros((1, batch_size, num_kv_heads, self.residual, head_dim), dtype)}
 
-    def write(self, store: Encoded, layout: Any, role: Role, slots: Array, x: Array) -> Encoded:
+    def write(self, store: Encoded, layout: Blocks, role: Role, slots: Array, x: Array) -> Encoded:
         """Appends tokens; `slots` are their positions, neighbours from the first one on, then negative ones."""
         count = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
         start = jnp.maximum(slots[:, 0], 0)
@@ -127,7 +132,7 @@ class KIVI(Codec):
         rows = jnp.where(stays, slots % self.residual, -1)
         return {**encoded, "residual": _write_ring(store["residual"], rows, x)}
 
-    def _append_keys(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
+    def _append_keys(self, store: Encoded, layout: Blocks, old: Array, x: Array, start: Array, count: Array) -> Encoded:
         """Encodes the blocks that become whole."""
         size, length = self.residual, x.shape[2]
         most = (size - 1 + length) // size
@@ -151,7 +156,9 @@ class KIVI(Codec):
             encoded = encode()
         return {n: layout.put(e, index, encoded[n]) for n, e in store.items()}
 
-    def _append_values(self, store: Encoded, layout: Any, old: Array, x: Array, start: Array, count: Array) -> Encoded:
+    def _append_values(
+        self, store: Encoded, layout: Blocks, old: Array, x: Array, start: Array, count: Array
+    ) -> Encoded:
         """Encodes the values that the new ones push out of the ring."""
         size, length = self.residual, x.shape[2]
         t = jnp.arange(length, dtype=jnp.int32)[None]
@@ -167,7 +174,7 @@ class KIVI(Codec):
             "minimum": layout.write(store["minimum"], slots, encoded["minimum"].swapaxes(-1, -2), True),
         }
 
-    def block(self, store: Encoded, layout: Any, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+    def block(self, store: Encoded, layout: Blocks, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
         """The arrays of block i; `exact` bool [B, R]: the tokens to be read from the residual."""
         transposed = {"data": role == "keys" and layout.transposed_keys, "scale": True, "minimum": True}
         encoded = {n: layout.take(x, i, transposed[n]) for n, x in store.items() if n != "residual"}
@@ -177,7 +184,9 @@ class KIVI(Codec):
         exact = (position >= first) & (position < counts)
         return {**encoded, "residual": store["residual"][0], "exact": exact}
 
-    def dense(self, store: Encoded, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
+    def dense(
+        self, store: Encoded, layout: Blocks, role: Role, head_dim: int, counts: Array, dtype: DTypeLike
+    ) -> Array:
         """Block after block."""
 
         def one(i: Array) -> Array:
@@ -190,7 +199,7 @@ class KIVI(Codec):
 
     # One block.
 
-    def _encode_block(self, x: Array, layout: Any, role: Role) -> dict[str, Array]:
+    def _encode_block(self, x: Array, layout: Blocks, role: Role) -> dict[str, Array]:
         """Tokens [..., R, H] (values: any number of tokens)."""
         if role == "values":
             codes, scale, minimum = grouped.quantise(x, self.bits, self.group_size)
@@ -207,7 +216,7 @@ class KIVI(Codec):
             "minimum": minimum,
         }
 
-    def _decode_block(self, block: Encoded, layout: Any, role: Role, head_dim: int) -> Array:
+    def _decode_block(self, block: Encoded, layout: Blocks, role: Role, head_dim: int) -> Array:
         """float32 [..., R, H]."""
         scale, minimum = block["scale"], block["minimum"]
         if role == "values":
@@ -275,3 +284,11 @@ def _column(index: Array, length: int) -> Array:
 def _column_of(x: Array, index: Array) -> Array:
     """x [B, K, R, H] at int32 [B, S] of its third axis."""
     return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
+
+
+register(
+    KIVI,
+    "kivi",
+    levers=lambda length: [("KIVI(4)", KIVI(4)), ("KIVI(2)", KIVI(2))],
+    examples=[KIVI(bits=2, group_size=4, residual=8)],
+)

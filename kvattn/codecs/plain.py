@@ -1,15 +1,17 @@
 """`Plain`: tokens stored as they are, in float32, bfloat16, float16 (or float64 under x64)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, accumulator, wider
 from kvattn.codecs.format import Format
+from kvattn.codecs.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Plain(Codec):
         dtype: float32, bfloat16, float16 or float64, or its name.
     """
 
-    dtype: Any = jnp.dtype(jnp.bfloat16)
+    dtype: DTypeLike = jnp.dtype(jnp.bfloat16)
 
     rounds: ClassVar[bool] = False
 
@@ -39,19 +41,19 @@ class Plain(Codec):
         """Casts to the storage dtype."""
         return {"data": x.astype(self.dtype)}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: Any) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
         """Casts back."""
         del head_dim
         return encoded["data"].astype(dtype)
 
-    def unfit(self, x: Array, dtype: Any) -> Array | None:
+    def unfit(self, x: Array, dtype: DTypeLike) -> Array | None:
         """Tokens with finite numbers that are infinite in the storage dtype."""
         del dtype
         if jnp.finfo(x.dtype).max <= jnp.finfo(self.dtype).max:
             return None
         return jnp.any(jnp.isfinite(x) & ~jnp.isfinite(x.astype(self.dtype)), axis=-1)
 
-    def refusal(self, dtype: Any) -> str:
+    def refusal(self, dtype: DTypeLike) -> str:
         """They are too large."""
         del dtype
         return f"beyond {float(jnp.finfo(self.dtype).max):.6g}, the largest number of the cache's {self.dtype}"
@@ -91,3 +93,11 @@ def widen_float16(x: Array) -> Array:
     widened = jax.lax.bitcast_convert_type(sign | jnp.where(exponent == 31, special, normal), jnp.float32)
     tiny = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
     return jnp.where(exponent == 0, jnp.where(sign == 0, tiny, -tiny), widened)
+
+
+register(
+    Plain,
+    "bfloat16",
+    aliases=["float16", "float32"],  # on the command line a dtype
+    examples=[Plain("float32"), Plain("bfloat16"), Plain("float16")],
+)

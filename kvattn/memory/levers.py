@@ -1,14 +1,14 @@
 """Levers: what one change at a time would do to a plan, best first."""
 
 import dataclasses
+import math
 from typing import Any
 
-from kvattn.codecs import KIVI, Float8, Int4, Int8
+from kvattn import codecs, policies
 from kvattn.errors import KVAttnError
 from kvattn.memory.formula import pages_for
 from kvattn.memory.plan import Plan
 from kvattn.memory.specs import ModelSpec
-from kvattn.policies import H2O, Full, Scissorhands, SlidingWindow, StreamingLLM
 
 SAME, ROUNDED, FEWER, OTHER = "the same", "rounded", "fewer tokens", "retrained"
 """What becomes of a model's outputs: nothing; cache or weights are rounded; it attends to fewer tokens; it is
@@ -42,7 +42,7 @@ class Lever:
         return {
             "name": self.name,
             "outputs": self.outputs,
-            "gain": self.gain if self.gain != float("inf") else None,
+            "gain": self.gain if math.isfinite(self.gain) else None,
             "cache_ratio": self.cache_ratio,
             "bytes_per_token": p.bytes_per_token,
             "device_cache_bytes": p.device_cache_bytes,
@@ -83,7 +83,7 @@ def levers(of: Plan) -> list[Lever]:
             Lever(
                 name=name,
                 outputs=outputs,
-                gain=room / had if had else float("inf"),
+                gain=room / had if had else math.inf,
                 cache_ratio=ratio,
                 plan=changed,
             )
@@ -103,31 +103,18 @@ def _room(p: Plan) -> float:
 
 def _changes(base: Plan, length: int) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, what becomes of the outputs, and the settings that change."""
-    model, keeps_all = base.model, base.policy is None or isinstance(base.policy, Full)
+    model, keeps_all = base.model, base.policy is None or base.policy.in_order
     changes: list[tuple[str, str, dict[str, Any]]] = []
     for heads in dict.fromkeys(k for k in (8, 1) if k < model.num_kv_heads and model.num_heads % k == 0):
         kind = "MQA, 1 key/value head" if heads == 1 else f"GQA, {heads} key/value heads"
         changes.append((kind, OTHER, {"model": with_kv_heads(model, heads)}))
 
     if keeps_all:
-        window = DEFAULT_LENGTH if length > DEFAULT_LENGTH else max(length // 4, 1)
-        few = 1024 if length > 1024 else max(length // 4, 8)
-        tenth = max(length // 10, 1)
-        changes += [
-            (f"SlidingWindow({window})", FEWER, {"policy": SlidingWindow(window)}),
-            (f"StreamingLLM(4, {few - 4})", FEWER, {"policy": StreamingLLM(4, few - 4)}),
-            (f"H2O({tenth}, {tenth}): 20 %", FEWER, {"policy": H2O(tenth, tenth)}),
-            (f"Scissorhands({2 * tenth}): 20 %", FEWER, {"policy": Scissorhands(2 * tenth)}),
-        ]
+        for entry in policies.registered():
+            changes += [(label, FEWER, {"policy": policy}) for label, policy in entry.levers(length)]
     if base.codec is None:
-        # Windows are rings, which KIVI does not serve; everything in order is its condition.
-        changes += [
-            ("Int8()", ROUNDED, {"codec": Int8()}),
-            ("Float8()", ROUNDED, {"codec": Float8()}),
-            ("Int4()", ROUNDED, {"codec": Int4()}),
-            ("KIVI(4)", ROUNDED, {"codec": KIVI(4)}),
-            ("KIVI(2)", ROUNDED, {"codec": KIVI(2)}),
-        ]
+        for entry in codecs.registered():
+            changes += [(label, ROUNDED, {"codec": codec}) for label, codec in entry.levers(length)]
     if base.weight_dtype in ("float32", "bfloat16", "float16"):
         changes += [(f"weights in {name}", ROUNDED, {"weight_dtype": name}) for name in ("int8", "int4")]
     if base.page_size is None and keeps_all and (base.codec is None or base.codec.rows is None):

@@ -14,10 +14,10 @@ What it is told of the step is a `Context`.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
@@ -27,10 +27,10 @@ from kvattn.masks import EMPTY, Mask
 NOWHERE = -1
 """The slot of a token that is not kept."""
 
-State = Any
+State = PyTree
 """What a policy remembers: a tree of arrays that it alone knows."""
 
-Measured = Any
+Measured = PyTree
 """What `Policy.measure` returns: a tree of arrays."""
 
 
@@ -127,7 +127,10 @@ class Policy:
         return step.lengths + step.num_new <= step.num_slots
 
     def place(self, state: State, step: Context) -> Int32[Array, "B *K T"]:
-        """The slot of each new token, NOWHERE for those not kept."""
+        """The slot of each new token, NOWHERE for those not kept.
+
+        Slots fill up from the first one on: of n tokens seen none lies in slot n or behind.
+        """
         return jnp.where(step.positions >= 0, step.positions, NOWHERE)
 
     def enter(self, state: State, slots: Int32[Array, "B *K 1"], step: Context) -> State:

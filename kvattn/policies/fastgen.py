@@ -16,6 +16,7 @@ from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
 from kvattn.policies.base import Context
+from kvattn.policies.registry import register
 
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 """What a head keeps, cheapest first; each keeps all that the one before it keeps."""
@@ -112,14 +113,9 @@ class FastGen(scored.ScoredPolicy):
 
     def enter(self, state: Profile, slots: Int32[Array, "B K 1"], step: Context) -> Profile:
         """The new token has its kind, and starts without a score."""
-        none = jnp.zeros_like(step.lengths, jnp.float32)[:, None]
-        return (
-            super()
-            .enter(state, slots, step)
-            .replace(
-                scores=scored.put(state.scores, slots, none), kinds=scored.put(state.kinds, slots, self._kinds(step))
-            )
-        )
+        kinds = scored.put(state.kinds, slots, self._kinds(step))
+        scores = scored.put(state.scores, slots, jnp.zeros((1, 1)))
+        return super().enter(state, slots, step).replace(kinds=kinds, scores=scores)
 
     def observe(
         self, state: Profile, slots: Int32[Array, "B K 1"], mass: Float[Array, "B K C"], step: Context
@@ -127,10 +123,9 @@ class FastGen(scored.ScoredPolicy):
         """Adds the attention received; lets go of what the ways of the heads no longer keep."""
         came = (step.num_new > 0)[:, None, None]
         there = state.positions >= 0
-        scores = scored.added(state, mass, step)
-        starts = self._starts(step)
-        choice = jnp.where(starts[:, None], FULL, state.choice)  # as `_choose` does for a single token
-        prompt = jnp.where(starts, step.num_new, state.prompt)
+        scores = scored.added(state.scores, mass, there, step)
+        choice = jnp.where(self._starts(step)[:, None], FULL, state.choice)  # as `_choose` does for a single token
+        prompt = self._prompt(state, step)
         bound = self._bound(state.kinds, state.positions, choice, prompt, step) & there & came
         share = jnp.where(choice >= FREQUENT, self._share(self.frequent, prompt)[:, None], 0)[..., None]
 
@@ -160,7 +155,7 @@ class FastGen(scored.ScoredPolicy):
         step: Context,
     ) -> Float[Array, "B K R 2"]:
         """Attention received, and the part of it that came from near by."""
-        prompt = jnp.where(self._starts(step), step.num_new, state.prompt)
+        prompt = self._prompt(state, step)
         near = kv_positions[:, :, None, :] > (q_positions - self._share(self.local, prompt)[:, None])[:, None, :, None]
         return jnp.stack([jnp.sum(probs, axis=2), jnp.sum(jnp.where(near, probs, 0), axis=2)], axis=-1)
 
@@ -175,11 +170,10 @@ class FastGen(scored.ScoredPolicy):
         near = jnp.concatenate([kept[..., 1], new[..., 1]], axis=-1)
         there = positions >= 0
 
-        starts = self._starts(step)
-        prompt = jnp.where(starts, step.num_new, state.prompt)
+        prompt = self._prompt(state, step)
         frequent = scored.best(scores, positions, there, self._share(self.frequent, prompt)[:, None, None])
         chosen = self._choose(scores, near, kinds, frequent, there, prompt)
-        choice = jnp.where(starts[:, None], chosen, state.choice)
+        choice = jnp.where(self._starts(step)[:, None], chosen, state.choice)
 
         bound = self._bound(kinds, positions, choice, prompt, step)
         keep = there & (~bound | (frequent & (choice >= FREQUENT)[..., None]))
@@ -196,6 +190,10 @@ class FastGen(scored.ScoredPolicy):
     def _starts(self, step: Context) -> Rows:
         """The rows whose prompt comes with this step."""
         return (step.num_new > 0) & (step.lengths == 0)
+
+    def _prompt(self, state: Profile, step: Context) -> Int32[Array, " B"]:
+        """Tokens of the prompt, that of this step included."""
+        return jnp.where(self._starts(step), step.num_new, state.prompt)
 
     def _choose(
         self,
@@ -262,3 +260,6 @@ class FastGen(scored.ScoredPolicy):
     def _share(self, share: float, prompt: Int[Array, " B"]) -> Int32[Array, " B"]:
         """A share of the prompt, rounded down (a hair's breadth is forgiven to float32)."""
         return jnp.floor(prompt.astype(jnp.float32) * share + 1e-4).astype(jnp.int32)
+
+
+register(FastGen, "fastgen", examples=[FastGen(0.6)])

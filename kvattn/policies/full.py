@@ -8,6 +8,7 @@ from jaxtyping import Int32
 
 from kvattn._typing import Array
 from kvattn.policies.base import Policy, State
+from kvattn.policies.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,3 +24,6 @@ class Full(Policy):
     def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, " B"]:
         """Tokens kept, all that were seen."""
         return jnp.asarray(lengths)
+
+
+register(Full, "full", examples=[Full()])

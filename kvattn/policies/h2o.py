@@ -15,6 +15,7 @@ from kvattn.errors import RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
 from kvattn.policies.base import Context
+from kvattn.policies.registry import register
 
 
 @typing.no_type_check
@@ -78,15 +79,14 @@ class H2O(scored.BudgetPolicy):
 
     def enter(self, state: Scores, slots: Int32[Array, "B K 1"], step: Context) -> Scores:
         """The new token starts without a score."""
-        none = jnp.zeros_like(step.lengths, jnp.float32)[:, None]
-        return super().enter(state, slots, step).replace(scores=scored.put(state.scores, slots, none))
+        return super().enter(state, slots, step).replace(scores=scored.put(state.scores, slots, jnp.zeros((1, 1))))
 
     def observe(
         self, state: Scores, slots: Int32[Array, "B K 1"], mass: Float[Array, "B K C"], step: Context
     ) -> Scores:
         """Adds the attention received; evicts one token if all slots are taken."""
         there = state.positions >= 0
-        scores = scored.added(state, mass, step)
+        scores = scored.added(state.scores, mass, there, step)
         full = jnp.all(there, axis=-1, keepdims=True)
         old = state.positions <= (step.last - self.num_recent)[:, None, None]
         leaves = scored.lowest(scores, state.positions, there & old) & full
@@ -112,3 +112,11 @@ class H2O(scored.BudgetPolicy):
         positions = settled(positions, EMPTY)
         before = None if state.cache_positions is None else scored.cache_positions(positions)
         return Scores(positions, before, settled(scores, 0)), slots
+
+
+def _levers(length: int) -> list[tuple[str, H2O]]:
+    tenth = max(length // 10, 1)
+    return [(f"H2O({tenth}, {tenth}): 20 %", H2O(tenth, tenth))]
+
+
+register(H2O, "h2o", levers=_levers, examples=[H2O(4, 3), H2O(4, 3, positions_in="cache")])

@@ -15,6 +15,7 @@ from kvattn.errors import RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
 from kvattn.policies.base import Context
+from kvattn.policies.registry import register
 
 
 @typing.no_type_check
@@ -186,3 +187,11 @@ class Scissorhands(scored.BudgetPolicy):
     @staticmethod
     def _record(low: Array, over_written: Array, new: Array) -> Array:
         return (low & ~over_written) | new.astype(jnp.uint8)
+
+
+def _levers(length: int) -> list[tuple[str, Scissorhands]]:
+    fifth = 2 * max(length // 10, 1)
+    return [(f"Scissorhands({fifth}): 20 %", Scissorhands(fifth))]
+
+
+register(Scissorhands, "scissorhands", levers=_levers, examples=[Scissorhands(7, 2, 8)])

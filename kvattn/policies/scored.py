@@ -6,7 +6,7 @@ Slots hold any position and are freed one by one. In shapes, S = C + T: the slot
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class ScoredState(Tree):
     positions: Array
     cache_positions: Array | None
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Array | None) -> Self:
         """The state with other arrays."""
         return dataclasses.replace(self, **changes)
 
@@ -111,17 +111,18 @@ def first_free(positions: Int32[Array, "B K C"], num_new: Int32[Array, " B"]) ->
 
 
 def put(
-    values: Shaped[Array, "B K C"], slots: Int32[Array, "B K 1"], new: Shaped[Array, "B #K"]
+    values: Shaped[Array, "B K C"], slots: Int32[Array, "B K 1"], new: Shaped[Array, "#B #K"]
 ) -> Shaped[Array, "B K C"]:
     """The values with new ones in these slots; negative slots are left alone."""
     index = jnp.arange(values.shape[-1], dtype=jnp.int32)[None, None]
     return jnp.where(index == slots, new[..., None].astype(values.dtype), values)
 
 
-def added(state: Any, mass: Float[Array, "B K C"], step: Context) -> Float[Array, "B K C"]:
-    """The scores of a state with the attention that one new token gave."""
-    there = (state.positions >= 0) & (step.num_new > 0)[:, None, None]
-    return jnp.where(there, state.scores + mass, state.scores)
+def added(
+    scores: Float[Array, "B K C"], mass: Float[Array, "B K C"], there: Bool[Array, "B K C"], step: Context
+) -> Float[Array, "B K C"]:
+    """The scores with the attention that one new token gave, where it came."""
+    return jnp.where(there & (step.num_new > 0)[:, None, None], scores + mass, scores)
 
 
 def joined(positions: Int32[Array, "B K C"], step: Context) -> Int32[Array, "B K S"]:
@@ -235,7 +236,7 @@ def settle(keep: Bool[Array, "B K S"], num_slots: int) -> tuple[Callable[..., Ar
     k = jnp.arange(keep.shape[1], dtype=jnp.int32)[None, :, None]
     target = jnp.where(slots < 0, num_slots, slots)  # past the end: dropped
 
-    def settled(values: Array, empty: Any) -> Array:
+    def settled(values: Array, empty: Array | int) -> Array:
         old = jnp.where(stays.reshape(stays.shape + (1,) * (values.ndim - 3)), values[:, :, :num_slots], empty)
         return old.at[b, k, target].set(values[:, :, num_slots:], mode="drop")
 

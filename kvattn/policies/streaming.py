@@ -10,6 +10,7 @@ from kvattn._typing import Array, Rows
 from kvattn.errors import RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Context, Policy, State
+from kvattn.policies.registry import register
 from kvattn.policies.window import slots_for
 
 
@@ -87,3 +88,11 @@ class StreamingLLM(Policy):
         """Sinks and window as far as int32 counts positions: together they cover every sequence just the same."""
         num_sinks = min(self.num_sinks, _checks.INT32_MAX - 1)
         return num_sinks, min(self.window, _checks.INT32_MAX - num_sinks)
+
+
+def _levers(length: int) -> list[tuple[str, StreamingLLM]]:
+    window = (1024 if length > 1024 else max(length // 4, 8)) - 4
+    return [(f"StreamingLLM(4, {window})", StreamingLLM(4, window))]
+
+
+register(StreamingLLM, "streaming", aliases=["streamingllm"], levers=_levers, examples=[StreamingLLM(2, 6)])

@@ -10,6 +10,7 @@ from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Context, Policy, State
+from kvattn.policies.registry import register
 
 
 def slots_for(policy: Policy, wanted: int, capacity: int | None) -> int:
@@ -69,3 +70,11 @@ class SlidingWindow(Policy):
     def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
         return (lengths <= num_slots) | (num_tokens == 0)
+
+
+def _levers(length: int) -> list[tuple[str, SlidingWindow]]:
+    window = 4096 if length > 4096 else max(length // 4, 1)
+    return [(f"SlidingWindow({window})", SlidingWindow(window))]
+
+
+register(SlidingWindow, "window", aliases=["slidingwindow"], levers=_levers, examples=[SlidingWindow(6)])

@@ -339,7 +339,7 @@ FAULTS: list[Fault] = [
             "test_policies.py::test_fastgen_without_special_tokens_skips_their_way",
             "without special tokens their way keeps nothing, so no recovery above 0 is reached",
         ),
-        ("FastGen._bound", "positions > (last", "positions >= (last"),
+        ("FastGen._bound", "positions > (step.last", "positions >= (step.last"),
         ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
         ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
         (
@@ -418,8 +418,8 @@ FAULTS: list[Fault] = [
         ),
         (
             "added",
-            "state.scores + mass, state.scores",
-            "state.scores, state.scores",
+            "scores + mass, scores",
+            "scores, scores",
             "test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does",
         ),
     ),
