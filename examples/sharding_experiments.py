@@ -48,12 +48,13 @@ from kvattn import sharding
 from kvattn.attend import api
 from kvattn.layers import GroupedQueryAttention, stateless
 from kvattn.memory import MODELS, plan
-from kvattn.sharding.choose import SCHEMES
 
 NUM_DEVICES = 8
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sharding_experiments.json"
 PRESETS = ("llama-3-8b", "qwen3-30b-a3b", "falcon-7b")
 """Eight, four and one key/value heads: by heads, on eight devices, as they are, each twice, and not at all."""
+SCHEMES = tuple(sharding.explain(num_heads=8, num_kv_heads=8, batch_size=8, axis_size=8).reasons)
+"""The ways to split a cache that `sharding.choose` chooses from."""
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # this and two more: it should not look for TPUs of this machine
     "TPU_WORKER_HOSTNAMES": "localhost",
