@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kvattn
-from kvattn.attend import api
+from kvattn.attend import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 from kvattn.pallas import tpu_decode
-from kvattn.request import Request
 
 CAUSAL = Mask()
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -154,8 +152,7 @@ def append(device: Any, case: Case, implementation: str = "mosaic_tpu") -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
     step = functools.partial(kvattn.cached_attention, implementation=implementation, window=case.mask.window)
-    # The default backend here is the CPU.
-    with mock.patch.object(api, "_NEEDS", {}), jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+    with kvattn.pallas.ahead_of_time(), jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, new, new, cache).compile()
 
 

@@ -92,7 +92,8 @@ def core(dtype, repeats: int) -> dict:
 
     @kvattn.jit
     def append(k, v, cache):
-        slots = cache.policy.place(cache.state, cache.lengths, jnp.ones_like(cache.lengths), 1, cache.num_slots)
+        step = kvattn.policies.Context(cache.lengths, jnp.ones_like(cache.lengths), 1, cache.num_slots)
+        slots = cache.policy.place(cache.state, step)
         return cache.write(slots, k, v)
 
     def append_one(cache):

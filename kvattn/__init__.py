@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from kvattn import cache as cache
 from kvattn import codecs as codecs
 from kvattn import errors as errors
+from kvattn import pallas as pallas
 from kvattn import policies as policies
 from kvattn import positions as positions
+from kvattn import sharding as sharding
 from kvattn.attend.full import dot_product_attention as dot_product_attention
 from kvattn.attend.state import merge_states as merge_states
-from kvattn.attend.step import cached_attention as cached_attention
 from kvattn.cache import KVCache as KVCache
 from kvattn.cache import PagedKVCache as PagedKVCache
 from kvattn.cache.donation import jit as jit
@@ -30,13 +31,12 @@ from kvattn.policies import SlidingWindow as SlidingWindow
 from kvattn.policies import StreamingLLM as StreamingLLM
 from kvattn.positions import RoPE as RoPE
 from kvattn.positions import alibi_slopes as alibi_slopes
+from kvattn.sharding.explicit import cached_attention as cached_attention
 
 if TYPE_CHECKING:
     from kvattn import layers as layers
     from kvattn import memory as memory
     from kvattn import models as models
-    from kvattn import pallas as pallas
-    from kvattn import sharding as sharding
     from kvattn.models import generate as generate
 
 __all__ = [
@@ -73,7 +73,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = ("layers", "memory", "models", "pallas", "sharding")
+_ON_FIRST_USE = ("layers", "memory", "models")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
-from kvattn.attend.step import cached_attention
+from kvattn.attend.request import Request
 from kvattn.cache import KVCache
 from kvattn.cache.base import storage_dtype
 from kvattn.codecs import Codec, Plain
@@ -27,7 +27,7 @@ from kvattn.errors import RangeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.memory.formula import Layer
 from kvattn.policies import Full, SlidingWindow
-from kvattn.request import Request
+from kvattn.sharding.explicit import cached_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

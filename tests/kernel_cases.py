@@ -12,10 +12,10 @@ import numpy as np
 import kvattn
 import kvattn.pallas
 from kvattn.attend import api
+from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache import Layout
 from kvattn.codecs.float8 import widen
 from kvattn.masks import Mask
-from kvattn.request import Request, grouped, ungrouped
 
 B = 3
 F16, F32, BF16 = jnp.float16, jnp.float32, jnp.bfloat16

@@ -31,9 +31,9 @@ from oracles import (
 import kvattn
 from kvattn import codecs, errors, policies
 from kvattn.attend import api
+from kvattn.attend.request import Request
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.request import Request
 
 B, N, K, H, CAPACITY = 6, 4, 2, 8, 24
 HV = K * CAPACITY
@@ -152,7 +152,7 @@ CODECS = (
 )
 """One line per codec and setting."""
 
-IMPLEMENTATIONS = tuple(name for name in api.NAMES if api.unsupported(name) is None)
+IMPLEMENTATIONS = tuple(name for name in kvattn.attend.names() if api.unsupported(name) is None)
 """Those that run on this machine."""
 
 

@@ -182,7 +182,7 @@ def test_pads_of_an_encoder_are_not_encoded(codec):
 @pytest.mark.parametrize("own", ["place", "positions", "absorb"])
 def test_any_order_of_its_own_is_refused(own):
     """Tokens that share scales need slot s for the token of position s: a policy that answers one question anew."""
-    policy = type("Own", (kvattn.policies.Policy,), {own: lambda self, *given: getattr(kvattn.Full, own)(self, *given)})
+    policy = type("Own", (kvattn.Full,), {own: lambda self, *given: getattr(kvattn.Full, own)(self, *given)})
     with pytest.raises(kvattn.errors.UnsupportedError, match="share their scales"):
         kvattn.KVCache.create(1, 1, 8, capacity=16, policy=policy(), codec=kvattn.KIVI(2, 4, 8))
     kvattn.KVCache.create(1, 1, 8, capacity=16, policy=policy())

@@ -213,8 +213,6 @@ def exported(path):
 
 
 PACKAGES = ("attend", "cache", "codecs", "layers", "memory", "models", "pallas", "policies", "positions", "sharding")
-NOT_EXPORTED = {"pallas": {"interpreted"}}  # for other modules of kvattn
-LOADED_LATE = {"pallas": {"compat", "decode_attention", "paged_decode_attention", "tuning"}}
 
 
 @pytest.mark.parametrize("name", [*PACKAGES, "errors", "layers.linen", "pallas.compat"])
@@ -225,8 +223,7 @@ def test_all_of_a_package_is_in_its_list(name):
     assert set(module.__all__) <= set(dir(module))
     if name in PACKAGES or name == "errors":
         path = PACKAGE / (f"{name}.py" if name == "errors" else f"{name}/__init__.py")
-        public = set(exported(path)) - NOT_EXPORTED.get(name, set()) | LOADED_LATE.get(name, set())
-        assert set(module.__all__) == public
+        assert set(module.__all__) == set(exported(path))
 
 
 def test_every_package_has_a_list():

@@ -18,7 +18,7 @@ from oracles import assert_same_bits
 import kvattn
 import kvattn.pallas
 from kvattn import _manual
-from kvattn.attend import api, explicit
+from kvattn.attend import api
 
 P = PartitionSpec
 B, N, K, H = 4, 4, 2, 8
@@ -201,7 +201,7 @@ class MappedSteps(suites.Steps):
             def step(query, key, value, cache, num_new):
                 return kvattn.cached_attention(query, key, value, cache, num_new=num_new, **settings)
 
-            specs = explicit.specs_of(cache, "b", None)
+            specs = kvattn.sharding.specs_of(cache, rows="b")
             rows = P("b")
             self._made[name] = jax.jit(
                 jax.shard_map(step, mesh=mesh(), in_specs=(rows, rows, rows, specs, rows), out_specs=(rows, specs))

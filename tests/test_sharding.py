@@ -82,11 +82,11 @@ def test_slots_of_several_blocks(transposed):
     rng = np.random.default_rng(0)
     key, value = (jnp.asarray(rng.normal(size=(2, 40, 2, 4)), jnp.float32) for _ in range(2))
     where = jnp.asarray(np.where(slots % 5 == 3, -1, rng.permutation(slots)), jnp.int32)[None].repeat(2, 0)
-    specs = sharding.sequence.cache_specs(sharding.place.place_of(mesh, "model", None), make_it())
+    specs = sharding.sequence.Sequence().cache_specs(sharding.split.split_over(mesh, "model", None), make_it())
 
     def on_each(cache, where, key, value):
         written = share.write(cache, where, key, value)
-        own, _ = share.view(written.replace(lengths=jnp.full((2,), 40, jnp.int32)), None).dense(jnp.float32)
+        own, _ = share.view(written.replace(lengths=jnp.full((2,), 40, jnp.int32))).dense(jnp.float32)
         return written, share.all_slots(written, own)
 
     out = (specs, jax.P())

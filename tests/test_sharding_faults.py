@@ -11,7 +11,8 @@ import test_sharding_pipeline
 from sharding_cases import GQA, MQA, check_equal
 
 import kvattn
-from kvattn.sharding import attention, batch, heads, place, sequence
+from kvattn.cache.axes import along
+from kvattn.sharding import attention, batch, heads, sequence, split
 
 Share = sequence.Share
 
@@ -40,10 +41,10 @@ def gathered_backwards(self, cache, tree):
 
 def tiled(cache, copies):
     """Copies behind each other, not beside each other."""
-    return heads._heads(cache, lambda x, axis: jnp.concatenate([x] * copies, axis=axis))
+    return along("heads", lambda x, axis: jnp.concatenate([x] * copies, axis=axis), cache, cache.axes)
 
 
-def tiled_tokens(x, copies):
+def tiled_tokens(self, x, copies):
     return x if x is None or copies == 1 else jnp.concatenate([x] * copies, axis=2)
 
 
@@ -51,8 +52,8 @@ def without_offset(step, axes):
     return step
 
 
-def view_of_all_pages(self, cache, places):
-    return cache.view() if isinstance(cache, kvattn.PagedKVCache) else VIEW(self, cache, places)
+def view_of_all_pages(self, cache):
+    return cache.view() if isinstance(cache, kvattn.PagedKVCache) else VIEW(self, cache)
 
 
 def marked_by_one(self, cache, slots, key, value, implementation="xla"):
@@ -85,21 +86,21 @@ FAULTS = {
         ("h2o", GQA, "heads", "auto", 4),
     ),
     "copies of the wrong head": (
-        attention,
-        "_copied",
+        heads.Heads,
+        "with_copies",
         tiled_tokens,
         check_equal,
         ("full", GQA, "heads", "auto", 1),
     ),
     "rows of another device": (
-        place.Place,
+        split.Split,
         "rows",
         property(lambda self: (self.axis, self.data)),
         check_equal,
         ("window", MQA, "batch", "auto", 1, (2, 4)),
     ),
     "pages of the pool's beginning": (
-        batch.pages,
+        batch,
         "with_own_pages",
         without_offset,
         test_sharding.check_pages,

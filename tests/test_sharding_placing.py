@@ -9,7 +9,7 @@ from sharding_cases import GQA, KINDS, LENGTH, MHA, MQA, B, H, N, kinds, make, m
 
 import kvattn
 from kvattn import errors, sharding
-from kvattn.sharding import place
+from kvattn.sharding.split import split_over
 
 
 def filled(num_kv_heads, **settings):
@@ -140,7 +140,7 @@ def test_auto_is_how_the_cache_lies():
     for by, num_kv_heads in (("sequence", MHA), ("batch", MHA), ("heads", GQA)):
         cache = sharding.shard_cache(make(num_kv_heads, capacity=16), mesh, by=by)
         _, cache = sharding.cached_attention(*tokens(0, 1, num_kv_heads), cache, mesh=mesh)
-        assert sharding.cache.placed_by(place.place_of(mesh, "model", "data"), cache) == by
+        assert sharding.cache.placed_by(split_over(mesh, "model", "data"), cache).name == by
     assert sharding.bytes_per_device(make(MHA, capacity=16), mesh) == sharding.bytes_per_device(
         make(MHA, capacity=16), mesh, by="heads"
     )

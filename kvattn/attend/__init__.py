@@ -1,9 +1,23 @@
 """How a cache is read: one entry, one argument list for every implementation."""
 
+from kvattn.attend.api import attend as attend
+from kvattn.attend.api import choose as choose
+from kvattn.attend.registry import Implementation as Implementation
+from kvattn.attend.registry import Sizes as Sizes
+from kvattn.attend.registry import names as names
+from kvattn.attend.registry import register as register
+from kvattn.attend.registry import unregister as unregister
+from kvattn.attend.request import Request as Request
 from kvattn.attend.state import merge_states as merge_states
-from kvattn.attend.step import cached_attention as cached_attention
 
 __all__ = [
-    "cached_attention",
+    "Implementation",
+    "Request",
+    "Sizes",
+    "attend",
+    "choose",
     "merge_states",
+    "names",
+    "register",
+    "unregister",
 ]

@@ -1,70 +1,42 @@
-"""Which implementation attends: the names, the choice, and the fall back."""
+"""Which implementation attends: the choice, and the fall back."""
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.attend.derivative import Attend, Result, differentiable
+from kvattn.attend import reference, xla
+from kvattn.attend.derivative import differentiable
+from kvattn.attend.registry import Implementation as Record
+from kvattn.attend.registry import Result, made_for, named, register
+from kvattn.attend.request import Request
 from kvattn.errors import ConfigError, UnsupportedError
-from kvattn.pallas import interpreted
-from kvattn.request import Request
-
-NAMES = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
-"""The names `implementation` may take."""
-
-_NEEDS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
-_MODULES = {
-    "reference": "kvattn.attend.reference",
-    "xla": "kvattn.attend.xla",
-    "mosaic_gpu": "kvattn.pallas.gpu_decode",
-    "mosaic_tpu": "kvattn.pallas.tpu_decode",
-}
-"""Loaded when first used."""
-_WRITERS = {"mosaic_tpu": "kvattn.pallas.tpu_append"}
-"""Where a kernel writes single tokens too, because XLA would copy the cache around one."""
-_DIFFERENTIABLE = ("reference", "xla")
 
 Implementation = str | Sequence[str] | None
+"""What `implementation=` takes: a name, several to try in order, or None for the best that works."""
+
+register(Record("reference", lambda: reference, is_complete=True))
+register(Record("xla", lambda: xla, is_complete=True))
 
 
 def candidates(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order; None means the best that works, which always ends at "xla"."""
     if implementation is None:
-        return {"gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}.get(jax.default_backend(), ("xla",))
-    names: tuple[Any, ...] = (implementation,)
-    if isinstance(implementation, Sequence) and not isinstance(implementation, str):
-        names = tuple(implementation)
-    unknown = [name for name in names if name not in NAMES]
-    if unknown or not names:
-        raise ConfigError(
-            f"unknown implementation {unknown[0] if unknown else names!r}; the known ones are "
-            f"{', '.join(map(repr, NAMES))}, None for the best that works, or a sequence of names to try in order."
-        )
-    return names
+        return (*made_for(), "xla")
+    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
+    names: tuple[Any, ...] = tuple(implementation) if several else (implementation,)
+    if not names:
+        raise ConfigError("implementation is an empty sequence: name one, or pass None for the best that works.")
+    return tuple(named(name).name for name in names)
 
 
 def unsupported(name: str) -> str | None:
     """Why an implementation cannot run in this process; None: it can."""
-    backend = jax.default_backend()
-    if name in _NEEDS and backend != _NEEDS[name] and not interpreted():
-        return f"it needs a {_NEEDS[name].upper()}, and the default backend here is {backend!r}"
-    if name in _NEEDS and (axes := _shared_axes()):
-        return f"compilers do not divide kernels over mesh axes ({axes}); call it inside jax.shard_map over them"
-    return None
-
-
-def _shared_axes() -> str:
-    """Axes of the current mesh that are not `jax.shard_map`'s and over which arrays may be split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return ", ".join(n for n, kind in kinds if kind != AxisType.Manual and mesh.shape[n] > 1)
+    return named(name).blocked()
 
 
 def choose(request: Request, implementation: Implementation = None) -> tuple[str, tuple[str, ...]]:
@@ -85,14 +57,14 @@ def choose(request: Request, implementation: Implementation = None) -> tuple[str
     for name in candidates(implementation):
         reason = unsupported(name)
         if reason is None:
-            reason = importlib.import_module(_MODULES[name]).unsupported(request)
+            reason = named(name).load().unsupported(request)
         if reason is None:
             return name, tuple(reasons)
         reasons.append(f"{name!r}: {reason}")
     raise UnsupportedError(f"{'; '.join(reasons)}. implementation=None takes what works here.")
 
 
-def attend(request: Request, implementation: Implementation = None) -> tuple[Array, Array, Array | None]:
+def attend(request: Request, implementation: Implementation = None) -> Result:
     """Attends with the first implementation that can.
 
     Args:
@@ -102,12 +74,12 @@ def attend(request: Request, implementation: Implementation = None) -> tuple[Arr
     Returns:
         out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
     """
-    name, _ = choose(request, implementation)
-    attend = importlib.import_module(_MODULES[name]).attend
-    return attend(request) if name in _DIFFERENTIABLE else differentiable(_by_position(attend))(request)
+    record = named(choose(request, implementation)[0])
+    attend = record.load().attend
+    return attend(request) if record.is_complete else differentiable(_by_position(attend))(request)
 
 
-def _by_position(attend: Attend) -> Attend:
+def _by_position(attend):
     """A kernel whose queries get nothing from values that they may not attend to, NaN included.
 
     Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened it takes the queries one by one.
@@ -140,7 +112,5 @@ def writer(store: Any, implementation: Implementation = None) -> Any:
         store: the cache's `Layout` or `Pages`.
         implementation: as in `choose`; the first one decides.
     """
-    name = candidates(implementation)[0]
-    if name not in _WRITERS or unsupported(name) is not None:
-        return store
-    return importlib.import_module(_WRITERS[name]).InPlace(store)
+    record = named(candidates(implementation)[0])
+    return store if record.writer is None or record.blocked() is not None else record.writer()(store)

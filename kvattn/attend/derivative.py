@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend import reference
-from kvattn.request import Request
+from kvattn.attend.request import Request
 
 Result = tuple[Array, Array, Array | None]
 Attend = Callable[[Request], Result]

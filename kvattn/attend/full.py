@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn.attend import full_rows
+from kvattn.attend import full_rows, registry
 from kvattn.attend.full_call import Call, checked, static_bool
 from kvattn.errors import ConfigError, UnsupportedError
 
@@ -23,7 +23,6 @@ __all__ = ["IMPLEMENTATIONS", "dot_product_attention"]
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 
-_DECODE_KERNELS = ("mosaic_gpu", "mosaic_tpu")
 _JAX_NN = jax.nn.dot_product_attention
 """Bound now: people assign the function of this module to that name."""
 _MAX_SCORES = 2**22
@@ -131,7 +130,7 @@ def _names(implementation: Any) -> tuple[str, ...]:
         return ("xla",)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names:
-        if name not in IMPLEMENTATIONS + _DECODE_KERNELS:
+        if name not in (*IMPLEMENTATIONS, *registry.names()):
             raise ConfigError(
                 f"unknown implementation {name!r}; the known ones are {', '.join(map(repr, IMPLEMENTATIONS))}."
             )
@@ -153,7 +152,7 @@ def _first_that_can(names: tuple[str, ...], call: Call, with_lse: bool) -> tuple
 
 
 def _run(name: str, call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
-    if name in _DECODE_KERNELS:
+    if name not in IMPLEMENTATIONS:
         raise UnsupportedError(
             f"{name!r} is a decode kernel, one query token against a cache: use cached_attention, "
             f"or one of {', '.join(map(repr, IMPLEMENTATIONS))} here."

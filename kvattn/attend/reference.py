@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from kvattn import _manual
 from kvattn._typing import Array
+from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
-from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -2,479 +2,252 @@
 
 import dataclasses
 import functools
-import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.attend import api, explicit
-from kvattn.attend import xla as _xla
+from kvattn.attend import api, xla
+from kvattn.attend.part import WHOLE, Part
+from kvattn.attend.registry import Result
+from kvattn.attend.request import Request
+from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks, merge_states
+from kvattn.attend.tokens import NewTokens, PerHead, rotated_left
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
-from kvattn.cache.view import block_positions, token_view
-from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.cache.view import token_view
+from kvattn.errors import RangeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies import Policy
+from kvattn.policies import Context
 from kvattn.positions import RoPE
-from kvattn.request import Request
 
 CHUNK_ROWS = 128
 """Rows per block when a chunk of new tokens attends to itself."""
 
-
-def cached_attention[C: Cache](
-    query: Array,
-    key: Array | None,
-    value: Array | None,
-    cache: C,
-    *,
-    num_new: Any = None,
-    padding: str = "right",
-    rope: RoPE | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    token_ids: Array | None = None,
-    implementation: api.Implementation = None,
-) -> tuple[Array, C]:
-    """Appends T new tokens to a cache and attends: T = 1 is decoding, T > 1 a prompt or a chunk of one.
-
-    Every new token attends to the tokens the cache keeps and to those of the chunk up to itself, at their true
-    positions: `cache.lengths` and following. Cutting a sequence into other chunks changes nothing. Donate the cache
-    (``jax.jit(..., donate_argnames="cache")``) and it is updated in place.
-
-    Args:
-        query: float [B, T, N, H].
-        key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`, for a
-            static cache (`KVCache.from_encoder`): nothing is appended, every query attends to all its tokens.
-        value: float [B, T, K, Hv].
-        cache: what was kept so far, a `KVCache` or a `PagedKVCache`.
-        num_new: int32 [B], how many of the T tokens are real. None: all.
-        padding: where the other tokens lie, "right" (after the real ones) or "left". Pads are not appended, take no
-            position, and come out as zeros.
-        rope: rotates query and key at the positions the policy wants.
-        window: attend to the last `window` tokens only, the query's own included; with a policy's window, the
-            smaller, for its sinks too (by the positions they are seen from).
-        scale: factor of the scores. None: 1/sqrt(H).
-        softcap: scores become softcap * tanh(scores / softcap).
-        sinks: float [N], a learned logit per head that joins the softmax sum only.
-        alibi_slopes: float [N]: adds slope * (key position - query position) to the scores.
-        token_ids: int32 [B, T], for policies that look at tokens.
-        implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu", a sequence of these to try in order, or None for
-            the best that works.
-
-    Returns:
-        out [B, T, N, Hv] in query's dtype, and the new cache. Products are taken in the wider of query and cache dtype
-        and accumulated in float32.
-
-    Raises:
-        ShapeError, DTypeError, RangeError, ConfigError: arguments that do not fit.
-        CapacityError: the tokens of a row do not fit. Nothing is written. Under jit the row's whole chunk is dropped,
-            its output is zeros, and `cache.check()` raises.
-        UnsupportedError: the named implementation cannot do this.
-        StaleCacheError: the cache was donated to an earlier step.
-    """
-    step, arguments = prepared(
-        query,
-        key,
-        value,
-        cache,
-        num_new=num_new,
-        padding=padding,
-        rope=rope,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        token_ids=token_ids,
-        implementation=implementation,
-    )
-    return step(*arguments) if step.is_empty else explicit.by_shard(step, *arguments)
-
-
-def prepared(
-    query: Any,
-    key: Any,
-    value: Any,
-    cache: Cache,
-    *,
-    num_new: Any,
-    padding: str,
-    rope: RoPE | None,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Any,
-    alibi_slopes: Any,
-    token_ids: Any,
-    implementation: api.Implementation,
-    num_heads: int | None = None,
-) -> tuple["Step", tuple[Any, ...]]:
-    """Checks the arguments of `cached_attention`, and raises what it raises.
-
-    `num_heads`: N, where `query` has heads behind those that are filling. None: all are real.
-
-    Returns:
-        the step, and its arguments: query, key, value, cache, given int32 [B], bad_count bool [B], sinks,
-        alibi_slopes, token_ids. Rows, and key/value heads with their queries, do not depend on each other.
-    """
-    if not isinstance(cache, Cache):
-        raise DTypeError(
-            f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}: KVCache.create makes an empty one."
-        )
-    if rope is not None and not isinstance(rope, RoPE):
-        raise DTypeError(f"rope must be a kvattn.RoPE or None, got {rope!r}.")
-    cache = cache.usable()
-    query = _checks.query("query", query)
-    if query.ndim != 4:
-        raise ShapeError(f"query must be [B, T, N, H], got shape {query.shape}.")
-    batch, length, _, head_dim = query.shape
-    heads = query.shape[2] if num_heads is None else num_heads
-    if batch != cache.batch_size:
-        raise ShapeError(f"query has {batch} rows, the cache {cache.batch_size}.")
-    _checks.head_counts(heads, cache.num_kv_heads)
-    if head_dim != cache.key_head_dim:
-        raise ShapeError(f"query has head dim {head_dim}, the keys of the cache {cache.key_head_dim}.")
-    _checks.finite_scale(scale)
-    softcap = _checks.positive_softcap(softcap)
-    sinks = _checks.per_head("sinks", sinks, heads)
-    alibi_slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
-    _checks.one_of("padding", padding, ("right", "left"))
-    mask = cache.policy.mask().narrowed(_checks.window(window))
-    if window is not None and cache.policy.places(cache.state) is not None:
-        raise UnsupportedError(
-            f"window= goes by true positions, {cache.policy} by those in the cache: leave window out, or use "
-            'positions_in="original".'
-        )
-    if token_ids is not None:
-        token_ids = _token_ids(token_ids, query)
-    if scale is not None and not _checks.is_concrete(scale):
-        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    # A key that will move in the cache is stored as it is, and rotated when it is read.
-    key_rope = None if cache.policy.places(cache.state) is None else rope
-    call = _Call(mask, scale, softcap, padding, rope, implementation, key_rope)
-
-    given, bad_count = _real_tokens(num_new, batch, length)
-    if cache.is_static:
-        if key is not None or value is not None:
-            raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
-        if rope is not None or window is not None:
-            raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
-        run = _cross
-    else:
-        key, value = _new_tokens(key, value, query, cache)
-        cache, given = cache.vouched(given, mask.window)
-        fits = _fits(cache, given)
-        cache.refuse_overflow(fits, given)
-        run = _decode if length == 1 else _chunk
-    if length == 0 or batch == 0:
-        run = _nothing
-    return Step(run, call), (query, key, value, cache, given, bad_count, sinks, alibi_slopes, token_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """What a step reads and writes of a cache: all its slots.
-
-    `kvattn.sharding.sequence` has one whose slots are a device's share of them.
-    """
-
-    is_share: ClassVar[bool] = False
-    """Whether there are slots elsewhere, so that attention to these is a part of it."""
-
-    def write(self, cache: Cache, slots: Array, key: Array, value: Array, implementation: Any = "xla") -> Cache:
-        """`Cache.write`, by a kernel where `implementation` has one."""
-        return cache.write(slots, key, value, api.writer(cache.store, implementation))
-
-    def view(self, cache: Cache, places: Array | None) -> View:
-        """The slots; with `places` int32 [B, K, C] every token stands where the policy says."""
-        view = cache.view()
-        return view if places is None else dataclasses.replace(view, positions=block_positions(view.layout, places))
-
-    def of_store(self, store: Any, slots: Array) -> Array:
-        """The slots int32 [B, T] or [B, K, T] by their numbers in the view; negative where they are not in it."""
-        del store
-        return slots
-
-    def of_chunk(self, key: Array, value: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """The new tokens [B, T, K, H] and their positions [B, T] that are read here."""
-        return key, value, positions
-
-    def joined(self, out: Array, lse: Array) -> tuple[Array, Array]:
-        """Attention to the slots and new tokens of all, from that to those read here."""
-        return out, lse
-
-    def of_group(self, tree: Any) -> Any:
-        """The mean over all the query heads of a group, from that over those that are here."""
-        return tree
-
-    def all_slots(self, cache: Cache, tree: Any) -> Any:
-        """Arrays [B, K, C, ...] of all slots, from those of the slots here."""
-        del cache
-        return tree
-
-    def all_new(self, tree: Any, length: int) -> Any:
-        """Arrays [B, K, T, ...] of all new tokens, from those of the tokens read here."""
-        del length
-        return tree
-
-
-ALL_SLOTS = Slots()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The settings of a call, known when it is traced."""
-
-    mask: Mask
-    scale: float
-    softcap: float | None
-    padding: str
-    rope: RoPE | None
-    implementation: api.Implementation
-    key_rope: RoPE | None = None
-    slots: Slots = ALL_SLOTS
-
-    def request(self, query: Array, positions: Array, view: View, slopes: Array | None, **more: Any) -> Request:
-        settings = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "key_rope": self.key_rope, **more}
-        return Request(query, positions, view, slopes, **settings)
+type _Run = Callable[["Step", NewTokens, PerHead, Any], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The step itself, on arrays that fit together; on a mesh once per device. Hashable.
+    """A step on arguments that fit together (`kvattn.attend.prepare`), on one device or on a device's part. Hashable.
 
     Attributes:
-        run: which kind of step.
-        call: its settings.
+        run: what kind of step: `decode`, `chunk`, `cross` or `nothing`.
+        rules: by which queries attend.
+        rope: rotates queries, and keys before they are stored.
+        padding: where pads lie, "right" or "left".
+        implementation: what attends.
+        part: of the cache.
     """
 
-    run: Any
-    call: _Call
+    run: _Run
+    rules: Rules
+    rope: RoPE | None
+    padding: str
+    implementation: api.Implementation
+    part: Part = WHOLE
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do: no rows, or no new tokens."""
-        return self.run is _nothing
+        return self.run is nothing
 
-    def over(self, slots: Slots) -> "Step":
-        """The same step on other slots."""
-        return dataclasses.replace(self, call=dataclasses.replace(self.call, slots=slots))
+    def over(self, part: Part) -> "Step":
+        """The same step on another part of the cache."""
+        return dataclasses.replace(self, part=part)
 
-    def __call__(self, query, key, value, cache, given, bad_count, sinks, slopes, token_ids) -> tuple[Array, Any]:
-        """out [B, T, N, Hv] and the new cache."""
-        length, dtype = query.shape[1], query.dtype
-        if self.call.padding == "left":
-            late = length - given
-            query, key, value, token_ids = (
-                None if x is None else _shift_left(x, late) for x in (query, key, value, token_ids)
-            )
-        out, cache = self.run(self.call, query, key, value, cache, given, bad_count, sinks, slopes, token_ids)
-        out = out.astype(dtype)
-        return _shift_left(out, given - length) if self.call.padding == "left" else out, cache
+    def __call__[C: Cache](self, new: NewTokens, per_head: PerHead, cache: C) -> tuple[Float[Array, "B T N Hv"], C]:
+        """Output in the queries' dtype, zeros for pads; and the new cache."""
+        dtype, late = new.query.dtype, new.length - new.num_new
+        if self.padding == "left":
+            out, cache = self.run(self, new.moved_left(), per_head, cache)
+            return rotated_left(out, -late).astype(dtype), cache
+        out, cache = self.run(self, new, per_head, cache)
+        return out.astype(dtype), cache
 
 
-def _nothing(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
     """No rows, or no new tokens."""
-    return jnp.zeros((*query.shape[:3], cache.value_head_dim), query.dtype), cache
+    return jnp.zeros((*new.query.shape[:3], cache.value_head_dim), new.query.dtype), cache
 
 
-def _decode(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
     """One new token: write it, attend to all that is kept, let the policy look."""
-    policy, num_slots, lengths = cache.policy, cache.num_slots, cache.lengths
-    queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    slots = policy.place(cache.state, lengths, new, 1, num_slots)
-    written = call.slots.write(cache, slots, key, value, call.implementation)
-    seen = policy.enter(cache.state, slots, lengths, new)
-    view = call.slots.view(written.replace(lengths=lengths + new, state=seen), policy.places(seen))
+    policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
+    slots = policy.place(cache.state, told)
+    cache = part.write(cache, slots, tokens.key, tokens.value, step.implementation)
+    cache = cache.replace(state=policy.enter(cache.state, slots, told))
+
+    view = part.view(cache.replace(lengths=cache.lengths + new.num_new))
     if cache.codec.rounds:
-        view = dataclasses.replace(view, fresh=(call.slots.of_store(cache.store, slots), key, value))
-    # Mass goes by the whole softmax sum: where that is not known from one request, it is taken afterwards.
-    late = sinks is not None or call.slots.is_share
-    requests = _requests(call, queries, positions, view, slopes, want_mass=policy.needs_mass and not late)
-    out, lse, mass = _attend_all(call, requests, sinks)
-    if policy.needs_mass and (late or len(requests) > 1):
-        mass = functools.reduce(jnp.add, [_xla.measure(request, lse, _total) for request in requests])
-        mass = call.slots.all_slots(written, mass)
-    if mass is not None:
-        mass = call.slots.of_group(mass)
-    state = policy.observe(seen, slots, lengths, new, num_slots, mass, token_ids)
-    written = written.replace(state=state, status=_scorable(policy, written.status, lse))
-    return out, written.advance(new, ~fits, bad_count)
+        view = dataclasses.replace(view, fresh=(part.slots(cache.store, slots), tokens.key, tokens.value))
+    # Mass goes by the whole softmax sum: where one request does not know it, it is taken afterwards.
+    afterwards = per_head.sinks is not None or part.is_share
+    requests = _requests(step, tokens, view, per_head, want_mass=policy.needs_mass and not afterwards)
+    out, lse, mass = _attended(step, requests, per_head)
+    if policy.needs_mass and (afterwards or len(requests) > 1):
+        received = [xla.measure(request, lse, _received) for request in requests]
+        mass = part.all_slots(cache, functools.reduce(jnp.add, received))
+    mass = None if mass is None else part.of_group(mass)
+
+    cache = cache.replace(state=policy.observe(cache.state, slots, mass, told), status=_scorable(cache, lse))
+    return out, cache.advance(new.num_new, new.refused, new.bad_count)
 
 
-def _chunk(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
     """Several new tokens: attend to what is kept and to the chunk, and only then let them take slots.
 
     Writing first would overwrite what the first tokens of the chunk still attend to.
     """
-    policy, num_slots, lengths, length = cache.policy, cache.num_slots, cache.lengths, query.shape[1]
-    queries, key, positions, new, fits = _place_in_time(call, query, key, cache, given)
-    own_tokens = call.slots.of_chunk(key, value, positions)
-    layout = Layout.best(own_tokens[0].shape[1], key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
-    layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
-    own = token_view(cache.codec.for_chunk(key.dtype), *own_tokens, layout)
-    places = policy.places(cache.state)
-    old_requests = _requests(call, queries, positions, call.slots.view(cache, places), slopes)
-    own_requests = _requests(call, queries, positions, own, slopes)
-    out, lse, _ = _attend_all(call, old_requests + own_requests, sinks)
+    policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
+    to_kept = _requests(step, tokens, part.view(cache), per_head)
+    to_new = _requests(step, tokens, _own_view(step, tokens, cache), per_head)
+    out, lse, _ = _attended(step, [*to_kept, *to_new], per_head)
     kept = fresh = None
     if policy.needs_mass:
-        # What was left out before the chunk, if it was attended to by places in the cache.
-        gone = jnp.zeros_like(lengths) if places is None else lengths - _count(places)
-
-        def true(where):
-            return jnp.where(where < 0, EMPTY, where + gone.reshape(-1, *(1,) * (where.ndim - 1)))
-
-        # Sums of attention may be averaged over the heads of a group at last; what else is measured is of the average.
-        first, last = call.slots.of_group, lambda x: x
-        if policy.measures_sums:
-            first, last = last, first
-
-        def measured(requests):
-            function = lambda probs, q, kv: policy.measure(cache.state, first(probs), true(q), true(kv), lengths, new)
-            parts = [_xla.measure(request, lse, function) for request in requests]
-            return last(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts))
-
-        kept = call.slots.all_slots(cache, measured(old_requests))
-        fresh = call.slots.all_new(measured(own_requests), length)
-    state, slots = policy.absorb(cache.state, lengths, new, length, num_slots, kept, fresh, token_ids)
-    cache = call.slots.write(cache, slots, key, value)
-    cache = cache.replace(state=state, status=_scorable(policy, cache.status, lse))
-    return out, cache.advance(new, ~fits, bad_count)
+        kept = part.all_slots(cache, _measured(step, to_kept, lse, cache, told))
+        fresh = part.all_new(_measured(step, to_new, lse, cache, told), new.length)
+    state, slots = policy.absorb(cache.state, kept, fresh, told)
+    cache = part.write(cache, slots, tokens.key, tokens.value)
+    cache = cache.replace(state=state, status=_scorable(cache, lse))
+    return out, cache.advance(new.num_new, new.refused, new.bad_count)
 
 
-def _scorable(policy: Policy, status: Array, lse: Array) -> Array:
-    """The status once attention was looked at: rows whose tokens cannot be scored are refused or marked."""
-    if not policy.needs_mass:
-        return status
-    rows = jnp.any(jnp.isnan(lse), axis=(1, 2))
-    if _checks.is_concrete(rows) and bool(jnp.any(rows)):
-        raise RangeError(
-            f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have queries or keys that are NaN, so {policy} cannot "
-            "tell what they attend to. Nothing was written."
-        )
-    return bits.mark(status, rows, bits.NONFINITE)
-
-
-def _cross(call: _Call, query, key, value, cache: Cache, given, bad_count, sinks, slopes, token_ids):
+def cross(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
     """Cross-attention: every real query attends to every token of the encoder."""
-    del key, value, token_ids
-    t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(t < given[:, None], t, EMPTY)
-    request = call.request(query, positions, call.slots.view(cache, None), slopes, mask=Mask(causal=False))
-    out, _, _ = _attend_all(call, [request], sinks)
-    nothing = jnp.zeros_like(given)
-    return out, cache.advance(nothing, nothing > 0, bad_count)
+    t = jnp.arange(new.length, dtype=jnp.int32)[None]
+    positions = jnp.where(t < new.num_new[:, None], t, EMPTY)
+    everything = Mask(causal=False)
+    request = step.rules.request(new.query, positions, step.part.view(cache), per_head.slopes, mask=everything)
+    out, _, _ = _attended(step, [request], per_head)
+    return out, cache.advance(jnp.zeros_like(new.num_new), new.refused, new.bad_count)
 
 
-def _requests(call: _Call, queries, positions, view: View, slopes, want_mass: bool = False) -> list[Request]:
+# Where tokens are seen ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Located:
+    """The new tokens at the positions that the policy wants.
+
+    Attributes:
+        query: float [B, T, N, H], rotated.
+        key: float [B, T, K, H], as it is stored.
+        value: float [B, T, K, Hv].
+        positions: int32 [B, T], EMPTY for pads.
+        from_sinks: for policies whose first n tokens are seen from elsewhere: n, and queries and positions for them.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    positions: Array
+    from_sinks: tuple[int, Array, Array] | None
+
+
+def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
+    """Gives the new tokens their positions, and rotates them there."""
+    assert new.key is not None and new.value is not None  # of a cache that is not static
+    policy, t = cache.policy, jnp.arange(new.length, dtype=jnp.int32)[None]
+    is_real = t < new.num_new[:, None]
+    # Pads take no position: 0 stands for theirs, and nothing comes of it.
+    seen_at = jnp.where(is_real, (cache.lengths - _gone(cache))[:, None] + t, 0)
+    rotated = lambda x, positions: x if step.rope is None else step.rope(x, positions)
+    from_sinks = policy.sink_positions(seen_at)
+    if from_sinks is not None:
+        count, positions = from_sinks
+        from_sinks = count, rotated(new.query, positions), jnp.where(is_real, positions, EMPTY)
+    # A key that will move in the cache is stored as it is, and rotated when it is read.
+    key = rotated(new.key, seen_at) if step.rules.key_rope is None else new.key
+    return _Located(rotated(new.query, seen_at), key, new.value, jnp.where(is_real, seen_at, EMPTY), from_sinks)
+
+
+def _gone(cache: Cache) -> Int32[Array, " B"]:
+    """How many tokens were let go, if tokens are seen from where they stand in the cache; else 0."""
+    positions = cache.policy.cache_positions(cache.state)
+    return jnp.zeros_like(cache.lengths) if positions is None else cache.lengths - 1 - jnp.max(positions, axis=(1, 2))
+
+
+def _told(new: NewTokens, cache: Cache) -> Context:
+    return Context(cache.lengths, new.num_new, new.length, cache.num_slots, new.ids)
+
+
+def _own_view(step: Step, tokens: _Located, cache: Cache) -> View:
+    """The new tokens as the chunk sees them."""
+    key, value, positions = step.part.of_chunk(tokens.key, tokens.value, tokens.positions)
+    layout = Layout.best(key.shape[1], key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
+    layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
+    return token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def _requests(step: Step, tokens: _Located, view: View, per_head: PerHead, want_mass: bool = False) -> list[Request]:
     """What the queries ask of one view: one request, or two where the first tokens are seen from elsewhere."""
-    (query, _), *near = queries
-    if not near:
-        return [call.request(query, positions, view, slopes, want_mass=want_mass)]
-    ((sink_query, (num_sinks, sink_positions)),) = near
+    mask, request = step.rules.mask, functools.partial(step.rules.request, view=view, slopes=per_head.slopes)
+    if tokens.from_sinks is None:
+        return [request(tokens.query, tokens.positions, want_mass=want_mass)]
+    num_sinks, query, positions = tokens.from_sinks
     # The mask may end before the sinks do: a window of the model that is smaller than the policy's has none.
-    rest = dataclasses.replace(call.mask, begin=num_sinks, num_sinks=0, reach=None)
-    reach = call.mask.reach if call.mask.num_sinks else call.mask.window
-    sinks = Mask(causal=True, end=num_sinks, window=reach)
-    sink_positions = jnp.where(positions >= 0, sink_positions, EMPTY)
+    rest = dataclasses.replace(mask, begin=num_sinks, num_sinks=0, reach=None)
+    sinks = Mask(end=num_sinks, window=mask.reach if mask.num_sinks else mask.window)
     return [
-        call.request(query, positions, view, slopes, mask=rest),
-        call.request(sink_query, sink_positions, view, slopes, mask=sinks),
+        request(tokens.query, tokens.positions, mask=rest),
+        request(query, positions, mask=sinks),
     ]
 
 
-def _count(places: Array) -> Array:
-    """int32 [B]: tokens kept."""
-    return jnp.max(places, axis=(1, 2)) + 1
-
-
-def _attend_all(call: _Call, requests: list[Request], sinks) -> tuple[Array, Array, Array | None]:
-    """Attention over the union of what the requests see."""
-    (out, lse, mass), *others = [api.attend(request, call.implementation) for request in requests]
+def _attended(step: Step, requests: list[Request], per_head: PerHead) -> Result:
+    """Attention over the union of what the requests see; mass only of a single one."""
+    (out, lse, mass), *others = [api.attend(request, step.implementation) for request in requests]
     for other_out, other_lse, _ in others:
         out, lse = merge_states(out, lse, other_out, other_lse)
-    out, lse = call.slots.joined(out, lse)
-    if sinks is not None:
-        out, lse = add_sinks(out, lse, sinks)
+    out, lse = step.part.joined(out, lse)
+    if per_head.sinks is not None:
+        out, lse = add_sinks(out, lse, per_head.sinks)
     return out, lse, mass
 
 
-def _total(probs, q_positions, kv_positions):
-    del q_positions, kv_positions
+# What policies want to know ----------------------------------------------------------------------
+
+
+def _received(probs: Float[Array, "B K T R"], q_positions: Array, kv_positions: Array) -> Float[Array, "B K R"]:
+    """The attention each slot received."""
     return jnp.sum(probs, axis=2)
 
 
-def _place_in_time(call: _Call, query, key, cache: Cache, given):
-    """Positions the new tokens are seen at, rotation by them, and which rows can take their tokens at all.
+def _measured(step: Step, requests: list[Request], lse: Float[Array, "B T N"], cache: Cache, told: Context) -> Any:
+    """`Policy.measure` of the attention that the slots of a view received."""
+    policy, average, gone = cache.policy, step.part.of_group, _gone(cache)
 
-    Returns:
-        queries: [(query, None)], and (query, (n, positions)) for the first n tokens where the policy wants it;
-        key, as it is stored; positions int32 [B, T], EMPTY for pads; new int32 [B], tokens appended; fits bool [B].
-    """
-    fits = _fits(cache, given)
-    new = jnp.where(fits, given, 0)
-    t = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    # Pads take no position: 0 stands for theirs, and nothing comes of it.
-    places = cache.policy.places(cache.state)
-    before = cache.lengths if places is None else _count(places)
-    seen_at = jnp.where(t < new[:, None], before[:, None] + t, 0)
-    rotated = lambda x, where: x if call.rope is None else call.rope(x, where)
-    queries: list[Any] = [(rotated(query, seen_at), None)]
-    elsewhere = cache.policy.sink_positions(seen_at)
-    if elsewhere is not None:
-        queries.append((rotated(query, elsewhere[1]), elsewhere))
-    positions = jnp.where(t < new[:, None], seen_at, EMPTY)
-    return queries, rotated(key, seen_at) if call.key_rope is None else key, positions, new, fits
+    def original(positions: Int32[Array, "B ..."]) -> Int32[Array, "B ..."]:
+        return jnp.where(positions < 0, EMPTY, positions + gone.reshape(-1, *(1,) * (positions.ndim - 1)))
+
+    def of_block(probs: Array, q_positions: Array, kv_positions: Array) -> Any:
+        # Sums may be averaged over the heads of a group at last; whatever else is measured is of the average.
+        probs = probs if policy.measures_sums else average(probs)
+        return policy.measure(cache.state, probs, original(q_positions), original(kv_positions), told)
+
+    parts = [xla.measure(request, lse, of_block) for request in requests]
+    total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+    return average(total) if policy.measures_sums else total
 
 
-def _fits(cache: Cache, given: Array) -> Array:
-    """bool [B]: whether the tokens can be appended; lengths are int32 and must not wrap."""
-    room = cache.lengths <= _checks.INT32_MAX - given
-    return room & cache.policy.fits(cache.state, cache.lengths, given, cache.num_slots)
-
-
-def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Array, Array]:
-    """How many of the T tokens of each row are real, and which rows give an impossible number."""
-    given = _checks.counts("num_new", length if num_new is None else num_new, batch, 0, length)
-    bad = (given < 0) | (given > length)
-    return jnp.where(bad, 0, given), bad
-
-
-def _new_tokens(key, value, query, cache: Cache) -> tuple[Array, Array]:
-    if key is None or value is None:
-        raise ConfigError("key and value are needed; only a static cache (KVCache.from_encoder) goes without.")
-    key, value = _checks.floating("key", key), _checks.floating("value", value)
-    batch, length = query.shape[:2]
-    heads = cache.num_kv_heads
-    for name, x, features in (("key", key, cache.key_head_dim), ("value", value, cache.value_head_dim)):
-        expected = (batch, length, heads, features)
-        if x.shape != expected:
-            raise ShapeError(f"{name} must be [B, T, K, H] = {expected} for this query and cache, got {x.shape}.")
-    return key, value
-
-
-def _token_ids(token_ids: Any, query: Array) -> Array:
-    token_ids = _checks.int32("token_ids", token_ids)
-    if token_ids.shape != query.shape[:2]:
-        raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
-    return jnp.asarray(token_ids)
-
-
-def _shift_left(x: Array, by: Array) -> Array:
-    """Rotates each row of [B, T, ...] to the left by int32 [B] places."""
-    length = x.shape[1]
-    if length == 0:
-        return x
-    index = (jnp.arange(length, dtype=jnp.int32)[None] + by[:, None]) % length
-    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+def _scorable(cache: Cache, lse: Float[Array, "B T N"]) -> Int32[Array, " B"]:
+    """The cache's status once attention was looked at: rows whose tokens cannot be scored are refused or marked."""
+    if not cache.policy.needs_mass:
+        return cache.status
+    rows = jnp.any(jnp.isnan(lse), axis=(1, 2))
+    if _checks.is_concrete(rows) and bool(jnp.any(rows)):
+        raise RangeError(
+            f"rows {np.nonzero(np.asarray(rows))[0].tolist()} have queries or keys that are NaN, so {cache.policy} "
+            "cannot tell what they attend to. Nothing was written."
+        )
+    return bits.mark(cache.status, rows, bits.NONFINITE)

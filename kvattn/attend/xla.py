@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend.derivative import differentiable
+from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.codecs.base import accumulator
-from kvattn.request import Request, adjust, grouped, rotated, ungrouped
 
 QUERY_ROWS = 512
 """Rows of the score matrix per key/value head and block: new tokens times query heads per group."""

@@ -6,12 +6,14 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._trees import Tree, array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
-from kvattn.cache.view import View
+from kvattn.cache.layout import Layout
+from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec
 from kvattn.errors import CapacityError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Policy
@@ -34,6 +36,9 @@ class Cache(Tree):
     value_head_dim: int
     dtype: Any
     is_static: bool
+    layout: Layout
+    page_table: Array | None
+    page_size: int
 
     def usable(self) -> Self:
         """This cache, with its arrays on the device: one that came back from the host holds NumPy's.
@@ -95,13 +100,47 @@ class Cache(Tree):
         raise NotImplementedError
 
     @property
+    def num_pages(self) -> int:
+        """P, pages of its pool; 0: it has none."""
+        return 0
+
+    @property
     def store(self) -> Any:
         """Where the arrays have their slots: a `Layout` or `Pages`."""
         raise NotImplementedError
 
-    def view(self) -> View:
-        """The slots as an implementation of attention reads them."""
-        raise NotImplementedError
+    def view(self, positions: Int32[Array, "B *K C"] | None = None) -> View:
+        """The slots as an implementation of attention reads them.
+
+        Args:
+            positions: where the token of each slot is seen, -1 for empty slots. None: at its own position.
+        """
+        cache = self.usable()
+        return View(
+            keys=cache.keys,
+            values=cache.values,
+            positions=block_positions(cache.layout, cache.positions if positions is None else positions),
+            counts=jnp.minimum(cache.lengths, cache.num_slots),
+            layout=cache.layout,
+            codec=cache.codec,
+            key_head_dim=cache.key_head_dim,
+            value_head_dim=cache.value_head_dim,
+            page_table=cache.page_table,
+            page_size=cache.page_size,
+        )
+
+    @property
+    def axes(self) -> Self:
+        """The names of every array's axes: this cache's tree with strings (`kvattn.cache.axes`)."""
+        store, codec, per_head = self.store, self.codec, self.policy.per_head
+        changes: dict[str, Any] = {
+            "keys": {name: codec.axes(store, "keys", name) for name in self.keys},
+            "values": {name: codec.axes(store, "values", name) for name in self.values},
+            "lengths": "rows",
+            "status": "rows",
+            "state": jax.tree.map(lambda x: "rows heads" if per_head and len(x.shape) > 1 else "rows", self.state),
+        }
+        return self.replace(**changes)
 
     @property
     def positions(self) -> Array:
@@ -181,6 +220,10 @@ class Cache(Tree):
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""
         status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
         return self.replace(lengths=self.lengths + num_new, status=status)
+
+    def pages_outside(self, num_new: Array, first: Any, end: Any) -> Array:
+        """bool [B, columns]: entries of the page table, outside [first, end), that old or int32 [B] new tokens need."""
+        raise NotImplementedError
 
     def refuse_overflow(self, fits: Array, num_new: Array) -> None:
         """Raises `CapacityError` for rows that can be seen not to fit."""

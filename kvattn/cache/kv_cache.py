@@ -15,10 +15,10 @@ from kvattn import _checks
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
+from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
-from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import ConfigError, ShapeError, UnsupportedError
 from kvattn.policies import Full, Policy
@@ -64,6 +64,9 @@ class KVCache(Cache):
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     is_static: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    page_table = None
+    page_size = 0
 
     @classmethod
     def create(
@@ -111,7 +114,7 @@ class KVCache(Cache):
         codec = Plain(dtype) if codec is None else codec
         num_slots = policy.num_slots(capacity)
 
-        reason = codec.refuses(_in_order(policy))
+        reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
         layout = _layout(layout, codec, num_slots, head_dim, dtype)
@@ -190,22 +193,6 @@ class KVCache(Cache):
         """Where the arrays have their slots."""
         return self.layout
 
-    def view(self) -> View:
-        """The slots as an implementation of attention reads them."""
-        cache = self.usable()
-        counts = jnp.minimum(cache.lengths, cache.num_slots)
-        positions = block_positions(cache.layout, cache.positions)
-        return View(
-            cache.keys,
-            cache.values,
-            positions,
-            counts,
-            cache.layout,
-            cache.codec,
-            cache.key_head_dim,
-            cache.value_head_dim,
-        )
-
     # What one does with it.
 
     def select(self, rows: Any) -> "KVCache":
@@ -230,24 +217,12 @@ class KVCache(Cache):
 
 def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
     """`select` of known rows; where bool [B'] `known` is False, an empty row."""
-
-    def take(axis: int):
-        return lambda x: jnp.take(x, rows, axis=axis, mode="clip")
-
-    return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(take(1), cache.keys),
-        values=jax.tree.map(take(1), cache.values),
-        lengths=jnp.where(known, take(0)(cache.lengths), 0),
-        state=cache.forgotten(~known, jax.tree.map(take(0), cache.state)),
-        status=jnp.where(known, take(0)(cache.status), bits.BAD_COUNT),
+    cache = along("rows", lambda x, axis: jnp.take(x, rows, axis=axis, mode="clip"), cache, cache.axes)
+    return cache.replace(
+        lengths=jnp.where(known, cache.lengths, 0),
+        state=cache.forgotten(~known, cache.state),
+        status=jnp.where(known, cache.status, bits.BAD_COUNT),
     )
-
-
-def _in_order(policy: Policy) -> bool:
-    """Whether slot s holds the token of position s for ever: what `Policy` itself does."""
-    kind = type(policy)
-    return kind.place is Policy.place and kind.positions is Policy.positions and kind.absorb is Policy.absorb
 
 
 def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: Any) -> Layout:

@@ -72,12 +72,46 @@ class Layout:
         if not self.transposed_keys and self.rows % 8 == 0:
             lanes = (backend or jax.default_backend()) != "gpu" and head_dim % 128 and self.rows % 128 == 0
             unit = 128 if lanes else 8
-        return dataclasses.replace(self, rows=-(-self.rows // (unit * parts)) * unit * parts)
+        rows = -(-self.rows // (unit * parts)) * unit * parts
+        return self if rows == self.rows else dataclasses.replace(self, rows=rows)
+
+    def divides(self, parts: int) -> bool:
+        """Whether every block is cut into `parts` shares of equal size."""
+        return self.rows % parts == 0
+
+    # One share of the slots: of every block of R slots, share d of n has the R / n from d R / n on.
+
+    def share(self, parts: int) -> "Layout":
+        """Where the slots of one of `parts` shares lie."""
+        rows = self.rows // parts
+        return Layout(self.num_blocks * rows, rows, self.transposed_keys)
+
+    def slots_in_share(self, slots: Array, part: Array, parts: int) -> Array:
+        """The slots int32 [...] by their numbers in share `part`; -1 for those that are elsewhere."""
+        rows, row = self.rows // parts, slots % self.rows
+        mine = (slots >= 0) & (row // rows == part)
+        return jnp.where(mine, slots // self.rows * rows + row % rows, -1)
+
+    def positions_in_share(self, positions: Array, part: Array, parts: int) -> tuple[Array, Array | None]:
+        """What share `part` holds of int32 [blocks, B, 1 or K, R].
+
+        Returns:
+            the positions [blocks, B, 1 or K, R / parts]; and int32 [B, 1 or K], from which slot on the share is empty.
+        """
+        rows = self.rows // parts
+        positions = jax.lax.dynamic_slice_in_dim(positions, part * rows, rows, axis=3)
+        slot = jnp.arange(self.num_blocks * rows, dtype=jnp.int32).reshape(self.num_blocks, 1, 1, rows)
+        return positions, jnp.max(jnp.where(positions >= 0, slot + 1, 0), axis=(0, 2, 3))
 
     @property
     def num_blocks(self) -> int:
         """Blocks, the last one possibly partly unused."""
         return -(-self.num_slots // self.rows)
+
+    @staticmethod
+    def axes(block: str) -> str:
+        """The names of the axes of an array whose blocks have these (`kvattn.cache.axes`)."""
+        return f"blocks rows heads {block}"
 
     def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
         """An empty array [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed."""

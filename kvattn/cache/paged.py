@@ -16,11 +16,11 @@ from kvattn import _checks
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
+from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.cache.placed import placed, shardings_of
-from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import BlockStateError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Full
@@ -163,6 +163,11 @@ class PagedKVCache(Cache):
         return self.max_pages * self.page_size
 
     @property
+    def axes(self) -> "PagedKVCache":
+        """As `Cache.axes`, with the table's."""
+        return dataclasses.replace(super().axes, page_table="rows columns")
+
+    @property
     def layout(self) -> Layout:
         """Slots and blocks of one sequence."""
         return block_layout(self.page_size, self.max_pages, self.codec)
@@ -170,24 +175,7 @@ class PagedKVCache(Cache):
     @property
     def store(self) -> Pages:
         """Where the arrays have their slots."""
-        return Pages(self.layout, self.page_size, self.page_table)
-
-    def view(self) -> View:
-        """The slots as an implementation of attention reads them."""
-        cache = self.usable()
-        counts = jnp.minimum(cache.lengths, cache.num_slots)
-        return View(
-            cache.keys,
-            cache.values,
-            block_positions(cache.layout, cache.positions),
-            counts,
-            cache.layout,
-            cache.codec,
-            cache.key_head_dim,
-            cache.value_head_dim,
-            cache.page_table,
-            cache.page_size,
-        )
+        return Pages(self.layout, self.page_size, self.page_table, self.num_pages)
 
     def dense(self) -> tuple[Array, Array]:
         """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""
@@ -358,33 +346,22 @@ class PagedKVCache(Cache):
 
 def _selected(cache: PagedKVCache, rows: Array, known: Array) -> PagedKVCache:
     """`select` of known rows; where bool [B'] `known` is False, an empty row."""
-
-    def of_rows(store: Encoded) -> Encoded:
-        return {n: jnp.take(x, rows, axis=1, mode="clip") if n == "residual" else x for n, x in store.items()}
-
-    return dataclasses.replace(
-        cache,
-        keys=of_rows(cache.keys),
-        values=of_rows(cache.values),
-        page_table=jnp.where(known[:, None], jnp.take(cache.page_table, rows, axis=0, mode="clip"), -1),
-        lengths=jnp.where(known, jnp.take(cache.lengths, rows, mode="clip"), 0),
-        status=jnp.where(known, jnp.take(cache.status, rows, mode="clip"), bits.BAD_COUNT),
+    cache = along("rows", lambda x, axis: jnp.take(x, rows, axis=axis, mode="clip"), cache, cache.axes)
+    return cache.replace(
+        page_table=jnp.where(known[:, None], cache.page_table, -1),
+        lengths=jnp.where(known, cache.lengths, 0),
+        status=jnp.where(known, cache.status, bits.BAD_COUNT),
     )
 
 
 def _copied(cache: PagedKVCache, sources: Array, targets: Array) -> PagedKVCache:
     """`copy_pages`; a target past the pool is dropped."""
 
-    def copy(name: str, pool: Array) -> Array:
-        if name == "residual":  # of rows, not of pages
-            return pool
-        return pool.at[:, targets].set(jnp.take(pool, sources, axis=1, mode="clip"), mode="drop")
+    def copy(pool: Array, axis: int) -> Array:
+        into = (slice(None),) * axis + (targets,)
+        return pool.at[into].set(jnp.take(pool, sources, axis=axis, mode="clip"), mode="drop")
 
-    return dataclasses.replace(
-        cache,
-        keys={name: copy(name, x) for name, x in cache.keys.items()},
-        values={name: copy(name, x) for name, x in cache.values.items()},
-    )
+    return along("pages", copy, cache, cache.axes)
 
 
 def _dense(cache: PagedKVCache) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pages:
     """A pool and the table into it; to codecs what `Layout` is. Made on the spot: it holds arrays.
 
@@ -22,15 +22,20 @@ class Pages:
         page_size: R, slots per page.
         table: int32 [B, pages of a sequence]. Entries outside the pool are read as some page or other (whoever reads
             masks what lies beyond a sequence's length) and never written.
-        num_pages: P; needed by `empty` only.
+        num_pages: P.
     """
 
     layout: Layout
     page_size: int
     table: Array
-    num_pages: int = 0
+    num_pages: int
 
     transposed_keys = False
+
+    @staticmethod
+    def axes(page: str) -> str:
+        """The names of the axes of an array whose pages have these (`kvattn.cache.axes`)."""
+        return f"heads pages {page}"
 
     @property
     def num_slots(self) -> int:
@@ -92,6 +97,35 @@ class Pages:
         page = jnp.take_along_axis(self.table, column, axis=1)
         return jnp.where(wanted & (page >= 0), page, pool.shape[1])
 
+    # One share of the slots: a device's pages, from 0 to P - 1; the table names others by numbers outside the pool.
+
+    def divided(self, parts: int, head_dim: int, backend: str | None = None) -> "Pages":
+        """As it is: pages lie anywhere."""
+        del parts, head_dim, backend
+        return self
+
+    def divides(self, parts: int) -> bool:
+        """Always."""
+        del parts
+        return True
+
+    def share(self, parts: int) -> "Pages":
+        """As it is."""
+        del parts
+        return self
+
+    def slots_in_share(self, slots: Array, part: Array, parts: int) -> Array:
+        """The same numbers: what is in pages elsewhere is neither read nor written."""
+        del part, parts
+        return slots
+
+    def positions_in_share(self, positions: Array, part: Array, parts: int) -> tuple[Array, None]:
+        """int32 [blocks, B, 1 or K, R] of the layout, -1 where a page lies elsewhere; counts stay."""
+        del part, parts
+        here = jnp.repeat((self.table >= 0) & (self.table < self.num_pages), self.page_size, axis=1)
+        here = self.layout.to_blocks(here[:, None, :, None], False)[..., 0]
+        return jnp.where(here, positions, -1), None
+
     @staticmethod
     def _gather(pool: Array, pages: Array, transposed: bool) -> Array:
         """[B, K, n R, F] (transposed: [B, K, F, n R]) of the n pages of each row of int32 [B, n]."""
@@ -100,3 +134,7 @@ class Pages:
         if transposed:
             return x.transpose(1, 0, 3, 2, 4).reshape(batch, heads, tail[0], count * tail[1])
         return x.swapaxes(0, 1).reshape(batch, heads, count * tail[0], tail[1])
+
+
+Store = Layout | Pages
+"""Where the arrays of a cache have their slots."""

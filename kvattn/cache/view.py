@@ -49,7 +49,17 @@ class View:
     @property
     def store(self) -> "Layout | Pages":
         """Where the arrays have their slots."""
-        return self.layout if self.page_table is None else Pages(self.layout, self.page_size, self.page_table)
+        if self.page_table is None:
+            return self.layout
+        return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1])
+
+    def share(self, part: Array, parts: int) -> "View":
+        """This view where its arrays are share `part` of `parts` of all slots: on one device of several."""
+        positions, counts = self.store.positions_in_share(self.positions, part, parts)
+        layout = self.layout if self.page_table is not None else self.layout.share(parts)
+        return dataclasses.replace(
+            self, positions=positions, counts=self.counts if counts is None else counts, layout=layout
+        )
 
     @property
     def num_kv_heads(self) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import typer
 
 from kvattn import measure
-from kvattn.attend import api
+from kvattn.attend import api, registry
 from kvattn.cli import show
 from kvattn.errors import KVAttnError
 
@@ -44,7 +44,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "backend": jax.default_backend(),
         "devices": [_device(d) for d in jax.devices()],
-        "implementations": {name: works(name) for name in api.NAMES},
+        "implementations": {name: works(name) for name in registry.names()},
     }
     if as_json:
         typer.echo(json.dumps(found, indent=1))

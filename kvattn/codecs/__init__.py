@@ -2,6 +2,7 @@
 
 from kvattn.codecs.base import Codec as Codec
 from kvattn.codecs.float8 import Float8 as Float8
+from kvattn.codecs.format import Format as Format
 from kvattn.codecs.int4 import Int4 as Int4
 from kvattn.codecs.int8 import Int8 as Int8
 from kvattn.codecs.kivi import KIVI as KIVI
@@ -12,6 +13,7 @@ __all__ = [
     "KIVI",
     "Codec",
     "Float8",
+    "Format",
     "Int4",
     "Int8",
     "Plain",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded, Rows
+from kvattn.codecs.format import Format
 
 Role = Literal["keys", "values"]
 
@@ -34,6 +35,11 @@ class Codec:
 
     rounds: ClassVar[bool] = True
     """Whether derivatives must be led past the codes: rounding has none that is of use. See `as_they_came`."""
+
+    @property
+    def format(self) -> Format | None:
+        """How kernels read single tokens. None: they cannot, so `"xla"` reads them by `scores` and `mix`."""
+        return None
 
     # One token.
 
@@ -120,6 +126,10 @@ class Codec:
     def transposed(self, layout: Any, role: Role, name: str) -> bool:
         """Whether the array `name` lies with tokens along the last axis."""
         return name in self.token_minor or (role == "keys" and layout.transposed_keys)
+
+    def axes(self, layout: Any, role: Role, name: str) -> str:
+        """The names of the axes of the array `name`, as `kvattn.cache.axes` has them."""
+        return layout.axes("features slots" if self.transposed(layout, role, name) else "slots features")
 
     def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
         """The store of an empty cache whose tokens come in `dtype`."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.format import Format
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 448
@@ -25,6 +26,11 @@ class Float8(Codec):
     """
 
     token_minor: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @property
+    def format(self) -> Format:
+        """A scale per token and head."""
+        return Format(jnp.dtype(jnp.float8_e4m3fn), is_scaled=True)
 
     def encode(self, x: Array) -> dict[str, Array]:
         """data float8_e4m3fn [..., H] (on CPUs its bits in uint8) and scale float32 [..., 1]."""

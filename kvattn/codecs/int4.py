@@ -9,6 +9,7 @@ from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs import grouped
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.format import Format
 
 BITS = 4
 
@@ -35,6 +36,11 @@ class Int4(Codec):
 
     def __post_init__(self):
         _checks.integer("group_size", self.group_size, 1)
+
+    @property
+    def format(self) -> Format:
+        """A scale and a minimum per group."""
+        return Format(jnp.dtype(jnp.uint8), group_size=self.group_size)
 
     def encode(self, x: Array) -> dict[str, Array]:
         """data uint8 [..., ceil(H/2)], scale and minimum uint16 [..., groups] (`grouped.pack_pair`)."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.format import Format
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
 
 TOP = 127
@@ -29,6 +30,11 @@ class Int8(Codec):
     """
 
     token_minor: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @property
+    def format(self) -> Format:
+        """A scale per token and head."""
+        return Format(jnp.dtype(jnp.int8), is_scaled=True)
 
     def encode(self, x: Array) -> dict[str, Array]:
         """data int8 [..., H] and scale float32 [..., 1]."""

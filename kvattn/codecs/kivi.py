@@ -99,6 +99,14 @@ class KIVI(Codec):
 
     # The store: codes, and the residual [1, B, K, R, H], where position p lies in row p % R.
 
+    def axes(self, layout: Any, role: Role, name: str) -> str:
+        """The residual is of rows, whatever holds the slots; scales and minima are of groups."""
+        if name == "residual":
+            return "one rows heads recent features"
+        if name == "data":
+            return super().axes(layout, role, name)
+        return layout.axes("features groups" if role == "keys" else "groups slots")
+
     def empty(self, layout: Any, role: Role, batch_size: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Encoded:
         """Codes [blocks, B, K, R, F] (keys [.., F, R] where those lie transposed), scales, minima and residual."""
         block = jax.eval_shape(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, accumulator, wider
+from kvattn.codecs.format import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Plain(Codec):
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", _checks.inexact("dtype", self.dtype, complex=False, bits=16))
+
+    @property
+    def format(self) -> Format:
+        """Data alone."""
+        return Format()
 
     def encode(self, x: Array) -> dict[str, Array]:
         """Casts to the storage dtype."""

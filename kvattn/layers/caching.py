@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from kvattn import _checks, sharding
 from kvattn._typing import Array
-from kvattn.attend.step import cached_attention
 from kvattn.cache import Cache, KVCache
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import placement, settings
 from kvattn.policies import SlidingWindow
+from kvattn.sharding.explicit import cached_attention
 
 
 class Caching(Protocol):

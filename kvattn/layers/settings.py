@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvattn import _checks, positions
-from kvattn.attend.api import NAMES
+from kvattn.attend import registry
 from kvattn.attend.full import IMPLEMENTATIONS
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.layers import placement
 from kvattn.policies import Policy
-from kvattn.sharding.choose import KNOWN
+from kvattn.sharding import scheme as schemes
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ def scheme(by: str) -> str:
     Raises:
         ConfigError: an unknown way.
     """
-    _checks.one_of("by", by, (*KNOWN, "auto"))
+    _checks.one_of("by", by, (*schemes.names(), "auto"))
     return by
 
 
@@ -227,7 +227,7 @@ def _codec(name: str, value: Any) -> None:
 def _implementation(name: str, value: Any) -> None:
     names = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for one in names:
-        _checks.one_of(name, one, _IMPLEMENTATIONS)
+        _checks.one_of(name, one, tuple(dict.fromkeys((*registry.names(), *IMPLEMENTATIONS))))
     if not names:
         raise ConfigError(f"{name} is an empty sequence: name one, or pass None for the best that works.")
 
@@ -242,7 +242,6 @@ def _axis(name: str, value: Any) -> None:
         raise DTypeError(f"{name} must be the name of a mesh axis, got {value!r} of type {type(value).__name__}.")
 
 
-_IMPLEMENTATIONS = tuple(dict.fromkeys((*NAMES, *IMPLEMENTATIONS)))
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_heads": _size,
     "in_features": _size,

@@ -95,9 +95,7 @@ def layers(
         if source is None:
             continue
         kept = policy or (Full() if (window := windows[source]) is None else SlidingWindow(window))
-        # As in KVCache.create: whether slot s holds the token of position s for ever.
-        in_order = all(getattr(type(kept), name) is getattr(Policy, name) for name in ("place", "positions", "absorb"))
-        if (reason := codec.refuses(in_order)) is not None:
+        if (reason := codec.refuses(kept.in_order)) is not None:
             raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
         layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, stored, backend, windows[reader])
         found[layer] = found.get(layer, 0) + 1

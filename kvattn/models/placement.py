@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from kvattn.layers.placement import axis_size, explicit_spec
 from kvattn.layers.settings import scheme
 from kvattn.models.parameters import name_of
-from kvattn.sharding.place import place_of
+from kvattn.sharding.split import split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Split:
         """Arrays of the host on every device of the mesh, with the sharding that `whole` gives."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        place = place_of(self.mesh, self.axis, None)
+        place = split_over(self.mesh, self.axis, None)
         return jax.tree.map(lambda x: jax.device_put(x, place.named(PartitionSpec(), x.ndim)), tree)
 
     def along(self, shape: tuple[int, ...], place: int | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from kvattn.cache import Cache
 from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, StaleCacheError
 from kvattn.models.config import DecoderConfig
 from kvattn.models.decoder import Caches, Decoder
+from kvattn.policies import Context
 
 
 def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
@@ -145,7 +146,8 @@ def fitting(cache: Caches, needed: np.ndarray) -> None:
         CapacityError: they cannot; it says how many are missing.
     """
     for layer in cache:
-        fits = _checks.on_host(layer.policy.fits(layer.state, layer.lengths, jnp.asarray(needed), layer.num_slots))
+        step = Context(layer.lengths, jnp.asarray(needed), int(needed.max(initial=0)), layer.num_slots)
+        fits = _checks.on_host(layer.policy.fits(layer.state, step))
         if not np.all(fits):
             rows = np.nonzero(~fits)[0]
             held, more = _checks.on_host(layer.lengths)[rows], needed[rows]

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.attend.request import Request
 from kvattn.cache.view import View
-from kvattn.codecs import Float8, Int4, Int8, Plain
+from kvattn.codecs import Format
 from kvattn.masks import EMPTY
-from kvattn.request import Request
 
 MOST_TOKENS = 8
 
@@ -23,7 +23,7 @@ def refusal(request: Request) -> str | None:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
     if request.key_rope is not None:
         return "it does not rotate keys while it reads them"
-    if not isinstance(view.codec, Plain | Int8 | Float8 | Int4):
+    if view.codec.format is None:
         return f"it does not read {view.codec}"
     if jnp.dtype(jnp.float64) in (request.query.dtype, *(x.dtype for x in arrays(view))):
         return "it has no float64"
@@ -37,9 +37,16 @@ def arrays(view: View) -> list[Array]:
     return [*view.keys.values(), *view.values.values()]
 
 
+def format_of(view: View) -> Format:
+    """How to read the arrays of a view that `refusal` has nothing against."""
+    found = view.codec.format
+    assert found is not None
+    return found
+
+
 def storage(view: View) -> str:
     """How a cache lies, as tables of sizes name it."""
-    codec: Any = view.keys["data"].dtype if isinstance(view.codec, Plain) else view.codec
+    codec: Any = view.keys["data"].dtype if format_of(view).is_plain else view.codec
     pages = f"pages of {view.page_size}" if view.page_table is not None else "contiguous"
     return f"{codec} {view.key_head_dim}/{view.value_head_dim} {pages}"
 

@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.codecs import Int4
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
 from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread, store, tanh
 from kvattn.pallas.shares import Counts
@@ -47,7 +46,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
             "positions",
             *(s.name for s in spec.streams),
         ]
-        optional = (spec.page_size > 0, spec.factor, spec.alibi, isinstance(spec.codec, Int4))
+        optional = (spec.page_size > 0, spec.factor, spec.alibi, spec.format.is_grouped)
         names += [n for n, there in zip(("table", "factor", "slopes", "sums"), optional, strict=True) if there]
         names += ["out", "top", "total", "scores"]
         memory = dict(zip(names, refs, strict=False))

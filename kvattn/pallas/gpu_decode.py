@@ -18,16 +18,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache.view import View
-from kvattn.codecs import Float8, Int4, Int8, Plain
-from kvattn.pallas import common, interpreted
+from kvattn.pallas import common
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
 from kvattn.pallas.gpu_spec import Spec, Stream, byte_runs, shared_bytes
 from kvattn.pallas.gpu_tile import FLOAT16_UNIT
+from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
-from kvattn.request import Request, grouped, ungrouped
 
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
@@ -46,18 +46,18 @@ def unsupported(request: Request) -> str | None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
-    codec: Any = view.codec
-    if isinstance(codec, Plain) and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
+    form = common.format_of(view)
+    if form.is_plain and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
         return f"a cache of {view.keys['data'].dtype} does not go through 16-bit matrix units"
     if view.page_table is None and view.layout.rows % 8:
         return f"it fetches eight slots at a time, and {view.layout.rows} are no multiple of 8"
     features = (view.key_head_dim, view.value_head_dim)
     if any(f % 16 or not LEAST_FEATURES <= f <= MOST_FEATURES for f in features):
         return f"head dims must be multiples of 16 from {LEAST_FEATURES} to {MOST_FEATURES}, here are {features}"
-    if isinstance(codec, Int4):
-        cuts = {c for f in features for a, b in byte_runs(f, codec.group_size) for c in (a, b)}
+    if form.is_grouped:
+        cuts = {c for f in features for a, b in byte_runs(f, form.group_size) for c in (a, b)}
         if any(c % 16 for c in cuts):
-            return f"groups of {codec.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
+            return f"groups of {form.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
     return _paging(request, GpuConfig().tile)
 
 
@@ -69,7 +69,8 @@ def _paging(request: Request, tile: int) -> str | None:
     size = view.page_size
     if size % 8 or (size < tile and tile % size) or (size > tile and size % tile):
         return f"pages must have 8, 16, 32 or a multiple of {tile} slots, here are {size}"
-    least = {Int8: SHORTEST_COPY // 4, Float8: SHORTEST_COPY // 4, Int4: tile}.get(type(view.codec), 8)
+    form = common.format_of(view)
+    least = tile if form.is_grouped else SHORTEST_COPY // 4 if form.is_scaled else 8
     if size < least:
         return f"{view.codec} needs pages of {least} slots at least: those of {size} hold too few scales for one copy"
     return None
@@ -119,7 +120,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     slopes = common.query_slopes(request)
     if slopes is not None:
         slopes = columns(slopes[..., None], 0).reshape(spec.heads, cols)
-    sums = _sums(query, spec) if isinstance(spec.codec, Int4) else None
+    sums = _sums(query, spec) if spec.format.is_grouped else None
 
     positions = common.slot_positions(request, spec.slots)
     rows = survey(request, positions, tile)
@@ -195,12 +196,12 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     count = request.query.shape[1] * (request.query.shape[2] // view.num_kv_heads)
     chunks, cols = _columns(count, view.value_head_dim)
     wide, parts = _numbers(request)
+    form = common.format_of(view)
     names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
     streams = []
     for (role, name), x in zip(names, _stored(view), strict=True):
         # Eight-bit floats are bits on CPUs, and in the interpreter.
-        narrow = isinstance(view.codec, Float8) and x.dtype == jnp.uint8
-        dtype = jnp.dtype(jnp.float8_e4m3fn if narrow else x.dtype)
+        dtype = jnp.dtype(x.dtype if name != "data" or form.dtype is None else form.dtype)
         streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
     return Spec(
         batch=request.query.shape[0],
@@ -211,7 +212,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         key_features=view.key_head_dim,
         value_features=view.value_head_dim,
         streams=tuple(streams),
-        codec=view.codec,
+        format=form,
         wide=jnp.dtype(wide),
         parts=parts,
         factor=wide == jnp.float16 and request.query.dtype != jnp.float16,
@@ -249,7 +250,7 @@ def _columns(count: int, features: int) -> tuple[int, int]:
 def _numbers(request: Request) -> tuple[Any, int]:
     """In which dtype products are taken, and of how many parts float32 numbers consist in it."""
     view = request.view
-    if isinstance(view.codec, Float8) or view.keys["data"].dtype == jnp.float16:
+    if common.format_of(view).dtype == jnp.float8_e4m3fn or view.keys["data"].dtype == jnp.float16:
         return jnp.float16, 2 if request.query.dtype == jnp.float32 else 1
     return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(request.query.dtype, 1)
 
@@ -277,8 +278,7 @@ def _split(query: Array, spec: Spec) -> tuple[Array, Array | None]:
 
 def _sums(query: Array, spec: Spec) -> Array:
     """float32 [B, heads, groups, cols]: sums of the query over the groups of channels, to go with the minima."""
-    codec: Any = spec.codec
-    size = codec.group_size
+    size = spec.format.group_size
     total = jnp.sum(query.astype(jnp.float32), axis=0)
     groups = math.ceil(spec.key_features / size)
     total = jnp.pad(total, ((0, 0), (0, 0), (0, 0), (0, groups * size - spec.key_features)))

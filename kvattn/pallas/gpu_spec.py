@@ -8,7 +8,7 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from kvattn.codecs import Codec, Int4
+from kvattn.codecs import Format
 from kvattn.codecs.grouped import segments
 from kvattn.masks import Mask
 from kvattn.pallas.tuning import GpuConfig
@@ -51,7 +51,7 @@ class Spec:
         key_features: H.
         value_features: Hv.
         streams: the arrays of the cache.
-        codec: how they are read.
+        format: how they are read.
         wide: dtype of the products.
         parts: of how many numbers of `wide` one of float32 consists.
         factor: whether scores are multiplied by a factor per column.
@@ -75,7 +75,7 @@ class Spec:
     key_features: int
     value_features: int
     streams: tuple[Stream, ...]
-    codec: Codec
+    format: Format
     wide: Any
     parts: int
     factor: bool
@@ -128,8 +128,8 @@ class Spec:
     def _step(self, features: int, size: int) -> int:
         """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
         cuts = [features]
-        if isinstance(self.codec, Int4):
-            cuts = [x for run in byte_runs(features, self.codec.group_size) for x in run] + [-(-features // 2)]
+        if self.format.is_grouped:
+            cuts = [x for run in byte_runs(features, self.format.group_size) for x in run] + [-(-features // 2)]
         return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
 
 
@@ -158,14 +158,14 @@ def scratch(spec: Spec) -> dict[str, Any]:
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
         "query_full": plgpu.Barrier(
-            num_arrivals=parts + 1 + spec.factor + spec.alibi + isinstance(spec.codec, Int4), num_barriers=2
+            num_arrivals=parts + 1 + spec.factor + spec.alibi + spec.format.is_grouped, num_barriers=2
         ),
         "query_free": plgpu.Barrier(num_barriers=2),
         "share": plgpu.SMEM((4,), jnp.int32),
         "shared_out": plgpu.Barrier(),
     }
     if spec.repacked:
-        count = parts if isinstance(spec.codec, Int4) else 1
+        count = parts if spec.format.is_grouped else 1
         found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
     if spec.decoded and spec.interpreted:
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
@@ -173,7 +173,7 @@ def scratch(spec: Spec) -> dict[str, Any]:
         found["factor"] = plgpu.SMEM((2, spec.lanes), F32)
     if spec.alibi:
         found["slopes"] = plgpu.SMEM((2, spec.lanes), F32)
-    if isinstance(spec.codec, Int4):
+    if spec.format.is_grouped:
         found["sums"] = plgpu.SMEM((2, spec.streams[1].features, spec.lanes), F32)
     return found
 

@@ -8,7 +8,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kvattn._typing import Array
-from kvattn.codecs import Int4, Int8
 from kvattn.codecs.grouped import unpack_pair
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
@@ -76,14 +75,14 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
-    if not isinstance(spec.codec, Int4):
+    if not spec.format.is_grouped:
         total: Any = 0.0
         for first, count in runs(spec.key_features):
             codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
             total = total + product(codes.astype(spec.wide), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     groups: dict[int, Any] = {}
-    for plane, group, start, unit in planes(keys, spec.key_features, spec.codec.group_size):
+    for plane, group, start, unit in planes(keys, spec.key_features, spec.format.group_size):
         left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
         part = product(left, start, plane.shape[1]) * unit
         groups[group] = part if group not in groups else groups[group] + part
@@ -120,7 +119,7 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
     shape = probs.shape
     values, back = shared["v_data"].at[slot], 1.0
     filled = kv_at >= 0
-    if spec.decoded and not isinstance(spec.codec, Int4):
+    if spec.decoded and not spec.format.is_grouped:
         scale = plgpu.load(shared["v_scale"].at[slot, 0], layout=TOKENS, optimized=False)
         probs = probs * spread(jnp.where(filled, scale, 0.0), shape, 0)
         if spec.wide == jnp.float16:
@@ -167,14 +166,14 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
             target.at[0, pl.ds(first, count)].T[...] = codes
 
-    if isinstance(spec.codec, Int8):
+    if jnp.issubdtype(values.dtype, jnp.integer) and not spec.format.is_grouped:
         rewrite(False)  # integers are finite, and the scales of empty slots are 0
-    elif not isinstance(spec.codec, Int4):
+    elif not spec.format.is_grouped:
         pl.when(whole)(lambda: rewrite(False))
         pl.when(jnp.logical_not(whole))(lambda: rewrite(True))
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-        for plane, group, start, unit in planes(values, spec.value_features, spec.codec.group_size):
+        for plane, group, start, unit in planes(values, spec.value_features, spec.format.group_size):
             scale, minimum = (
                 jnp.where(filled, x, 0.0) for x in unpack_pair(load("v_scale", group), load("v_minimum", group))
             )

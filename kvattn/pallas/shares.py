@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvattn._typing import Array
+from kvattn.attend.request import Request
 from kvattn.pallas.tiles import near_and_filled
-from kvattn.request import Request
 
 LANES = 128
 """Threads of a warpgroup: vectors over rows are padded to whole multiples."""

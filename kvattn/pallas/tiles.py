@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.request import Request
+from kvattn.attend.request import Request
 
 
 @typing.no_type_check

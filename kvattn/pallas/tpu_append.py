@@ -18,7 +18,8 @@ from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
-from kvattn.pallas import interpreted, tpu_read
+from kvattn.pallas import tpu_read
+from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tpu_decode import INTERPRETER, params
 
 ROWS = (32, 16, 8)

@@ -17,10 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.codecs import Int4
-from kvattn.pallas import common, interpreted, tiles, tpu_read
+from kvattn.attend.request import Request, grouped, ungrouped
+from kvattn.pallas import common, tiles, tpu_read
+from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
-from kvattn.request import Request, grouped, ungrouped
 
 ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
 """One tile after the other, by one core: a row's state goes from tile to tile."""
@@ -57,6 +57,7 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
 def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Array, Array | None]:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view, mask, config = request.view, request.mask, config or config_for(request)
+    form = common.format_of(view)
     batch, length = request.query.shape[:2]
     heads, rows = view.num_kv_heads, rows_of(view, config)
     query = grouped(request.query, heads)
@@ -67,7 +68,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
     count = group * length
     padded = -(-count // 16) * 16
     query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
-    query = tpu_read.spread(query, view.codec)
+    query = tpu_read.spread(query, form)
     at = jnp.pad(common.query_positions(request), ((0, 0), (0, padded - count)), constant_values=-1)
 
     slots = -(-_tokens(view) // rows) * rows
@@ -118,7 +119,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
         readers=[
             functools.partial(
                 tpu_read.Store,
-                codec=view.codec,
+                format=form,
                 last=tpu_read.tokens_last(store["data"].shape[-1]),
                 head_dim=head_dim,
                 wide=wide,
@@ -152,7 +153,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Ar
     )(*scalars, *inputs)
 
     split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
-    out, lse = tpu_read.restored(split(out), view.codec), split(lse)[..., 0]
+    out, lse = tpu_read.restored(split(out), form), split(lse)[..., 0]
     if not request.want_mass:
         return out, lse, None
     (scores,) = scores
@@ -176,7 +177,7 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
     tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
     count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
-    groups = view.keys["scale"].shape[-2] if isinstance(view.codec, Int4) else 1
+    groups = view.keys["scale"].shape[-2] if common.format_of(view).is_grouped else 1
     queries = count * groups * wide(view.key_head_dim)
     results = count * (wide(view.value_head_dim) + tpu_read.LANES + (rows if request.want_mass else 0))
     return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)

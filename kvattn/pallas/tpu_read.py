@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from kvattn._typing import Array
-from kvattn.codecs import Codec, Float8, Int4
+from kvattn.codecs import Codec, Format
 from kvattn.codecs.float8 import widen
 from kvattn.codecs.grouped import num_groups
 from kvattn.pallas import tpu_bits
@@ -32,11 +32,11 @@ def tokens_last(features: int) -> bool:
 
 def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None:
     """Why an array of `tokens` neighbouring tokens cannot be read where it lies; None: it can."""
-    features = data.shape[-1]
-    if isinstance(codec, Int4):
+    features, form = data.shape[-1], codec.format
+    if form is not None and form.is_grouped:
         if head_dim % 64 or not tokens_last(features):
             return f"it reads {codec} for heads of an odd multiple of 64 or of 128, not of {head_dim}"
-        if num_groups(head_dim, codec.group_size) not in GROUPS:
+        if num_groups(head_dim, form.group_size) not in GROUPS:
             return f"it reads Int4 in 1, 2, 4 or 8 groups per head, not {codec} for heads of {head_dim}"
     if not tokens_last(features):
         return None
@@ -50,19 +50,19 @@ def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None
     return None
 
 
-def spread(query: Array, codec: Codec) -> Array:
-    """Rows [..., M, H] as `Store.scores` wants them: for `Int4` [..., G M, H], each group's channels in rows alone."""
-    if not isinstance(codec, Int4):
+def spread(query: Array, form: Format) -> Array:
+    """Rows [..., M, H] as `Store.scores` wants them: of groups [..., G M, H], each group's channels in rows alone."""
+    if not form.is_grouped:
         return query
     turn = lambda x: x.reshape(*x.shape[:-1], 2, -1, 2).swapaxes(-1, -2).reshape(x.shape)
-    query, groups = turn(query), turn(np.arange(query.shape[-1])) // codec.group_size
+    query, groups = turn(query), turn(np.arange(query.shape[-1])) // form.group_size
     alone = [jnp.where(groups == g, query, jnp.zeros_like(query)) for g in range(groups.max() + 1)]
     return jnp.concatenate(alone, axis=-2)
 
 
-def restored(out: Array, codec: Codec) -> Array:
+def restored(out: Array, form: Format) -> Array:
     """What `Store.mix` gives, [..., H], with its channels in order."""
-    if not isinstance(codec, Int4):
+    if not form.is_grouped:
         return out
     return out.reshape(*out.shape[:-1], 2, 2, -1).swapaxes(-1, -2).reshape(out.shape)
 
@@ -74,21 +74,21 @@ class Store:
 
     Attributes:
         parts: the blocks of each array: one [1, 1, K, ...], or for pages some [K, 1, ...].
-        codec: how they are stored.
+        format: how they are stored.
         last: whether the data lies with its tokens last.
         head_dim: H.
         wide: dtype of the products' operands.
     """
 
     parts: dict[str, list[Any]]
-    codec: Codec
+    format: Format
     last: bool
     head_dim: int
     wide: Any
 
     def scores(self, query: Array, k: int, scale: float) -> Array:
         """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k."""
-        if isinstance(self.codec, Int4):
+        if self.format.is_grouped:
             return self._grouped_scores(query, k, scale)
         scores = self._product(query, self._data(k).astype(self.wide), along_tokens=False)
         return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
@@ -101,8 +101,8 @@ class Store:
             k: the head.
             filled: bool [1, R], the slots that hold something; None: all do.
         """
-        if isinstance(self.codec, Int4):
-            return self._grouped_mix(self.codec, probs, k, filled)
+        if self.format.is_grouped:
+            return self._grouped_mix(probs, k, filled)
         if "scale" in self.parts:
             factor = self._row("scale", k)
             probs = probs * (factor if filled is None else jnp.where(filled, factor, 0.0))
@@ -117,7 +117,7 @@ class Store:
     def _data(self, k: int) -> Array:
         """[R, H] or [H, R]."""
         tile = _joined(self.parts["data"], k, axis=1 if self.last else 0)
-        return widen(tile) if isinstance(self.codec, Float8) else tile
+        return widen(tile) if self.format.dtype == jnp.float8_e4m3fn else tile
 
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
@@ -165,7 +165,7 @@ class Store:
             total = total + products[rows] * (step * scale) + sums[rows] * ((low - self._offset * step) * scale)
         return total
 
-    def _grouped_mix(self, codec: Int4, probs: Array, k: int, filled: Array | None) -> Array:
+    def _grouped_mix(self, probs: Array, k: int, filled: Array | None) -> Array:
         """Per group: (probs * scale) . codes + probs . minimum."""
         weights, means = [], []
         for step, low in self._pair(k):
@@ -179,7 +179,7 @@ class Store:
         # Each group's rows of the product are good for its own channels; `_codes` has them in its order.
         width, count = self.head_dim // 2, probs.shape[0]
         lane = jax.lax.broadcasted_iota(jnp.int32, (count, self.head_dim), 1)
-        group = (lane // width * width + lane % (width // 2) * 2 + lane // (width // 2) % 2) // codec.group_size
+        group = (lane // width * width + lane % (width // 2) * 2 + lane // (width // 2) % 2) // self.format.group_size
         out = products[:count] + means[0]
         for g in range(1, len(means)):
             out = jnp.where(group == g, products[g * count : (g + 1) * count] + means[g], out)

@@ -6,7 +6,6 @@ the device kind (``tuned/``, from runs under ``benchmarks/results``), a rule tha
 
 import dataclasses
 import functools
-import importlib
 import importlib.resources
 import json
 import os
@@ -21,10 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from kvattn._typing import Array
+from kvattn.attend import registry
+from kvattn.attend.request import Request
 from kvattn.cache.base import Cache
 from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.masks import Mask
-from kvattn.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,11 @@ class TpuConfig:
 
 
 Config = GpuConfig | TpuConfig
-_KERNELS = {"mosaic_gpu": GpuConfig, "mosaic_tpu": TpuConfig}
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "mosaic_gpu": tuple(GpuConfig(t, s, b) for t in (64, 128) for b in (1, 2, 3) for s in (2, 3, 4, 6)),
+    "mosaic_tpu": tuple(TpuConfig(1 << n, rows) for n in (19, 20, 21, 22) for rows in (256, 512, 1024)),
+}
+"""What `tune` tries."""
 _USED: dict[str, Config] = {}
 
 
@@ -114,9 +118,17 @@ def _shipped(device_kind: str) -> dict[str, Config]:
 
 def _read(text: str, name: str) -> dict[str, Config]:
     try:
-        return {key: _KERNELS[key.split()[0]](**sizes) for key, sizes in json.loads(text)["sizes"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {key: _kind(key.split()[0])(**sizes) for key, sizes in json.loads(text)["sizes"].items()}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"{name} is no table of sizes as kvattn.pallas.tuning.save writes it: {error}.") from error
+
+
+def _kind(name: str) -> type[Any]:
+    """The class of the sizes of a kernel."""
+    sizes = registry.named(name).sizes
+    if sizes is None:
+        raise ConfigError(f"{name!r} has no sizes to tune.")
+    return sizes.kind
 
 
 def tune(
@@ -145,26 +157,19 @@ def tune(
         UnsupportedError: there is no kernel to tune for this call on this device.
         ConfigError: no candidate ran.
     """
-    name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
-    if name is None:
+    tunable = [(one, one.sizes) for one in map(registry.named, registry.made_for()) if one.sizes is not None]
+    if not tunable:
         raise UnsupportedError(f"there is no kernel to tune on {jax.default_backend()!r}, the default backend here.")
-    # Kernels ask for their sizes here, so they are loaded late.
-    kernel = importlib.import_module(f"kvattn.pallas.{jax.default_backend()}_decode")
+    ((implementation, sizes), *_) = tunable
+    kernel: Any = implementation.load()
     positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     request = Request(query, positions, cache.view(), None, mask=mask or Mask(), scale=query.shape[-1] ** -0.5)
     if (reason := kernel.unsupported(request)) is not None:
-        raise UnsupportedError(f"{name!r}: {reason}.")
+        raise UnsupportedError(f"{implementation.name!r}: {reason}.")
     if candidates is None:
-        candidates = [c for c in CANDIDATES[name] if kernel.fits(request, c)]
+        candidates = [c for c in sizes.candidates if kernel.fits(request, c)]
     attend = lambda config, request: kernel.attend(request, config)[0]
     return measure(attend, kernel.key(request), candidates, request, repeats, progress)
-
-
-CANDIDATES: dict[str, tuple[Config, ...]] = {
-    "mosaic_gpu": tuple(GpuConfig(t, s, b) for t in (64, 128) for b in (1, 2, 3) for s in (2, 3, 4, 6)),
-    "mosaic_tpu": tuple(TpuConfig(1 << n, rows) for n in (19, 20, 21, 22) for rows in (256, 512, 1024)),
-}
-"""What `tune` tries."""
 
 
 def measure(

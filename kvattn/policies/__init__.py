@@ -1,6 +1,7 @@
 """Which tokens are kept. One file per policy; none knows a cache class, a codec or a mesh."""
 
 from kvattn.policies.base import NOWHERE as NOWHERE
+from kvattn.policies.base import Context as Context
 from kvattn.policies.base import Policy as Policy
 from kvattn.policies.fastgen import FastGen as FastGen
 from kvattn.policies.full import Full as Full
@@ -13,6 +14,7 @@ __all__ = [
     "ALL",
     "H2O",
     "NOWHERE",
+    "Context",
     "FastGen",
     "Full",
     "Policy",

@@ -6,15 +6,18 @@ remember between steps is its state, a pytree that the cache carries along.
 
 One step of the cache asks, in this order::
 
-    fits             may these tokens be appended at all?
-    place, observe   one new token: its slot, before attending; then what it attended to: score, evict
-    measure, absorb  several new tokens: what they attended to; then score, evict, and their slots
+    fits                     may these tokens be appended at all?
+    place, enter, observe    one new token: its slot, before it attends; then what it attended to: score, evict
+    measure, absorb          several new tokens: what they attended to; then score, evict, and their slots
+
+What it is told of the step is a `Context`.
 """
 
 import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
@@ -25,14 +28,47 @@ NOWHERE = -1
 """The slot of a token that is not kept."""
 
 State = Any
+"""What a policy remembers: a tree of arrays that it alone knows."""
+
+Measured = Any
+"""What `Policy.measure` returns: a tree of arrays."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What a policy is told of a step.
+
+    Attributes:
+        lengths: tokens seen before the step.
+        num_new: real tokens among the T that come.
+        num_tokens: T, pads included.
+        num_slots: C.
+        token_ids: which tokens come; None where the caller did not say.
+    """
+
+    lengths: Int32[Array, " B"]
+    num_new: Int32[Array, " B"]
+    num_tokens: int
+    num_slots: int
+    token_ids: Int32[Array, "B T"] | None = None
+
+    @property
+    def positions(self) -> Int32[Array, "B T"]:
+        """The positions of the new tokens, EMPTY for pads."""
+        t = jnp.arange(self.num_tokens, dtype=jnp.int32)[None]
+        return jnp.where(t < self.num_new[:, None], self.lengths[:, None] + t, EMPTY)
+
+    @property
+    def last(self) -> Int32[Array, " B"]:
+        """The position of the last token once the new ones are in; -1 in a row without tokens."""
+        return self.lengths + self.num_new - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Base of the policies. Subclasses override what differs from keeping everything.
 
-    In every method: `lengths` int32 [B] are the tokens seen so far, `num_new` int32 [B] the real
-    tokens among the T that come, `num_slots` is C, `token_ids` int32 [B, T] or None.
+    `kvattn.policies.register` makes one known by its name.
     """
 
     needs_mass: ClassVar[bool] = False
@@ -43,6 +79,14 @@ class Policy:
 
     per_head: ClassVar[bool] = False
     """Whether key/value heads keep different tokens: slots and positions then carry a K axis."""
+
+    in_order: ClassVar[bool] = False
+    """Whether slot s holds the token of position s for ever. Inherited as long as nothing is placed anew."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "in_order" not in vars(cls) and {"place", "positions", "absorb"} & set(vars(cls)):
+            cls.in_order = False
 
     def mask(self) -> Mask:
         """The rule a query of this policy attends by."""
@@ -56,144 +100,107 @@ class Policy:
 
     def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
         """The state of an empty cache; its arrays have B as their first axis, then K where heads differ."""
-        del batch_size, num_kv_heads, num_slots
         return ()
 
-    def sink_positions(self, positions: Array) -> tuple[int, Array] | None:
+    def sink_positions(self, positions: Int32[Array, "B T"]) -> tuple[int, Int32[Array, "B T"]] | None:
         """For policies whose first tokens are seen from another distance than their true one.
 
         Args:
-            positions: int32 [B, T], the true positions of the queries.
+            positions: the true positions of the queries.
 
         Returns:
             None, or (n, positions): to the first n tokens of the sequence the query is at these positions.
         """
-        del positions
         return None
 
-    def places(self, state: State) -> Array | None:
+    def cache_positions(self, state: State) -> Int32[Array, "B K C"] | None:
         """For policies whose tokens are all seen from where they stand in the cache.
 
         Returns:
-            None; or int32 [B, K, C]: how many kept tokens come before that of each slot, EMPTY where there is none.
-            All heads of a row keep equally many.
+            None; or how many kept tokens come before that of each slot, EMPTY where there is none. All heads of a row
+            keep equally many.
         """
-        del state
         return None
 
-    def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
-        """bool [B]: whether the tokens can be appended without losing one that is still needed."""
-        del state
-        return lengths + num_new <= num_slots
+    def fits(self, state: State, step: Context) -> Rows:
+        """Whether the tokens can be appended without losing one that is still needed."""
+        return step.lengths + step.num_new <= step.num_slots
 
-    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
-        """int32 [B, T] (or [B, K, T]): the slot of each new token, NOWHERE for those not kept."""
-        del state, num_slots
-        t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        return jnp.where(t < num_new[:, None], lengths[:, None] + t, NOWHERE)
+    def place(self, state: State, step: Context) -> Int32[Array, "B *K T"]:
+        """The slot of each new token, NOWHERE for those not kept."""
+        return jnp.where(step.positions >= 0, step.positions, NOWHERE)
 
-    def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
+    def enter(self, state: State, slots: Int32[Array, "B *K 1"], step: Context) -> State:
         """The state once one new token (T = 1) lies in its slot, before it is attended to."""
-        del slots, lengths, num_new
         return state
 
     def observe(
-        self,
-        state: State,
-        slots: Array,
-        lengths: Array,
-        num_new: Array,
-        num_slots: int,
-        mass: Array | None,
-        token_ids: Array | None,
+        self, state: State, slots: Int32[Array, "B *K 1"], mass: Float[Array, "B K C"] | None, step: Context
     ) -> State:
         """After one new token (T = 1) was written and attended; may evict.
 
         Args:
             state: as `enter` left it.
             slots: where the token went, as `place` said.
-            lengths: int32 [B], without it.
-            num_new: int32 [B], 0 or 1.
-            num_slots: C.
-            mass: float32 [B, K, C], the mean attention each slot received over the query heads of its group; None
-                unless `needs_mass`.
-            token_ids: int32 [B, 1] or None.
+            mass: float32, the mean attention each slot received over the query heads of its group; None unless
+                `needs_mass`.
+            step: without the token in `lengths`; `num_new` is 0 or 1.
         """
-        del slots, lengths, num_new, num_slots, mass, token_ids
         return state
 
     def measure(
         self,
         state: State,
-        probs: Array,
-        q_positions: Array,
-        kv_positions: Array,
-        lengths: Array,
-        num_new: Array,
-    ) -> Any:
+        probs: Float[Array, "B K T R"],
+        q_positions: Int32[Array, "B T"],
+        kv_positions: Int32[Array, "B #K R"],
+        step: Context,
+    ) -> Measured:
         """What `absorb` wants to know of the attention of several new tokens; only if `needs_mass`.
 
         Called for blocks of queries and slots; results of query blocks are added up.
 
         Args:
             state: before the tokens came.
-            probs: float32 [B, K, T, R], probabilities, mean over the query heads of the group; 0 for pads.
-            q_positions: int32 [B, T], EMPTY for pads.
-            kv_positions: int32 [B, 1 or K, R].
-            lengths: int32 [B], before the new tokens.
-            num_new: int32 [B].
+            probs: float32, probabilities, mean over the query heads of the group; 0 for pads.
+            q_positions: EMPTY for pads.
+            kv_positions: EMPTY for empty slots and pads.
+            step: the whole step, of which the queries may be a block.
 
         Returns:
             a tree of arrays [B, K, R, ...].
         """
-        del state, q_positions, kv_positions, lengths, num_new
         return jnp.sum(probs, axis=2)
 
     def absorb(
-        self,
-        state: State,
-        lengths: Array,
-        num_new: Array,
-        num_tokens: int,
-        num_slots: int,
-        kept: Any,
-        new: Any,
-        token_ids: Array | None,
-    ) -> tuple[State, Array]:
+        self, state: State, kept: Measured, new: Measured, step: Context
+    ) -> tuple[State, Int32[Array, "B *K T"]]:
         """`place` and `observe` for several tokens at once, after they attended; may evict.
 
         Args:
             state: before the tokens came.
-            lengths: int32 [B], without them.
-            num_new: int32 [B].
-            num_tokens: T.
-            num_slots: C.
             kept: `measure` of the slots, [B, K, C, ...]; None unless `needs_mass`.
             new: `measure` of the new tokens, [B, K, T, ...]; None unless `needs_mass`.
-            token_ids: int32 [B, T] or None.
+            step: without the tokens in `lengths`.
 
         Returns:
             the new state, and the slots as `place`.
         """
-        del kept, new, token_ids
-        return state, self.place(state, lengths, num_new, num_tokens, num_slots)
+        return state, self.place(state, step)
 
-    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """int32 [B, C] (or [B, K, C]): the position of the token each slot holds, EMPTY if none."""
-        del state
+    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B *K C"]:
+        """The position of the token each slot holds, EMPTY if none."""
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         return jnp.where(slot < lengths[:, None], slot, EMPTY)
 
-    def kept(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """int32 [B] (or [B, K]): tokens kept."""
+    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B *K"]:
+        """Tokens kept."""
         return jnp.sum(self.positions(state, lengths, num_slots) >= 0, axis=-1, dtype=jnp.int32)
 
-    def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
-        """bool [B]: whether the last `num_tokens` can be taken back as if they had never come."""
-        del state, num_slots
+    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+        """Whether the last `num_tokens` can be taken back as if they had never come."""
         return jnp.ones_like(lengths, bool) & (num_tokens >= 0)
 
-    def trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> State:
+    def trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> State:
         """The state after the last `num_tokens` are taken back."""
-        del lengths, num_tokens, num_slots
         return state

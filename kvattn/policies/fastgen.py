@@ -3,19 +3,19 @@
 import dataclasses
 import typing
 from collections.abc import Iterable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 from kvattn import _checks, _manual
-from kvattn._trees import Tree, portable
-from kvattn._typing import Array
+from kvattn._trees import portable
+from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.masks import EMPTY
 from kvattn.policies import scored
-from kvattn.policies.base import Policy, State
+from kvattn.policies.base import Context
 
 SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 """What a head keeps, cheapest first; each keeps all that the one before it keeps."""
@@ -25,18 +25,16 @@ SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 @portable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Profile(Tree):
+class Profile(scored.ScoredState):
     """What each head keeps, and what lies in its slots.
 
     Attributes:
-        positions: int32 [B, K, C], EMPTY where free.
         scores: float32 [B, K, C], attention received so far.
         kinds: int32 [B, K, C]: 2 for a special token, 1 for punctuation, 0 for others.
         choice: int32 [B, K]: SPECIAL ... FULL; EMPTY before the prompt.
         prompt: int32 [B]: tokens of the prompt.
     """
 
-    positions: Array
     scores: Array
     kinds: Array
     choice: Array
@@ -44,7 +42,7 @@ class Profile(Tree):
 
 
 @dataclasses.dataclass(frozen=True)
-class FastGen(Policy):
+class FastGen(scored.ScoredPolicy):
     """Chooses, per row and key/value head, the cheapest of five nested ways to keep the prompt's attention.
 
     1. special tokens; 2. and punctuation; 3. and the `frequent` share of the prompt that received most attention; 4.
@@ -74,9 +72,6 @@ class FastGen(Policy):
     frequent: float = 0.3
     local: float = 0.3
 
-    needs_mass: ClassVar[bool] = True
-    per_head: ClassVar[bool] = True
-
     def __post_init__(self):
         for name in ("recovery", "frequent", "local"):
             number = getattr(self, name)
@@ -103,48 +98,40 @@ class FastGen(Policy):
             raise ConfigError("under FastGen a head may keep everything: give the cache a capacity.")
         return _checks.integer("capacity", capacity, 1)
 
-    def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
+    def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> Profile:
         """Nothing kept, nothing chosen."""
         shape = (batch_size, num_kv_heads, num_slots)
         return Profile(
-            jnp.full(shape, EMPTY, jnp.int32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros(shape, jnp.int32),
-            jnp.full(shape[:2], EMPTY, jnp.int32),
-            jnp.zeros(shape[:1], jnp.int32),
+            positions=jnp.full(shape, EMPTY, jnp.int32),
+            cache_positions=None,
+            scores=jnp.zeros(shape, jnp.float32),
+            kinds=jnp.zeros(shape, jnp.int32),
+            choice=jnp.full(shape[:2], EMPTY, jnp.int32),
+            prompt=jnp.zeros(shape[:1], jnp.int32),
         )
 
-    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """As remembered."""
-        del lengths, num_slots
-        return state.positions
-
-    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
-        """A free slot; there is one while fewer tokens than slots were seen."""
-        del lengths, num_tokens, num_slots
-        return scored.first_free(state.positions, num_new)
-
-    def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
-        """The new token starts without a score."""
-        del num_new
-        return dataclasses.replace(
-            state,
-            positions=scored.enter(state.positions, slots, lengths[:, None]),
-            scores=scored.enter(state.scores, slots, jnp.zeros_like(lengths, jnp.float32)[:, None]),
+    def enter(self, state: Profile, slots: Int32[Array, "B K 1"], step: Context) -> Profile:
+        """The new token has its kind, and starts without a score."""
+        none = jnp.zeros_like(step.lengths, jnp.float32)[:, None]
+        return (
+            super()
+            .enter(state, slots, step)
+            .replace(
+                scores=scored.put(state.scores, slots, none), kinds=scored.put(state.kinds, slots, self._kinds(step))
+            )
         )
 
-    def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
+    def observe(
+        self, state: Profile, slots: Int32[Array, "B K 1"], mass: Float[Array, "B K C"], step: Context
+    ) -> Profile:
         """Adds the attention received; lets go of what the ways of the heads no longer keep."""
-        del num_slots
-        kinds = scored.enter(state.kinds, slots, self._kinds(token_ids, lengths[:, None]))
-        came = (num_new > 0)[:, None, None]
+        came = (step.num_new > 0)[:, None, None]
         there = state.positions >= 0
-        scores = jnp.where(there & came, state.scores + mass, state.scores)
-        first = (num_new > 0) & (lengths == 0)
-        choice = jnp.where(first[:, None], FULL, state.choice)  # as `_choose` does for a single token
-        prompt = jnp.where(first, num_new, state.prompt)
-        last = lengths + num_new - 1
-        bound = self._bound(kinds, state.positions, choice, prompt, last) & there & came
+        scores = scored.added(state, mass, step)
+        starts = self._starts(step)
+        choice = jnp.where(starts[:, None], FULL, state.choice)  # as `_choose` does for a single token
+        prompt = jnp.where(starts, step.num_new, state.prompt)
+        bound = self._bound(state.kinds, state.positions, choice, prompt, step) & there & came
         share = jnp.where(choice >= FREQUENT, self._share(self.frequent, prompt)[:, None], 0)[..., None]
 
         def too_many(bound: Array) -> tuple[Array, Array]:
@@ -161,51 +148,65 @@ class FastGen(Policy):
             lambda: bound & ~scored.best(scores, state.positions, there, share),
             lambda: lowest & over,
         )
-        return Profile(jnp.where(leaves, EMPTY, state.positions), scores, kinds, choice, prompt)
+        positions = jnp.where(leaves, EMPTY, state.positions)
+        return state.replace(positions=positions, scores=scores, choice=choice, prompt=prompt)
 
-    def measure(self, state, probs, q_positions, kv_positions, lengths, num_new):
+    def measure(
+        self,
+        state: Profile,
+        probs: Float[Array, "B K T R"],
+        q_positions: Int32[Array, "B T"],
+        kv_positions: Int32[Array, "B #K R"],
+        step: Context,
+    ) -> Float[Array, "B K R 2"]:
         """Attention received, and the part of it that came from near by."""
-        prompt = jnp.where(lengths == 0, num_new, state.prompt)
+        prompt = jnp.where(self._starts(step), step.num_new, state.prompt)
         near = kv_positions[:, :, None, :] > (q_positions - self._share(self.local, prompt)[:, None])[:, None, :, None]
         return jnp.stack([jnp.sum(probs, axis=2), jnp.sum(jnp.where(near, probs, 0), axis=2)], axis=-1)
 
-    def absorb(self, state, lengths, num_new, num_tokens, num_slots, kept, new, token_ids):
+    def absorb(
+        self, state: Profile, kept: Float[Array, "B K C 2"], new: Float[Array, "B K T 2"], step: Context
+    ) -> tuple[Profile, Int32[Array, "B K T"]]:
         """Profiles rows that were empty; keeps what the heads' ways keep."""
-        chunk = scored.chunk_positions(lengths, num_new, num_tokens)
-        here = jnp.broadcast_to(chunk[:, None], new.shape[:3])
-        kinds_new = jnp.broadcast_to(self._kinds(token_ids, chunk)[:, None], here.shape)
-        positions = jnp.concatenate([state.positions, here], axis=-1)
+        positions = scored.joined(state.positions, step)
+        kinds_new = jnp.broadcast_to(self._kinds(step)[:, None], new.shape[:3])
         kinds = jnp.concatenate([state.kinds, kinds_new], axis=-1)
         scores = jnp.concatenate([state.scores + kept[..., 0], new[..., 0]], axis=-1)
         near = jnp.concatenate([kept[..., 1], new[..., 1]], axis=-1)
         there = positions >= 0
-        last = lengths + num_new - 1
 
-        first = (num_new > 0) & (lengths == 0)
-        prompt = jnp.where(first, num_new, state.prompt)
+        starts = self._starts(step)
+        prompt = jnp.where(starts, step.num_new, state.prompt)
         frequent = scored.best(scores, positions, there, self._share(self.frequent, prompt)[:, None, None])
         chosen = self._choose(scores, near, kinds, frequent, there, prompt)
-        choice = jnp.where(first[:, None], chosen, state.choice)
+        choice = jnp.where(starts[:, None], chosen, state.choice)
 
-        bound = self._bound(kinds, positions, choice, prompt, last)
+        bound = self._bound(kinds, positions, choice, prompt, step)
         keep = there & (~bound | (frequent & (choice >= FREQUENT)[..., None]))
-        move, where = scored.settle(keep[..., :num_slots], keep[..., num_slots:])
-        state = Profile(
-            move(state.positions, here, EMPTY),
-            move(scores[..., :num_slots], new[..., 0], 0),
-            move(state.kinds, kinds_new, 0),
-            choice,
-            prompt,
+        settled, slots = scored.settle(keep, step.num_slots)
+        state = state.replace(
+            positions=settled(positions, EMPTY),
+            scores=settled(scores, 0),
+            kinds=settled(kinds, 0),
+            choice=choice,
+            prompt=prompt,
         )
-        return state, where
+        return state, slots
 
-    def can_trim(self, state, lengths, num_tokens, num_slots):
-        """Only by nothing: profiles and scores cannot be taken back."""
-        del state, num_slots, lengths
-        return num_tokens == 0
+    def _starts(self, step: Context) -> Rows:
+        """The rows whose prompt comes with this step."""
+        return (step.num_new > 0) & (step.lengths == 0)
 
-    def _choose(self, scores, near, kinds, frequent, there, prompt) -> Array:
-        """int32 [B, K]: the first way that keeps enough of the prompt's attention."""
+    def _choose(
+        self,
+        scores: Float[Array, "B K S"],
+        near: Float[Array, "B K S"],
+        kinds: Int32[Array, "B K S"],
+        frequent: Bool[Array, "B K S"],
+        there: Bool[Array, "B K S"],
+        prompt: Int32[Array, " B"],
+    ) -> Int32[Array, "B K"]:
+        """The first way that keeps enough of the prompt's attention."""
         total = jnp.maximum(prompt, 1).astype(jnp.float32)[:, None]
         special, punctuation = kinds == 2, kinds >= 1
         common = punctuation | frequent
@@ -227,17 +228,24 @@ class FastGen(Policy):
         # A row that starts with a single token has nothing to profile: all its heads keep everything.
         return jnp.where((prompt == 1)[:, None], FULL, jnp.argmax(enough, axis=-1).astype(jnp.int32))
 
-    def _bound(self, kinds, positions, choice, prompt, last) -> Array:
-        """bool [B, K, S]: tokens that a head keeps only as far as its share of frequent ones goes."""
+    def _bound(
+        self,
+        kinds: Int32[Array, "B K S"],
+        positions: Int32[Array, "B K S"],
+        choice: Int32[Array, "B K"],
+        prompt: Int32[Array, " B"],
+        step: Context,
+    ) -> Bool[Array, "B K S"]:
+        """The tokens that a head keeps only as far as its share of frequent ones goes."""
         choice = choice[..., None]
         ordinary = jnp.where(choice == SPECIAL, kinds < 2, kinds < 1)
-        recent = positions > (last - self._share(self.local, prompt))[:, None, None]
+        recent = positions > (step.last - self._share(self.local, prompt))[:, None, None]
         return ordinary & (choice != FULL) & ~(recent & (choice == LOCAL))
 
-    def _kinds(self, token_ids: Array | None, like: Array) -> Array:
-        """int32 of like's shape [B, T]: 2 special, 1 punctuation, 0 others."""
-        kinds = jnp.zeros_like(like, jnp.int32)
-        if token_ids is None:
+    def _kinds(self, step: Context) -> Int32[Array, "B T"]:
+        """Of the new tokens: 2 special, 1 punctuation, 0 others."""
+        kinds = jnp.zeros_like(step.positions)
+        if step.token_ids is None:
             if self.special_tokens or self.punctuation_tokens:
                 raise ConfigError(
                     "FastGen with special_tokens or punctuation_tokens looks at tokens: pass token_ids int32 [B, T] to "
@@ -248,9 +256,9 @@ class FastGen(Policy):
             ids = [i for i in ids if abs(i) <= _checks.INT32_MAX]  # token ids are int32: others match none
             if ids:
                 known = jnp.asarray(ids, jnp.int32)[None, None]
-                kinds = jnp.where(jnp.any(token_ids[..., None] == known, axis=-1), kind, kinds)
+                kinds = jnp.where(jnp.any(step.token_ids[..., None] == known, axis=-1), kind, kinds)
         return kinds
 
-    def _share(self, share: float, prompt: Array) -> Array:
-        """int32 [B]: a share of the prompt, rounded down (a hair's breadth is forgiven to float32)."""
+    def _share(self, share: float, prompt: Int[Array, " B"]) -> Int32[Array, " B"]:
+        """A share of the prompt, rounded down (a hair's breadth is forgiven to float32)."""
         return jnp.floor(prompt.astype(jnp.float32) * share + 1e-4).astype(jnp.int32)

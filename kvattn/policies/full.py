@@ -1,8 +1,10 @@
 """`Full`: keep every token."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Int32
 
 from kvattn._typing import Array
 from kvattn.policies.base import Policy, State
@@ -16,7 +18,8 @@ class Full(Policy):
     and is an error (`CapacityError`).
     """
 
-    def kept(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """int32 [B]: tokens kept, all that were seen."""
-        del state, num_slots
+    in_order: ClassVar[bool] = True
+
+    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, " B"]:
+        """Tokens kept, all that were seen."""
         return jnp.asarray(lengths)

@@ -1,19 +1,38 @@
 """`H2O`: heavy hitters and recent tokens (Zhang et al., arXiv:2306.14048)."""
 
 import dataclasses
+import typing
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
 from kvattn import _checks
-from kvattn._typing import Array, Rows
-from kvattn.errors import ConfigError, RangeError
+from kvattn._trees import portable
+from kvattn._typing import Array
+from kvattn.errors import RangeError
+from kvattn.masks import EMPTY
 from kvattn.policies import scored
-from kvattn.policies.base import Policy, State
+from kvattn.policies.base import Context
+
+
+@typing.no_type_check
+@portable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores(scored.ScoredState):
+    """Which token lies in which slot, and its score.
+
+    Attributes:
+        scores: float32 [B, K, C], attention received so far.
+    """
+
+    scores: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class H2O(Policy):
+class H2O(scored.BudgetPolicy):
     """Keeps the `num_recent` last tokens and the `num_heavy` older ones that received most attention so far.
 
     One new token: it is appended and attends to all that is kept, num_heavy + num_recent + 1 tokens at most; every
@@ -38,8 +57,7 @@ class H2O(Policy):
     num_recent: int
     positions_in: str = dataclasses.field(default="original", kw_only=True)
 
-    needs_mass: ClassVar[bool] = True
-    per_head: ClassVar[bool] = True
+    budget_terms: ClassVar[str] = "num_heavy + num_recent"
 
     def __post_init__(self):
         _checks.integer("num_heavy", self.num_heavy, 0, RangeError)
@@ -53,80 +71,44 @@ class H2O(Policy):
         """Tokens kept between two steps."""
         return self.num_heavy + self.num_recent
 
-    def num_slots(self, capacity: int | None) -> int:
-        """C: the budget and one slot for the token that comes."""
-        if capacity is not None and _checks.integer("capacity", capacity, 1) < self.budget + 1:
-            raise ConfigError(
-                f"{self} holds num_heavy + num_recent + 1 = {self.budget + 1} tokens while it attends, got capacity "
-                f"{capacity}: leave capacity None, or make the budget smaller."
-            )
-        return self.budget + 1
-
-    def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> State:
+    def init(self, batch_size: int, num_kv_heads: int, num_slots: int) -> Scores:
         """All slots free."""
-        return scored.Slots.empty(batch_size, num_kv_heads, num_slots, places=self.positions_in == "cache")
+        shape = (batch_size, num_kv_heads, num_slots)
+        return Scores(*self.free(*shape), jnp.zeros(shape, jnp.float32))
 
-    def places(self, state: State) -> Array | None:
-        """As remembered."""
-        return state.places
-
-    def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
-        """Always."""
-        del state, lengths, num_slots
-        return num_new >= 0
-
-    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """As remembered."""
-        del lengths, num_slots
-        return state.positions
-
-    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
-        """The free slot."""
-        del lengths, num_tokens, num_slots
-        return scored.first_free(state.positions, num_new)
-
-    def enter(self, state: State, slots: Array, lengths: Array, num_new: Array) -> State:
+    def enter(self, state: Scores, slots: Int32[Array, "B K 1"], step: Context) -> Scores:
         """The new token starts without a score."""
-        del num_new
-        return scored.Slots(
-            scored.enter(state.positions, slots, lengths[:, None]),
-            scored.enter(state.scores, slots, jnp.zeros_like(lengths, jnp.float32)[:, None]),
-            None if state.places is None else scored.enter_last(state.places, slots),
-        )
+        none = jnp.zeros_like(step.lengths, jnp.float32)[:, None]
+        return super().enter(state, slots, step).replace(scores=scored.put(state.scores, slots, none))
 
-    def observe(self, state, slots, lengths, num_new, num_slots, mass, token_ids) -> State:
+    def observe(
+        self, state: Scores, slots: Int32[Array, "B K 1"], mass: Float[Array, "B K C"], step: Context
+    ) -> Scores:
         """Adds the attention received; evicts one token if all slots are taken."""
-        del slots, token_ids, num_slots
-        taken = state.positions >= 0
-        scores = jnp.where(taken & (num_new > 0)[:, None, None], state.scores + mass, state.scores)
-        full = jnp.all(taken, axis=-1, keepdims=True)
-        old = state.positions <= (lengths + num_new - 1 - self.num_recent)[:, None, None]
-        leaves = scored.lowest(scores, state.positions, taken & old) & full
-        return scored.Slots(
-            jnp.where(leaves, -1, state.positions),
+        there = state.positions >= 0
+        scores = scored.added(state, mass, step)
+        full = jnp.all(there, axis=-1, keepdims=True)
+        old = state.positions <= (step.last - self.num_recent)[:, None, None]
+        leaves = scored.lowest(scores, state.positions, there & old) & full
+        before = state.cache_positions
+        return Scores(
+            jnp.where(leaves, EMPTY, state.positions),
+            None if before is None else scored.close_up(before, leaves),
             jnp.where(leaves, 0, scores),
-            None if state.places is None else scored.close_up(state.places, leaves),
         )
 
-    def absorb(self, state, lengths, num_new, num_tokens, num_slots, kept, new, token_ids):
+    def absorb(
+        self, state: Scores, kept: Float[Array, "B K C"], new: Float[Array, "B K T"], step: Context
+    ) -> tuple[Scores, Int32[Array, "B K T"]]:
         """Adds the attention received; keeps the recent tokens and the best of the others."""
-        del token_ids
-        chunk = scored.chunk_positions(lengths, num_new, num_tokens)
         scores = jnp.concatenate([state.scores + kept, new], axis=-1)
-        here = jnp.broadcast_to(chunk[:, None], new.shape)
-        positions = jnp.concatenate([state.positions, here], axis=-1)
+        positions = scored.joined(state.positions, step)
         there = positions >= 0
-        recent = there & (positions > (lengths + num_new - 1 - self.num_recent)[:, None, None])
+        recent = there & (positions > (step.last - self.num_recent)[:, None, None])
         stay = recent | scored.best(scores, positions, there & ~recent, self.num_heavy)
         # While the budget is not used up nobody leaves.
         few = jnp.sum(there, axis=-1, keepdims=True) <= self.budget
-        stay = jnp.where(few, there, stay)
-        move, where = scored.settle(stay[..., :num_slots], stay[..., num_slots:])
-        positions = move(state.positions, here, -1)
-        places = None if state.places is None else scored.places(positions)
-        return scored.Slots(positions, move(scores[..., :num_slots], new, 0), places), where
-
-    def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
-        """Only by nothing: scores cannot be taken back."""
-        del state, num_slots, lengths
-        return num_tokens == 0
+        settled, slots = scored.settle(jnp.where(few, there, stay), step.num_slots)
+        positions = settled(positions, EMPTY)
+        before = None if state.cache_positions is None else scored.cache_positions(positions)
+        return Scores(positions, before, settled(scores, 0)), slots

@@ -1,82 +1,165 @@
-"""What the policies share that keep different tokens per head: slots that hold any position, freed one by one."""
+"""What policies share that keep tokens by the attention they receive, other ones in every key/value head.
+
+Slots hold any position and are freed one by one. In shapes, S = C + T: the slots, and the new tokens behind them.
+"""
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int32, Shaped
 
-from kvattn._trees import Tree, portable
-from kvattn._typing import Array
+from kvattn import _checks
+from kvattn._trees import Tree
+from kvattn._typing import Array, Rows
+from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY
-from kvattn.policies.base import NOWHERE
+from kvattn.policies.base import NOWHERE, Context, Policy
 
 
 @typing.no_type_check
-@portable
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Slots(Tree):
-    """Which token lies in which slot, per key/value head, and its score.
+class ScoredState(Tree):
+    """Base of the states: which token lies in which slot of every key/value head.
 
     Attributes:
         positions: int32 [B, K, C], EMPTY where free.
-        scores: float32 [B, K, C], meaning left to the policy.
-        places: int32 [B, K, C], how many kept tokens come before; None where that is not needed.
+        cache_positions: int32 [B, K, C], how many kept tokens come before; None where that is not needed.
     """
 
     positions: Array
-    scores: Array
-    places: Array | None = None
+    cache_positions: Array | None
 
-    @classmethod
-    def empty(cls, batch_size: int, num_kv_heads: int, num_slots: int, *, places: bool = False) -> "Slots":
-        """All slots free."""
-        shape = (batch_size, num_kv_heads, num_slots)
-        free = jnp.full(shape, EMPTY, jnp.int32)
-        return cls(free, jnp.zeros(shape, jnp.float32), jnp.copy(free) if places else None)
+    def replace(self, **changes: Any) -> Self:
+        """The state with other arrays."""
+        return dataclasses.replace(self, **changes)
 
 
-def first_free(positions: Array, num_new: Array) -> Array:
-    """int32 [B, K, 1]: the first free slot where a token comes (num_new int32 [B] > 0), else NOWHERE."""
+class ScoredPolicy(Policy):
+    """Base of the policies whose state is a `ScoredState`.
+
+    They say how such a state begins (`init`), and what leaves after one new token (`observe`) and after several
+    (`absorb`). Scores and the like are theirs.
+    """
+
+    needs_mass: ClassVar[bool] = True
+    per_head: ClassVar[bool] = True
+
+    def cache_positions(self, state: ScoredState) -> Int32[Array, "B K C"] | None:
+        """As remembered."""
+        return state.cache_positions
+
+    def positions(self, state: ScoredState, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B K C"]:
+        """As remembered."""
+        return state.positions
+
+    def place(self, state: ScoredState, step: Context) -> Int32[Array, "B K 1"]:
+        """A free slot."""
+        return first_free(state.positions, step.num_new)
+
+    def enter[S: ScoredState](self, state: S, slots: Int32[Array, "B K 1"], step: Context) -> S:
+        """The new token has its position, and stands behind all others."""
+        return state.replace(
+            positions=put(state.positions, slots, step.lengths[:, None]),
+            cache_positions=None if state.cache_positions is None else enter_last(state.cache_positions, slots),
+        )
+
+    def can_trim(self, state: ScoredState, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+        """Only by nothing: what attention has left behind cannot be taken back."""
+        return num_tokens == 0
+
+
+class BudgetPolicy(ScoredPolicy):
+    """Base of those that keep at most `budget` tokens, as many in every head: these can stand in the cache's order."""
+
+    budget: int
+    positions_in: str
+
+    budget_terms: ClassVar[str] = "budget"
+    """How the budget follows from the settings."""
+
+    def num_slots(self, capacity: int | None) -> int:
+        """C: the budget and one slot for the token that comes."""
+        if capacity is not None and _checks.integer("capacity", capacity, 1) < self.budget + 1:
+            raise ConfigError(
+                f"{self} holds {self.budget_terms} + 1 = {self.budget + 1} tokens while it attends, got capacity "
+                f"{capacity}: leave capacity None, or make the budget smaller."
+            )
+        return self.budget + 1
+
+    def free(
+        self, batch_size: int, num_kv_heads: int, num_slots: int
+    ) -> tuple[Int32[Array, "B K C"], Int32[Array, "B K C"] | None]:
+        """Positions, and positions in the cache where they count, of slots that are all free."""
+        free = jnp.full((batch_size, num_kv_heads, num_slots), EMPTY, jnp.int32)
+        return free, jnp.copy(free) if self.positions_in == "cache" else None
+
+    def fits(self, state: ScoredState, step: Context) -> Rows:
+        """Always."""
+        return step.num_new >= 0
+
+
+def first_free(positions: Int32[Array, "B K C"], num_new: Int32[Array, " B"]) -> Int32[Array, "B K 1"]:
+    """The first free slot where a token comes (`num_new` > 0), else NOWHERE."""
     free = positions < 0
     slot = jnp.argmax(free, axis=-1).astype(jnp.int32)
     ok = jnp.any(free, axis=-1) & (num_new > 0)[:, None]
     return jnp.where(ok, slot, NOWHERE)[..., None]
 
 
-def enter(values: Array, slots: Array, new: Array) -> Array:
-    """Puts new [B, 1 or K] into the slots int32 [B, K, 1] of [B, K, C]; negative slots are left alone."""
+def put(
+    values: Shaped[Array, "B K C"], slots: Int32[Array, "B K 1"], new: Shaped[Array, "B #K"]
+) -> Shaped[Array, "B K C"]:
+    """The values with new ones in these slots; negative slots are left alone."""
     index = jnp.arange(values.shape[-1], dtype=jnp.int32)[None, None]
     return jnp.where(index == slots, new[..., None].astype(values.dtype), values)
 
 
-def places(positions: Array) -> Array:
-    """int32 [B, K, C]: how many kept tokens come before each one, EMPTY where free. Sorts: not for decode steps."""
+def added(state: Any, mass: Float[Array, "B K C"], step: Context) -> Float[Array, "B K C"]:
+    """The scores of a state with the attention that one new token gave."""
+    there = (state.positions >= 0) & (step.num_new > 0)[:, None, None]
+    return jnp.where(there, state.scores + mass, state.scores)
+
+
+def joined(positions: Int32[Array, "B K C"], step: Context) -> Int32[Array, "B K S"]:
+    """The positions in the slots, and behind them those of the new tokens."""
+    new = jnp.broadcast_to(step.positions[:, None], (*positions.shape[:2], step.num_tokens))
+    return jnp.concatenate([positions, new], axis=-1)
+
+
+def cache_positions(positions: Int32[Array, "B K C"]) -> Int32[Array, "B K C"]:
+    """How many kept tokens come before each one, EMPTY where free. Sorts: not for decode steps."""
     there = positions >= 0
     order = jnp.argsort(jnp.where(there, positions, jnp.iinfo(jnp.int32).max), axis=-1)
     return jnp.where(there, jnp.argsort(order, axis=-1).astype(jnp.int32), EMPTY)
 
 
-def enter_last(places: Array, slots: Array) -> Array:
-    """`places` once a new token lies in its slot: it stands behind all others."""
-    return enter(places, slots, jnp.max(places, axis=-1) + 1)
+def enter_last(before: Int32[Array, "B K C"], slots: Int32[Array, "B K 1"]) -> Int32[Array, "B K C"]:
+    """`cache_positions` once a new token lies in its slot: it stands behind all others."""
+    return put(before, slots, jnp.max(before, axis=-1) + 1)
 
 
-def close_up(places: Array, leaves: Array) -> Array:
-    """`places` once the token of at most one slot per head (bool [B, K, C]) has left."""
+def close_up(before: Int32[Array, "B K C"], leaves: Bool[Array, "B K C"]) -> Int32[Array, "B K C"]:
+    """`cache_positions` once the token of at most one slot per head has left."""
     last = jnp.iinfo(jnp.int32).max
-    gap = jnp.min(jnp.where(leaves, places, last), axis=-1, keepdims=True)
-    return jnp.where(leaves, EMPTY, jnp.where(places > gap, places - 1, places))
+    gap = jnp.min(jnp.where(leaves, before, last), axis=-1, keepdims=True)
+    return jnp.where(leaves, EMPTY, jnp.where(before > gap, before - 1, before))
 
 
-def lowest(scores: Array, positions: Array, candidates: Array) -> Array:
-    """bool [B, K, C]: the candidate of lowest score, of equal ones that of lowest position. One, if there is any."""
+def lowest(
+    scores: Float[Array, "B K C"], positions: Int32[Array, "B K C"], candidates: Bool[Array, "B K C"]
+) -> Bool[Array, "B K C"]:
+    """The candidate of lowest score, of equal ones that of lowest position. One, if there is any."""
     return candidates & (positions == first(scores, positions, candidates)[1])
 
 
-def first(scores: Array, positions: Array, candidates: Array) -> tuple[Array, Array]:
-    """(score, position) [B, K, 1] of the `lowest` candidate; infinity and the largest int32 where there is none.
+def first(
+    scores: Float[Array, "B K C"], positions: Int32[Array, "B K C"], candidates: Bool[Array, "B K C"]
+) -> tuple[Float[Array, "B K 1"], Int32[Array, "B K 1"]]:
+    """(score, position) of the `lowest` candidate; infinity and the largest int32 where there is none.
 
     Scores are compared with each other, never with a copy: computed twice, a sum of floats need not be the same.
     """
@@ -97,8 +180,14 @@ def first(scores: Array, positions: Array, candidates: Array) -> tuple[Array, Ar
     return score[..., None], position[..., None]
 
 
-def above(scores: Array, positions: Array, candidates: Array, score: Array, position: Array) -> Array:
-    """int32 [B, K, 1]: the candidates that go after (score, position) [B, K, 1], which `first` found."""
+def above(
+    scores: Float[Array, "B K C"],
+    positions: Int32[Array, "B K C"],
+    candidates: Bool[Array, "B K C"],
+    score: Float[Array, "B K 1"],
+    position: Int32[Array, "B K 1"],
+) -> Int32[Array, "B K 1"]:
+    """How many candidates go after (score, position), which `first` found."""
     score_of = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     later = (score_of > score) | ((score_of == score) & (positions > position))
     return jnp.sum(candidates & later & (positions != position), axis=-1, keepdims=True, dtype=jnp.int32)
@@ -110,8 +199,13 @@ def _earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Arra
     return jnp.where(goes, one[0], other[0]), jnp.where(goes, one[1], other[1])
 
 
-def best(scores: Array, positions: Array, candidates: Array, count: Array | int) -> Array:
-    """bool [B, K, S]: the `count` candidates of highest score; of equal ones the lowest position goes first.
+def best(
+    scores: Float[Array, "B K S"],
+    positions: Int32[Array, "B K S"],
+    candidates: Bool[Array, "B K S"],
+    count: Int32[Array, "B #K 1"] | int,
+) -> Bool[Array, "B K S"]:
+    """The `count` candidates of highest score; of equal ones the lowest position goes first.
 
     What is left if `lowest` is taken away again and again. Sorts: for prompts, not for decode steps.
     """
@@ -121,34 +215,28 @@ def best(scores: Array, positions: Array, candidates: Array, count: Array | int)
     return candidates & (rank >= scores.shape[-1] - count)
 
 
-def settle(keep: Array, new_keep: Array):
+def settle(keep: Bool[Array, "B K S"], num_slots: int) -> tuple[Callable[..., Array], Int32[Array, "B K T"]]:
     """Frees slots and gives them to new tokens, in order.
 
     Args:
-        keep: bool [B, K, C], old tokens that stay.
-        new_keep: bool [B, K, T], new tokens that stay; no more than there are free slots.
+        keep: which tokens stay, of those in the slots and of the new ones; of these no more than there are free slots.
+        num_slots: C.
 
     Returns:
-        move: a function (old [B, K, C, ...], new [B, K, T, ...], empty) that applies the same to an array of the slots;
-        int32 [B, K, T]: where each new token goes, NOWHERE if it does not stay.
+        settled: a function (values [B, K, S, ...], empty) that gives the same for the slots, [B, K, C, ...];
+        where each new token goes, NOWHERE if it does not stay.
     """
-    num_slots = keep.shape[-1]
-    free_first = jnp.argsort(keep, axis=-1, stable=True).astype(jnp.int32)
-    nth = jnp.cumsum(new_keep, axis=-1, dtype=jnp.int32) - 1
-    where = jnp.take_along_axis(free_first, jnp.clip(nth, 0, num_slots - 1), axis=-1)
-    where = jnp.where(new_keep, where, NOWHERE)
+    stays, enters = keep[..., :num_slots], keep[..., num_slots:]
+    free_first = jnp.argsort(stays, axis=-1, stable=True).astype(jnp.int32)
+    nth = jnp.cumsum(enters, axis=-1, dtype=jnp.int32) - 1
+    slots = jnp.take_along_axis(free_first, jnp.clip(nth, 0, num_slots - 1), axis=-1)
+    slots = jnp.where(enters, slots, NOWHERE)
     b = jnp.arange(keep.shape[0], dtype=jnp.int32)[:, None, None]
     k = jnp.arange(keep.shape[1], dtype=jnp.int32)[None, :, None]
-    target = jnp.where(where < 0, num_slots, where)  # past the end: dropped
+    target = jnp.where(slots < 0, num_slots, slots)  # past the end: dropped
 
-    def move(old: Array, new: Array, empty) -> Array:
-        stays = keep.reshape(keep.shape + (1,) * (old.ndim - 3))
-        return jnp.where(stays, old, empty).at[b, k, target].set(new.astype(old.dtype), mode="drop")
+    def settled(values: Array, empty: Any) -> Array:
+        old = jnp.where(stays.reshape(stays.shape + (1,) * (values.ndim - 3)), values[:, :, :num_slots], empty)
+        return old.at[b, k, target].set(values[:, :, num_slots:], mode="drop")
 
-    return move, where
-
-
-def chunk_positions(lengths: Array, num_new: Array, num_tokens: int) -> Array:
-    """int32 [B, T]: positions of the new tokens, EMPTY for pads."""
-    t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-    return jnp.where(t < num_new[:, None], lengths[:, None] + t, EMPTY)
+    return settled, slots

@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
 from kvattn.errors import RangeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies.base import NOWHERE, Policy, State
+from kvattn.policies.base import NOWHERE, Context, Policy, State
 from kvattn.policies.window import slots_for
 
 
@@ -49,32 +50,27 @@ class StreamingLLM(Policy):
         """C: num_sinks + window, or the capacity where that is smaller."""
         return slots_for(self, self.num_sinks + self.window, capacity)
 
-    def sink_positions(self, positions: Array) -> tuple[int, Array] | None:
+    def sink_positions(self, positions: Int32[Array, "B T"]) -> tuple[int, Int32[Array, "B T"]] | None:
         """To the sinks a query is at most at the end of the cache."""
         if self.positions_in == "original" or self.num_sinks == 0:
             return None
         num_sinks, window = self._counted
         return num_sinks, jnp.minimum(positions, num_sinks + window - 1)
 
-    def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
+    def fits(self, state: State, step: Context) -> Rows:
         """Always, unless the cache was made smaller than sinks and window."""
-        if num_slots < self.num_sinks + self.window:
-            return super().fits(state, lengths, num_new, num_slots)
-        return num_new >= 0
+        return super().fits(state, step) if step.num_slots < self.num_sinks + self.window else step.num_new >= 0
 
-    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
+    def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
         """Sinks in their slots, the others in a ring behind them; of a long chunk only the last ones stay."""
-        del state, num_slots
         num_sinks, window = self._counted
-        t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        position = lengths[:, None] + t
-        recent = t >= num_new[:, None] - window
+        position = step.positions
+        stays = (position < num_sinks) | (position > (step.last - window)[:, None])
         slot = jnp.where(position < num_sinks, position, num_sinks + (position - num_sinks) % window)
-        return jnp.where((t < num_new[:, None]) & (recent | (position < num_sinks)), slot, NOWHERE)
+        return jnp.where((position >= 0) & stays, slot, NOWHERE)
 
-    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
+    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B C"]:
         """Position s in slot s < num_sinks; behind them the last position that maps to the slot."""
-        del state
         num_sinks, window = self._counted
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         last = lengths[:, None] - 1
@@ -82,9 +78,8 @@ class StreamingLLM(Policy):
         position = jnp.where(slot < num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
         return jnp.where(position >= jnp.minimum(slot, num_sinks), position, EMPTY)
 
-    def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
         """Only while nothing was overwritten."""
-        del state
         return (lengths <= num_slots) | (num_tokens == 0)
 
     @property

@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies.base import NOWHERE, Policy, State
+from kvattn.policies.base import NOWHERE, Context, Policy, State
 
 
 def slots_for(policy: Policy, wanted: int, capacity: int | None) -> int:
@@ -45,33 +46,26 @@ class SlidingWindow(Policy):
         """C: the window, or the capacity where that is smaller."""
         return slots_for(self, self.window, capacity)
 
-    def fits(self, state: State, lengths: Array, num_new: Array, num_slots: int) -> Rows:
+    def fits(self, state: State, step: Context) -> Rows:
         """Always, unless the ring was made smaller than the window."""
-        if num_slots < self.window:
-            return super().fits(state, lengths, num_new, num_slots)
-        return num_new >= 0
+        return super().fits(state, step) if step.num_slots < self.window else step.num_new >= 0
 
-    def place(self, state: State, lengths: Array, num_new: Array, num_tokens: int, num_slots: int) -> Array:
+    def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
         """Slot t mod C; of a chunk longer than the ring only the last C tokens are kept."""
-        del state
-        t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        stays = (t < num_new[:, None]) & (t >= num_new[:, None] - num_slots)
-        return jnp.where(stays, (lengths[:, None] + t) % num_slots, NOWHERE)
+        stays = (step.positions >= 0) & (step.positions > (step.last - step.num_slots)[:, None])
+        return jnp.where(stays, step.positions % step.num_slots, NOWHERE)
 
-    def positions(self, state: State, lengths: Array, num_slots: int) -> Array:
+    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B C"]:
         """Slot s holds the last position below `lengths` that equals s modulo C."""
-        del state
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         last = lengths[:, None] - 1
         position = last - (last - slot) % num_slots
         return jnp.where(position >= 0, position, EMPTY)
 
-    def kept(self, state: State, lengths: Array, num_slots: int) -> Array:
-        """int32 [B]: min(tokens seen, C)."""
-        del state
+    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, " B"]:
+        """min(tokens seen, C)."""
         return jnp.minimum(lengths, num_slots)
 
-    def can_trim(self, state: State, lengths: Array, num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
-        del state
         return (lengths <= num_slots) | (num_tokens == 0)

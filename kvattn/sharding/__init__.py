@@ -12,10 +12,20 @@ from kvattn.sharding.pipeline import layer_caches as layer_caches
 from kvattn.sharding.pipeline import pipeline as pipeline
 from kvattn.sharding.programs import Collective as Collective
 from kvattn.sharding.programs import collectives as collectives
+from kvattn.sharding.scheme import Scheme as Scheme
+from kvattn.sharding.scheme import TokenSpecs as TokenSpecs
+from kvattn.sharding.scheme import names as names
+from kvattn.sharding.scheme import register as register
+from kvattn.sharding.scheme import unregister as unregister
+from kvattn.sharding.split import Split as Split
+from kvattn.sharding.split import specs_of as specs_of
 
 __all__ = [
     "Collective",
     "Explanation",
+    "Scheme",
+    "Split",
+    "TokenSpecs",
     "arrange",
     "bytes_per_device",
     "cache_sharding",
@@ -24,6 +34,10 @@ __all__ = [
     "collectives",
     "explain",
     "layer_caches",
+    "names",
     "pipeline",
+    "register",
     "shard_cache",
+    "specs_of",
+    "unregister",
 ]

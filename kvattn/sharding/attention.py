@@ -5,22 +5,23 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
-from kvattn.attend.step import Step, prepared
+from kvattn.attend.prepare import prepared, usable
+from kvattn.attend.step import Step
+from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
-from kvattn.pallas import interpreted
+from kvattn.pallas.interpreter import interpreted
 from kvattn.positions import RoPE
-from kvattn.sharding import batch
-from kvattn.sharding.cache import SCHEMES, check_divides, placed_by, resolved
-from kvattn.sharding.filling import filled_up
+from kvattn.sharding.cache import placed_by, resolved
+from kvattn.sharding.filled import filled_up
 from kvattn.sharding.pages import check_tables
-from kvattn.sharding.place import Place, place_of
+from kvattn.sharding.scheme import Scheme
+from kvattn.sharding.split import Split, split_over
 
 
 def cached_attention(
@@ -98,25 +99,25 @@ def cached_attention(
         RangeError: pages of another device than the row's. Under jit: status bit.
         Else as `kvattn.cached_attention`.
     """
-    place = place_of(mesh, axis, data_axis)
-    cache = cache.usable() if isinstance(cache, Cache) else cache
-    place.check_mesh("the cache", cache)
+    split = split_over(mesh, axis, data_axis)
+    cache = usable(cache)
+    split.check_mesh("the cache", cache)
     if getattr(query, "ndim", 0) == 4:
         num_heads = query.shape[2] if num_heads is None else _real_heads(num_heads, query.shape[2])
-    by = resolved(place, cache, by, num_heads)
-    known = placed_by(place, cache) if place.size > 1 else by
-    if known not in (None, by):
+    scheme = resolved(split, cache, by, num_heads)
+    lies = placed_by(split, cache) if split.size > 1 else scheme
+    if lies not in (None, scheme):
         raise ShardingError(
-            f'the cache is split by {known}, not by {by}: kvattn.sharding.shard_cache(cache, mesh, by="{by}") moves '
-            "it, once; a step never does."
+            f"the cache is split by {lies.name}, not by {scheme.name}: kvattn.sharding.shard_cache(cache, mesh, "
+            f'by="{scheme.name}") moves it, once; a step never does.'
         )
-    check_divides(place, cache, by, num_heads)
-    copies = _copies(key, cache, place, by)
-    key, value = (_copied(x, copies) if by == "heads" else x for x in (key, value))
-    step, args = prepared(
+    scheme.check(split, cache, num_heads)
+    given = cache.num_kv_heads if key is None or getattr(key, "ndim", 0) != 4 else key.shape[2]
+    copies = scheme.copies(split, cache, given)
+    step, new, per_head, cache = prepared(
         query,
-        key,
-        value,
+        scheme.with_copies(key, copies),
+        scheme.with_copies(value, copies),
         cache,
         num_new=num_new,
         padding=padding,
@@ -131,76 +132,53 @@ def cached_attention(
         num_heads=num_heads,
     )
     if step.is_empty:
-        return step(*args)
-    check_tables(cache, args[4], place.num_data * (place.size if by == "batch" else 1))
+        return step(new, per_head, cache)
+    check_tables(cache, new.num_new, scheme.row_parts(split))
     assert num_heads is not None
-    within = _split_within(by, place, query, cache)
-    plan = _Plan(by, place, step, num_heads, copies, within, interpreted())
-    if by != "sequence" and not within:
-        args = filled_up(args, -(-query.shape[2] // place.size) * place.size)
-    if place.is_explicit or not isinstance(args[0], Tracer):
-        args = place.put(args, plan.specs(args))
-    out, cache = _run(plan, args)
-    if out.shape[2] != query.shape[2]:
-        out = place.put(out, jax.P(place.data)) if place.is_explicit else out
-        out = out[:, :, : query.shape[2]]
+    given = new.query.shape[2]
+    scheme = scheme.for_heads(split, cache, given)
+    if scheme.fills_heads:
+        new, per_head = filled_up(new, per_head, -(-given // split.size) * split.size)
+    program = _Program(scheme, split, step, num_heads, copies, interpreted())
+    args = new, per_head, cache
+    if split.is_explicit or not isinstance(new.query, Tracer):
+        args = split.put(args, program.specs(*args))
+    out, cache = _run(program, *args)
+    if out.shape[2] != given:
+        out = split.put(out, jax.P(split.data)) if split.is_explicit else out
+        out = out[:, :, :given]
     return out, cache
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Program:
     """What is compiled, apart from shapes. Hashable, so that calls outside jit compile once."""
 
-    by: str
-    place: Place
+    scheme: Scheme
+    split: Split
     step: Step
     num_heads: int
     copies: int
-    within: bool
     interpreted: bool
 
-    def specs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def specs(self, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[NewTokens, PerHead, Any]:
         """The placements of the arguments."""
-        scheme = SCHEMES[self.by]
-        query, key, row, head = scheme.token_specs(self.place)
-        if self.within:
-            query = batch.split_within(self.place)
-        cache = scheme.cache_specs(self.place, args[3])
-        specs = (query, key, key, cache, row, row, head, head, row)
-        return tuple(None if x is None else spec for x, spec in zip(args, specs, strict=True))
+        tokens, heads = self.scheme.token_specs(self.split).of(new, per_head)
+        return tokens, heads, self.scheme.cache_specs(self.split, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(plan: _Plan, args: tuple[Any, ...]) -> tuple[Array, Cache]:
+def _run(program: _Program, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
     """The step, once per device."""
-    place, specs = plan.place, plan.specs(args)
-    if plan.within:
-        local = batch.local(place, plan.step, plan.num_heads, plan.copies, within=True)
-    else:
-        local = SCHEMES[plan.by].local(place, plan.step, plan.num_heads, plan.copies)
-    out_specs, checked = (specs[0], specs[3]), SCHEMES[plan.by].is_checked(args[3])
-    return jax.shard_map(local, mesh=place.mesh, in_specs=specs, out_specs=out_specs, check_vma=checked)(*args)
-
-
-def _split_within(by: str, place: Place, query: Array, cache: Cache) -> bool:
-    """Whether each device has some features of every query head, because the heads do not divide."""
-    sizes = (cache.key_head_dim, cache.value_head_dim)
-    return by == "batch" and query.shape[2] % place.size > 0 and not any(size % place.size for size in sizes)
-
-
-def _copies(key: Any, cache: Cache, place: Place, by: str) -> int:
-    """On how many devices each key/value head is, together with some of its query heads."""
-    if by == "replicated":
-        return place.size
-    heads = cache.num_kv_heads
-    if by != "heads" or getattr(key, "ndim", 0) != 4 or heads != place.size or not 0 < key.shape[2] < heads:
-        return 1
-    return 1 if heads % key.shape[2] else heads // key.shape[2]
-
-
-def _copied(x: Any, copies: int) -> Any:
-    """New keys or values [B, T, K, H] with the copies that `arrange` made of the cache's heads."""
-    return x if x is None or copies == 1 else jnp.repeat(x, copies, axis=2)
+    scheme, specs = program.scheme, program.specs(new, per_head, cache)
+    local = scheme.local(program.split, program.step, program.num_heads, program.copies)
+    return jax.shard_map(
+        local,
+        mesh=program.split.mesh,
+        in_specs=specs,
+        out_specs=(specs[0].query, specs[2]),
+        check_vma=scheme.is_checked(cache),
+    )(new, per_head, cache)
 
 
 def _real_heads(num_heads: Any, given: int) -> int:

@@ -11,12 +11,17 @@ from kvattn import _checks
 from kvattn.cache import Cache
 from kvattn.cache.base import nbytes_of
 from kvattn.errors import ShardingError
-from kvattn.sharding import batch, heads, replicated, sequence
-from kvattn.sharding.choose import KNOWN, choose
-from kvattn.sharding.place import Place, names, place_of
+from kvattn.sharding import scheme as schemes
+from kvattn.sharding.batch import Batch
+from kvattn.sharding.choose import choose
+from kvattn.sharding.heads import Heads, without_copies
+from kvattn.sharding.replicated import Replicated
+from kvattn.sharding.scheme import Scheme
+from kvattn.sharding.sequence import Sequence
+from kvattn.sharding.split import Split, names, split_over
 
-SCHEMES: dict[str, Any] = {"heads": heads, "batch": batch, "sequence": sequence, "replicated": replicated}
-"""Modules of the same functions: check, arrange, cache_specs, token_specs, is_checked, local."""
+for _scheme in (Heads(), Batch(), Sequence(), Replicated()):
+    schemes.register(_scheme)
 
 
 def cache_sharding(
@@ -38,10 +43,10 @@ def cache_sharding(
         ShardingError: an axis that the mesh does not have; rows, heads or slots that do not divide.
         UnsupportedError: a codec whose tokens cannot be split this way.
     """
-    place = place_of(mesh, axis, data_axis)
-    by = resolved(place, cache, by)
-    check_divides(place, cache, by, None)
-    return jax.tree.map(lambda x, spec: place.named(spec, x.ndim), cache, SCHEMES[by].cache_specs(place, cache))
+    split = split_over(mesh, axis, data_axis)
+    scheme = resolved(split, cache, by)
+    scheme.check(split, cache, None)
+    return jax.tree.map(lambda x, spec: split.named(spec, x.ndim), cache, scheme.cache_specs(split, cache))
 
 
 def shard_cache(
@@ -72,9 +77,9 @@ def shard_cache(
         StaleCacheError: the cache was donated.
     """
     cache = cache.usable()
-    place = place_of(mesh, axis, data_axis)
+    split = split_over(mesh, axis, data_axis)
     cache = arrange(cache, mesh, by=by, axis=axis, data_axis=data_axis, num_kv_heads=num_kv_heads)
-    return place.put(cache, SCHEMES[resolved(place, cache, by)].cache_specs(place, cache))
+    return split.put(cache, resolved(split, cache, by).cache_specs(split, cache))
 
 
 def arrange(
@@ -102,7 +107,7 @@ def arrange(
     Raises:
         ShardingError, UnsupportedError: as `cache_sharding`.
     """
-    place = place_of(mesh, axis, data_axis)
+    split = split_over(mesh, axis, data_axis)
     if num_kv_heads is not None and num_kv_heads != cache.num_kv_heads:
         _checks.integer("num_kv_heads", num_kv_heads, 1)
         if cache.num_kv_heads % num_kv_heads:
@@ -110,15 +115,13 @@ def arrange(
                 f"{cache.num_kv_heads} key/value heads are no copies of {num_kv_heads}: give the number that the cache "
                 "was created with."
             )
-        if place.is_explicit:  # JAX cuts no axis there that is split: split the rows meanwhile, where they divide
-            rows = batch if cache.batch_size % (place.num_data * place.size) == 0 else replicated
-            cache = place.put(cache, rows.cache_specs(place, cache))
-        cache = heads.without_copies(cache, cache.num_kv_heads // num_kv_heads)
-    scheme = SCHEMES[resolved(place, cache, by)]
-    if scheme is not sequence:
-        scheme.check(place, cache, None)
-    cache = scheme.arrange(place, cache)
-    scheme.check(place, cache, None)
+        if split.is_explicit:  # JAX cuts no axis there that is split: split the rows meanwhile, where they divide
+            rows = Batch() if cache.batch_size % (split.num_data * split.size) == 0 else Replicated()
+            cache = split.put(cache, rows.cache_specs(split, cache))
+        cache = without_copies(cache, cache.num_kv_heads // num_kv_heads)
+    scheme = resolved(split, cache, by)
+    cache = scheme.arrange(split, cache)
+    scheme.check(split, cache, None)
     return cache
 
 
@@ -134,49 +137,37 @@ def bytes_per_device(
         axis: likewise.
         data_axis: likewise.
     """
-    place = place_of(mesh, axis, data_axis)
-    by = resolved(place, cache, by)
+    split = split_over(mesh, axis, data_axis)
+    scheme = resolved(split, cache, by)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
-    cache = jax.eval_shape(lambda cache: arrange(cache, mesh, by=by, axis=axis, data_axis=data_axis), shapes)
-    specs = SCHEMES[by].cache_specs(place, cache)
+    cache = jax.eval_shape(lambda cache: arrange(cache, mesh, by=scheme.name, axis=axis, data_axis=data_axis), shapes)
+    specs = scheme.cache_specs(split, cache)
 
     def size(x: Any, spec: Any) -> int:
-        shards = math.prod(place.mesh.shape[name] for entry in spec for name in names(entry))
+        shards = math.prod(split.mesh.shape[name] for entry in spec for name in names(entry))
         return nbytes_of(x) // shards
 
     return sum(jax.tree.leaves(jax.tree.map(size, cache, specs)))
 
 
-def check_divides(place: Place, cache: Cache, by: str, num_heads: int | None) -> None:
-    """Raises `ShardingError` or `UnsupportedError` for a cache whose arrays do not divide as they are."""
-    SCHEMES[by].check(place, cache, num_heads)
-    if by == "heads" and cache.num_kv_heads < place.size:
-        raise ShardingError(
-            f"{cache.num_kv_heads} key/value heads do not divide over {place.size} devices as they are: "
-            f'kvattn.sharding.shard_cache(cache, mesh, by="heads") stores each {place.size // cache.num_kv_heads} '
-            "times."
-        )
-
-
-def resolved(place: Place, cache: Cache, by: str, num_heads: int | None = None) -> str:
+def resolved(split: Split, cache: Cache, by: str, num_heads: int | None = None) -> Scheme:
     """The scheme that `by` means: "auto" is the one that the cache lies in, if that is known, else as `choose` says."""
-    _checks.one_of("by", by, (*KNOWN, "auto"))
     if by != "auto":
-        return by
-    known = placed_by(place, cache)
-    if known is not None:
-        return known
-    heads_ = cache.num_kv_heads * place.size if num_heads is None else num_heads
-    return choose(heads_, cache.num_kv_heads, cache.batch_size // place.num_data, place.size)
+        return schemes.named(by)
+    lies = placed_by(split, cache)
+    if lies is not None:
+        return lies
+    heads = cache.num_kv_heads * split.size if num_heads is None else num_heads
+    return schemes.named(choose(heads, cache.num_kv_heads, cache.batch_size // split.num_data, split.size))
 
 
-def placed_by(place: Place, cache: Cache) -> str | None:
+def placed_by(split: Split, cache: Cache) -> Scheme | None:
     """The scheme that a cache is known to lie in; None: not known, or not split over the axis."""
-    for name, scheme in SCHEMES.items():
-        specs = scheme.cache_specs(place, cache)
+    for scheme in schemes.known():
+        specs = scheme.cache_specs(split, cache)
         leaves = zip(jax.tree.leaves(cache), jax.tree.leaves(specs), strict=True)
-        if name != "replicated" and all(_lies(x, spec, place.axis) for x, spec in leaves):
-            return name
+        if scheme.is_split and all(_lies(x, spec, split.axis) for x, spec in leaves):
+            return scheme
     return None
 
 

@@ -6,44 +6,91 @@ then, one float32 per slot, between the copies of a head.)
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kvattn._typing import Array
-from kvattn.attend.explicit import specs_of
-from kvattn.attend.step import Slots, Step
-from kvattn.cache import Cache, PagedKVCache
+from kvattn.attend.part import Part
+from kvattn.attend.step import Step
+from kvattn.cache import Cache
+from kvattn.cache.axes import along
 from kvattn.errors import ShardingError
 from kvattn.sharding.choose import against_heads
 from kvattn.sharding.pages import check_pool, with_own_pages
-from kvattn.sharding.place import Place
+from kvattn.sharding.scheme import DeviceStep, Scheme, TokenSpecs
+from kvattn.sharding.split import Split, specs_of
 
 
-def check(place: Place, cache: Cache, num_heads: int | None) -> None:
-    """Raises `ShardingError` where heads or rows do not divide; `num_heads` N, None: not known yet."""
-    reason = against_heads(num_heads, cache.num_kv_heads, place.size)
-    if reason is not None:
-        raise ShardingError(
-            f'by="heads" over mesh axis {place.axis!r}: {reason} Use by="batch", which splits the rows, or '
-            'by="sequence", which splits the slots'
-            + (' (by="replicated" is the whole cache on every device).' if cache.num_kv_heads == 1 else ".")
-        )
-    place.check_rows(cache.batch_size, place.num_data, "make the batch a multiple.")
-    check_pool(cache, place.num_data, place.data)
+@dataclasses.dataclass(frozen=True)
+class Heads(Scheme):
+    """By heads."""
 
+    name: ClassVar[str] = "heads"
 
-def arrange(place: Place, cache: Cache) -> Cache:
-    """The cache with as many key/value heads as devices, if it has fewer."""
-    copies = place.size // cache.num_kv_heads
-    return cache if copies <= 1 else repeated(cache, copies)
+    def check(self, split: Split, cache: Cache, num_heads: int | None) -> None:
+        """Heads and rows must divide."""
+        self._check_counts(split, cache, num_heads)
+        if cache.num_kv_heads < split.size:
+            raise ShardingError(
+                f"{cache.num_kv_heads} key/value heads do not divide over {split.size} devices as they are: "
+                f'kvattn.sharding.shard_cache(cache, mesh, by="heads") stores each {split.size // cache.num_kv_heads} '
+                "times."
+            )
+
+    def _check_counts(self, split: Split, cache: Cache, num_heads: int | None) -> None:
+        """Heads must divide once they are copied."""
+        reason = against_heads(num_heads, cache.num_kv_heads, split.size)
+        if reason is not None:
+            raise ShardingError(
+                f'by="heads" over mesh axis {split.axis!r}: {reason} Use by="batch", which splits the rows, or '
+                'by="sequence", which splits the slots'
+                + (' (by="replicated" is the whole cache on every device).' if cache.num_kv_heads == 1 else ".")
+            )
+        split.check_rows(cache.batch_size, split.num_data, "make the batch a multiple.")
+        check_pool(cache, split.num_data, split.data)
+
+    def arrange(self, split: Split, cache: Cache) -> Cache:
+        """As many key/value heads as devices, if there are fewer."""
+        self._check_counts(split, cache, None)
+        copies = split.size // cache.num_kv_heads
+        return cache if copies <= 1 else repeated(cache, copies)
+
+    def cache_specs(self, split: Split, cache: Cache) -> Any:
+        """Heads over the axis."""
+        return specs_of(cache, rows=split.data, heads=split.axis, pages=split.data)
+
+    def token_specs(self, split: Split) -> TokenSpecs:
+        """All by heads."""
+        tokens = P(split.data, None, split.axis, None)
+        return TokenSpecs(tokens, tokens, P(split.data), P(split.axis))
+
+    def is_checked(self, cache: Cache) -> bool:
+        """They need not agree: NaN in one head marks the rows of its device only (`kvattn.cache.status`)."""
+        return False
+
+    def copies(self, split: Split, cache: Cache, num_kv_heads: int) -> int:
+        """Those that `arrange` made."""
+        heads = cache.num_kv_heads
+        if heads != split.size or not 0 < num_kv_heads < heads or heads % num_kv_heads:
+            return 1
+        return heads // num_kv_heads
+
+    def with_copies(self, x: Array | None, copies: int) -> Array | None:
+        """Each head as often as the cache has it."""
+        return x if x is None or copies == 1 else jnp.repeat(x, copies, axis=2)
+
+    def local(self, split: Split, step: Step, num_heads: int, copies: int) -> DeviceStep:
+        """Each device's part of everything fits together."""
+        step = step.over(SomeOfGroup(split.axis, split.size, copies)) if copies > 1 else step
+        return with_own_pages(step, split.data)
 
 
 def repeated(cache: Cache, copies: int) -> Cache:
     """The cache with every key/value head `copies` times, neighbours."""
-    return _heads(cache, lambda x, axis: jnp.repeat(x, copies, axis=axis))
+    return along("heads", lambda x, axis: jnp.repeat(x, copies, axis=axis), cache, cache.axes)
 
 
 def without_copies(cache: Cache, copies: int) -> Cache:
@@ -52,47 +99,11 @@ def without_copies(cache: Cache, copies: int) -> Cache:
     def first(x: Array, axis: int) -> Array:
         return jax.lax.slice_in_dim(x, 0, x.shape[axis], stride=copies, axis=axis)
 
-    return _heads(cache, first)
-
-
-def _heads(cache: Cache, change: Any) -> Cache:
-    """The cache with `change(array, axis)` done along every axis of key/value heads."""
-    paged = isinstance(cache, PagedKVCache)
-    store = lambda tree: {n: change(x, 0 if paged and n != "residual" else 2) for n, x in tree.items()}
-    state = lambda x: change(x, 1) if cache.policy.per_head and x.ndim > 1 else x
-    # Written out: `keys` and `values` are of a cache of either class.
-    return cache.replace(keys=store(cache.keys), values=store(cache.values), state=jax.tree.map(state, cache.state))
-
-
-def cache_specs(place: Place, cache: Cache) -> Any:
-    """The cache's tree of placements."""
-    return specs_of(cache, place.data, place.axis, pages=place.data)
-
-
-def token_specs(place: Place) -> tuple[Any, Any, Any, Any]:
-    """The placements of queries and outputs, of keys and values, of one number per row, of one per query head."""
-    tokens = P(place.data, None, place.axis, None)
-    return tokens, tokens, P(place.data), P(place.axis)
-
-
-def is_checked(cache: Cache) -> bool:
-    """Whether JAX can check that devices agree on what they share.
-
-    They need not: NaN in one head marks the rows of its device only (`kvattn.cache.status`).
-    """
-    del cache
-    return False
-
-
-def local(place: Place, step: Step, num_heads: int, copies: int) -> Any:
-    """What each device does: its part of everything fits together."""
-    del num_heads
-    step = step.over(SomeOfGroup(place.axis, place.size, copies)) if copies > 1 else step
-    return with_own_pages(step, place.data)
+    return along("heads", first, cache, cache.axes)
 
 
 @dataclasses.dataclass(frozen=True)
-class SomeOfGroup(Slots):
+class SomeOfGroup(Part):
     """All the slots, but some of the query heads that read them: `copies` neighbours along `axis` have a group.
 
     Policies that go by attention must decide alike wherever a key/value head is: they see the mean over the group, and

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from kvattn import _checks, _manual
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, ShapeError, ShardingError
-from kvattn.sharding.place import Place, place_of
+from kvattn.sharding.split import Split, split_over
 
 Layer = Callable[..., tuple[Array, Any]]
 
@@ -45,11 +45,11 @@ def pipeline(
         ShardingError: an axis that the mesh does not have, layers that do not divide.
         ShapeError: leading axes that are not L and M.
     """
-    place = place_of(mesh, axis, None)
+    split = split_over(mesh, axis, None)
     num_layers, count = _leading(weights, "weights", 1)[0], _leading(inputs, "inputs", 1)[0]
-    if num_layers % place.size:
+    if num_layers % split.size:
         raise ShardingError(
-            f"{num_layers} layers do not divide over {place.size} stages (mesh axis {axis!r}): use a divisor of "
+            f"{num_layers} layers do not divide over {split.size} stages (mesh axis {axis!r}): use a divisor of "
             f"{num_layers}."
         )
     if jax.tree.leaves(caches) and _leading(caches, "caches", 2) != (num_layers, count):
@@ -59,13 +59,13 @@ def pipeline(
         )
     if jax.tree.leaves(extras) and _leading(extras, "extras", 1)[0] != count:
         raise ShapeError(f"extras must be [M, ...], M = {count} as of inputs, got {_leading(extras, 'extras', 1)}.")
-    split = lambda tree: jax.tree.map(lambda _: P(axis), tree)
+    staged = lambda tree: jax.tree.map(lambda _: P(axis), tree)
     whole = lambda tree: jax.tree.map(lambda _: P(), tree)
-    args, specs = (weights, inputs, caches, extras), (split(weights), P(), split(caches), whole(extras))
-    if place.is_explicit:
-        args = place.put(args, specs)
+    args, specs = (weights, inputs, caches, extras), (staged(weights), P(), staged(caches), whole(extras))
+    if split.is_explicit:
+        args = split.put(args, specs)
     # Unchecked: `layer` is the user's, and may hold loops that JAX's types do not let through.
-    run = jax.shard_map(_stages(place, layer), mesh=mesh, in_specs=specs, out_specs=(P(), specs[2]), check_vma=False)
+    run = jax.shard_map(_stages(split, layer), mesh=mesh, in_specs=specs, out_specs=(P(), specs[2]), check_vma=False)
     return run(*args)
 
 
@@ -79,9 +79,9 @@ def layer_caches(make: Callable[[], Any], num_layers: int, num_microbatches: int
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), make())
 
 
-def _stages(place: Place, layer: Layer) -> Callable[..., Any]:
+def _stages(split: Split, layer: Layer) -> Callable[..., Any]:
     """What each device does: its layers, on one microbatch after the other."""
-    num_stages, axis = place.size, place.axis
+    num_stages, axis = split.size, split.axis
     onwards = [(i, i + 1) for i in range(num_stages - 1)]
 
     def run(weights: Any, inputs: Array, caches: Any, extras: Any) -> tuple[Array, Any]:

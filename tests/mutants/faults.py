@@ -16,12 +16,11 @@ FAULTS: list[Fault] = [
         test_paged.py::test_rows
         test_paged.py::test_copy_on_write
         """,
-        ("_copied", "values={name: copy(name, x) for name, x in cache.values.items()}", "values=cache.values"),
-        ("_copied", "keys={name: copy(name, x) for name, x in cache.keys.items()}", "keys=cache.keys"),
-        ("_selected", "values=of_rows(cache.values)", "values=cache.values"),
-        ("_selected", "keys=of_rows(cache.keys)", "keys=cache.keys"),
-        ("_selected", "jnp.take(cache.lengths, rows", "jnp.take(cache.lengths, rows[::-1]"),
-        ("_selected", "jnp.take(cache.status, rows", "jnp.take(cache.status, rows * 0"),
+        ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
+        ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(keys=cache.keys)"),
+        ("_selected", "jnp.where(known[:, None], cache.page_table, -1)", "cache.page_table"),
+        ("_selected", "jnp.where(known, cache.lengths, 0)", "cache.lengths"),
+        ("_selected", "cache, cache.axes)", "cache, cache.axes).replace(lengths=cache.lengths[rows[::-1]])"),
         ("_selected", "bits.BAD_COUNT", "0", "test_paged.py::test_copies_and_selections_take_everything_along"),
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
         ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, self.num_pages", "jnp.where(skipped | bad, 0"),
@@ -84,17 +83,17 @@ FAULTS: list[Fault] = [
         test_verbs.py::test_select_of_unknown_rows_takes_no_record_along
         test_verbs.py::test_cross_attention
         """,
-        ("_selected", "values=jax.tree.map(take(1), cache.values)", "values=cache.values"),
+        ("_selected", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
         (
             "_selected",
-            "jnp.where(known, take(0)(cache.lengths), 0)",
-            "take(0)(cache.lengths)",
+            "jnp.where(known, cache.lengths, 0)",
+            "cache.lengths",
             "test_verbs.py::test_select_out_of_range_under_jit",
         ),
         (
             "_selected",
-            "cache.forgotten(~known, jax.tree.map(take(0), cache.state))",
-            "jax.tree.map(take(0), cache.state)",
+            "cache.forgotten(~known, cache.state)",
+            "cache.state",
             "test_verbs.py::test_select_of_unknown_rows_remembers_nothing",
         ),
         (
@@ -114,12 +113,6 @@ FAULTS: list[Fault] = [
             "rows=codec.rows or layout.rows",
             "rows=layout.rows",
             "test_codecs.py::test_kivi_at_and_around_whole_residuals",
-        ),
-        (
-            "_in_order",
-            "kind.positions is Policy.positions and ",
-            "",
-            "test_blocks.py::test_any_order_of_its_own_is_refused",
         ),
     ),
     *group(
@@ -349,7 +342,6 @@ FAULTS: list[Fault] = [
         ("FastGen._bound", "positions > (last", "positions >= (last"),
         ("FastGen._bound", "kinds < 2, kinds < 1", "kinds < 1, kinds < 2"),
         ("FastGen.measure", "kv_positions[:, :, None, :] > (", "kv_positions[:, :, None, :] >= ("),
-        ("FastGen.observe", "state.scores + mass, state.scores", "state.scores, state.scores"),
         (
             "FastGen._kinds",
             "(1, self.punctuation_tokens), (2, self.special_tokens)",
@@ -362,8 +354,8 @@ FAULTS: list[Fault] = [
         test_policies.py::test_h2o_by_places_where_keys_are_rotated
         test_policies.py::test_h2o_keeps_what_brute_force_keeps
         """,
-        ("H2O.observe", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.observe", "scored.close_up(state.places, leaves)", "state.places"),
+        ("H2O.observe", "step.last - self.num_recent", "step.last + 1 - self.num_recent"),
+        ("H2O.observe", "scored.close_up(before, leaves)", "before"),
         (
             "H2O.observe",
             "jnp.where(leaves, 0, scores)",
@@ -371,21 +363,14 @@ FAULTS: list[Fault] = [
             "",
             "a token that enters starts without a score again",
         ),
-        ("H2O.absorb", "num_new - 1 - self.num_recent", "num_new - self.num_recent"),
-        ("H2O.absorb", "scored.places(positions)", "state.places"),
+        ("H2O.absorb", "step.last - self.num_recent", "step.last + 1 - self.num_recent"),
+        ("H2O.absorb", "scored.cache_positions(positions)", "state.cache_positions"),
         (
             "H2O.absorb",
             "<= self.budget",
             "< self.budget",
             "test_policies.py::test_h2o_keeps_what_brute_force_keeps",
             "with as many tokens as the budget, the recent and the best of the others are all of them",
-        ),
-        ("H2O.enter", "scored.enter_last(state.places, slots)", "state.places"),
-        (
-            "H2O.num_slots",
-            "return self.budget + 1",
-            "return self.budget + 2",
-            "test_policies.py::test_one_leaves_whatever_the_compiler_does",
         ),
     ),
     *group(
@@ -400,8 +385,8 @@ FAULTS: list[Fault] = [
         ("Scissorhands.observe", "(old & ~bit) |", "old |"),
         ("Scissorhands.measure", "lengths[:, None] + 1)", "lengths[:, None])"),
         ("Scissorhands.absorb", "> self.budget, keep, there", "> self.budget + 1, keep, there"),
-        ("Scissorhands.absorb", "scored.places(positions)", "state.places"),
-        ("Scissorhands._survivors", "last - self.num_protected", "last - self.num_protected + 1"),
+        ("Scissorhands.absorb", "scored.cache_positions(positions)", "state.cache_positions"),
+        ("Scissorhands._survivors", "step.last - self.num_protected", "step.last - self.num_protected + 1"),
         ("Scissorhands._record", "(low & ~over_written) |", "low |"),
         (
             "Scissorhands._counts",
@@ -421,9 +406,22 @@ FAULTS: list[Fault] = [
         ("_earlier", "one[1] <= other[1]", "one[1] >= other[1]"),
         ("first", "jnp.where(jnp.isnan(scores), -jnp.inf", "jnp.where(jnp.isnan(scores), jnp.inf"),
         ("best", "jnp.where(candidates, positions, EMPTY)", "jnp.where(candidates, -positions, EMPTY)"),
-        ("settle", "jnp.argsort(keep, axis=-1, stable=True)", "jnp.argsort(~keep, axis=-1, stable=True)"),
-        ("close_up", "places > gap, places - 1", "places >= gap, places - 1"),
+        ("settle", "jnp.argsort(stays, axis=-1, stable=True)", "jnp.argsort(~stays, axis=-1, stable=True)"),
+        ("close_up", "before > gap, before - 1", "before >= gap, before - 1"),
         ("enter_last", "axis=-1) + 1", "axis=-1)"),
+        ("ScoredPolicy.enter", "enter_last(state.cache_positions, slots)", "state.cache_positions"),
+        (
+            "BudgetPolicy.num_slots",
+            "return self.budget + 1",
+            "return self.budget + 2",
+            "test_policies.py::test_one_leaves_whatever_the_compiler_does",
+        ),
+        (
+            "added",
+            "state.scores + mass, state.scores",
+            "state.scores, state.scores",
+            "test_policies.py::test_fastgen_chooses_and_keeps_what_brute_force_does",
+        ),
     ),
     *group(
         "policies/streaming.py",
@@ -433,7 +431,7 @@ FAULTS: list[Fault] = [
         test_smaller_caches.py::test_smaller_caches
         """,
         ("StreamingLLM.sink_positions", "num_sinks + window - 1", "num_sinks + window"),
-        ("StreamingLLM.place", "num_new[:, None] - window", "num_new[:, None] - window + 1"),
+        ("StreamingLLM.place", "step.last - window", "step.last + 1 - window"),
         ("StreamingLLM.positions", "slot <= last, slot, EMPTY", "slot < last, slot, EMPTY"),
         (
             "StreamingLLM.can_trim",
@@ -448,7 +446,7 @@ FAULTS: list[Fault] = [
         test_meanings.py::test_ring_wraps_at_every_phase
         test_verbs.py::test_trim_ring_after_it_wrapped
         """,
-        ("SlidingWindow.place", "num_new[:, None] - num_slots", "num_new[:, None] - num_slots + 1"),
+        ("SlidingWindow.place", "step.last - step.num_slots", "step.last + 1 - step.num_slots"),
         ("SlidingWindow.positions", "position >= 0", "position > 0"),
         ("SlidingWindow.kept", "jnp.minimum(lengths, num_slots)", "lengths", "test_meanings.py::test_policy_suite"),
         (
@@ -461,8 +459,14 @@ FAULTS: list[Fault] = [
     *group(
         "policies/base.py",
         "test_verbs.py::test_trim\ntest_meanings.py::test_overflow",
-        ("Policy.fits", "<= num_slots", "< num_slots"),
+        ("Policy.fits", "<= step.num_slots", "< step.num_slots"),
         ("Policy.positions", "slot < lengths[:, None]", "slot <= lengths[:, None]"),
+        (
+            "Policy.__init_subclass__",
+            '"positions", ',
+            "",
+            "test_blocks.py::test_any_order_of_its_own_is_refused",
+        ),
     ),
     # Attention ---------------------------------------------------------------------------------------------------
     *group(
@@ -501,7 +505,7 @@ FAULTS: list[Fault] = [
         ),
     ),
     *group(
-        "request.py",
+        "attend/request.py",
         "test_blocks.py::test_blocks_of_queries\ntest_meanings.py::test_logsumexp",
         (
             "adjust",
@@ -524,47 +528,50 @@ FAULTS: list[Fault] = [
         test_meanings.py::test_overflow
         test_meanings.py::test_left_padding
         """,
-        ("_requests", "call.mask.reach if call.mask.num_sinks else call.mask.window", "None"),
+        ("_requests", "mask.reach if mask.num_sinks else mask.window", "None"),
         ("_requests", "begin=num_sinks, num_sinks=0", "num_sinks=0"),
-        ("_requests", "jnp.where(positions >= 0, sink_positions, EMPTY)", "positions"),
-        ("_fits", "cache.lengths <= _checks.INT32_MAX - given", "cache.lengths >= 0", "test_bad_input.py"),
-        ("_place_in_time", "jnp.where(fits, given, 0)", "given"),
-        ("_place_in_time", "cache.lengths if places is None else _count(places)", "cache.lengths"),
-        ("_place_in_time", "if call.key_rope is None else key", "if True else key"),
-        (
-            "_real_tokens",
-            "jnp.where(bad, 0, given)",
-            "given",
-            "test_bad_input.py",
-        ),
-        ("_cross", "t < given[:, None]", "t <= given[:, None]", "test_verbs.py::test_cross_attention"),
-        ("_cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
-        ("_count", "axis=(1, 2)) + 1", "axis=(1, 2))"),
+        ("_located", "jnp.where(is_real, positions, EMPTY)", "jnp.where(is_real, seen_at, EMPTY)"),
+        ("_located", "cache.lengths - _gone(cache)", "cache.lengths"),
+        ("_located", "if step.rules.key_rope is None else new.key", "if True else new.key"),
+        ("cross", "t < new.num_new[:, None]", "t <= new.num_new[:, None]", "test_verbs.py::test_cross_attention"),
+        ("cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
+        ("_gone", "cache.lengths - 1 - jnp.max", "cache.lengths - jnp.max"),
         (
             "_scorable",
             "jnp.any(jnp.isnan(lse), axis=(1, 2))",
             "jnp.all(jnp.isnan(lse), axis=(1, 2))",
             "test_policies.py::test_attention_that_is_nan",
         ),
-        ("_chunk", "where + gone.reshape", "where - gone.reshape"),
+        ("_measured.original", "positions + gone.reshape", "positions - gone.reshape"),
         (
-            "_chunk",
+            "_own_view",
             "min(layout.rows, CHUNK_ROWS)",
             "max(layout.rows, CHUNK_ROWS)",
             "",
             "blocks of another length, the same numbers",
         ),
         (
-            "_decode",
-            "lengths=lengths + new, state=seen",
-            "lengths=lengths, state=seen",
+            "decode",
+            "lengths=cache.lengths + new.num_new",
+            "lengths=cache.lengths",
             "test_policies.py::test_output_is_attention_over_the_kept_tokens",
         ),
     ),
     *group(
-        "attend/on_arrays.py",
+        "attend/prepare.py",
+        "test_bad_input.py\ntest_meanings.py::test_overflow",
+        ("_fits", "cache.lengths <= _checks.INT32_MAX - num_new", "cache.lengths >= 0"),
+        ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
+        ("_real_tokens", "jnp.where(bad, 0, given)", "given"),
+    ),
+    *group(
+        "attend/rules.py",
         "test_arrays.py",
-        ("_attend", "1 / math.sqrt(head_dim)", "1 / head_dim"),
+        ("Rules.checked", "1 / math.sqrt(query.shape[-1])", "1 / query.shape[-1]"),
+    ),
+    *group(
+        "pallas/on_arrays.py",
+        "test_arrays.py",
         ("_attend", "view.layout.num_slots - 1, jnp.int32)", "view.layout.num_slots, jnp.int32)"),
         ("decode_attention", 'else {"scale": v_scales[None', 'else {"scale": k_scales[None'),
         ("paged_decode_attention", 'else {"scale": v_scales[:, :, None]}', 'else {"scale": k_scales[:, :, None]}'),
@@ -742,7 +749,6 @@ FAULTS: list[Fault] = [
         test_sharding.py::test_slots_of_several_blocks
         test_sharding.py::test_equals_one_device
         """,
-        ("Share.of_store", "slots // store.rows * rows + row % rows", "row % rows"),
         ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
         ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
         ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
@@ -753,19 +759,29 @@ FAULTS: list[Fault] = [
             "jax.lax.stop_gradient(lse)",
             "test_sharding.py::test_equals_one_device",
         ),
-        ("Share._layout", "whole.num_blocks * rows, rows", "rows, rows"),
+    ),
+    *group(
+        "cache/layout.py",
+        "test_sharding.py::test_slots_of_several_blocks",
+        ("Layout.slots_in_share", "slots // self.rows * rows + row % rows", "row % rows"),
+        ("Layout.share", "self.num_blocks * rows, rows", "rows, rows"),
+    ),
+    *group(
+        "codecs/kivi.py",
+        "test_paged.py::test_copies_and_selections_take_everything_along",
+        ("KIVI.axes", '"one rows heads recent features"', '"one heads rows recent features"'),
     ),
     *group(
         "sharding/heads.py",
         "test_sharding_faults.py::test_copies_lie_beside_each_other\ntest_sharding.py::test_equals_one_device",
         ("repeated", "jnp.repeat(x, copies, axis=axis)", "jnp.concatenate([x] * copies, axis=axis)"),
         ("SomeOfGroup.of_group", "/ self.copies", "/ 1"),
-        ("_heads", "values=store(cache.values)", "values=cache.values"),
+        ("repeated", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
     ),
     *group(
         "sharding/batch.py",
         "test_sharding.py::test_equals_one_device\ntest_sharding.py::test_an_encoders_cache",
-        ("local.call", "split_axis=split, concat_axis=0", "split_axis=0, concat_axis=split"),
+        ("Batch._exchanged.call", "split_axis=axis, concat_axis=0", "split_axis=0, concat_axis=axis"),
     ),
     *group(
         "sharding/choose.py",

@@ -4,15 +4,16 @@ For callers who keep caches of their own. They are wrapped in views, so every im
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
+from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks
 from kvattn.cache import Layout, View
 from kvattn.cache.paged import block_layout
@@ -21,7 +22,6 @@ from kvattn.codecs import Codec, Float8, Int8, Plain
 from kvattn.codecs.base import Role, accumulator
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.request import Request
 
 
 def decode_attention(
@@ -92,7 +92,17 @@ def decode_attention(
         key_head_dim=features,
         value_head_dim=v.shape[3],
     )
-    return _attend(q, view, scale, window, softcap, sinks, alibi_slopes, return_lse, implementation)
+    return _attend(
+        q,
+        view,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
 
 
 def paged_decode_attention(
@@ -175,7 +185,17 @@ def paged_decode_attention(
         page_table=table,
         page_size=size,
     )
-    return _attend(q, view, scale, window, softcap, sinks, alibi_slopes, return_lse, implementation)
+    return _attend(
+        q,
+        view,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
 
 
 def _query(q: Array) -> Array:
@@ -264,28 +284,34 @@ def _starts(starts: Any, batch: int) -> Array:
     return jnp.asarray(starts)[:, None]
 
 
-def _attend(q, view: View, scale, window, softcap, sinks, slopes, return_lse: bool, implementation) -> Any:
+def _attend(
+    q: Float[Array, "B N H"],
+    view: View,
+    *,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    return_lse: bool,
+    implementation: api.Implementation,
+) -> Any:
+    """Attention of one token per row to a view whose last slot is where the queries stand."""
     batch, heads, head_dim = q.shape
     _checks.head_counts(heads, view.num_kv_heads)
     if head_dim != view.key_head_dim or not head_dim:
         raise ShapeError(f"q has head dim {head_dim}, k {view.key_head_dim}: they must agree and be at least 1.")
-    _checks.finite_scale(scale)
-    softcap = _checks.positive_softcap(softcap)
-    mask = Mask(window=_checks.window(window))
+    query, rules = Rules.checked(q[:, None], mask=Mask(), window=window, scale=scale, softcap=softcap)
     sinks = _checks.per_head("sinks", sinks, heads)
-    slopes = _checks.per_head("alibi_slopes", slopes, heads, finite=True)
+    slopes = _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
     if not view.value_head_dim:
         raise ShapeError("v has head dim 0: it must be at least 1.")
     if 0 in (batch, view.layout.num_slots, *view.keys["data"].shape):
         api.candidates(implementation)
         out = jnp.zeros((batch, heads, view.value_head_dim), q.dtype)
         return (out, jnp.full((batch, heads), -jnp.inf, accumulator(q.dtype))) if return_lse else out
-    if scale is not None and not _checks.is_concrete(scale):
-        q, scale = q * jnp.asarray(scale, q.dtype), 1.0
     here = jnp.full((batch, 1), view.layout.num_slots - 1, jnp.int32)
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    request = Request(q[:, None], here, view, slopes, mask=mask, scale=scale, softcap=softcap)
-    out, lse, _ = api.attend(request, implementation)
+    out, lse, _ = api.attend(rules.request(query, here, view, slopes), implementation)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     out = out[:, 0].astype(q.dtype)

@@ -9,12 +9,13 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
+from kvattn.cache import Cache
 from kvattn.errors import ShardingError
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a cache lies. Hashable.
+class Split:
+    """How a cache is split over devices. Hashable.
 
     Attributes:
         mesh: of Explicit or Auto axes.
@@ -94,7 +95,7 @@ class Place:
         return other.axis_names == self.mesh.axis_names and other.axis_sizes == self.mesh.axis_sizes
 
 
-def place_of(mesh: Any, axis: str, data_axis: str | None) -> Place:
+def split_over(mesh: Any, axis: str, data_axis: str | None) -> Split:
     """Checks a mesh and the names of its axes.
 
     Raises:
@@ -115,7 +116,18 @@ def place_of(mesh: Any, axis: str, data_axis: str | None) -> Place:
         )
     if len(types) > 1:
         raise ShardingError(f"the axes of the mesh are of types {mesh.axis_types}: make all Explicit, or all Auto.")
-    return Place(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
+    return Split(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
+
+
+def specs_of(cache: Cache, **mesh_axes: Any) -> Any:
+    """The cache's tree of placements.
+
+    Args:
+        cache: any cache, or its shapes.
+        **mesh_axes: by the names of the cache's own axes (`kvattn.cache.axes`) the axes of the mesh (None, a name,
+            several) that split them.
+    """
+    return jax.tree.map(lambda axes: PartitionSpec(*map(mesh_axes.get, axes.split())), cache.axes)
 
 
 def names(entry: Any) -> tuple[str, ...]:

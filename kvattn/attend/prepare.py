@@ -1,0 +1,156 @@
+"""The arguments of `kvattn.cached_attention`, checked once and brought to the form that a step takes."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int32
+
+from kvattn import _checks
+from kvattn._typing import Array
+from kvattn.attend import api, step
+from kvattn.attend.rules import Rules
+from kvattn.attend.step import Step
+from kvattn.attend.tokens import NewTokens, PerHead
+from kvattn.cache import Cache
+from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from kvattn.policies import Context
+from kvattn.positions import RoPE
+
+
+def prepared[C: Cache](
+    query: Any,
+    key: Any,
+    value: Any,
+    cache: C,
+    *,
+    num_new: Any,
+    padding: str,
+    rope: RoPE | None,
+    window: int | None,
+    scale: Any,
+    softcap: float | None,
+    sinks: Any,
+    alibi_slopes: Any,
+    token_ids: Any,
+    implementation: api.Implementation,
+    num_heads: int | None = None,
+) -> tuple[Step, NewTokens, PerHead, C]:
+    """Checks the arguments of `kvattn.cached_attention`, and raises what it raises.
+
+    Args:
+        query: this and all that follow as there.
+        key: see there.
+        value: see there.
+        cache: see there.
+        num_new: see there.
+        padding: see there.
+        rope: see there.
+        window: see there.
+        scale: see there.
+        softcap: see there.
+        sinks: see there.
+        alibi_slopes: see there.
+        token_ids: see there.
+        implementation: see there.
+        num_heads: N, where `query` has heads behind those that fill it up. None: all are real.
+
+    Returns:
+        the step, and what to call it with.
+    """
+    if rope is not None and not isinstance(rope, RoPE):
+        raise DTypeError(f"rope must be a kvattn.RoPE or None, got {rope!r}.")
+    cache = usable(cache)
+    query = _checks.query("query", query)
+    if query.ndim != 4:
+        raise ShapeError(f"query must be [B, T, N, H], got shape {query.shape}.")
+    batch, length, _, head_dim = query.shape
+    heads = query.shape[2] if num_heads is None else num_heads
+    if batch != cache.batch_size:
+        raise ShapeError(f"query has {batch} rows, the cache {cache.batch_size}.")
+    _checks.head_counts(heads, cache.num_kv_heads)
+    if head_dim != cache.key_head_dim:
+        raise ShapeError(f"query has head dim {head_dim}, the keys of the cache {cache.key_head_dim}.")
+    moves = cache.policy.cache_positions(cache.state) is not None
+    query, rules = Rules.checked(
+        query,
+        mask=cache.policy.mask(),
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        key_rope=rope if moves else None,
+    )
+    per_head = PerHead(
+        _checks.per_head("sinks", sinks, heads), _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
+    )
+    _checks.one_of("padding", padding, ("right", "left"))
+    if window is not None and moves:
+        raise UnsupportedError(
+            f"window= goes by true positions, {cache.policy} by those in the cache: leave window out, or use "
+            'positions_in="original".'
+        )
+    if token_ids is not None:
+        token_ids = _token_ids(token_ids, query)
+    num_new, bad_count = _real_tokens(num_new, batch, length)
+    refused = jnp.zeros_like(bad_count)
+    if cache.is_static:
+        if key is not None or value is not None:
+            raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
+        if rope is not None or window is not None:
+            raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
+        run = step.cross
+    else:
+        key, value = _keys_and_values(key, value, query, cache)
+        cache, num_new = cache.vouched(num_new, rules.mask.window)
+        fits = _fits(cache, num_new, length)
+        cache.refuse_overflow(fits, num_new)
+        num_new, refused = jnp.where(fits, num_new, 0), ~fits
+        run = step.decode if length == 1 else step.chunk
+    if length == 0 or batch == 0:
+        run = step.nothing
+    new = NewTokens(query, key, value, num_new, refused, bad_count, token_ids)
+    return Step(run, rules, rope, padding, implementation), new, per_head, cache
+
+
+def usable[C: Cache](cache: C) -> C:
+    """A cache with its arrays on the device; raises what `Cache.usable` does, and DTypeError for what is no cache."""
+    if not isinstance(cache, Cache):
+        raise DTypeError(
+            f"cache must be a KVCache or a PagedKVCache, got {type(cache).__name__}: KVCache.create makes an empty one."
+        )
+    return cache.usable()
+
+
+def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array, " B"]:
+    """Which rows can take their tokens; lengths are int32 and must not wrap."""
+    room = cache.lengths <= _checks.INT32_MAX - num_new
+    return room & cache.policy.fits(cache.state, Context(cache.lengths, num_new, length, cache.num_slots))
+
+
+def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
+    """How many of the T tokens of each row are real, and which rows give an impossible number."""
+    given = _checks.counts("num_new", length if num_new is None else num_new, batch, 0, length)
+    bad = (given < 0) | (given > length)
+    return jnp.where(bad, 0, given), bad
+
+
+def _keys_and_values(
+    key: Any, value: Any, query: Float[Array, "B T N H"], cache: Cache
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
+    """Those of the new tokens."""
+    if key is None or value is None:
+        raise ConfigError("key and value are needed; only a static cache (KVCache.from_encoder) goes without.")
+    key, value = _checks.floating("key", key), _checks.floating("value", value)
+    batch, length = query.shape[:2]
+    heads = cache.num_kv_heads
+    for name, x, features in (("key", key, cache.key_head_dim), ("value", value, cache.value_head_dim)):
+        expected = (batch, length, heads, features)
+        if x.shape != expected:
+            raise ShapeError(f"{name} must be [B, T, K, H] = {expected} for this query and cache, got {x.shape}.")
+    return key, value
+
+
+def _token_ids(token_ids: Any, query: Float[Array, "B T N H"]) -> Int32[Array, "B T"]:
+    token_ids = _checks.int32("token_ids", token_ids)
+    if token_ids.shape != query.shape[:2]:
+        raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
+    return jnp.asarray(token_ids)

@@ -1,0 +1,143 @@
+"""Which implementations of attention there are, by name.
+
+This floor attends in plain JAX and names nobody above it. Kernels are handed down: `kvattn.pallas` registers its own
+when `import kvattn` loads it, and so may any other package. What a record holds is small; the kernel itself is loaded
+when it is first asked whether it can attend.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Float
+
+from kvattn._typing import Array
+from kvattn.attend.request import Request
+from kvattn.errors import ConfigError
+
+Result = tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"], Float[Array, "B K S"] | None]
+"""out and lse in float32 or wider, and mass or None: see `Request`."""
+
+
+class Kernel(Protocol):
+    """What attends: a module, or any object with these two functions."""
+
+    @property
+    def unsupported(self) -> Callable[[Request], str | None]:
+        """Why it cannot take a request, to follow "it"; None: it can. Only shapes and settings may be looked at."""
+        ...
+
+    @property
+    def attend(self) -> Callable[[Request], Result]:
+        """Attention; see `Request`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What `kvattn.pallas.tuning` may tune of a kernel.
+
+    The kernel then also has ``key(request)``, the name of a call in tables of sizes, and ``fits(request, sizes)``, and
+    its ``attend`` takes sizes as a second argument.
+
+    Attributes:
+        kind: the dataclass of the sizes.
+        candidates: what tuning tries.
+    """
+
+    kind: type[Any]
+    candidates: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to attend.
+
+    Attributes:
+        name: what `implementation=` calls it.
+        load: hands over what attends. Called when it is first wanted, so that `import kvattn` loads no kernel.
+        platform: the backend it is made for, as `jax.default_backend` names it: there ``implementation=None`` tries it
+            before "xla". None: any backend, but only when asked for by name.
+        blocked: why it cannot run in this process at all, to follow "it"; returns None where it can.
+        is_complete: whether it has derivatives of its own, and gives nothing of NaN values to queries that may not
+            attend to them. Where it has not, both are added: derivatives are those of "reference".
+        writer: hands over what writes single tokens by a kernel: called with a cache's store, it returns one that takes
+            its place. None: XLA writes.
+        sizes: what can be tuned of it. None: nothing.
+    """
+
+    name: str
+    load: Callable[[], Kernel]
+    platform: str | None = None
+    blocked: Callable[[], str | None] = lambda: None
+    is_complete: bool = False
+    writer: Callable[[], Callable[[Any], Any]] | None = None
+    sizes: Sizes | None = None
+
+
+_KNOWN: dict[str, Implementation] = {}
+
+
+def register(implementation: Implementation) -> None:
+    """Makes an implementation known, so that `implementation=` can name it everywhere.
+
+    Args:
+        implementation: its record.
+
+    Raises:
+        ConfigError: something that is no record, or a name that is taken.
+
+    Example:
+        >>> import types
+        >>> from kvattn import attend
+        >>> def attend_like_xla(request):
+        ...     return attend.attend(request, "xla")
+        >>> mine = types.SimpleNamespace(unsupported=lambda request: None, attend=attend_like_xla)
+        >>> attend.register(attend.Implementation("mine", lambda: mine))
+        >>> attend.names()[-1]
+        'mine'
+        >>> attend.unregister("mine")
+    """
+    if not isinstance(implementation, Implementation):
+        raise ConfigError(f"implementation must be a kvattn.attend.Implementation, got {implementation!r}.")
+    if not isinstance(implementation.name, str) or not implementation.name.isidentifier():
+        raise ConfigError(f"the name of an implementation must be an identifier, got {implementation.name!r}.")
+    if implementation.name in _KNOWN:
+        raise ConfigError(f"there is an implementation {implementation.name!r} already: give yours another name.")
+    _KNOWN[implementation.name] = implementation
+
+
+def unregister(name: str) -> None:
+    """Forgets an implementation; programs that are compiled keep it.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    named(name)
+    del _KNOWN[name]
+
+
+def names() -> tuple[str, ...]:
+    """The names `implementation` may take, in the order in which they were registered."""
+    return tuple(_KNOWN)
+
+
+def named(name: str) -> Implementation:
+    """The implementation of a name.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if not isinstance(name, str) or name not in _KNOWN:
+        raise ConfigError(
+            f"unknown implementation {name!r}; the known ones are "
+            f"{', '.join(map(repr, _KNOWN))}, None for the best that works, or a sequence of names to try in order."
+        )
+    return _KNOWN[name]
+
+
+def made_for(platform: str | None = None) -> tuple[str, ...]:
+    """The implementations made for a backend; None: for the default one."""
+    platform = platform or jax.default_backend()
+    return tuple(name for name, one in _KNOWN.items() if one.platform == platform)

@@ -1,0 +1,81 @@
+"""What a step is given beside the cache: the new tokens, and what there is of each query head."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int32, Shaped
+
+from kvattn import _checks
+from kvattn._typing import Array
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewTokens:
+    """T new tokens of every row. Rows do not depend on each other, nor do key/value heads with their query heads.
+
+    Attributes:
+        query: float [B, T, N, H].
+        key: float [B, T, K, H]; None for a static cache, to which nothing is appended.
+        value: float [B, T, K, Hv], or None.
+        num_new: int32 [B], how many are real, and taken; the others are pads.
+        refused: bool [B], rows whose tokens do not fit: `num_new` is 0 there.
+        bad_count: bool [B], rows that were given an impossible number of tokens: likewise.
+        ids: int32 [B, T], or None.
+    """
+
+    query: Array
+    key: Array | None
+    value: Array | None
+    num_new: Array
+    refused: Array
+    bad_count: Array
+    ids: Array | None
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.query.shape[1]
+
+    def moved_left(self) -> "NewTokens":
+        """Left-padded tokens with their pads behind them."""
+        late = self.length - self.num_new
+        moved = {
+            name: None if x is None else rotated_left(x, late)
+            for name, x in (("query", self.query), ("key", self.key), ("value", self.value), ("ids", self.ids))
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerHead:
+    """One number per query head.
+
+    Attributes:
+        sinks: float [N], a logit that joins the softmax sum only; or None.
+        slopes: float [N], ALiBi's; or None.
+    """
+
+    sinks: Array | None = None
+    slopes: Array | None = None
+
+
+def rotated_left(x: Shaped[Array, "B T *rest"], by: Int32[Array, " B"]) -> Shaped[Array, "B T *rest"]:
+    """Every row turned to the left by so many tokens."""
+    length = x.shape[1]
+    if length == 0:
+        return x
+    index = (jnp.arange(length, dtype=jnp.int32)[None] + by[:, None]) % length
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def folded(query: Float[Array, "*shape"], scale: typing.Any) -> tuple[Float[Array, "*shape"], float | None]:
+    """A scale that is only known when the program runs, multiplied into the queries; another one as a float."""
+    if scale is None or _checks.is_concrete(scale):
+        return query, None if scale is None else float(scale)
+    return query * jnp.asarray(scale, query.dtype), 1.0

@@ -1,0 +1,47 @@
+"""The axes of a cache's arrays, by name.
+
+Every array says what its axes are, in words: ``cache.axes`` is the cache's tree with a string for each array, such as
+"blocks rows heads slots features". Whoever repeats heads, picks rows, copies pages or splits a cache over a mesh goes
+by these names, and need not know which cache, codec or policy is behind an array.
+
+========  ==============================================================
+rows      B: sequences
+heads     K: key/value heads
+blocks    of slots, of a contiguous cache
+slots     R: of a block or a page
+pages     P: of a pool
+columns   of the page table
+recent    tokens that a codec keeps beside the slots, as they came
+features  what is stored of a token
+========  ==============================================================
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kvattn._typing import Array
+
+
+def axis_of(name: str, axes: str) -> int | None:
+    """Which axis has a name; None: none has."""
+    names = axes.split()
+    return names.index(name) if name in names else None
+
+
+def along[T](name: str, change: Callable[[Array, int], Any], tree: T, axes: T) -> T:
+    """The tree with ``change(array, axis)`` for every array that has an axis of that name.
+
+    Args:
+        name: of the axis.
+        change: what becomes of an array.
+        tree: of arrays.
+        axes: the same tree with strings.
+    """
+
+    def one(x: Array, axes: str) -> Any:
+        axis = axis_of(name, axes)
+        return x if axis is None else change(x, axis)
+
+    return jax.tree.map(one, tree, axes)

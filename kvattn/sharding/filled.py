@@ -1,0 +1,38 @@
+"""Query heads that were added so that they divide over devices."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kvattn._typing import Array
+from kvattn.attend.tokens import NewTokens, PerHead
+from kvattn.cache import Cache
+from kvattn.sharding.scheme import DeviceStep
+
+
+def filled_up(new: NewTokens, per_head: PerHead, num_heads: int) -> tuple[NewTokens, PerHead]:
+    """The arguments of a step with so many query heads, zeros behind those that are given."""
+    sinks, slopes = (None if x is None else _filled(x, 0, num_heads) for x in (per_head.sinks, per_head.slopes))
+    return dataclasses.replace(new, query=_filled(new.query, 2, num_heads)), PerHead(sinks, slopes)
+
+
+def real_heads(step: DeviceStep, num_heads: int) -> DeviceStep:
+    """The step on the first `num_heads` heads; out is 0 for the others."""
+
+    def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+        count = new.query.shape[2]
+        sinks, slopes = (None if x is None else x[:num_heads] for x in (per_head.sinks, per_head.slopes))
+        new = dataclasses.replace(new, query=new.query[:, :, :num_heads])
+        out, cache = step(new, PerHead(sinks, slopes), cache)
+        return _filled(out, 2, count), cache
+
+    return call
+
+
+def _filled(x: Array, axis: int, count: int) -> Array:
+    """x with zeros behind it along an axis, which is `count` long then."""
+    if x.shape[axis] >= count:
+        return x
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, count - x.shape[axis])
+    return jnp.pad(x, padding)
