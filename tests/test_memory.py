@@ -37,7 +37,18 @@ import kvattn
 from kvattn import errors, memory
 from kvattn.cache import Layout
 from kvattn.codecs import Plain
-from kvattn.memory import DEVICES, MODELS, ModelSpec, bytes_per_token, cache_bytes, formula, from_config, levers, plan
+from kvattn.memory import (
+    DEVICES,
+    MODELS,
+    ModelSpec,
+    bytes_per_token,
+    cache_bytes,
+    caches,
+    formula,
+    from_config,
+    levers,
+    plan,
+)
 from kvattn.memory.hf_defaults import ALIASES
 from kvattn.memory.plan import _seen
 from kvattn.models.pretrained import read_family
@@ -485,7 +496,7 @@ def test_which_layers_keep_keys_and_values(what):
     assert (spec.num_layers, spec.num_cache_layers, spec.cache_is_estimate) == (layers, keeping, False)
     assert plan(spec, "h100").bytes_per_token == expected
     assert bytes_per_token(keeping, spec.num_kv_heads, spec.head_dim) == expected
-    kinds = formula.layers(spec, policy=kvattn.Full())
+    kinds = caches.layers(spec, policy=kvattn.Full())
     assert sum(kinds.values()) == keeping
 
 

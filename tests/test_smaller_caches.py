@@ -1,6 +1,6 @@
 """Windows, eviction and codecs on bad input and edge cases, one table as in test_bad_input.py.
 
-Rows are numbered as in the project's list of bad inputs: 61-69 are windows, rings and sinks, 105-111 policies that let
+Rows are numbered as in bad_inputs.txt: 61-69 are windows, rings and sinks, 105-111 policies that let
 tokens go, 112-118 codecs of fewer bits. What each of them does on plain input is in test_policies.py, test_codecs.py.
 """
 

@@ -805,14 +805,14 @@ FAULTS: list[Fault] = [
     *group(
         "models/generate.py",
         "test_generate.py::test_steps_take_the_caches_over\ntest_generate.py::test_learned_positions_are_not_run_past\ntest_generate.py::test_generation_refuses",
-        ("_programs", '@functools.partial(jax.jit, donate_argnames="cache")\n    def step', "@jax.jit\n    def step"),
+        ("_compiled", '@functools.partial(jax.jit, donate_argnames="cache")\n    def step', "@jax.jit\n    def step"),
         (
-            "_programs",
+            "_compiled",
             '@functools.partial(jax.jit, donate_argnames="cache")\n    def append',
             "@jax.jit\n    def append",
         ),
         (
-            "_programs.step",
+            "_compiled.step",
             "rows.num_drawn + 1",
             "rows.num_drawn",
             "test_generate.py::test_drawn_numbers_and_rows_differ",

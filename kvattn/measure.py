@@ -1,4 +1,4 @@
-"""The decode step, timed: what ``kvattn bench`` and ``examples/decode_gqa.py --random`` show. Prints nothing.
+"""The decode step, timed: what ``kvattn bench`` shows. Prints nothing.
 
 One step appends a token to every row and attends over the whole cache, which is donated. It is timed alone, called from
 Python, and in a compiled loop of many, where the call does not count; and compared with a copy of as many bytes in the
@@ -10,11 +10,11 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -56,7 +56,7 @@ class Case:
     batch_size: int = 8
     context: int = 4096
     window: int | None = None
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = "bfloat16"
     codec: Codec | None = None
     seed: int = 0
 
@@ -86,8 +86,9 @@ class Case:
     @property
     def read_bytes(self) -> int:
         """Bytes of keys and values, with their scales, that a step reads."""
-        codec = self.codec or Plain(self.dtype)
-        layer = Layer(self.policy, codec, self.num_kv_heads, self.head_dim, self.dtype, jax.default_backend())
+        dtype = jnp.dtype(self.dtype)
+        codec = self.codec or Plain(dtype)
+        layer = Layer(self.policy, codec, self.num_kv_heads, self.head_dim, dtype, jax.default_backend())
         return int(self.batch_size * layer.read_bytes(self.context))
 
     def inputs(self) -> tuple[Array, list[Array], Callable[[], KVCache]]:
@@ -188,7 +189,7 @@ def filled(cache: KVCache, key: Array, value: Array, length: int) -> KVCache:
     return dataclasses.replace(cache.write(slots, key, value), lengths=jnp.full(key.shape[:1], length, jnp.int32))
 
 
-def reader(cache: KVCache, num_heads: int, dtype: Any, implementation: str | None = None) -> str:
+def reader(cache: KVCache, num_heads: int, dtype: DTypeLike, implementation: str | None = None) -> str:
     """Which implementation reads this cache for a new token, and why not another.
 
     Raises:
@@ -209,7 +210,11 @@ def reader(cache: KVCache, num_heads: int, dtype: Any, implementation: str | Non
 
 @functools.cache
 def step(implementation: str | None, inner: int = 1) -> Callable[..., tuple[Array, KVCache]]:
-    """`inner` steps, one after the other, each at the full context: (query, key, value, cache) to (out, cache)."""
+    """A program of `inner` steps, one after the other, each at the full context.
+
+    From a query [B, 1, N, H], a key and a value [B, 1, K, H] and a cache, which is donated, to an output [B, 1, N, H]
+    and the cache.
+    """
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def steps(query, key, value, cache):
