@@ -8,15 +8,17 @@ in an Auto mesh, every function here returns None.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kvattn._typing import Array
+from kvattn.attend.full import check_shapes
 from kvattn.errors import ShardingError
 
 
@@ -60,9 +62,13 @@ def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> NamedShar
     return on_mesh_of(kernel, *batch, *features)
 
 
+Metadata = Mapping[str, Any]
+"""What Flax keeps beside a parameter; here ``out_sharding`` and ``mesh``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadMetadata:
-    """The metadata of an attention layer's parameters that splits their heads over a mesh axis.
+    """The metadata of an attention layer's parameters.
 
     Attributes:
         query: of the kernel [D, N, H].
@@ -70,18 +76,22 @@ class HeadMetadata:
         kv: of the kernels [D, K, H].
         kv_bias: [K, H].
         out: of the kernel [N, H, D].
+        out_bias: [D].
         sinks: [N].
     """
 
-    query: dict[str, Any]
-    query_bias: dict[str, Any]
-    kv: dict[str, Any]
-    kv_bias: dict[str, Any]
-    out: dict[str, Any]
-    sinks: dict[str, Any]
+    query: Metadata
+    query_bias: Metadata
+    kv: Metadata
+    kv_bias: Metadata
+    out: Metadata
+    out_bias: Metadata
+    sinks: Metadata
 
 
-def head_metadata(mesh: Any, axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> HeadMetadata:
+def head_metadata(
+    mesh: Mesh | AbstractMesh, axis: str, num_heads: int, num_kv_heads: int, head_dim: int
+) -> HeadMetadata:
     """Splits query heads over `axis`, and key/value heads where they divide; else these lie on every device.
 
     Query heads that do not divide (71 over 8) are split within: each device has some features of every head.
@@ -94,16 +104,17 @@ def head_metadata(mesh: Any, axis: str, num_heads: int, num_kv_heads: int, head_
     within = axis if by_head is None and head_dim % parts == 0 else None
     kv = axis if num_kv_heads % parts == 0 else None
 
-    def on(*entries: str | None) -> dict[str, Any]:
+    def on(*entries: str | None) -> Metadata:
         return {"out_sharding": PartitionSpec(*entries), "mesh": mesh}
 
     return HeadMetadata(
-        on(None, by_head, within),
-        on(by_head, within),
-        on(None, kv, None),
-        on(kv, None),
-        on(by_head, within, None),
-        on(by_head),
+        query=on(None, by_head, within),
+        query_bias=on(by_head, within),
+        kv=on(None, kv, None),
+        kv_bias=on(kv, None),
+        out=on(by_head, within, None),
+        out_bias=on(),
+        sinks=on(by_head),
     )
 
 
@@ -151,7 +162,7 @@ def whole_heads(x: Array) -> Array:
 
 
 def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Splits key and value [B, S, K, H] over an Explicit mesh as the query [B, T, N, H] is: rows and heads alike.
+    """Splits key and value [..., S, K, H] over an Explicit mesh as the query [..., T, N, H] is: rows and heads alike.
 
     Heads that do not divide are repeated until they do; each device then holds the heads its queries read. One
     key/value head for 32 query heads on 4 devices becomes 4.
@@ -159,16 +170,18 @@ def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     spec = explicit_spec(query)
     if spec is None:
         return key, value
-    shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(spec[2]))
-    repeats = math.lcm(key.shape[2], shards) // key.shape[2]
+    check_shapes(query, key, value)
+    *batch, _, heads, _ = spec
+    shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(heads))
+    repeats = math.lcm(key.shape[-2], shards) // key.shape[-2]
 
     def moved(x: Array) -> Array:
         own = explicit_spec(x)
         if own is None:
             return x
         if repeats > 1:
-            x = jnp.repeat(jax.reshard(x, on_mesh_of(x, spec[0], own[1], None, own[3])), repeats, axis=2)
-        return jax.reshard(x, on_mesh_of(x, spec[0], own[1], spec[2], own[3]))
+            x = jnp.repeat(jax.reshard(x, on_mesh_of(x, *batch, own[-3], None, own[-1])), repeats, axis=-2)
+        return jax.reshard(x, on_mesh_of(x, *batch, own[-3], heads, own[-1]))
 
     return moved(key), moved(value)
 
