@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import PrecisionLike
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -32,7 +32,7 @@ from kvattn.layers.originals import NNXAttention
 from kvattn.layers.placement import Metadata
 from kvattn.layers.projections import Sharding
 from kvattn.layers.rotary import rotate
-from kvattn.layers.settings import AttentionSettings, Setting
+from kvattn.layers.settings import AttentionSettings, HasSettings
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
 
@@ -42,7 +42,7 @@ ZEROS = nnx.initializers.zeros_init()
 Initializer = Callable[..., Array]
 
 
-class MultiHeadAttention(NNXAttention):
+class MultiHeadAttention(HasSettings, NNXAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -100,32 +100,6 @@ class MultiHeadAttention(NNXAttention):
         (1, 10, 64)
     """
 
-    num_heads = Setting[int]()
-    num_kv_heads = Setting[int]()
-    qkv_features = Setting[int]()
-    head_dim = Setting[int]()
-    value_head_dim = Setting[int]()
-    dtype = Setting[DTypeLike | None]()
-    param_dtype = Setting[DTypeLike | None]()
-    precision = Setting[jax.lax.PrecisionLike]()
-    use_bias = Setting[bool]()
-    dropout_rate = Setting[float]()
-    broadcast_dropout = Setting[bool]()
-    qk_norm = Setting[str | None]()
-    qkv_clip = Setting[float | None]()
-    window = Setting[int | None]()
-    rope = Setting[RoPE | None]()
-    alibi_slopes = Setting[tuple[float, ...] | None]()
-    scale = Setting[float | Array | None]()
-    softcap = Setting[float | None]()
-    cache_sharding = Setting[NamedSharding | PartitionSpec | tuple[Any, ...] | None]()
-    policy = Setting[Policy | None]()
-    codec = Setting[Codec | None]()
-    implementation = Setting[str | tuple[str, ...] | None]()
-    mesh = Setting[Mesh | AbstractMesh | None]()
-    by = Setting[str]()
-    axis = Setting[str]()
-
     def __init__(
         self,
         num_heads: int,
@@ -140,7 +114,7 @@ class MultiHeadAttention(NNXAttention):
         broadcast_dropout: bool = True,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer | None = None,
         bias_init: Initializer = ZEROS,
@@ -196,16 +170,11 @@ class MultiHeadAttention(NNXAttention):
         self.decode = decode
         self.attention_fn = attention_fn
         self.normalize_qk = settings.qk_norm is not None
-        self.qkv_promote_dtype = qkv_promote_dtype
-        self.out_promote_dtype = out_promote_dtype
+        self.qkv_promote_dtype, self.out_promote_dtype = qkv_promote_dtype, out_promote_dtype
         self.ln_promote_dtype = ln_promote_dtype
-        self.qkv_dot_general = qkv_dot_general
-        self.out_dot_general = out_dot_general
-        self.qkv_dot_general_cls = qkv_dot_general_cls
-        self.out_dot_general_cls = out_dot_general_cls
-        _, called = attention.resolve(settings, attention_fn)
-        additions = {"scale": scale, "softcap": softcap, "alibi_slopes": settings.alibi_slopes, "sinks": sinks or None}
-        attention.check_additions(called, **additions)
+        self.qkv_dot_general, self.out_dot_general = qkv_dot_general, out_dot_general
+        self.qkv_dot_general_cls, self.out_dot_general_cls = qkv_dot_general_cls, out_dot_general_cls
+        attention.check_additions(settings, attention_fn, sinks)
 
         metadata = projections.metadata(
             settings,
@@ -245,8 +214,8 @@ class MultiHeadAttention(NNXAttention):
         )
         self.key = kv_to_heads((num_kv_heads, head_dim))
         self.value = kv_to_heads((num_kv_heads, value_head_dim))
-        self.query_ln = head_norm(query_ln_scale_metadata)
-        self.key_ln = head_norm(key_ln_scale_metadata)
+        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(query_ln_scale_metadata)
+        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(key_ln_scale_metadata)
         self.out = nnx.LinearGeneral(
             (num_heads, value_head_dim),
             self.out_features,
@@ -327,11 +296,12 @@ class MultiHeadAttention(NNXAttention):
         settings, attention_fn = attention.resolve(self.settings, self.attention_fn)
         deterministic = self.deterministic if deterministic is None else deterministic
         if cache is not None:
-            inputs = self._inputs(inputs_q, inputs_k, inputs_v, with_keys=not cache.is_static)
+            kv_features = None if cache.is_static else self.in_kv_features
+            x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, kv_features)
             caching.check_call(
                 settings,
                 cache,
-                inputs[0],
+                x_q,
                 mask=mask,
                 input_positions=input_positions,
                 decode=decode,
@@ -340,8 +310,8 @@ class MultiHeadAttention(NNXAttention):
                 attention_fn=attention_fn is not dot_product_attention,
                 inputs_k=cache.is_static and inputs_k is not None,
             )
-            query = self._queries(inputs[0], qkv_sharding)
-            key, value = (None, None) if cache.is_static else self._keys_and_values(*inputs[1:], qkv_sharding)
+            query = self._queries(x_q, qkv_sharding)
+            key, value = (None, None) if cache.is_static else self._keys_and_values(x_k, x_v, qkv_sharding)
             x, cache = caching.cached_attention(
                 settings, query, key, value, cache,
                 sinks=self._sinks, num_new=num_new, padding=padding, token_ids=token_ids,
@@ -352,14 +322,14 @@ class MultiHeadAttention(NNXAttention):
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
         decode = bool(self.decode if decode is None else decode)
         cross = decode and caching.is_cross(settings, inputs_q, inputs_k)
-        inputs = self._inputs(inputs_q, inputs_k, inputs_v)
-        query = self._queries(inputs[0], qkv_sharding)
-        key, value = self._keys_and_values(*inputs[1:], qkv_sharding)
+        x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, self.in_kv_features)
+        query = self._queries(x_q, qkv_sharding)
+        key, value = self._keys_and_values(x_k, x_v, qkv_sharding)
         attend = functools.partial(
             attention.call,
             attention_fn,
             sinks=self._sinks,
-            dropout_rng=self._dropout_rng(deterministic, rngs),
+            dropout_rng=attention.dropout_key(settings, deterministic, self.rngs if rngs is None else rngs),
             module=self if sow_weights else None,
         )
         if decode and not cross:
@@ -448,11 +418,7 @@ class MultiHeadAttention(NNXAttention):
             >>> layer(jnp.ones((1, 3, 8))).shape, int(layer.cache_index[...])
             ((1, 3, 8), 3)
         """
-        if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
-            raise DTypeError(f"input_shape must be a shape (..., L, D), got {input_shape!r}: pass inputs.shape.")
-        if len(input_shape) < 2:
-            raise ShapeError(f"input_shape must be (..., L, D), got {input_shape}: L tokens are room for L tokens.")
-        *batch, length, _ = (_checks.integer("input_shape", size, 0) for size in input_shape)
+        *batch, length, _ = decode_protocol.checked_shape(input_shape)
         dtype = _checks.inexact("dtype", self.settings.storage_dtype if dtype is None else dtype)
         sharding = placement.cache_metadata(self.cache_sharding, self.key.kernel[...], len(batch) + 3)
 
@@ -470,7 +436,7 @@ class MultiHeadAttention(NNXAttention):
         Raises:
             CapacityError: tokens were offered that did not fit. They were dropped, the cache holds those before them.
         """
-        if self.cached_key is not None:
+        if self.cached_key is not None and self.cache_index is not None:
             decode_protocol.refuse_overflow(self.cache_index[...], 0, self.cached_key.shape[-3])
 
     def set_view(
@@ -506,17 +472,6 @@ class MultiHeadAttention(NNXAttention):
 
     # Parts of a call.
 
-    def _inputs(
-        self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None, with_keys: bool = True
-    ) -> tuple[Array, Array, Array]:
-        """All three inputs, checked: without `with_keys` the queries only."""
-        inputs_q, inputs_k, inputs_v = projections.filled_in(inputs_q, inputs_k, inputs_v)
-        wanted = self.in_kv_features if with_keys else None
-        projections.check_inputs(
-            inputs_q=(inputs_q, self.in_features), inputs_k=(inputs_k, wanted), inputs_v=(inputs_v, wanted)
-        )
-        return jnp.asarray(inputs_q), jnp.asarray(inputs_k), jnp.asarray(inputs_v)
-
     def _queries(self, inputs: Array, sharding: Sharding) -> Array:
         """[..., T, D] -> [..., T, N, H]."""
         return projections.to_heads(self.query, inputs, norm=self.query_ln, clip=self.qkv_clip, sharding=sharding)
@@ -529,25 +484,6 @@ class MultiHeadAttention(NNXAttention):
     @property
     def _sinks(self) -> Array | None:
         return None if self.sinks is None else self.sinks[...]
-
-    def _dropout_rng(self, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None) -> Array | None:
-        """A key for dropout, or None where nothing is dropped."""
-        if self.dropout_rate == 0.0:
-            return None
-        if deterministic is None:
-            raise ConfigError(
-                "No `deterministic` argument was provided to MultiHeadAttention as either a __call__ argument, "
-                "class attribute, or nnx.flag."
-            )
-        if deterministic:
-            return None
-        rngs = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-        if rngs is None:
-            raise ConfigError(
-                "'rngs' must be provided to __call__ method if MultiHeadAttention instance is defined with "
-                "keep_rngs=False."
-            )
-        return rngs()
 
     def _append(
         self,

@@ -197,6 +197,30 @@ def call(
     return masking.spoil(x, spoiled)
 
 
+def dropout_key(
+    settings: AttentionSettings, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
+) -> Array | None:
+    """A key for the dropout of an NNX layer, or None where nothing is dropped.
+
+    Raises:
+        ConfigError: nothing says whether to drop, or where to draw from.
+    """
+    if settings.dropout_rate == 0.0:
+        return None
+    if deterministic is None:
+        raise ConfigError(
+            "No `deterministic` argument was provided to MultiHeadAttention as either a __call__ argument, "
+            "class attribute, or nnx.flag."
+        )
+    if deterministic:
+        return None
+    if rngs is None:
+        raise ConfigError(
+            "'rngs' must be provided to __call__ method if MultiHeadAttention instance is defined with keep_rngs=False."
+        )
+    return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
+
+
 @functools.lru_cache(maxsize=256)
 def accepted_arguments(attention_fn: Attention) -> frozenset[str] | None:
     """The keyword arguments a function takes; None if it takes any."""
@@ -206,16 +230,17 @@ def accepted_arguments(attention_fn: Attention) -> frozenset[str] | None:
     return frozenset(p.name for p in parameters)
 
 
-def check_additions(attention_fn: Attention, **additions: object) -> None:
-    """Checks that a resolved `attention_fn` can be given what this layer adds to Flax's.
+def check_additions(settings: AttentionSettings, attention_fn: Attention, sinks: bool) -> None:
+    """Checks that a foreign `attention_fn` can be given what an NNX layer adds to Flax's.
 
     Raises:
         ConfigError: it has no argument for an addition that is set. (A window needs none: it becomes a mask.)
     """
+    settings, attention_fn = resolve(settings, attention_fn)
     known = accepted_arguments(attention_fn)
-    if known is None:
-        return
-    missing = [name for name, value in additions.items() if value is not None and name not in known]
+    needed = [name for name in ("scale", "softcap", "alibi_slopes") if getattr(settings, name) is not None]
+    needed += ["sinks"] if sinks else []
+    missing = [] if known is None else [name for name in needed if name not in known]
     if missing:
         raise ConfigError(
             f"attention_fn has no argument {missing[0]!r}, which this layer needs: leave attention_fn out, "

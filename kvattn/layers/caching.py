@@ -108,7 +108,7 @@ def cached_attention[C: Cache](
 
 def _scheme(settings: AttentionSettings, num_kv_heads: int, batch_size: int) -> str:
     """How the caches of a layer with a mesh are split."""
-    if settings.by != "auto":
+    if settings.mesh is None or settings.by != "auto":
         return settings.by
     parts = placement.axis_size(settings.mesh, settings.axis)
     rows = batch_size // dict(settings.mesh.shape).get("data", 1) if settings.axis != "data" else batch_size

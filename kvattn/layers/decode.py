@@ -7,6 +7,7 @@ are refused whole. `cache_index` counts the tokens offered; beyond L it says tha
 and stays so.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Int
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.errors import CapacityError, ShapeError
+from kvattn.errors import CapacityError, DTypeError, ShapeError
 from kvattn.layers import masking, placement
 from kvattn.layers.rotary import rotate
 from kvattn.layers.settings import AttentionSettings
@@ -126,6 +127,19 @@ def extend(
         fits=fits,
         spoiled=spoiled,
     )
+
+
+def checked_shape(input_shape: Sequence[int]) -> list[int]:
+    """Checks the shape (..., L, D) that a cache is made for.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: it is no shape of two axes or more.
+    """
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        raise DTypeError(f"input_shape must be a shape (..., L, D), got {input_shape!r}: pass inputs.shape.")
+    if len(input_shape) < 2:
+        raise ShapeError(f"input_shape must be (..., L, D), got {input_shape}: L tokens are room for L tokens.")
+    return [_checks.integer("input_shape", size, 0) for size in input_shape]
 
 
 def positions(index: Int[Array, ""], num_tokens: int) -> Int[Array, " T"]:

@@ -44,32 +44,14 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
 
     Has every field of `flax.linen.MultiHeadDotProductAttention` in its order. Scores and softmax are always
     float32; with `force_fp32_for_softmax` so is what they make of narrower values, and as in Flax the output where
-    `dtype` is None. Below are the additions.
+    `dtype` is None. The additions are those of `kvattn.layers.MultiHeadAttention`, and mean the same, but for these:
 
     Attributes:
-        num_kv_heads: K; must divide N.
-        head_dim: H, where it is not qkv_features / N.
-        value_head_dim: the size of a value head, where it is not H.
-        window: a query sees the last `window` tokens, its own included. Implies causality.
-        rope: a `kvattn.RoPE`, applied to queries and keys at their true positions.
-        alibi: True for the usual ALiBi slopes, or a tuple of N slopes.
-        scale: multiplies the scores; 1/√H if None.
-        softcap: caps the scores by ``softcap * tanh(score / softcap)``.
-        sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
-        qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
-        qk_norm_epsilon: the epsilon of that norm.
-        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
-        use_out_bias: whether the output projection has a bias; as `use_bias` if None.
         kv_kernel_init: of the key and value kernels, where it differs from `kernel_init` (its partitioning, say).
         kv_bias_init: the same for their biases.
         cache_sharding: names of mesh axes, one per axis of Flax's cache [..., L, K, H].
-        policy: which tokens `make_cache` keeps by default.
-        codec: in how many bits `make_cache` keeps them by default.
-        implementation: who reads the cache, as in `kvattn.cached_attention`.
         mesh: devices that `make_cache` and calls with a cache split the cache over, as `kvattn.sharding` does.
             (Parameters lie as their initialisers say: `flax.linen.with_partitioning`.)
-        by: how: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose` says.
-        axis: the mesh axis for this.
 
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.

@@ -145,8 +145,8 @@ def decode_step(
     """Adds tokens to the collection `cache`; None in the call that creates it."""
     exists = layer.has_variable("cache", "cached_key")
     variables = (
-        layer.variable("cache", "cached_key", _empty(settings, key)),
-        layer.variable("cache", "cached_value", _empty(settings, value)),
+        layer.variable("cache", "cached_key", _empty(layer, key)),
+        layer.variable("cache", "cached_value", _empty(layer, value)),
         layer.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32)),
     )
     if not exists:
@@ -164,17 +164,17 @@ def einsums(layer: "MultiHeadDotProductAttention") -> tuple[Einsum, Einsum] | No
     Raises:
         ConfigError: only one of the two, or a precision beside them.
     """
-    classes = layer.qk_attn_weights_einsum_cls, layer.attn_weights_value_einsum_cls
-    if not any(classes):
+    scores, values = layer.qk_attn_weights_einsum_cls, layer.attn_weights_value_einsum_cls
+    if scores is None and values is None:
         return None
-    if not all(classes):
+    if scores is None or values is None:
         raise ConfigError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together.")
     if layer.precision is not None:
         raise ConfigError(
             "precision/einsum_dot_general and qk_attn_weights_einsum/attn_weights_value_einsum are mutually "
             "exclusive. Please specify only one of them."
         )
-    return classes[0](), classes[1]()
+    return scores(), values()
 
 
 def is_own(attention_fn: Attention) -> bool:
@@ -211,11 +211,11 @@ def call_foreign(
     return masking.spoil(attention_fn(query, key, value, **given, **set_), spoiled)
 
 
-def _empty(settings: AttentionSettings, like: Array) -> Callable[[], Any]:
+def _empty(layer: "MultiHeadDotProductAttention", like: Array) -> Callable[[], Any]:
     """Makes an empty cache in the shape, dtype and placement of the keys or values of a whole sequence."""
 
     def zeros() -> Array:
         return jnp.zeros(like.shape, like.dtype, out_sharding=placement.explicit_spec(like))
 
-    names = settings.cache_sharding
+    names = layer.cache_sharding
     return zeros if names is None else nn.with_partitioning(zeros, tuple(names))

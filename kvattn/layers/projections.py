@@ -32,14 +32,22 @@ def filled_in(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -
     return inputs_q, inputs_k, inputs_k if inputs_v is None else inputs_v
 
 
-def check_inputs(**inputs: tuple[Array, int | None]) -> None:
-    """Checks inputs [..., length, D] by name, each with its D; None: any shape.
+def checked_inputs(
+    inputs_q: Array,
+    inputs_k: Array | None,
+    inputs_v: Array | None,
+    in_features: int,
+    in_kv_features: int | None,
+) -> tuple[Array, Array, Array]:
+    """The inputs [..., length, D] of queries, keys and values, of these features; None: keys and values of any shape.
 
     Raises:
-        DTypeError: no array of numbers.
-        ShapeError: another shape.
+        ConfigError: values without keys.
+        DTypeError: no arrays of numbers.
+        ShapeError: other shapes.
     """
-    for name, (x, wanted) in inputs.items():
+    inputs = dict(zip(("inputs_q", "inputs_k", "inputs_v"), filled_in(inputs_q, inputs_k, inputs_v), strict=True))
+    for (name, x), wanted in zip(inputs.items(), (in_features, in_kv_features, in_kv_features), strict=True):
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.number):
             raise DTypeError(f"{name} must be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}.")
         if wanted is not None and (x.ndim < 2 or x.shape[-1] != wanted):
@@ -47,6 +55,7 @@ def check_inputs(**inputs: tuple[Array, int | None]) -> None:
                 f"Incompatible input dimension, got {x.shape[-1] if x.ndim else ()} but module expects {wanted}: "
                 f"{name} must be [..., length, {wanted}], its shape is {x.shape}."
             )
+    return jnp.asarray(inputs["inputs_q"]), jnp.asarray(inputs["inputs_k"]), jnp.asarray(inputs["inputs_v"])
 
 
 def clipped(x: Array, limit: float | None) -> Array:

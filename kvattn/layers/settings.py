@@ -20,39 +20,16 @@ from kvattn.layers import arguments
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
 
+CacheSharding = NamedSharding | PartitionSpec | tuple[Any, ...]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSettings:
     """The settings of an attention layer. Static: they hold no parameters.
 
-    Attributes:
-        num_heads: N.
-        num_kv_heads: K, which divides N.
-        qkv_features: N * H.
-        head_dim: H. None, as `qkv_features`, where it follows from inputs that are not known yet (Linen).
-        value_head_dim: the size of a value head; None as `head_dim`.
-        dtype: the dtype to compute in; None: that of the inputs and parameters.
-        param_dtype: the dtype of the parameters.
-        precision: precision of the matrix products.
-        use_bias: whether queries, keys and values have biases.
-        use_out_bias: whether the output has one.
-        dropout_rate: the share of attention weights set to zero in training.
-        broadcast_dropout: one dropout mask for all batch rows and heads.
-        qk_norm: "layer", "rms" or None: the norm of each head of queries and keys.
-        qk_norm_epsilon: the epsilon of that norm.
-        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
-        window: how many tokens a query sees, its own included.
-        rope: rotates queries and keys to their positions.
-        alibi_slopes: the slope of each query head, N of them.
-        scale: multiplies the scores; None: 1/√H.
-        softcap: caps the scores by ``softcap * tanh(score / softcap)``.
-        cache_sharding: how Flax's cache [..., L, K, H] is split over a mesh.
-        policy: which tokens caches keep by default.
-        codec: in how many bits they keep them by default.
-        implementation: who reads caches, as in `kvattn.cached_attention`.
-        mesh: devices to split caches over.
-        by: how caches are split, as `kvattn.sharding.choose` says.
-        axis: the mesh axis for this.
+    Each is described as an argument of `kvattn.layers.MultiHeadAttention`; what is None there has found its value here,
+    but for what depends on the input. `head_dim`, `qkv_features` and `value_head_dim` are None where they follow from
+    inputs that are not known yet (Linen). `alibi_slopes` are N slopes or None.
     """
 
     num_heads: int
@@ -75,7 +52,7 @@ class AttentionSettings:
     alibi_slopes: tuple[float, ...] | None
     scale: float | Array | None
     softcap: float | None
-    cache_sharding: NamedSharding | PartitionSpec | tuple[Any, ...] | None
+    cache_sharding: CacheSharding | None
     policy: Policy | None
     codec: Codec | None
     implementation: str | tuple[str, ...] | None
@@ -95,32 +72,41 @@ class AttentionSettings:
             DTypeError, ConfigError, RangeError, ShapeError, ShardingError: naming the argument.
         """
         arguments.check(given)
-        num_heads = given["num_heads"]
-        num_kv_heads = num_heads if given["num_kv_heads"] is None else given["num_kv_heads"]
+        num_heads = int(given["num_heads"])
+        num_kv_heads = num_heads if given["num_kv_heads"] is None else int(given["num_kv_heads"])
         _checks.head_counts(num_heads, num_kv_heads)
         qkv_features, head_dim = _head_size(num_heads, given["qkv_features"], given["head_dim"], in_features)
         _check_rope(given["rope"], head_dim)
-        names = {field.name for field in dataclasses.fields(cls)} & given.keys()
-        taken = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
-        derived = {
-            "num_heads": int(num_heads),
-            "num_kv_heads": int(num_kv_heads),
-            "qkv_features": qkv_features,
-            "head_dim": head_dim,
-            "value_head_dim": head_dim if given["value_head_dim"] is None else int(given["value_head_dim"]),
-            "use_bias": bool(given["use_bias"]),
-            "use_out_bias": bool(given["use_bias"] if given["use_out_bias"] is None else given["use_out_bias"]),
-            "dropout_rate": arguments.dropout_rate(given["dropout_rate"]),
-            "broadcast_dropout": bool(given["broadcast_dropout"]),
-            "qk_norm": _qk_norm(given["qk_norm"], given["normalize_qk"]),
-            "qk_norm_epsilon": _checks.non_negative("qk_norm_epsilon", given["qk_norm_epsilon"]),
-            "qkv_clip": None if given["qkv_clip"] is None else float(given["qkv_clip"]),
-            "window": None if given["window"] is None else int(given["window"]),
-            "alibi_slopes": _alibi_slopes(given["alibi"], num_heads),
-            "scale": _number(given["scale"]),
-            "softcap": _checks.positive_softcap(given["softcap"]),
-        }
-        return cls(**taken | derived)
+        clip, scale, use_bias, use_out_bias = (given[n] for n in ("qkv_clip", "scale", "use_bias", "use_out_bias"))
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            qkv_features=qkv_features,
+            head_dim=head_dim,
+            value_head_dim=head_dim if given["value_head_dim"] is None else int(given["value_head_dim"]),
+            dtype=given["dtype"],
+            param_dtype=given["param_dtype"],
+            precision=_hashable(given["precision"]),
+            use_bias=bool(use_bias),
+            use_out_bias=bool(use_bias if use_out_bias is None else use_out_bias),
+            dropout_rate=arguments.dropout_rate(given["dropout_rate"]),
+            broadcast_dropout=bool(given["broadcast_dropout"]),
+            qk_norm=_qk_norm(given["qk_norm"], given["normalize_qk"]),
+            qk_norm_epsilon=_checks.non_negative("qk_norm_epsilon", given["qk_norm_epsilon"]),
+            qkv_clip=None if clip is None else float(clip),
+            window=_checks.window(given["window"]),
+            rope=given["rope"],
+            alibi_slopes=_alibi_slopes(given["alibi"], num_heads),
+            scale=scale if scale is None or isinstance(scale, Tracer) else float(scale),
+            softcap=_checks.positive_softcap(given["softcap"]),
+            cache_sharding=_hashable(given["cache_sharding"]),
+            policy=given["policy"],
+            codec=given["codec"],
+            implementation=_hashable(given["implementation"]),
+            mesh=given["mesh"],
+            by=given["by"],
+            axis=given["axis"],
+        )
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -153,12 +139,44 @@ class Setting[T]:
     @overload
     def __get__(self, layer: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, layer: Any, owner: type) -> T: ...
-    def __get__(self, layer: Any, owner: type) -> Any:
+    def __get__(self, layer: "HasSettings", owner: type) -> T: ...
+    def __get__(self, layer: "HasSettings | None", owner: type) -> Any:
         return self if layer is None else getattr(layer.settings, self.name)
 
-    def __set__(self, layer: Any, value: T) -> None:
+    def __set__(self, layer: "HasSettings", value: T) -> None:
         layer.settings = dataclasses.replace(layer.settings, **{self.name: value})
+
+
+class HasSettings:
+    """The settings as attributes of a layer, under their names."""
+
+    settings: AttentionSettings
+
+    num_heads = Setting[int]()
+    num_kv_heads = Setting[int]()
+    qkv_features = Setting[int]()
+    head_dim = Setting[int]()
+    value_head_dim = Setting[int]()
+    dtype = Setting[DTypeLike | None]()
+    param_dtype = Setting[DTypeLike | None]()
+    precision = Setting[jax.lax.PrecisionLike]()
+    use_bias = Setting[bool]()
+    dropout_rate = Setting[float]()
+    broadcast_dropout = Setting[bool]()
+    qk_norm = Setting[str | None]()
+    qkv_clip = Setting[float | None]()
+    window = Setting[int | None]()
+    rope = Setting[RoPE | None]()
+    alibi_slopes = Setting[tuple[float, ...] | None]()
+    scale = Setting[float | Array | None]()
+    softcap = Setting[float | None]()
+    cache_sharding = Setting[CacheSharding | None]()
+    policy = Setting[Policy | None]()
+    codec = Setting[Codec | None]()
+    implementation = Setting[str | tuple[str, ...] | None]()
+    mesh = Setting[Mesh | AbstractMesh | None]()
+    by = Setting[str]()
+    axis = Setting[str]()
 
 
 # What follows from several arguments --------------------------------------------------------------
@@ -181,7 +199,7 @@ def _head_size(
                 f"qkv_features ({features}) must be num_heads * head_dim = {num_heads} * {size} = {num_heads * size}: "
                 "give one of the two."
             )
-        return int(num_heads * size), size
+        return num_heads * size, size
     if features is None:
         features = in_features
     if features is None:
@@ -191,12 +209,11 @@ def _head_size(
             f"Memory dimension ({features}) must be divisible by 'num_heads' heads ({num_heads}). "
             "Give head_dim to choose the size of a head freely."
         )
-    return features, int(features // num_heads)
+    return int(features), int(features) // num_heads
 
 
-def _number(scale: Any) -> float | Array | None:
-    """A plain number, which can be hashed, where it is known now."""
-    return scale if scale is None or isinstance(scale, Tracer) else float(scale)
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_rope(rope: RoPE | None, size: int | None) -> None:

@@ -7,7 +7,7 @@ A plain call goes to `jax.nn`. What `jax.nn` cannot do (the extras, or scores to
 computed here, in blocks of queries, so a prompt of 32k tokens needs no T x S array, nor do gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ __all__ = ["IMPLEMENTATIONS", "dot_product_attention"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 
 _DECODE_KERNELS = ("mosaic_gpu", "mosaic_tpu")
-_JAX_NN = jax.nn.dot_product_attention
+_JAX_NN: Callable[..., Any] = jax.nn.dot_product_attention
 """Bound now: people assign the function of this module to that name."""
 _MAX_SCORES = 2**22
 """Scores per head (T * S) from which queries are taken in blocks."""
@@ -210,7 +210,7 @@ def _cudnn(call: Call, with_lse: bool) -> tuple[Array, Array | None]:
 def _jax_nn(call: Call, with_lse: bool, implementation: Any) -> tuple[Array, Array | None]:
     # jax.nn mixes dtypes and ranks on purpose; a caller's strict settings are about the caller's code.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result: Any = _JAX_NN(
+        result = _JAX_NN(
             call.query,
             call.key,
             call.value,

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,15 +150,12 @@ def _output(
 
 def _matmul_precision(precision: jax.lax.PrecisionLike) -> contextlib.AbstractContextManager[object]:
     """Sets the precision of the matrix products inside; a pair (one per operand) counts by its first."""
-    if precision is None:
+    first: Any = precision[0] if isinstance(precision, tuple | list) else precision
+    if first is None:
         return contextlib.nullcontext()
-    if isinstance(precision, tuple | list):
-        precision = precision[0]
-    if isinstance(precision, jax.lax.Precision):
-        return jax.default_matmul_precision(precision.name.lower())
-    if isinstance(precision, jax.lax.DotAlgorithmPreset):
-        return jax.default_matmul_precision(precision.name)
-    return jax.default_matmul_precision(precision)
+    if isinstance(first, jax.lax.Precision):
+        return jax.default_matmul_precision(first.name.lower())
+    return jax.default_matmul_precision(first.name if isinstance(first, jax.lax.DotAlgorithmPreset) else first)
 
 
 def _for_full_sequences(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
