@@ -39,7 +39,7 @@ def dot_product_attention(
     is_causal: bool = False,
     *,
     window: int | None = None,
-    scale: ArrayLike | None = None,
+    scale: float | Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
     alibi_slopes: Array | None = None,

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Num
 
 from kvattn._typing import Array
 from kvattn.attend.full import check_shapes
 from kvattn.errors import ShardingError
 
 
-def explicit_spec(x: Any) -> PartitionSpec | None:
+def explicit_spec(x: Array) -> PartitionSpec | None:
     """How `x` is split over Explicit mesh axes, one entry per axis of `x`; None outside such a mesh."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
@@ -30,7 +31,7 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
 
-def on_mesh_of(x: Any, *entries: Any) -> NamedSharding:
+def on_mesh_of(x: Array, *entries: object) -> NamedSharding:
     """A placement on the mesh that `x` is typed with, which need not be the current one."""
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries))
 
@@ -118,7 +119,7 @@ def head_metadata(
     )
 
 
-def axis_size(mesh: Any, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many devices a mesh has along an axis.
 
     Raises:
@@ -132,11 +133,11 @@ def axis_size(mesh: Any, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def put(module: nnx.Module, mesh: Any) -> None:
+def put(module: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
     """Moves every parameter of a module to the mesh, split as its metadata says, whole where that says nothing."""
     explicit = mesh.are_all_axes_explicit
 
-    def moved(leaf: Any) -> Any:
+    def moved(leaf: nnx.Variable[Array]) -> nnx.Variable[Array]:
         x = leaf.get_value()
         sharding = NamedSharding(mesh, leaf.get_metadata().get("out_sharding", PartitionSpec()))
         if not isinstance(x, Tracer):
@@ -147,16 +148,16 @@ def put(module: nnx.Module, mesh: Any) -> None:
     nnx.update(module, nnx.from_flat_state([(path, moved(leaf)) for path, leaf in flat]))
 
 
-def by_heads(x: Array, mesh: Any, axis: str) -> Array:
-    """[B, T, heads, H] on a mesh of Auto axes, held where a kernel whose heads are split puts it."""
+def by_heads(x: Num[Array, "B T heads H"], mesh: Mesh | AbstractMesh, axis: str) -> Num[Array, "B T heads H"]:
+    """Tokens on a mesh of Auto axes, held where a kernel whose heads are split puts them."""
     if mesh.are_all_axes_explicit or x.shape[2] % axis_size(mesh, axis):
         return x
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, axis, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def whole_heads(x: Array) -> Array:
-    """[B, T, heads, H] with all features of a head together, where an Explicit mesh splits them."""
+def whole_heads(x: Num[Array, "B T heads H"]) -> Num[Array, "B T heads H"]:
+    """Tokens with all features of a head together, where an Explicit mesh splits them."""
     spec = explicit_spec(x)
     return x if spec is None or spec[3] is None else jax.reshard(x, on_mesh_of(x, *spec[:3], None))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class Setting[T]:
         self.name = name
 
     @overload
-    def __get__(self, layer: None, owner: type) -> Self: ...
+    def __get__(self, layer: None, owner: type) -> "Setting[T]": ...
     @overload
     def __get__(self, layer: "HasSettings", owner: type) -> T: ...
     def __get__(self, layer: "HasSettings | None", owner: type) -> Any:
@@ -212,7 +212,7 @@ def _head_size(
     return int(features), int(features) // num_heads
 
 
-def _hashable(value: Any) -> Any:
+def _hashable[T](value: T) -> T | tuple[Any, ...]:
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, Num
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -28,36 +30,36 @@ class Call:
     """The arguments of one call: as they were given, or as `checked` returns them, with a batch axis.
 
     Attributes:
-        query: [B, T, N, H].
-        key: [B, S, K, H].
-        value: [B, S, K, H]; for `kvattn.attend.full.attend` heads of values may have a size of their own.
-        bias: broadcastable to [B, N, T, S]; likewise the mask of bools.
-        mask: see bias.
+        query: the queries.
+        key: query head n attends to key head n // (N // K).
+        value: their heads may have a size of their own for `kvattn.attend.full.attend` only.
+        bias: added to the scores.
+        mask: who may attend to whom.
         scale: multiplies the scores.
-        query_lengths: int32[B]; rows past it give 0.
-        kv_lengths: int32[B]; keys past it are not attended to.
-        sinks: float[N].
-        slopes: float[N], those of ALiBi.
+        query_lengths: rows past it give 0.
+        kv_lengths: keys past it are not attended to.
+        sinks: a logit per head that joins the softmax sum.
+        slopes: those of ALiBi.
         is_causal: query t attends to keys s <= t.
         window: neighbours left and right that a query attends to.
         softcap: bounds the scores.
     """
 
-    query: Array
-    key: Array
-    value: Array
-    bias: Array | None
-    mask: Array | None
-    scale: float | Array
-    query_lengths: Array | None
-    kv_lengths: Array | None
-    sinks: Array | None
-    slopes: Array | None
+    query: Num[Array, "B T N H"]
+    key: Num[Array, "B S K H"]
+    value: Num[Array, "B S K Hv"]
+    bias: Float[Array, "#B #N #T #S"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    scale: float | Float[Array, ""]
+    query_lengths: Int[Array, " B"] | None
+    kv_lengths: Int[Array, " B"] | None
+    sinks: Float[Array, " N"] | None
+    slopes: Float[Array, " N"] | None
     is_causal: bool = dataclasses.field(metadata={"static": True})
     window: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
 
-    def cast(self, dtype: Any) -> "Call":
+    def cast(self, dtype: DTypeLike) -> "Call":
         """The same with queries, keys and values of another dtype."""
         return self.replace(**{n: getattr(self, n).astype(dtype) for n in ("query", "key", "value")})
 
@@ -118,7 +120,7 @@ def static_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def softmax_scale(scale: Any, head_dim: int) -> Any:
+def softmax_scale[T](scale: T | None, head_dim: int) -> T | float:
     """What the scores are multiplied by: 1/√H unless given."""
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))

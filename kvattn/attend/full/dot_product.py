@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from kvattn._typing import Array
 from kvattn.attend.full import rows
@@ -33,20 +34,20 @@ _BLOCK_SCORES = 2**25
 
 
 def dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     softcap: float | None = None,
-    sinks: Any = None,
-    alibi_slopes: Any = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -100,22 +101,22 @@ def dot_product_attention(
         >>> dot_product_attention(q, k, v, is_causal=True, softcap=30.0).shape
         (1, 5, 4, 8)
     """
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        bias=bias,
-        mask=mask,
-        scale=scale,
-        query_lengths=query_seq_lengths,
-        kv_lengths=key_value_seq_lengths,
-        sinks=sinks,
-        slopes=alibi_slopes,
-        is_causal=is_causal,
-        window=window_sides(local_window_size),
-        softcap=softcap,
-    )
-    out, lse = first_that_can(implementation, call, static_bool("return_residual", return_residual))
+    given: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "scale": scale,
+        "query_lengths": query_seq_lengths,
+        "kv_lengths": key_value_seq_lengths,
+        "sinks": sinks,
+        "slopes": alibi_slopes,
+        "is_causal": is_causal,
+        "window": window_sides(local_window_size),
+        "softcap": softcap,
+    }
+    out, lse = first_that_can(implementation, Call(**given), static_bool("return_residual", return_residual))
     if np.ndim(query) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return out if lse is None else (out, lse)
@@ -182,7 +183,7 @@ def _run(name: str, call: Call, with_lse: bool) -> tuple[Array, Array | None]:
     return out.astype(dtype), None if lse is None else lse.astype(dtype)
 
 
-def _differentiable_by_jax_nn(dtype: Any) -> bool:
+def _differentiable_by_jax_nn(dtype: np.dtype) -> bool:
     """Gradients of `jax.nn` multiply 16-bit with 32-bit floats, which fails to compile under strict promotion."""
     try:
         jnp.promote_types(dtype, jnp.float32)
@@ -207,7 +208,7 @@ def _cudnn(call: Call, with_lse: bool) -> tuple[Array, Array | None]:
         raise UnsupportedError(f"cuDNN cannot do this call: {error}") from error
 
 
-def _jax_nn(call: Call, with_lse: bool, implementation: Any) -> tuple[Array, Array | None]:
+def _jax_nn(call: Call, with_lse: bool, implementation: str) -> tuple[Array, Array | None]:
     # jax.nn mixes dtypes and ranks on purpose; a caller's strict settings are about the caller's code.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = _JAX_NN(

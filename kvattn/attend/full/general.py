@@ -28,7 +28,7 @@ def attend(
     mask: ArrayLike | None = None,
     is_causal: bool = False,
     window: int | None = None,
-    scale: ArrayLike | None = None,
+    scale: float | Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
     alibi_slopes: Array | None = None,

@@ -1,10 +1,10 @@
 """The formula of attention over full sequences in plain JAX: whole, or in blocks of queries."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Num
 
@@ -72,7 +72,7 @@ def attend(
     return out.astype(dtype), lax.stop_gradient(lse).astype(dtype) if with_lse else None
 
 
-def wide(dtype: Any) -> jnp.dtype:
+def wide(dtype: np.dtype) -> np.dtype:
     """What scores of inputs of `dtype` are computed in: float32 at least."""
     is_wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
     return jnp.dtype(dtype if is_wide else jnp.float32)
@@ -115,7 +115,7 @@ def _rows(
     return out, lse.reshape(batch, num_heads, num_queries).swapaxes(1, 2)
 
 
-def products(call: Call, precision: Any) -> Num[Array, "B K G T S"]:
+def products(call: Call, precision: jax.lax.PrecisionLike) -> Num[Array, "B K G T S"]:
     """Queries times keys, scaled."""
     batch, num_queries, num_heads, head_dim = call.query.shape
     num_kv_heads, dtype = call.key.shape[2], wide(call.query.dtype)
@@ -170,7 +170,7 @@ def softmax(
 
 
 def weighted_values(
-    weights: Num[Array, "B K G T S"], value: Num[Array, "B S K Hv"], precision: Any
+    weights: Num[Array, "B K G T S"], value: Num[Array, "B S K Hv"], precision: jax.lax.PrecisionLike
 ) -> Num[Array, "B T N Hv"]:
     """The output, float32 or wider."""
     out = jnp.einsum(
