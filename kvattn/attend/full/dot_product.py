@@ -1,29 +1,31 @@
-"""Attention over full sequences, for training, prefill and encoders: `dot_product_attention`.
+"""`dot_product_attention`, the exact mirror of `jax.nn.dot_product_attention`, and who computes it.
 
-The exact mirror of `jax.nn.dot_product_attention`, and three extras: a soft cap on the scores, sinks,
-ALiBi. No cache here. Notation: B batch, T query length, S key/value length, N query heads, K
-key/value heads, G = N // K, H head dim; query head n reads key/value head n // G.
+It has three extras: a soft cap on the scores, sinks, ALiBi. Notation: B batch, T query length, S key/value length, N
+query heads, K key/value heads, G = N // K, H head dim; query head n reads key/value head n // G.
 
 A plain call goes to `jax.nn`. What `jax.nn` cannot do (the extras, or scores too many to hold) is
 computed here, in blocks of queries, so a prompt of 32k tokens needs no T x S array, nor do gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from kvattn.attend import full_rows, registry
-from kvattn.attend.full_call import Call, checked, static_bool
+from kvattn._typing import Array
+from kvattn.attend import registry
+from kvattn.attend.full import rows
+from kvattn.attend.full.call import Call, checked, static_bool, window_sides
 from kvattn.errors import ConfigError, UnsupportedError
 
 __all__ = ["IMPLEMENTATIONS", "dot_product_attention"]
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 
-_JAX_NN = jax.nn.dot_product_attention
+_JAX_NN: Callable[..., Any] = jax.nn.dot_product_attention
 """Bound now: people assign the function of this module to that name."""
 _MAX_SCORES = 2**22
 """Scores per head (T * S) from which queries are taken in blocks."""
@@ -32,23 +34,23 @@ _BLOCK_SCORES = 2**25
 
 
 def dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     softcap: float | None = None,
-    sinks: Any = None,
-    alibi_slopes: Any = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Array | tuple[Array, Array]:
     r"""Scaled dot product attention, as `jax.nn.dot_product_attention`, plus softcap, sinks and ALiBi.
 
     .. math:: \mathrm{softmax}\big(c \tanh(q k^T \mathrm{scale} / c) + \mathrm{bias}
@@ -99,23 +101,22 @@ def dot_product_attention(
         >>> dot_product_attention(q, k, v, is_causal=True, softcap=30.0).shape
         (1, 5, 4, 8)
     """
-    names = _names(implementation)
-    call = checked(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
-    out, lse = _first_that_can(names, call, static_bool("return_residual", return_residual))
+    given: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "scale": scale,
+        "query_lengths": query_seq_lengths,
+        "kv_lengths": key_value_seq_lengths,
+        "sinks": sinks,
+        "slopes": alibi_slopes,
+        "is_causal": is_causal,
+        "window": window_sides(local_window_size),
+        "softcap": softcap,
+    }
+    out, lse = first_that_can(implementation, Call(**given), static_bool("return_residual", return_residual))
     if np.ndim(query) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return out if lse is None else (out, lse)
@@ -124,7 +125,7 @@ def dot_product_attention(
 # Who computes -------------------------------------------------------------------------------------
 
 
-def _names(implementation: Any) -> tuple[str, ...]:
+def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     if implementation is None:
         # cuDNN would be faster on GPUs, but what it takes is only known when it compiles.
         return ("xla",)
@@ -139,8 +140,16 @@ def _names(implementation: Any) -> tuple[str, ...]:
     return names
 
 
-def _first_that_can(names: tuple[str, ...], call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
-    reasons = []
+def first_that_can(
+    implementation: str | Sequence[str] | None, call: Call, with_lse: bool
+) -> tuple[Array, Array | None]:
+    """Checks a call and lets the first implementation named that can do it compute [B, T, N, H] and lse [B, T, N].
+
+    Raises:
+        UnsupportedError: none of them can.
+        KVAttnError: for arguments that do not fit, as `dot_product_attention` says.
+    """
+    names, call, reasons = _names(implementation), checked(call), []
     for name in names:
         try:
             return _run(name, call, with_lse)
@@ -151,7 +160,7 @@ def _first_that_can(names: tuple[str, ...], call: Call, with_lse: bool) -> tuple
     raise UnsupportedError("no implementation of those named can do this call. " + " ".join(reasons))
 
 
-def _run(name: str, call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+def _run(name: str, call: Call, with_lse: bool) -> tuple[Array, Array | None]:
     if name not in IMPLEMENTATIONS:
         raise UnsupportedError(
             f"{name!r} is a decode kernel, one query token against a cache: use cached_attention, "
@@ -164,17 +173,17 @@ def _run(name: str, call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | 
         return out, jnp.full(out.shape[:-1], -jnp.inf, out.dtype) if with_lse else None
     limits = (_MAX_SCORES, _BLOCK_SCORES)
     if name == "reference":
-        return full_rows.attend(call, with_lse, True, limits)
+        return rows.attend(call, with_lse, True, limits)
     # XLA has float16 products with float32 sums on GPUs only; elsewhere jax.nn raises for float16.
     dtype = call.query.dtype
     if dtype == jnp.float16 and jax.default_backend() != "gpu":
         call = call.cast(jnp.float32)
     by_jax_nn = not call.has_extras and call.num_scores <= _MAX_SCORES and _differentiable_by_jax_nn(call.query.dtype)
-    out, lse = _jax_nn(call, with_lse, "xla") if by_jax_nn else full_rows.attend(call, with_lse, False, limits)
+    out, lse = _jax_nn(call, with_lse, "xla") if by_jax_nn else rows.attend(call, with_lse, False, limits)
     return out.astype(dtype), None if lse is None else lse.astype(dtype)
 
 
-def _differentiable_by_jax_nn(dtype: Any) -> bool:
+def _differentiable_by_jax_nn(dtype: np.dtype) -> bool:
     """Gradients of `jax.nn` multiply 16-bit with 32-bit floats, which fails to compile under strict promotion."""
     try:
         jnp.promote_types(dtype, jnp.float32)
@@ -183,7 +192,7 @@ def _differentiable_by_jax_nn(dtype: Any) -> bool:
     return True
 
 
-def _cudnn(call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+def _cudnn(call: Call, with_lse: bool) -> tuple[Array, Array | None]:
     extras = [n for n in ("softcap", "sinks", "slopes") if getattr(call, n) is not None]
     if extras:
         raise UnsupportedError(f"cuDNN attention has no {extras[0]}: use implementation='xla'.")
@@ -199,10 +208,10 @@ def _cudnn(call: Call, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
         raise UnsupportedError(f"cuDNN cannot do this call: {error}") from error
 
 
-def _jax_nn(call: Call, with_lse: bool, implementation: Any) -> tuple[jax.Array, jax.Array | None]:
+def _jax_nn(call: Call, with_lse: bool, implementation: str) -> tuple[Array, Array | None]:
     # jax.nn mixes dtypes and ranks on purpose; a caller's strict settings are about the caller's code.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result: Any = _JAX_NN(
+        result = _JAX_NN(
             call.query,
             call.key,
             call.value,

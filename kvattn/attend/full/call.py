@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, Num
 
 from kvattn import _checks
+from kvattn._typing import Array
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 
 
@@ -19,26 +23,43 @@ class _MirrorDTypeError(DTypeError, ValueError):
     """A dtype that does not fit. `jax.nn` raises ValueError for it, kvattn DTypeError: this is both."""
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call, with a batch axis."""
+    """The arguments of one call: as they were given, or as `checked` returns them, with a batch axis.
 
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    bias: jax.Array | None  # 4 axes, each 1 or that of [B, N, T, S]
-    mask: jax.Array | None
-    scale: Any
-    query_lengths: jax.Array | None
-    kv_lengths: jax.Array | None
-    sinks: jax.Array | None
-    slopes: jax.Array | None
+    Attributes:
+        query: the queries.
+        key: query head n attends to key head n // (N // K).
+        value: their heads may have a size of their own for `kvattn.attend.full.attend` only.
+        bias: added to the scores.
+        mask: who may attend to whom.
+        scale: multiplies the scores.
+        query_lengths: rows past it give 0.
+        kv_lengths: keys past it are not attended to.
+        sinks: a logit per head that joins the softmax sum.
+        slopes: those of ALiBi.
+        is_causal: query t attends to keys s <= t.
+        window: neighbours left and right that a query attends to.
+        softcap: bounds the scores.
+    """
+
+    query: Num[Array, "B T N H"]
+    key: Num[Array, "B S K H"]
+    value: Num[Array, "B S K Hv"]
+    bias: Float[Array, "#B #N #T #S"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    scale: float | Float[Array, ""]
+    query_lengths: Int[Array, " B"] | None
+    kv_lengths: Int[Array, " B"] | None
+    sinks: Float[Array, " N"] | None
+    slopes: Float[Array, " N"] | None
     is_causal: bool = dataclasses.field(metadata={"static": True})
     window: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
 
-    def cast(self, dtype: Any) -> "Call":
+    def cast(self, dtype: DTypeLike) -> "Call":
         """The same with queries, keys and values of another dtype."""
         return self.replace(**{n: getattr(self, n).astype(dtype) for n in ("query", "key", "value")})
 
@@ -57,30 +78,13 @@ class Call:
         return self.query.shape[1] * self.key.shape[1]
 
 
-def checked(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any,
-    mask: Any,
-    *,
-    scale: Any,
-    is_causal: Any,
-    query_seq_lengths: Any,
-    key_value_seq_lengths: Any,
-    local_window_size: Any,
-    softcap: Any,
-    sinks: Any,
-    alibi_slopes: Any,
-) -> Call:
+def checked(call: Call) -> Call:
     """The arguments of `kvattn.dot_product_attention`, all checked, with a batch axis if they have none.
 
     Raises:
         ShapeError, DTypeError, RangeError, ConfigError: as listed there.
     """
-    query, key, value = (
-        _mirrored(_checks.floating, n, a) for n, a in (("query", query), ("key", key), ("value", value))
-    )
+    query, key, value = (_mirrored(_checks.floating, n, getattr(call, n)) for n in ("query", "key", "value"))
     if query.ndim not in (3, 4) or not query.ndim == key.ndim == value.ndim:
         raise ShapeError(
             "query, key and value must all be [B, length, heads, H] or all [length, heads, H], got "
@@ -92,16 +96,16 @@ def checked(
         query=query,
         key=key,
         value=value,
-        bias=_broadcastable("bias", bias, query, key),
-        mask=_broadcastable("mask", mask, query, key),
-        scale=_scale(scale, query.shape[-1]),
-        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, query.shape[0], query.shape[1]),
-        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0], key.shape[1]),
-        sinks=_checks.per_head("sinks", sinks, query.shape[2]),
-        slopes=_checks.per_head("alibi_slopes", alibi_slopes, query.shape[2], finite=True),
-        is_causal=static_bool("is_causal", is_causal),
-        window=_window(local_window_size),
-        softcap=_checks.positive_softcap(softcap),
+        bias=_broadcastable("bias", call.bias, query, key),
+        mask=_broadcastable("mask", call.mask, query, key),
+        scale=softmax_scale(call.scale, query.shape[-1]),
+        query_lengths=_lengths("query_seq_lengths", call.query_lengths, query.shape[0], query.shape[1]),
+        kv_lengths=_lengths("key_value_seq_lengths", call.kv_lengths, query.shape[0], key.shape[1]),
+        sinks=_checks.per_head("sinks", call.sinks, query.shape[2]),
+        slopes=_checks.per_head("alibi_slopes", call.slopes, query.shape[2], finite=True),
+        is_causal=static_bool("is_causal", call.is_causal),
+        window=window_sides(call.window),
+        softcap=_checks.positive_softcap(call.softcap),
     )
     _check_shapes(call)
     return call
@@ -114,6 +118,32 @@ def static_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise DTypeError(f"{name} must be a bool, got {value!r}.")
     return bool(value)
+
+
+def softmax_scale[T](scale: T | None, head_dim: int) -> T | float:
+    """What the scores are multiplied by: 1/√H unless given."""
+    if scale is None:
+        return 1.0 / math.sqrt(max(head_dim, 1))
+    _mirrored(_checks.finite_scale, scale)
+    return scale
+
+
+def window_sides(window: Any) -> tuple[int, int] | None:
+    """The neighbours on each side that a query sees, from one int or (left, right)."""
+    if window is None:
+        return None
+    sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2:
+        raise ConfigError(f"local_window_size must be one int or (left, right), got {window!r}.")
+    for side in sides:
+        if isinstance(side, Tracer):
+            raise ConfigError("local_window_size must be known when the program is traced: pass Python ints.")
+        if isinstance(side, bool | np.bool_) or not isinstance(side, numbers.Integral):
+            raise DTypeError(f"local_window_size must be ints, got {window!r}.")
+        if side < 0:
+            raise RangeError(f"local_window_size counts neighbours and must be >= 0, got {window!r}.")
+    # No index difference exceeds int32, and sums of indices and window must not overflow it.
+    return min(int(sides[0]), 2**30), min(int(sides[1]), 2**30)
 
 
 def _mirrored(check: Callable[..., Any], *arguments: Any) -> Any:
@@ -142,7 +172,7 @@ def _check_shapes(call: Call) -> None:
         )
 
 
-def _broadcastable(name: str, array: Any, query: jax.Array, key: jax.Array) -> jax.Array | None:
+def _broadcastable(name: str, array: Any, query: Array, key: Array) -> Array | None:
     """A bias or mask with four axes, checked against [B, N, T, S]."""
     if array is None:
         return None
@@ -159,13 +189,13 @@ def _broadcastable(name: str, array: Any, query: jax.Array, key: jax.Array) -> j
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
-def _has_infinity(bias: jax.Array) -> bool:
+def _has_infinity(bias: Array) -> bool:
     """Whether +inf is in a bias; a constant may be looked at inside jit too."""
     with jax.ensure_compile_time_eval():
         return bool(jnp.any(bias == jnp.inf))
 
 
-def _lengths(name: str, lengths: Any, batch: int, longest: int) -> jax.Array | None:
+def _lengths(name: str, lengths: Any, batch: int, longest: int) -> Array | None:
     if lengths is None:
         return None
     lengths = jnp.asarray(lengths)
@@ -178,27 +208,3 @@ def _lengths(name: str, lengths: Any, batch: int, longest: int) -> jax.Array | N
         if bad:
             raise RangeError(f"{name} must lie in [0, {longest}], got {bad[0]}.")
     return lengths
-
-
-def _scale(scale: Any, head_dim: int) -> Any:
-    if scale is None:
-        return 1.0 / math.sqrt(max(head_dim, 1))
-    _mirrored(_checks.finite_scale, scale)
-    return scale
-
-
-def _window(window: Any) -> tuple[int, int] | None:
-    if window is None:
-        return None
-    sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
-    if len(sides) != 2:
-        raise ConfigError(f"local_window_size must be one int or (left, right), got {window!r}.")
-    for side in sides:
-        if isinstance(side, Tracer):
-            raise ConfigError("local_window_size must be known when the program is traced: pass Python ints.")
-        if isinstance(side, bool | np.bool_) or not isinstance(side, numbers.Integral):
-            raise DTypeError(f"local_window_size must be ints, got {window!r}.")
-        if side < 0:
-            raise RangeError(f"local_window_size counts neighbours and must be >= 0, got {window!r}.")
-    # No index difference exceeds int32, and sums of indices and window must not overflow it.
-    return min(int(sides[0]), 2**30), min(int(sides[1]), 2**30)
