@@ -3,14 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
-from kvattn.models.config import DecoderConfig
+from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import floating, name_of, parameters_of
 from kvattn.models.tensors import Tensors, read_json
@@ -19,7 +19,7 @@ FORMAT = "kvattn-decoder"
 """What the settings name themselves."""
 
 
-def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> Path:
+def save(model: Decoder, path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Path:
     """Writes ``path`` (safetensors) and the settings beside it (the same name ending in ``.json``).
 
     Both are written under another name and then moved, so a reader never meets half a file.
@@ -51,7 +51,7 @@ def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> 
     return path
 
 
-def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Decoder:
     """Reads what `save` wrote.
 
     Args:
@@ -93,7 +93,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
+def _filled(leaf: nnx.Variable, tensor: np.ndarray, dtype: DTypeLike) -> nnx.Variable:
     return leaf.replace(jnp.asarray(tensor, dtype))
 
 

@@ -1,16 +1,15 @@
-"""Which tensors of a checkpoint become which parameters, and how. A family is a list of rules."""
+"""Which tensors of a checkpoint become which parameters, and how: a `Blueprint` is a list of rules."""
 
 import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from kvattn.errors import UnsupportedError
-from kvattn.models.config import DecoderConfig
+from kvattn.errors import ConfigError
+from kvattn.families.config import DecoderConfig
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -112,8 +111,8 @@ def _picked(x: np.ndarray, places: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """How one kind of checkpoint is read.
+class Blueprint:
+    """What a checkpoint's config.json describes: the decoder, and how the tensors beside it become its parameters.
 
     Attributes:
         config: of the decoder.
@@ -127,10 +126,114 @@ class Family:
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """The name and shape of every tensor that the checkpoint must have."""
+        return {name: shape for rule in self.rules for name, shape in rule.sources.items()}
 
-def tensor(theirs: str, shape: Shape, ours: str, layout: Layout | None = None, **options: Any) -> Rule:
-    """One tensor that becomes one parameter, as it is unless there is a `layout`; `options` are those of `Rule`."""
-    return Rule({theirs: shape}, {ours: layout or whole(shape)}, **options)
+
+Part = str | Callable[[str, str], Iterator[Rule]]
+"""What a part of a decoder is called in the files; or the rules for it, from its name there and its name here."""
+
+
+def blueprint(
+    config: DecoderConfig,
+    parts: Mapping[str, Part],
+    block: Mapping[str, Part],
+    *,
+    grouped: bool = False,
+    transposed: bool = True,
+    plus_one: bool = False,
+    buffers: tuple[str, ...] = (),
+) -> Blueprint:
+    """How a decoder is read whose parts have other names in the files.
+
+    Args:
+        config: of the decoder.
+        parts: by our name, what there is once: "embed" (the first), "positions", "embed_norm", "embed_in", "embed_out",
+            "layers" (what the names of all blocks begin with), "norm".
+        block: by our name, the parts of a block: "attention_norm", "attention" (queries, keys and values in one matrix)
+            or "attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", ...
+        grouped: the one matrix has for every key/value head its query heads, then its key, then its value.
+        transposed: weights are [out, in], as torch has them.
+        plus_one: norms store what differs from 1.
+        buffers: regular expressions of tensors that are no parameters.
+    """
+    prefix = str(parts["embed"]).partition(".")[0] + "."
+    tied = (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
+    how = _Parts(config, grouped, transposed, plus_one)
+    return Blueprint(config, tuple(how.rules(parts, block)), (prefix,), (*buffers, *tied))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Makes the rules of a `blueprint`."""
+
+    config: DecoderConfig
+    grouped: bool
+    transposed: bool
+    plus_one: bool
+
+    def rules(self, parts: Mapping[str, Part], block: Mapping[str, Part]) -> Iterator[Rule]:
+        """Those of all parts, and of the output projection where that is not the embedding."""
+        for ours, theirs in parts.items():
+            if ours != "layers":
+                yield from self.part(theirs, "", ours)
+                continue
+            for layer in range(self.config.num_layers):
+                for name, part in block.items():
+                    yield from self.part(part, f"{theirs}.{layer}", f"layers.{layer}.{name}")
+        if not self.config.tie_embeddings:
+            vocab, size = self.config.vocab_size, self.config.embedding_dim or self.config.model_dim
+            yield tensor(HEAD, (vocab, size), "head.kernel", Layout((size, vocab), ((1,), (0,))))
+
+    def part(self, theirs: Part, prefix: str, ours: str) -> Iterator[Rule]:
+        """Those of one part."""
+        if not isinstance(theirs, str):
+            yield from theirs(prefix, ours)
+            return
+        theirs, kind = ".".join(filter(None, (prefix, theirs))), ours.rpartition(".")[2]
+        config, features, size = self.config, (self.config.model_dim,), width(self.config)
+        embedded, hidden, biases = (config.embedding_dim or features[0],), (config.mlp_dim,), config.mlp_bias
+        heads, kv_heads = (config.num_heads, size), (kv(config), size)
+        projections: dict[str, tuple[Shape, Shape, bool]] = {
+            "embed_in": (embedded, features, False),
+            "embed_out": (features, embedded, False),
+            "query": (features, heads, config.qkv_bias),
+            "key": (features, kv_heads, config.qkv_bias),
+            "value": (features, kv_heads, config.qkv_bias),
+            "out": (heads, features, config.out_bias),
+            "gate": (features, hidden, biases),
+            "up": (features, hidden, biases),
+            "down": (hidden, features, biases),
+            "router": (features, (config.num_experts,), True),
+        }
+        if kind in projections:
+            yield from linear(theirs, ours, *projections[kind], self.transposed)
+        elif kind == "attention":
+            yield from fused(theirs, ours, config, self.grouped, self.transposed)
+        elif kind.endswith(("norm", "_ln")):
+            length = size if kind.endswith("_ln") else features[0]
+            yield from norm(theirs, ours, length, bias=config.norm_bias, plus_one=self.plus_one)
+        elif kind in ("embed", "positions"):
+            shape = (config.vocab_size, *embedded) if kind == "embed" else (config.max_positions or 0, *features)
+            yield tensor(f"{theirs}.weight", shape, f"{ours}.embedding")
+        elif kind == "sinks":
+            yield tensor(theirs, (config.num_heads,), ours)
+        else:
+            raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
+
+
+def tensor(
+    theirs: str,
+    shape: Shape,
+    ours: str,
+    layout: Layout | None = None,
+    convert: Callable[..., np.ndarray] = _unchanged,
+    exact: bool = False,
+) -> Rule:
+    """One tensor that becomes one parameter, as it is unless there is a `layout`; see `Rule` for the others."""
+    return Rule({theirs: shape}, {ours: layout or whole(shape)}, convert, exact=exact)
 
 
 def whole(shape: Shape) -> Layout:
@@ -173,9 +276,7 @@ def norm(theirs: str, ours: str, size: int, *, bias: bool = False, plus_one: boo
         yield tensor(f"{theirs}.bias", (size,), f"{ours}.bias")
 
 
-def fused(
-    theirs: str, ours: str, config: DecoderConfig, *, grouped: bool, bias: bool, transposed: bool = True
-) -> Iterator[Rule]:
+def fused(theirs: str, ours: str, config: DecoderConfig, grouped: bool, transposed: bool) -> Iterator[Rule]:
     """Queries, keys and values in one matrix.
 
     `grouped`: for every key/value head its query heads, then its key, then its value. Otherwise all queries, all keys,
@@ -191,57 +292,10 @@ def fused(
         parts = {"query": query, "key": key, "value": value}
     for name, part in parts.items():
         taken, out = part.ravel().tolist(), (part.size, width(config))
+        into = (config.model_dim,)
         yield from linear(
-            theirs, f"{ours}.{name}", (config.model_dim,), out, bias, transposed, heads=taken, num_heads=total
+            theirs, f"{ours}.{name}", into, out, config.qkv_bias, transposed, heads=taken, num_heads=total
         )
-
-
-def separate(
-    theirs: str,
-    ours: str,
-    config: DecoderConfig,
-    *,
-    names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
-) -> Iterator[Rule]:
-    """Queries, keys, values and output in four matrices."""
-    features, size = (config.model_dim,), width(config)
-    for kind, name in zip(("query", "key", "value"), names[:3], strict=True):
-        heads = config.num_heads if kind == "query" else kv(config)
-        yield from linear(f"{theirs}.{name}", f"{ours}.{kind}", features, (heads, size), config.qkv_bias)
-    yield from output(f"{theirs}.{names[3]}", ours, config)
-
-
-def output(theirs: str, ours: str, config: DecoderConfig, transposed: bool = True) -> Iterator[Rule]:
-    """The projection from the heads back to D."""
-    heads = (config.num_heads, width(config))
-    yield from linear(theirs, f"{ours}.out", heads, (config.model_dim,), config.out_bias, transposed)
-
-
-def mlp(
-    theirs: str, ours: str, config: DecoderConfig, names: Mapping[str, str], transposed: bool = True
-) -> Iterator[Rule]:
-    """The MLP's projections, by the names they have there: ``{"up": ..., "down": ...}`` and perhaps "gate"."""
-    for name, their_name in names.items():
-        sizes = (config.model_dim,), (config.mlp_dim,)
-        into, out = sizes[::-1] if name == "down" else sizes
-        yield from linear(f"{theirs}.{their_name}", f"{ours}.{name}", into, out, config.mlp_bias, transposed)
-
-
-def embedding(theirs: str, config: DecoderConfig) -> Rule:
-    """The table of tokens."""
-    return tensor(theirs, (config.vocab_size, config.embedding_dim or config.model_dim), "embed.embedding")
-
-
-def head(config: DecoderConfig) -> Iterator[Rule]:
-    """The output projection, where it is not the embedding."""
-    if not config.tie_embeddings:
-        size = config.embedding_dim or config.model_dim
-        yield tensor(HEAD, (config.vocab_size, size), "head.kernel", Layout((size, config.vocab_size), ((1,), (0,))))
-
-
-def tied(config: DecoderConfig) -> tuple[str, ...]:
-    """What may be left over of an output projection that is the embedding."""
-    return (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
 
 
 def kv(config: DecoderConfig) -> int:
@@ -252,14 +306,3 @@ def kv(config: DecoderConfig) -> int:
 def width(config: DecoderConfig) -> int:
     """H."""
     return config.head_dim or config.model_dim // config.num_heads
-
-
-def per_layer(config: DecoderConfig, block: Callable[[int, str], Any]) -> Iterator[Rule]:
-    """The rules of every layer: `block` is given its number and the name of our block."""
-    for layer in range(config.num_layers):
-        yield from block(layer, f"layers.{layer}")
-
-
-def unsupported(source: str, name: str, value: Any, known: str) -> UnsupportedError:
-    """The error for a field whose value is not supported."""
-    return UnsupportedError(f"{source}: {name} is {value!r}, supported is {known}.")
