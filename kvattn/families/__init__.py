@@ -1,8 +1,8 @@
-"""What is known of each family of models, in one place: the loader and the planner both go by it.
+"""Model families: one description of each, which both the loader and the planner read.
 
 A `Family` says what the fields of its config.json are called and mean, which layers keep keys and values, how its
-parameters are counted, and, where it can be loaded, how its tensors are named and which `DecoderConfig` it becomes.
-Needs no Flax.
+parameters are counted and, if it can be loaded, how its tensors are named and which `DecoderConfig` it becomes.
+Nothing here needs Flax.
 """
 
 from kvattn.families import hf as hf

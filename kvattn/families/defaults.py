@@ -1,7 +1,7 @@
-"""What families share of their defaults: those of transformers' config classes (5.23 and 5.24).
+"""Defaults that families share: those of transformers' config classes (5.23 and 5.24).
 
-Older releases write only what differs from them. A field that is there and null is another matter: it stays null where
-transformers accepts that, and is refused elsewhere.
+Older releases write only what differs from them. A field that is null is not left out: it stays null if transformers
+accepts that, and is refused otherwise.
 """
 
 from kvattn.families.family import Value
@@ -27,7 +27,7 @@ def usual(
     kv_heads: int | None = None,
     tied: bool = False,
 ) -> dict[str, Value]:
-    """Sizes by the names that most families give them; those that are None are not among them."""
+    """Sizes under the names that most families use, without those that are None."""
     named = {
         "vocab_size": vocab,
         "hidden_size": dim,

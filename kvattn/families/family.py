@@ -1,4 +1,4 @@
-"""`Family`: all that is known of one kind of model, and `FAMILIES`, the table of them."""
+"""`Family`: everything known about one kind of model. `FAMILIES` is the table of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,25 +8,25 @@ from kvattn.errors import ConfigError, DTypeError
 from kvattn.families.kinds import Kind
 from kvattn.families.rules import Blueprint
 
-if TYPE_CHECKING:  # both read by a family
+if TYPE_CHECKING:  # both of them need `Family`
     from kvattn.families.fields import Fields
     from kvattn.families.sizes import Sizes
 
 Value = Any
-"""What JSON holds: checked by whoever asks for it."""
+"""Anything JSON can hold. Whoever reads it checks it."""
 Counter = Callable[["Sizes"], int]
-"""A number that follows from a config's sizes."""
+"""Computes a number from the sizes of a config."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
-    """MLPs of which a token takes a few, where they are not as in Mixtral and Qwen.
+    """How a family's experts differ from those of Mixtral and Qwen.
 
     Attributes:
-        is_sparse: whether the layer of this number has experts.
+        is_sparse: whether the layer with this number has experts.
         weights: numbers in the matrices of one expert.
         biases: numbers in its biases.
-        shared: parameters of what every token goes through beside the experts, in one layer.
+        shared: parameters of one layer that every token uses in addition to its experts.
     """
 
     is_sparse: Callable[["Sizes", int], bool] | None = None
@@ -37,14 +37,13 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """How parameters are estimated, where that is not as in Llama. Norms and biases are left out.
+    """How an estimate of the parameters differs from that of Llama. Norms and biases are never counted.
 
     Attributes:
         mlp: parameters of a dense MLP.
-        mixer: parameters of what a layer without keys and values has in place of attention. A family without it has no
-            such layers.
+        mixer: parameters of what replaces attention in layers without keys and values. None: there are no such layers.
         gated_attention: attention has a gate as wide as its queries.
-        tied: whether one table serves both ends, where the file does not say so.
+        tied: whether input and output embeddings are tied when the file does not say.
     """
 
     mlp: Counter | None = None
@@ -55,31 +54,31 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that is known of the models with one ``model_type``: how their config.json is read, planned and loaded.
+    """Everything known about the models of one ``model_type``: how their config.json is read, planned and loaded.
 
-    Only the name is needed. Then all layers keep keys and values, the fields have their usual names
-    (`kvattn.families.sizes.NAMES`) and no defaults, parameters are estimated, and checkpoints are not read.
+    Only the name is required. By default every layer keeps keys and values, fields have their usual names
+    (`kvattn.families.sizes.NAMES`) and no default values, parameters are estimated, and checkpoints cannot be loaded.
 
     Attributes:
-        model_type: its name.
-        defaults: what fields are that the file leaves out: those of transformers' config class. `blueprint` may read
-            no other fields.
-        aliases: more names that fields have, in transformers' attribute_map or in files that were published.
-        nullable: fields that may be null though their default is something else. Windows always may.
-        formerly: older names of the model_type, and the fields that each of them stands for.
-        text_part_of: models of text and images whose text part is of this family, where it does not say so itself.
-        blueprint: the decoder, and the tensors that become its parameters. None: this library cannot load it.
-        is_quantized: `blueprint` reads quantization_config. Of other families, quantised weights are not loaded.
-        layers: what each of so many layers keeps (`kvattn.families.kinds`), where the file has no list of them.
-            None: all the same, everything.
-        blocks: what each layer is, where MLPs are layers of their own; by the names of layers_block_type.
-        has_states: every layer keeps a state of constant size beside its keys and values.
-        kv_heads: K, from the fields and N. None: the field of that name, or N.
-        head_dim: H. None: the field of that name, or D / N.
-        params: parameters, counted exactly, tied ones once. None: they are estimated.
-        estimate: how.
-        experts: what is particular about them.
-        is_certain: it is known which layers keep keys and values.
+        model_type: the name.
+        defaults: values of fields that the file leaves out, as in transformers' config class. `blueprint` can read no
+            other fields.
+        aliases: other names of fields, from transformers' attribute_map or from published files.
+        nullable: fields that may be null although their default is not. Windows always may.
+        formerly: older values of model_type, and the fields that each of them implies.
+        text_part_of: models of text and images whose text part is of this family unless it names another.
+        blueprint: builds the decoder's config and the rules for its tensors. None: checkpoints cannot be loaded.
+        is_quantized: `blueprint` reads quantization_config. In other families quantised weights are refused.
+        layers: what each layer keeps (`kvattn.families.kinds`), given the number of layers, where the file does not
+            list them. None: every layer keeps everything.
+        blocks: what each layer is, in the words of layers_block_type, where MLPs are layers of their own.
+        has_states: every layer also keeps a state of constant size.
+        kv_heads: K, given N. None: the usual field, else N.
+        head_dim: H. None: the usual field, else D // N.
+        params: the exact number of parameters, tied ones once. None: it is estimated.
+        estimate: what the estimate has to know.
+        experts: how its experts differ from Mixtral's.
+        is_certain: whether it is known which layers keep keys and values.
 
     Example:
         >>> from kvattn.families import FAMILIES
@@ -107,20 +106,20 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
-"""Every family that is known here, by model_type."""
+"""All known families by model_type."""
 
 
 def register(*families: Family) -> None:
-    """Adds families: from then on `from_pretrained` loads those with a `blueprint`, and the planner plans them all.
+    """Adds families: `from_pretrained` then loads those that have a `blueprint`, and the planner knows all of them.
 
-    This library's own go in the same way (`kvattn.families.hf`).
+    The families of this package are registered the same way (`kvattn.families.hf`).
 
     Args:
-        families: new ones, or changed ones: ``dataclasses.replace(FAMILIES["llama"], model_type="mine", ...)``.
+        families: the new ones. ``dataclasses.replace(FAMILIES["llama"], model_type="mine", ...)`` is one.
 
     Raises:
-        ConfigError: a name that is taken.
-        DTypeError: something that is no `Family`, or has no name.
+        ConfigError: the name is taken.
+        DTypeError: not a `Family`, or one without a name.
 
     Example:
         >>> import dataclasses
@@ -144,7 +143,7 @@ def register(*families: Family) -> None:
 
 
 def find(model_type: str) -> tuple[Family, Mapping[str, Value]] | None:
-    """The family of this name, now or formerly, and the fields that an older name stands for; None: it is not known."""
+    """The family with this name, and the fields that the name implies if it is an older one. None: unknown."""
     if model_type in FAMILIES:
         return FAMILIES[model_type], {}
     return next(((x, x.formerly[model_type]) for x in FAMILIES.values() if model_type in x.formerly), None)

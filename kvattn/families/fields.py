@@ -34,11 +34,11 @@ class Fields(Settings):
     Args:
         settings: what the file holds.
         source: the file, for messages.
-        family: whose names, defaults and meaning of null count. It has a default for every field that is asked for.
+        family: which names, defaults and nulls the file may have. It needs a default for every field that is read.
         ignore: names of fields that the caller takes responsibility for.
 
     Raises:
-        ConfigError: two names of a field with different values.
+        ConfigError: a field that has different values under two of its names.
     """
 
     def __init__(self, settings: Mapping[str, Value], source: str, family: Family, ignore: Collection[str] = ()):
@@ -46,11 +46,11 @@ class Fields(Settings):
         self.source, self._ignored = source, ignore
 
     def get(self, name: str) -> Value:
-        """A field; None where it is null, its default where the file leaves it out.
+        """A field. None if it is null, its default if the file leaves it out.
 
         Raises:
-            ConfigError: null where that has no meaning.
-            UnknownNameError: the family has no default for it.
+            ConfigError: it is null, which means nothing there.
+            UnknownNameError: the family does not have this field.
         """
         if name not in self.family.defaults and name != "quantization_config":
             raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
@@ -237,7 +237,7 @@ class Fields(Settings):
         return tuple(window if kind == WINDOW else None for kind in kinds)
 
     def unsupported(self, name: str, value: Value, known: str) -> UnsupportedError:
-        """The error for a value that is not supported."""
+        """The error to raise for a value that is not supported."""
         return UnsupportedError(f"{self.source}: {name} is {value!r}, supported is {known}.")
 
     def finish(self) -> None:

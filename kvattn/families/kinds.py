@@ -5,15 +5,15 @@ from typing import Literal
 Kind = Literal["full", "window", "chunk", "none"]
 
 FULL: Kind = "full"
-"""All of them."""
+"""All tokens."""
 WINDOW: Kind = "window"
-"""Those of its window."""
+"""The tokens of its window."""
 CHUNK: Kind = "chunk"
-"""Those of the chunk it is in."""
+"""The tokens of the current chunk."""
 NONE: Kind = "none"
-"""No keys and values at all."""
+"""None: it has no keys and values."""
 
 
 def every(period: int, num_layers: int, rest: Kind, *, at: int = -1) -> list[Kind]:
-    """One layer in `period` keeps everything, the one whose number is `at` modulo it; the others keep `rest`."""
+    """Layers with number `at` modulo `period` keep everything, the others `rest`."""
     return [FULL if i % period == at % period else rest for i in range(num_layers)]

@@ -26,7 +26,7 @@ _NAMES: Mapping[str, Kind] = {
 """What transformers calls them in layer_types and layers_block_type."""
 
 PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
-"""Fields that say in which period one layer has no window."""
+"""Fields that say after how many layers one has no window."""
 
 Layers = Callable[[Sizes, int], list[Kind]]
 
@@ -108,7 +108,7 @@ def _sources(f: Sizes, kinds: list[Kind]) -> list[int | None]:
     return sources
 
 
-# What the layers of a family are, where its files do not list them.
+# What layers keep in families whose files do not list it.
 
 
 def _uniform(f: Sizes, num_layers: int) -> list[Kind]:
@@ -133,12 +133,12 @@ def windowed(f: Settings, num_layers: int) -> list[Kind]:
 
 
 def windowed_but(at: int, period: int) -> Callable[[Settings, int], list[Kind]]:
-    """All layers have the window, but one in `period`: that whose number is `at` modulo it."""
+    """All layers have the window, except those with number `at` modulo `period`."""
     return lambda f, num_layers: every(period, num_layers, WINDOW, at=at)
 
 
 def windowed_by_pattern(period: int) -> Layers:
-    """The same; one of `PATTERNS` may be another period, or a text of L (local) and G (global)."""
+    """All have it except the last in each period. The file may give another, or a text of L (local) and G (global)."""
 
     def layers(f: Sizes, num_layers: int) -> list[Kind]:
         given = {name: value for name in PATTERNS if (value := f.get(name)) and f.says(name)}
@@ -155,7 +155,7 @@ def windowed_by_pattern(period: int) -> Layers:
 
 
 def windowed_from(first: str, switch: str | None = None) -> Callable[[Settings, int], list[Kind]]:
-    """Layers from the number in the field `first` on have the window, where there is one and `switch` is on."""
+    """Layers from number `first` (a field) on have the window, if there is one and the field `switch` is on."""
 
     def layers(f: Settings, num_layers: int) -> list[Kind]:
         window = f.get("sliding_window")
@@ -167,7 +167,7 @@ def windowed_from(first: str, switch: str | None = None) -> Callable[[Settings, 
 
 
 def attending(name: str) -> Layers:
-    """The layers whose numbers are in the field `name` keep everything, the others nothing."""
+    """The layers that the field `name` lists keep everything, the others nothing."""
 
     def layers(f: Sizes, num_layers: int) -> list[Kind]:
         listed = f.get(name)

@@ -1,7 +1,7 @@
-"""Parameters of the decoders that transformers builds from a config.json, tied embeddings once.
+"""Counting the parameters of the decoders that transformers builds from a config.json; tied embeddings count once.
 
-Families count them with what is here. `estimate` takes any family: projections, MLPs, experts and embeddings, without
-norms and biases.
+The building blocks of exact counts, and `estimate`, which takes any family: projections, MLPs, experts and embeddings,
+but no norms and biases.
 """
 
 from kvattn.errors import ConfigError
@@ -12,7 +12,7 @@ from kvattn.families.sizes import Sizes
 
 
 def params_of(f: Sizes) -> int:
-    """Parameters: counted, where the family has a counter; otherwise estimated.
+    """The number of parameters: exact if the family has a counter, otherwise estimated.
 
     Raises:
         ConfigError: sizes that are missing; layers that cannot be counted.
@@ -33,7 +33,7 @@ def mlp(f: Sizes, matrices: int = 3, hidden: int | None = None) -> int:
 
 
 def half_mlp(f: Sizes) -> int:
-    """One whose size is that of gate and up together."""
+    """A dense MLP whose given size is that of gate and up together."""
     return mlp(f, hidden=mlp_size(f) // 2)
 
 
@@ -43,12 +43,12 @@ def mlp_size(f: Sizes) -> int:
 
 
 def two_matrices(f: Sizes) -> int:
-    """One without a gate."""
+    """A dense MLP without a gate."""
     return mlp(f, 2)
 
 
 def embeddings(f: Sizes, tied: bool = False) -> int:
-    """The table of tokens, and the output projection where that is another; `tied` if the file does not say."""
+    """Input and output embeddings; `tied` is what counts if the file does not say."""
     copies = 1 if f.get("tie_word_embeddings", tied) else 2
     return copies * f.size("vocab") * f.size("model_dim")
 
@@ -67,14 +67,14 @@ def gated(f: Sizes, *, norms: int = 2, qk_norms: bool = False, qkv_bias: bool = 
 
 
 def plain_layer(f: Sizes, hidden: int, *, bias: bool, norms: int, mlp_bias: bool | None = None) -> int:
-    """One layer of GPT-2 and its relatives: two matrices in the MLP.
+    """One layer of GPT-2 or a relative: the MLP has two matrices.
 
     Args:
         f: the sizes.
-        hidden: of the MLP.
-        bias: whether projections have biases.
-        norms: how many vectors of D numbers the norms have.
-        mlp_bias: the same for those of the MLP, if they differ.
+        hidden: the hidden size of the MLP.
+        bias: the projections have biases.
+        norms: vectors of D numbers in its norms.
+        mlp_bias: `bias` for the MLP, if it differs.
     """
     d = f.size("model_dim")
     mlp_bias = bias if mlp_bias is None else mlp_bias

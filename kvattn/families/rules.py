@@ -112,7 +112,7 @@ def _picked(x: np.ndarray, places: Sequence[np.ndarray | None]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What a checkpoint's config.json describes: the decoder, and how the tensors beside it become its parameters.
+    """What a checkpoint's config.json describes: a decoder, and how the tensors in the files become its parameters.
 
     Attributes:
         config: of the decoder.
@@ -133,7 +133,7 @@ class Blueprint:
 
 
 Part = str | Callable[[str, str], Iterator[Rule]]
-"""What a part of a decoder is called in the files; or the rules for it, from its name there and its name here."""
+"""What a part is called in the files, or a function that makes its rules: (their prefix, our name) -> rules."""
 
 
 def blueprint(
@@ -146,18 +146,22 @@ def blueprint(
     plus_one: bool = False,
     buffers: tuple[str, ...] = (),
 ) -> Blueprint:
-    """How a decoder is read whose parts have other names in the files.
+    """The rules of a decoder, from a table of what its parts are called in the files.
 
     Args:
         config: of the decoder.
-        parts: by our name, what there is once: "embed" (the first), "positions", "embed_norm", "embed_in", "embed_out",
-            "layers" (what the names of all blocks begin with), "norm".
-        block: by our name, the parts of a block: "attention_norm", "attention" (queries, keys and values in one matrix)
-            or "attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", ...
-        grouped: the one matrix has for every key/value head its query heads, then its key, then its value.
-        transposed: weights are [out, in], as torch has them.
-        plus_one: norms store what differs from 1.
-        buffers: regular expressions of tensors that are no parameters.
+        parts: their name for everything outside the blocks, by ours: "embed" (first), "positions", "embed_norm",
+            "embed_in", "embed_out", "layers" (the prefix of all blocks), "norm".
+        block: the same within a block: "attention_norm", "attention" (queries, keys and values in one matrix) or
+            "attention.query", "attention.key" and "attention.value", "attention.out", "mlp_norm", "mlp.up", ...
+        grouped: that one matrix holds, for each key/value head, its query heads, its key and its value. Otherwise it
+            holds all queries, all keys, all values.
+        transposed: weights are [out, in], as in torch.
+        plus_one: norms store the difference from 1.
+        buffers: regular expressions for tensors that are not parameters.
+
+    Raises:
+        ConfigError: a part that a decoder does not have.
     """
     prefix = str(parts["embed"]).partition(".")[0] + "."
     tied = (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
@@ -167,7 +171,7 @@ def blueprint(
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """Makes the rules of a `blueprint`."""
+    """Makes the rules for `blueprint`, whose arguments these are."""
 
     config: DecoderConfig
     grouped: bool
@@ -175,7 +179,7 @@ class _Parts:
     plus_one: bool
 
     def rules(self, parts: Mapping[str, Part], block: Mapping[str, Part]) -> Iterator[Rule]:
-        """Those of all parts, and of the output projection where that is not the embedding."""
+        """For all parts, and for the output projection if it is not the embedding."""
         for ours, theirs in parts.items():
             if ours != "layers":
                 yield from self.part(theirs, "", ours)
@@ -188,7 +192,7 @@ class _Parts:
             yield tensor(HEAD, (vocab, size), "head.kernel", Layout((size, vocab), ((1,), (0,))))
 
     def part(self, theirs: Part, prefix: str, ours: str) -> Iterator[Rule]:
-        """Those of one part."""
+        """For one part, by the prefix and name it has there and the name it has here."""
         if not isinstance(theirs, str):
             yield from theirs(prefix, ours)
             return
@@ -277,11 +281,7 @@ def norm(theirs: str, ours: str, size: int, *, bias: bool = False, plus_one: boo
 
 
 def fused(theirs: str, ours: str, config: DecoderConfig, grouped: bool, transposed: bool) -> Iterator[Rule]:
-    """Queries, keys and values in one matrix.
-
-    `grouped`: for every key/value head its query heads, then its key, then its value. Otherwise all queries, all keys,
-    all values.
-    """
+    """Queries, keys and values in one matrix."""
     heads, kv_heads = config.num_heads, kv(config)
     total = heads + 2 * kv_heads
     if grouped:

@@ -1,4 +1,4 @@
-"""The fields of a config.json by a family's own names: aliases, defaults, and what null means."""
+"""Reading the fields of a config.json: aliases, defaults, and what null means."""
 
 import abc
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ _WINDOWS = frozenset({"sliding_window", "attention_chunk_size"})
 
 
 class Settings(abc.ABC):
-    """What both readers share: `Fields`, which refuses what it does not know, and `Sizes`, which plans what it can.
+    """What the two readers share: `Fields` refuses what it does not know, `Sizes` makes the best of it.
 
     Args:
         settings: what the file holds.
-        where: what messages begin with, such as "config.json: ".
-        family: whose names, defaults and meaning of null count.
+        where: what error messages start with, such as "config.json: ".
+        family: which names, defaults and nulls the file may have.
 
     Raises:
-        ConfigError: two names of a field with different values.
+        ConfigError: a field that has different values under two of its names.
     """
 
     def __init__(self, settings: Mapping[str, Value], where: str, family: Family):
@@ -37,10 +37,10 @@ class Settings(abc.ABC):
                 self._given[name] = values[0][1] if values else None
 
     def get(self, name: str) -> Value:
-        """A field; None where it is null, its default where the file leaves it out.
+        """A field. None if it is null, its default if the file leaves it out.
 
         Raises:
-            ConfigError: null where that has no meaning.
+            ConfigError: it is null, which means nothing there.
         """
         self.passed(name)
         default = self.family.defaults.get(name)
@@ -50,13 +50,13 @@ class Settings(abc.ABC):
         return value
 
     def passed(self, *names: str) -> None:
-        """These fields are known to say nothing more."""
+        """Marks fields as read: they say nothing that matters."""
         self._asked.update(names)
 
     @abc.abstractmethod
     def size(self, name: str, null: int | None = None, least: int = 1) -> int:
-        """A field that is a whole number >= `least`; `null` is what null means."""
+        """A whole number >= `least`; `null` if the field is null."""
 
     @abc.abstractmethod
     def flag(self, name: str) -> bool:
-        """A field that is true or false; null counts as false."""
+        """A boolean field; null counts as false."""

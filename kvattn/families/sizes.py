@@ -1,4 +1,4 @@
-"""Reading a config.json to plan it: its sizes, whatever a family calls them, and what was not read."""
+"""Reading a config.json to plan it: its sizes, whatever the family calls them, and what has not been read."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "dense_layers": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
 }
-"""What families call their sizes. One whose defaults have some of these names goes by them, any other by all."""
+"""What families call their sizes. If some of the names are among a family's defaults, only those count."""
 
 
 class Sizes(Settings):
@@ -32,17 +32,17 @@ class Sizes(Settings):
 
     Args:
         settings: what the file holds.
-        family: whose aliases and defaults, and meaning of null, are honoured.
+        family: which names, defaults and nulls the file may have.
 
     Raises:
-        ConfigError: two names of a field with different values.
+        ConfigError: a field that has different values under two of its names.
     """
 
     def __init__(self, settings: Mapping[str, Value], family: Family):
         super().__init__(dict(_flat(settings)), "", family)
 
     def get(self, name: str, null: Value = None) -> Value:
-        """A setting as it is; `null` if it is null, or left out where the family has no default.
+        """A setting as it is. `null` if it is null, or left out and without a default.
 
         Raises:
             ConfigError: null, where the family's default is something else and transformers takes no null for it.
@@ -51,7 +51,7 @@ class Sizes(Settings):
         return null if value is None else value
 
     def flag(self, name: str) -> bool:
-        """A setting that is true or false; null counts as false."""
+        """Whether a setting is true, whatever its type; null counts as false."""
         return bool(self.get(name))
 
     def says(self, name: str) -> bool:

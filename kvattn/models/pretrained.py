@@ -132,14 +132,14 @@ class _Reader:
 
 
 def describe(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Blueprint:
-    """What `from_pretrained` would make of a folder, by its ``config.json`` alone: no tensor is read.
+    """What `from_pretrained` would make of a folder, judging by its ``config.json``. No tensor is read.
 
     Args:
         path: the folder.
         ignore: as for `from_pretrained`.
 
     Returns:
-        the decoder's ``config``, and ``tensors``: the name and shape of each that the checkpoint must have.
+        the decoder's ``config``, and in ``tensors`` the name and shape of every tensor the checkpoint must have.
 
     Raises:
         MissingFileError, CacheCorruptionError, ConfigError, UnsupportedError, DTypeError: as `from_pretrained`.
@@ -155,7 +155,7 @@ def describe(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> B
 
 
 def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = None) -> Blueprint:
-    """The same; with `tied`, as if that were what the file says of ``tie_word_embeddings``."""
+    """The same, with `tied` in place of what the file says about ``tie_word_embeddings``."""
     source = folder / "config.json"
     settings = read_json(source) | ({} if tied is None else {"tie_word_embeddings": tied})
     kind = settings.get("model_type")

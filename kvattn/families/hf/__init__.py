@@ -1,6 +1,6 @@
-"""The families of HuggingFace's transformers, each in the file of its kin.
+"""The families of HuggingFace's transformers.
 
-A new one is a file here that registers a `kvattn.families.Family`, and a line below.
+To add one, write a file here that registers a `kvattn.families.Family`, and import it below.
 """
 
 from kvattn.families.hf import bloom as bloom
