@@ -105,15 +105,23 @@ def test_mistakes_of_a_checkpoint_are_refused_as_in_every_family(registry, folde
 
 
 def test_mistakes_of_a_family_are_named(registry, folder):
+    weights, whole = folder / "model.safetensors", load_file(folder / "model.safetensors")
     forgotten = {name: x for name, x in TOY.defaults.items() if name != "rms_norm_eps"}
     register(dataclasses.replace(TOY, defaults=forgotten))
     with pytest.raises(UnknownNameError, match="rms_norm_eps"):
         describe(folder)
     del FAMILIES["toy"]
-    unknown = lambda fields: rules.blueprint(TOY.blueprint(fields).config, PARTS, BLOCK | {"attention.kye": "mix.k"})
-    register(dataclasses.replace(TOY, blueprint=unknown))
-    with pytest.raises(ConfigError, match=r"no part 'layers\.0\.attention\.kye'"):
-        describe(folder)
+    shorter = {name: part for name, part in BLOCK.items() if name != "mlp_norm"}
+    for block, match in (
+        (BLOCK | {"attention.kye": "mix.k"}, r"no part 'layers\.0\.attention\.kye'"),
+        (shorter, r"layers\.1\.mlp_norm\.scale: made None, the decoder has \(32,\)"),
+    ):
+        wrong = lambda fields, block=block: rules.blueprint(TOY.blueprint(fields).config, PARTS, block)
+        register(dataclasses.replace(TOY, blueprint=wrong))
+        save_file({n: x for n, x in whole.items() if block is not shorter or "norm_b" not in n}, weights)
+        with pytest.raises(ConfigError, match=match):
+            from_pretrained(folder)
+        del FAMILIES["toy"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint become which parameters, and how: a `Blueprint` is a list of rules."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -197,35 +198,41 @@ class _Parts:
             yield from theirs(prefix, ours)
             return
         theirs, kind = ".".join(filter(None, (prefix, theirs))), ours.rpartition(".")[2]
-        config, features, size = self.config, (self.config.model_dim,), width(self.config)
-        embedded, hidden, biases = (config.embedding_dim or features[0],), (config.mlp_dim,), config.mlp_bias
+        config, features = self.config, self.config.model_dim
+        if kind in self._projections:
+            yield from linear(theirs, ours, *self._projections[kind], self.transposed)
+        elif kind == "attention":
+            yield from fused(theirs, ours, config, self.grouped, self.transposed)
+        elif kind.endswith(("norm", "_ln")):
+            size = width(config) if kind.endswith("_ln") else features
+            yield from norm(theirs, ours, size, bias=config.norm_bias, plus_one=self.plus_one)
+        elif kind == "embed":
+            yield tensor(f"{theirs}.weight", (config.vocab_size, config.embedding_dim or features), f"{ours}.embedding")
+        elif kind == "positions":
+            yield tensor(f"{theirs}.weight", (config.max_positions or 0, features), f"{ours}.embedding")
+        elif kind == "sinks":
+            yield tensor(theirs, (config.num_heads,), ours)
+        else:
+            raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
+
+    @functools.cached_property
+    def _projections(self) -> dict[str, tuple[Shape, Shape, bool]]:
+        """From which axes to which, and whether with a bias."""
+        config, size = self.config, width(self.config)
+        features, hidden, embedded = (config.model_dim,), (config.mlp_dim,), (config.embedding_dim or config.model_dim,)
         heads, kv_heads = (config.num_heads, size), (kv(config), size)
-        projections: dict[str, tuple[Shape, Shape, bool]] = {
+        return {
             "embed_in": (embedded, features, False),
             "embed_out": (features, embedded, False),
             "query": (features, heads, config.qkv_bias),
             "key": (features, kv_heads, config.qkv_bias),
             "value": (features, kv_heads, config.qkv_bias),
             "out": (heads, features, config.out_bias),
-            "gate": (features, hidden, biases),
-            "up": (features, hidden, biases),
-            "down": (hidden, features, biases),
+            "gate": (features, hidden, config.mlp_bias),
+            "up": (features, hidden, config.mlp_bias),
+            "down": (hidden, features, config.mlp_bias),
             "router": (features, (config.num_experts,), True),
         }
-        if kind in projections:
-            yield from linear(theirs, ours, *projections[kind], self.transposed)
-        elif kind == "attention":
-            yield from fused(theirs, ours, config, self.grouped, self.transposed)
-        elif kind.endswith(("norm", "_ln")):
-            length = size if kind.endswith("_ln") else features[0]
-            yield from norm(theirs, ours, length, bias=config.norm_bias, plus_one=self.plus_one)
-        elif kind in ("embed", "positions"):
-            shape = (config.vocab_size, *embedded) if kind == "embed" else (config.max_positions or 0, *features)
-            yield tensor(f"{theirs}.weight", shape, f"{ours}.embedding")
-        elif kind == "sinks":
-            yield tensor(theirs, (config.num_heads,), ours)
-        else:
-            raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
 
 
 def tensor(

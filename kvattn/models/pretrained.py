@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
 from kvattn.families import FAMILIES, Blueprint, Fields, Rule
-from kvattn.families.rules import HEAD, Index
+from kvattn.families.rules import HEAD, Index, Shape
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import floating, name_of
@@ -89,14 +89,12 @@ def from_pretrained(
     skeleton = nnx.eval_shape(lambda: Decoder(blueprint.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
     graph, state = nnx.split(skeleton)
-    leaves = {name_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
+    _check_blueprint(blueprint, {name_of(keys): leaf.shape for keys, leaf in nnx.to_flat_state(state)}, folder)
     filled: dict[str, jax.Array] = {}
     try:
         for rule in _largest_first(blueprint.rules):
             reader = _Reader(rule, names, tensors, jnp.float32 if rule.exact else dtype)
-            for name, layout in rule.makes.items():
-                if layout.shape != leaves[name].shape:  # a mistake of a table, never of a file
-                    raise AssertionError(f"{name} is made {layout.shape}, the model has {leaves[name].shape}")
+            for name in rule.makes:
                 filled[name] = reader.placed(name, shardings[name])
     finally:
         tensors.close()
@@ -180,6 +178,19 @@ def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = Non
         raise ConfigError(f"{source}: {error}") from error
     fields.finish()
     return blueprint
+
+
+def _check_blueprint(blueprint: Blueprint, parameters: Mapping[str, Shape], folder: Path) -> None:
+    """That every parameter of the decoder is made, and nothing else: a mistake of the family, never of a file.
+
+    Raises:
+        ConfigError: it is not; all differences are named.
+    """
+    made = {name: layout.shape for rule in blueprint.rules for name, layout in rule.makes.items()}
+    if made != parameters:
+        wrong = sorted(name for name in {**made, **parameters} if made.get(name) != parameters.get(name))
+        problems = [f"{name}: made {made.get(name)}, the decoder has {parameters.get(name)}" for name in wrong]
+        raise ConfigError(f"the family of {folder} does not make the decoder's parameters:\n  " + "\n  ".join(problems))
 
 
 def _checked(blueprint: Blueprint, tensors: Tensors, folder: Path) -> dict[str, str]:
