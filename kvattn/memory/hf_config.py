@@ -54,7 +54,7 @@ def from_config(
         config: the settings; or the file, or the checkpoint folder that holds a ``config.json``. Of a model of text and
             images the text part counts.
         name: what to call it. None: the name the config has, or the folder.
-        num_params: parameters. None: counted, for the families of `kvattn.models.FAMILIES` that say how; estimated
+        num_params: parameters. None: counted, for the families of `kvattn.families` that say how; estimated
             for others, which the spec and every plan with it say.
 
     Returns:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
 from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Decoder
-from kvattn.models.parameters import floating, name_of, parameters_of
+from kvattn.models.parameters import filled, floating, parameters_of
 from kvattn.models.tensors import Tensors, read_json
 
 FORMAT = "kvattn-decoder"
@@ -88,13 +88,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Dec
     kinds = {x.dtype for x in tensors.values()}
     param_dtype = dtype if dtype is not None else max(kinds, key=lambda kind: kind.itemsize)
     model = nnx.eval_shape(lambda: Decoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    flat = [(keys, _filled(leaf, tensors[name_of(keys)], param_dtype)) for keys, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def _filled(leaf: nnx.Variable, tensor: np.ndarray, dtype: DTypeLike) -> nnx.Variable:
-    return leaf.replace(jnp.asarray(tensor, dtype))
+    return filled(model, {name: jnp.asarray(tensor, param_dtype) for name, tensor in tensors.items()})
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,7 @@ from kvattn.families import FAMILIES, Blueprint, Fields, Rule
 from kvattn.families.rules import HEAD, Index, Shape
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
-from kvattn.models.parameters import floating, name_of
+from kvattn.models.parameters import filled, floating, parameters_of
 from kvattn.models.tensors import Tensors, folder_of, in_folder, read_json
 
 _WRAPPERS = ("model.", "transformer.", "language_model.", "module.", "_orig_mod.", "base_model.")
@@ -88,20 +88,16 @@ def from_pretrained(
         dtype = _usual_dtype(tensors)
     skeleton = nnx.eval_shape(lambda: Decoder(blueprint.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
-    graph, state = nnx.split(skeleton)
-    _check_blueprint(blueprint, {name_of(keys): leaf.shape for keys, leaf in nnx.to_flat_state(state)}, folder)
-    filled: dict[str, jax.Array] = {}
+    _check_blueprint(blueprint, {name: x.shape for name, x in parameters_of(skeleton).items()}, folder)
+    parameters: dict[str, jax.Array] = {}
     try:
         for rule in _largest_first(blueprint.rules):
             reader = _Reader(rule, names, tensors, jnp.float32 if rule.exact else dtype)
             for name in rule.makes:
-                filled[name] = reader.placed(name, shardings[name])
+                parameters[name] = reader.placed(name, shardings[name])
     finally:
         tensors.close()
-    return nnx.merge(
-        graph,
-        nnx.from_flat_state([(keys, leaf.replace(filled[name_of(keys)])) for keys, leaf in nnx.to_flat_state(state)]),
-    )
+    return filled(skeleton, parameters)
 
 
 class _Reader:

@@ -1,12 +1,7 @@
 """BLOOM and MPT: ALiBi, layer norms, no gate."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import params, rules
-from kvattn.families.config import DecoderConfig
-from kvattn.families.family import Family, register
-from kvattn.families.fields import Fields
-from kvattn.families.rules import Blueprint
-from kvattn.families.sizes import Sizes
+from kvattn.families import Blueprint, DecoderConfig, Family, Fields, Sizes, params, register, rules
 
 
 def _bloom(fields: Fields) -> Blueprint:

@@ -1,8 +1,6 @@
 """ChatGLM: groups of query heads by a flag; the first one, of 6B, has neither them nor a gate."""
 
-from kvattn.families import params
-from kvattn.families.family import Estimate, Family, register
-from kvattn.families.sizes import Sizes
+from kvattn.families import Estimate, Family, Sizes, params, register
 
 
 def _kv_heads(f: Sizes, heads: int) -> int:

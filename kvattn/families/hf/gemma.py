@@ -3,20 +3,15 @@
 import math
 
 from kvattn.errors import ConfigError
-from kvattn.families import layers, params, rules
-from kvattn.families.config import DecoderConfig
+from kvattn.families import DecoderConfig, Estimate, Family, Fields, Sizes, Value, layers, params, register, rules
 from kvattn.families.defaults import ROPE, usual
-from kvattn.families.family import Estimate, Family, Value, register
-from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
 from kvattn.families.kinds import NONE, WINDOW, Kind, every
-from kvattn.families.rules import Blueprint
-from kvattn.families.sizes import Sizes
 
 _every_second = layers.windowed_but(at=1, period=2)
 
 
-def _gemma2(fields: Fields) -> Blueprint:
+def _gemma2(fields: Fields) -> rules.Blueprint:
     num_layers = fields.layers("num_hidden_layers")
     return _blueprint(
         fields,
@@ -26,7 +21,7 @@ def _gemma2(fields: Fields) -> Blueprint:
     )
 
 
-def _gemma3(fields: Fields) -> Blueprint:
+def _gemma3(fields: Fields) -> rules.Blueprint:
     """Each kind of layer has its own frequencies."""
     num_layers = fields.layers("num_hidden_layers")
     fields.passed("_sliding_window_pattern")  # a note of what layer_types says
@@ -58,7 +53,7 @@ def _ropes(fields: Fields) -> dict[str, Value]:
     return inner | {"local_rope_theta": outer["rope_theta"]}
 
 
-def _blueprint(fields: Fields, **rest: Value) -> Blueprint:
+def _blueprint(fields: Fields, **rest: Value) -> rules.Blueprint:
     bias = fields.flag("attention_bias")
     fields.only("use_bidirectional_attention", False, why="a decoder is causal")
     fields.passed("hidden_act")  # the activation is hidden_activation, even where only the other is given

@@ -2,14 +2,8 @@
 
 from collections.abc import Callable
 
-from kvattn.families import params, rules
-from kvattn.families.config import DecoderConfig
+from kvattn.families import DecoderConfig, Family, Fields, Settings, Sizes, Value, params, register, rules
 from kvattn.families.defaults import usual
-from kvattn.families.family import Family, Value, register
-from kvattn.families.fields import Fields
-from kvattn.families.rules import Blueprint, Layout
-from kvattn.families.settings import Settings
-from kvattn.families.sizes import Sizes
 
 _BUFFERS = (r"\.attn\.(masked_)?bias$",)
 """Masks that older files carry."""
@@ -29,13 +23,13 @@ _BLOCK = {
 }
 
 
-def _gpt2(fields: Fields) -> Blueprint:
+def _gpt2(fields: Fields) -> rules.Blueprint:
     """Weights are [in, out]."""
     config = _config(fields, by_layer=fields.flag("scale_attn_by_inverse_layer_idx"))
     return rules.blueprint(config, _PARTS, _BLOCK, transposed=False, buffers=_BUFFERS)
 
 
-def _bigcode(fields: Fields) -> Blueprint:
+def _bigcode(fields: Fields) -> rules.Blueprint:
     fields.only("inference_runner", 0)
     fields.only("validate_runner_input", True, False)
     fields.only("pre_allocate_kv_cache", False)
@@ -114,7 +108,7 @@ BIGCODE = Family(
 )  # fmt: skip
 
 
-def _opt(fields: Fields) -> Blueprint:
+def _opt(fields: Fields) -> rules.Blueprint:
     """The smallest but one, 350m, has its norms after the residual and embeddings of another size."""
     features, pre = fields.size("hidden_size"), fields.flag("do_layer_norm_before")
     width = fields.size("word_embed_proj_dim", null=features)
@@ -144,7 +138,7 @@ def _opt(fields: Fields) -> Blueprint:
         tie_embeddings=fields.flag("tie_word_embeddings"),
     )
     # The first two rows belong to no position.
-    rows = Layout((most, features), ((0,), (1,)), {0: range(2, most + 2)})
+    rows = rules.Layout((most, features), ((0,), (1,)), {0: range(2, most + 2)})
     positions = rules.tensor("model.decoder.embed_positions.weight", (most + 2, features), "positions.embedding", rows)
     projections = {"embed_in": "model.decoder.project_in", "embed_out": "model.decoder.project_out"}
     parts = {

@@ -4,14 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvattn.families import layers, params, rules
-from kvattn.families.config import DecoderConfig
+from kvattn.families import DecoderConfig, Experts, Family, Fields, Sizes, layers, params, register, rules
 from kvattn.families.defaults import ROPE, usual
-from kvattn.families.family import Experts, Family, register
-from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
-from kvattn.families.rules import Blueprint, Layout, Rule
-from kvattn.families.sizes import Sizes
 
 # The sixteen values of a 4-bit float with two bits of exponent and one of fraction.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -21,7 +16,7 @@ BLOCK = 32
 _layers = layers.windowed_but(at=1, period=2)
 
 
-def _blueprint(fields: Fields) -> Blueprint:
+def _blueprint(fields: Fields) -> rules.Blueprint:
     num_layers = fields.layers("num_hidden_layers")
     packed = _is_packed(fields)
     bias = fields.flag("attention_bias")
@@ -61,7 +56,7 @@ def _is_packed(fields: Fields) -> bool:
     return True
 
 
-def _experts(theirs: str, ours: str, config: DecoderConfig, packed: bool) -> Iterator[Rule]:
+def _experts(theirs: str, ours: str, config: DecoderConfig, packed: bool) -> Iterator[rules.Rule]:
     """Every matrix [E, in, out] and its bias [E, out]. Of the first, gate and up take every other output."""
     experts, features, hidden = config.num_experts, config.model_dim, config.mlp_dim
     each = {"gate": range(0, 2 * hidden, 2), "up": range(1, 2 * hidden, 2)}
@@ -70,17 +65,20 @@ def _experts(theirs: str, ours: str, config: DecoderConfig, packed: bool) -> Ite
         ("down_proj", hidden, features, {"down": range(features)}),
     ):
         axes = ((0,), (2,), (1,)) if packed else ((0,), (1,), (2,))
-        kernels = {f"{ours}.{n}": Layout((experts, into, len(taken)), axes, {2: taken}) for n, taken in parts.items()}
+        kernels = {
+            f"{ours}.{n}": rules.Layout((experts, into, len(taken)), axes, {2: taken}) for n, taken in parts.items()
+        }
         if packed:
             blocks = (experts, out, into // BLOCK, BLOCK // 2)
             stored = {f"{theirs}.{name}_blocks": blocks, f"{theirs}.{name}_scales": blocks[:3]}
-            yield Rule(stored, kernels, from_mxfp4, BLOCK, stored=("U8",))
+            yield rules.Rule(stored, kernels, from_mxfp4, BLOCK, stored=("U8",))
         else:
-            yield Rule({f"{theirs}.{name}": (experts, into, out)}, kernels)
+            yield rules.Rule({f"{theirs}.{name}": (experts, into, out)}, kernels)
         biases = {
-            f"{ours}.{n}_bias": Layout((experts, len(taken)), ((0,), (1,)), {1: taken}) for n, taken in parts.items()
+            f"{ours}.{n}_bias": rules.Layout((experts, len(taken)), ((0,), (1,)), {1: taken})
+            for n, taken in parts.items()
         }
-        yield Rule({f"{theirs}.{name}_bias": (experts, out)}, biases)
+        yield rules.Rule({f"{theirs}.{name}_bias": (experts, out)}, biases)
 
 
 def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -1,9 +1,8 @@
 """Qwen3-Next, Qwen 3.5 and OLMo hybrid: a gated delta net in most layers, attention in some."""
 
+from kvattn.families import Estimate, Family, Sizes, register
 from kvattn.families.defaults import usual
-from kvattn.families.family import Estimate, Family, register
 from kvattn.families.kinds import FULL, NONE, Kind, every
-from kvattn.families.sizes import Sizes
 
 
 def _interval(f: Sizes, num_layers: int) -> list[Kind]:
