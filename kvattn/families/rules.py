@@ -1,16 +1,16 @@
-"""Which tensors of a checkpoint become which parameters, and how. A family is a list of rules."""
+"""Which tensors of a checkpoint become which parameters, and how: a `Blueprint` is a list of rules."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from kvattn.errors import UnsupportedError
-from kvattn.models.config import DecoderConfig
+from kvattn.errors import ConfigError
+from kvattn.families.config import DecoderConfig
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -112,8 +112,8 @@ def _picked(x: np.ndarray, places: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """How one kind of checkpoint is read.
+class Blueprint:
+    """What a checkpoint's config.json describes: a decoder, and how the tensors in the files become its parameters.
 
     Attributes:
         config: of the decoder.
@@ -127,10 +127,124 @@ class Family:
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """The name and shape of every tensor that the checkpoint must have."""
+        return {name: shape for rule in self.rules for name, shape in rule.sources.items()}
 
-def tensor(theirs: str, shape: Shape, ours: str, layout: Layout | None = None, **options: Any) -> Rule:
-    """One tensor that becomes one parameter, as it is unless there is a `layout`; `options` are those of `Rule`."""
-    return Rule({theirs: shape}, {ours: layout or whole(shape)}, **options)
+
+Part = str | Callable[[str, str], Iterator[Rule]]
+"""What a part is called in the files, or a function that makes its rules: (their prefix, our name) -> rules."""
+
+
+def blueprint(
+    config: DecoderConfig,
+    parts: Mapping[str, Part],
+    block: Mapping[str, Part],
+    *,
+    grouped: bool = False,
+    transposed: bool = True,
+    plus_one: bool = False,
+    buffers: tuple[str, ...] = (),
+) -> Blueprint:
+    """The rules of a decoder, from a table of what its parts are called in the files.
+
+    Args:
+        config: of the decoder.
+        parts: their name for everything outside the blocks, by ours: "embed" (first), "positions", "embed_norm",
+            "embed_in", "embed_out", "layers" (the prefix of all blocks), "norm".
+        block: the same within a block: "attention_norm", "attention" (queries, keys and values in one matrix) or
+            "attention.query", "attention.key" and "attention.value", "attention.out", "mlp_norm", "mlp.up", ...
+        grouped: that one matrix holds, for each key/value head, its query heads, its key and its value. Otherwise it
+            holds all queries, all keys, all values.
+        transposed: weights are [out, in], as in torch.
+        plus_one: norms store the difference from 1.
+        buffers: regular expressions for tensors that are not parameters.
+
+    Raises:
+        ConfigError: a part that a decoder does not have.
+    """
+    prefix = str(parts["embed"]).partition(".")[0] + "."
+    tied = (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
+    how = _Parts(config, grouped, transposed, plus_one)
+    return Blueprint(config, tuple(how.rules(parts, block)), (prefix,), (*buffers, *tied))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Makes the rules for `blueprint`, whose arguments these are."""
+
+    config: DecoderConfig
+    grouped: bool
+    transposed: bool
+    plus_one: bool
+
+    def rules(self, parts: Mapping[str, Part], block: Mapping[str, Part]) -> Iterator[Rule]:
+        """For all parts, and for the output projection if it is not the embedding."""
+        for ours, theirs in parts.items():
+            if ours != "layers":
+                yield from self.part(theirs, "", ours)
+                continue
+            for layer in range(self.config.num_layers):
+                for name, part in block.items():
+                    yield from self.part(part, f"{theirs}.{layer}", f"layers.{layer}.{name}")
+        if not self.config.tie_embeddings:
+            vocab, size = self.config.vocab_size, self.config.embedding_dim or self.config.model_dim
+            yield tensor(HEAD, (vocab, size), "head.kernel", Layout((size, vocab), ((1,), (0,))))
+
+    def part(self, theirs: Part, prefix: str, ours: str) -> Iterator[Rule]:
+        """For one part, by the prefix and name it has there and the name it has here."""
+        if not isinstance(theirs, str):
+            yield from theirs(prefix, ours)
+            return
+        theirs, kind = ".".join(filter(None, (prefix, theirs))), ours.rpartition(".")[2]
+        config, features = self.config, self.config.model_dim
+        if kind in self._projections:
+            yield from linear(theirs, ours, *self._projections[kind], self.transposed)
+        elif kind == "attention":
+            yield from fused(theirs, ours, config, self.grouped, self.transposed)
+        elif kind.endswith(("norm", "_ln")):
+            size = width(config) if kind.endswith("_ln") else features
+            yield from norm(theirs, ours, size, bias=config.norm_bias, plus_one=self.plus_one)
+        elif kind == "embed":
+            yield tensor(f"{theirs}.weight", (config.vocab_size, config.embedding_dim or features), f"{ours}.embedding")
+        elif kind == "positions":
+            yield tensor(f"{theirs}.weight", (config.max_positions or 0, features), f"{ours}.embedding")
+        elif kind == "sinks":
+            yield tensor(theirs, (config.num_heads,), ours)
+        else:
+            raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
+
+    @functools.cached_property
+    def _projections(self) -> dict[str, tuple[Shape, Shape, bool]]:
+        """From which axes to which, and whether with a bias."""
+        config, size = self.config, width(self.config)
+        features, hidden, embedded = (config.model_dim,), (config.mlp_dim,), (config.embedding_dim or config.model_dim,)
+        heads, kv_heads = (config.num_heads, size), (kv(config), size)
+        return {
+            "embed_in": (embedded, features, False),
+            "embed_out": (features, embedded, False),
+            "query": (features, heads, config.qkv_bias),
+            "key": (features, kv_heads, config.qkv_bias),
+            "value": (features, kv_heads, config.qkv_bias),
+            "out": (heads, features, config.out_bias),
+            "gate": (features, hidden, config.mlp_bias),
+            "up": (features, hidden, config.mlp_bias),
+            "down": (hidden, features, config.mlp_bias),
+            "router": (features, (config.num_experts,), True),
+        }
+
+
+def tensor(
+    theirs: str,
+    shape: Shape,
+    ours: str,
+    layout: Layout | None = None,
+    convert: Callable[..., np.ndarray] = _unchanged,
+    exact: bool = False,
+) -> Rule:
+    """One tensor that becomes one parameter, as it is unless there is a `layout`; see `Rule` for the others."""
+    return Rule({theirs: shape}, {ours: layout or whole(shape)}, convert, exact=exact)
 
 
 def whole(shape: Shape) -> Layout:
@@ -173,14 +287,8 @@ def norm(theirs: str, ours: str, size: int, *, bias: bool = False, plus_one: boo
         yield tensor(f"{theirs}.bias", (size,), f"{ours}.bias")
 
 
-def fused(
-    theirs: str, ours: str, config: DecoderConfig, *, grouped: bool, bias: bool, transposed: bool = True
-) -> Iterator[Rule]:
-    """Queries, keys and values in one matrix.
-
-    `grouped`: for every key/value head its query heads, then its key, then its value. Otherwise all queries, all keys,
-    all values.
-    """
+def fused(theirs: str, ours: str, config: DecoderConfig, grouped: bool, transposed: bool) -> Iterator[Rule]:
+    """Queries, keys and values in one matrix."""
     heads, kv_heads = config.num_heads, kv(config)
     total = heads + 2 * kv_heads
     if grouped:
@@ -191,57 +299,10 @@ def fused(
         parts = {"query": query, "key": key, "value": value}
     for name, part in parts.items():
         taken, out = part.ravel().tolist(), (part.size, width(config))
+        into = (config.model_dim,)
         yield from linear(
-            theirs, f"{ours}.{name}", (config.model_dim,), out, bias, transposed, heads=taken, num_heads=total
+            theirs, f"{ours}.{name}", into, out, config.qkv_bias, transposed, heads=taken, num_heads=total
         )
-
-
-def separate(
-    theirs: str,
-    ours: str,
-    config: DecoderConfig,
-    *,
-    names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
-) -> Iterator[Rule]:
-    """Queries, keys, values and output in four matrices."""
-    features, size = (config.model_dim,), width(config)
-    for kind, name in zip(("query", "key", "value"), names[:3], strict=True):
-        heads = config.num_heads if kind == "query" else kv(config)
-        yield from linear(f"{theirs}.{name}", f"{ours}.{kind}", features, (heads, size), config.qkv_bias)
-    yield from output(f"{theirs}.{names[3]}", ours, config)
-
-
-def output(theirs: str, ours: str, config: DecoderConfig, transposed: bool = True) -> Iterator[Rule]:
-    """The projection from the heads back to D."""
-    heads = (config.num_heads, width(config))
-    yield from linear(theirs, f"{ours}.out", heads, (config.model_dim,), config.out_bias, transposed)
-
-
-def mlp(
-    theirs: str, ours: str, config: DecoderConfig, names: Mapping[str, str], transposed: bool = True
-) -> Iterator[Rule]:
-    """The MLP's projections, by the names they have there: ``{"up": ..., "down": ...}`` and perhaps "gate"."""
-    for name, their_name in names.items():
-        sizes = (config.model_dim,), (config.mlp_dim,)
-        into, out = sizes[::-1] if name == "down" else sizes
-        yield from linear(f"{theirs}.{their_name}", f"{ours}.{name}", into, out, config.mlp_bias, transposed)
-
-
-def embedding(theirs: str, config: DecoderConfig) -> Rule:
-    """The table of tokens."""
-    return tensor(theirs, (config.vocab_size, config.embedding_dim or config.model_dim), "embed.embedding")
-
-
-def head(config: DecoderConfig) -> Iterator[Rule]:
-    """The output projection, where it is not the embedding."""
-    if not config.tie_embeddings:
-        size = config.embedding_dim or config.model_dim
-        yield tensor(HEAD, (config.vocab_size, size), "head.kernel", Layout((size, config.vocab_size), ((1,), (0,))))
-
-
-def tied(config: DecoderConfig) -> tuple[str, ...]:
-    """What may be left over of an output projection that is the embedding."""
-    return (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
 
 
 def kv(config: DecoderConfig) -> int:
@@ -252,14 +313,3 @@ def kv(config: DecoderConfig) -> int:
 def width(config: DecoderConfig) -> int:
     """H."""
     return config.head_dim or config.model_dim // config.num_heads
-
-
-def per_layer(config: DecoderConfig, block: Callable[[int, str], Any]) -> Iterator[Rule]:
-    """The rules of every layer: `block` is given its number and the name of our block."""
-    for layer in range(config.num_layers):
-        yield from block(layer, f"layers.{layer}")
-
-
-def unsupported(source: str, name: str, value: Any, known: str) -> UnsupportedError:
-    """The error for a field whose value is not supported."""
-    return UnsupportedError(f"{source}: {name} is {value!r}, supported is {known}.")

@@ -4,7 +4,6 @@ The loader and the planner pass over them. What is not here, and is not read, is
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 FILES = frozenset({
     # What the file is, who wrote it, which tokens have a meaning, labels of a classifier that is not there.
@@ -61,7 +60,7 @@ RUNTIME = frozenset({
 
 HARMLESS = FILES | GENERATION | TRAINING | RUNTIME
 
-HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
+HARMLESS_VALUES: Mapping[str, tuple[object, ...]] = {
     "activation": ("swiglu",),  # a note in files of Llama's kind, whose MLP it is
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
@@ -79,7 +78,7 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
 """Fields of every config that change nothing with these values, or null, and something with others."""
 
 
-def is_harmless(name: str, value: Any) -> bool:
+def is_harmless(name: str, value: object) -> bool:
     """Whether a field with this value is known to change nothing, whatever the family.
 
     Args:

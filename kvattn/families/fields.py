@@ -1,18 +1,19 @@
-"""Reading a config.json of HuggingFace: every field is honoured, known to change nothing, or refused by name."""
+"""Reading a config.json to load it: every field is honoured, known to change nothing, or refused by name."""
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from kvattn._checks import INT32_MAX
-from kvattn.errors import ConfigError, UnsupportedError
-from kvattn.memory.hf_harmless import is_harmless
-from kvattn.models.config import MAX_LAYERS
+from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
+from kvattn.families.config import MAX_LAYERS
+from kvattn.families.family import Family, Value
+from kvattn.families.harmless import is_harmless
+from kvattn.families.kinds import FULL, WINDOW, Kind
+from kvattn.families.settings import Settings
 from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
 """More heads than any model has: a number that is no mistake of the file lies below."""
-
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -27,60 +28,36 @@ ACTIVATIONS = {
 }
 
 
-class Fields:
+class Fields(Settings):
     """The fields of one config.json, which must all have been asked for in the end.
 
     Args:
-        fields: what the file holds.
+        settings: what the file holds.
         source: the file, for messages.
+        family: which names, defaults and nulls the file may have. It needs a default for every field that is read.
         ignore: names of fields that the caller takes responsibility for.
-        defaults: what fields are that the file does not have, by name: of every field that is asked for.
-        nullable: those that may be null though their default is not.
-        aliases: more names that fields have, by their name.
+
+    Raises:
+        ConfigError: a field that has different values under two of its names.
     """
 
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        source: str,
-        ignore: Collection[str] = (),
-        *,
-        defaults: Mapping[str, Any],
-        nullable: Collection[str] = (),
-        aliases: Mapping[str, tuple[str, ...]] | None = None,
-    ):
-        self.source = source
-        self._fields = dict(fields)
-        self._defaults, self._nullable, self._aliases = defaults, nullable, aliases or {}
-        self._left = {name for name, value in fields.items() if name not in ignore and not is_harmless(name, value)}
+    def __init__(self, settings: Mapping[str, Value], source: str, family: Family, ignore: Collection[str] = ()):
+        super().__init__(settings, f"{source}: ", family)
+        self.source, self._ignored = source, ignore
 
-    def passed(self, *names: str) -> None:
-        """These fields are known to change nothing."""
-        self._left -= set(names)
-
-    def get(self, name: str) -> Any:
-        """A field, by whichever of its names; None where it is null, its default where it is not there.
+    def get(self, name: str) -> Value:
+        """A field. None if it is null, its default if the file leaves it out.
 
         Raises:
-            ConfigError: two of the names with different values, or null where that has no meaning.
+            ConfigError: it is null, which means nothing there.
+            UnknownNameError: the family does not have this field.
         """
-        names = (name, *self._aliases.get(name, ()))
-        self.passed(*names)
-        given = {n: self._fields[n] for n in names if n in self._fields}
-        values = {n: value for n, value in given.items() if value is not None}
-        if values:
-            (first, value), *rest = values.items()
-            for other, another in rest:
-                if another != value:
-                    raise ConfigError(f"{self.source}: {first} is {value!r} but {other} is {another!r}: keep one.")
-            return value
-        default = self._defaults[name]
-        if given and default is not None and name not in self._nullable:
-            raise ConfigError(f"{self.source}: {name} is null: give it a value, or leave it out for {default!r}.")
-        return None if given else default
+        if name not in self.family.defaults and name != "quantization_config":
+            raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
+        return super().get(name)
 
-    def size(self, name: str, *, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
-        """The same for a whole number in [least, most]; `null` is what null means.
+    def size(self, name: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
+        """A whole number in [least, most]; `null` is what null means.
 
         Raises:
             ConfigError: it is something else.
@@ -108,25 +85,33 @@ class Fields:
             raise ConfigError(f"{self.source}: the hidden size ({features}) is no multiple of {name} ({heads}).")
         return heads
 
-    def number(self, name: str) -> Any:
-        """A number, or None where it is null.
+    def number(self, name: str) -> int | float:
+        """A number.
 
         Raises:
             ConfigError: it is something else.
         """
         value = self.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.source}: {name} must be a number, got {value!r}.")
         return value
 
-    def positive(self, name: str) -> Any:
-        """The same for one above 0.
+    def number_or_none(self, name: str) -> int | float | None:
+        """A number, or None where it is null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        return None if self.get(name) is None else self.number(name)
+
+    def positive(self, name: str) -> int | float:
+        """A number above 0.
 
         Raises:
             ConfigError: it is not.
         """
         value = self.number(name)
-        if value is not None and not 0 < value < math.inf:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{self.source}: {name} must be finite and > 0, got {value!r}.")
         return value
 
@@ -141,7 +126,7 @@ class Fields:
             raise ConfigError(f"{self.source}: {name} must be true or false, got {value!r}.")
         return bool(value)
 
-    def only(self, name: str, *values: Any, why: str = "") -> None:
+    def only(self, name: str, *values: Value, why: str = "") -> None:
         """Checks a field that is supported with these values only; null is fine where it may be.
 
         Raises:
@@ -167,13 +152,13 @@ class Fields:
             )
         return ACTIVATIONS[value]
 
-    def rope(self) -> dict[str, Any]:
+    def rope(self) -> dict[str, Value]:
         """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
         older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
-        newer = self._defaults["rope_parameters"] if newer is None else newer
+        newer = self.family.defaults["rope_parameters"] if newer is None else newer
         return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
 
-    def mapping(self, name: str) -> Mapping[str, Any] | None:
+    def mapping(self, name: str) -> Mapping[str, Value] | None:
         """An object, or None where it is null.
 
         Raises:
@@ -184,7 +169,7 @@ class Fields:
             raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")
         return value
 
-    def scaled(self, scaling: Mapping[str, Any], theta: Any, original: Any) -> dict[str, Any]:
+    def scaled(self, scaling: Mapping[str, Value], theta: Value, original: Value) -> dict[str, Value]:
         """The same from one rope dict, filled with what transformers takes from around it.
 
         Args:
@@ -221,31 +206,39 @@ class Fields:
             "rope_scaling": None if kind in (None, "default") and len(scaling) <= 1 else scaling,
         }
 
-    def windows(self, num_layers: int, window: Any, default: Any) -> tuple[int | None, ...] | None:
-        """The window of each layer, from ``layer_types`` or, where that is not given, from `default` (bool per layer).
+    def windows(self, kinds: Sequence[Kind], used: bool = True) -> tuple[int | None, ...] | None:
+        """The window of each layer, from ``layer_types`` or, where that is not given, from `kinds`.
+
+        Args:
+            kinds: `FULL` or `WINDOW`, one for each layer that there is.
+            used: whether the family's flags say that there is a window.
 
         Raises:
             ConfigError: too few or too many entries, or a windowed layer without a size.
             UnsupportedError: a kind of attention that is not known.
         """
-        kinds = self.get("layer_types")
-        if kinds is None:
-            local = list(default)
-        elif not isinstance(kinds, list):
-            raise ConfigError(f"{self.source}: layer_types must be a list, got {kinds!r}.")
-        else:
-            known = {"sliding_attention": True, "full_attention": False}
-            for kind in kinds:
+        window, listed = self.get("sliding_window"), self.get("layer_types")
+        if listed is not None and not isinstance(listed, list):
+            raise ConfigError(f"{self.source}: layer_types must be a list, got {listed!r}.")
+        if listed is not None:
+            num_layers = len(kinds)
+            known: dict[str, Kind] = {"sliding_attention": WINDOW, "full_attention": FULL}
+            for kind in listed:
                 if not isinstance(kind, str) or kind not in known:
                     raise UnsupportedError(f"{self.source}: layer_types holds {kind!r}; known are {', '.join(known)}.")
-            local = [known[kind] for kind in kinds]
-        if len(local) != num_layers:
-            raise ConfigError(f"{self.source}: layer_types has {len(local)} entries for {num_layers} layers.")
-        if any(local) and window is None:
+            kinds = [known[kind] for kind in listed]
+            if len(kinds) != num_layers:
+                raise ConfigError(f"{self.source}: layer_types has {len(kinds)} entries for {num_layers} layers.")
+        if WINDOW not in kinds:
+            return None
+        if window is None or not used:
             raise ConfigError(f"{self.source}: there are layers with a window, but sliding_window is null.")
-        if any(local):
-            self.size("sliding_window")
-        return tuple(window if here else None for here in local) if any(local) else None
+        window = self.size("sliding_window")
+        return tuple(window if kind == WINDOW else None for kind in kinds)
+
+    def unsupported(self, name: str, value: Value, known: str) -> UnsupportedError:
+        """The error to raise for a value that is not supported."""
+        return UnsupportedError(f"{self.source}: {name} is {value!r}, supported is {known}.")
 
     def finish(self) -> None:
         """Checks that nothing was left out.
@@ -253,9 +246,11 @@ class Fields:
         Raises:
             UnsupportedError: fields with a value that nothing here reads.
         """
-        if unread := {name: self._fields[name] for name in sorted(self._left)}:
+        known = self._asked.union(self._ignored)
+        unread = {n: x for n, x in sorted(self._given.items()) if n not in known and not is_harmless(n, x)}
+        if unread:
             raise UnsupportedError(
-                f"{self.source} has fields that are not known for model_type {self._fields.get('model_type')!r} and "
+                f"{self.source} has fields that are not known for model_type {self._given.get('model_type')!r} and "
                 f"may change what the model computes: {unread}. If they do not, name them in ignore=, such as "
                 f"from_pretrained(path, ignore={tuple(unread)!r})."
             )

@@ -126,7 +126,7 @@ class DecoderConfig:
     expert_limit: float = 7.0
 
     def __post_init__(self) -> None:
-        settled: dict[str, Any] = {}
+        settled: dict[str, object] = {}
         for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
             settled[name] = _checks.integer(name, getattr(self, name), 1)
         if self.num_layers > MAX_LAYERS:
@@ -160,9 +160,9 @@ class DecoderConfig:
             object.__setattr__(self, "rope_scaling", rope.scaling)
             self.rope_of(0)
 
-    def _numbers(self) -> dict[str, Any]:
+    def _numbers(self) -> dict[str, object]:
         """Numbers as Python's, which JSON and hashes take, and lists as tuples; all checked."""
-        settled: dict[str, Any] = {"norm_epsilon": _checks.non_negative("norm_epsilon", self.norm_epsilon)}
+        settled: dict[str, object] = {"norm_epsilon": _checks.non_negative("norm_epsilon", self.norm_epsilon)}
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
@@ -225,11 +225,11 @@ class DecoderConfig:
             return self.rope
         return self._rope(self.local_rope_theta, None)
 
-    def _rope(self, theta: float, scaling: Any) -> RoPE:
+    def _rope(self, theta: float, scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None) -> RoPE:
         return RoPE(int(self.head_dim or self.model_dim // self.num_heads), theta=theta, scaling=scaling)
 
-    def _per_layer(self, value: Any) -> tuple[Any, ...]:
-        return tuple(value) if isinstance(value, tuple | list) else (value,) * self.num_layers
+    def _per_layer[T](self, value: T | tuple[T, ...]) -> tuple[T, ...]:
+        return value if isinstance(value, tuple) else (value,) * self.num_layers
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -284,13 +284,13 @@ class DecoderConfig:
         return cls(**palm | sizes)
 
 
-def _number(name: str, value: Any, check: Callable[[str, Any], Any]) -> Any:
+def _number(name: str, value: Any, check: Callable[[str, Any], object]) -> int | float:
     """A checked number as Python has it: an int stays one."""
     check(name, value)
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _each(name: str, value: Any, count: int, of: str, check: Callable[[str, Any], Any]) -> Any:
+def _each[T](name: str, value: Any, count: int, of: str, check: Callable[[str, Any], T]) -> T | tuple[T, ...]:
     """One entry for all, or `count` of them, each checked."""
     if not isinstance(value, tuple | list):
         return check(name, value)
@@ -303,7 +303,7 @@ def _window(name: str, window: Any) -> int | None:
     return None if window is None else _checks.integer(name, window, 1, RangeError)
 
 
-def _scale(name: str, scale: Any) -> Any:
+def _scale(name: str, scale: Any) -> int | float | None:
     return None if scale is None else _number(name, scale, lambda n, x: _checks.finite_scale(_checks.real(n, x), n))
 
 
