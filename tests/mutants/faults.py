@@ -713,7 +713,7 @@ FAULTS: list[Fault] = [
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
-        ("_body", "rest[n * per_tile : (n + 1) * per_tile]", "rest[n * per_tile : n * per_tile + 1] * per_tile"),
+        ("_parts", "return found", "return {name: refs[:1] * len(refs) for name, refs in found.items()}"),
         ("_page_spec", "i * per_tile + part", "i * per_tile"),
     ),
     *group(
