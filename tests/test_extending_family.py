@@ -132,18 +132,20 @@ def test_mistakes_of_a_family_are_named(registry, folder):
         (Family(model_type=""), DTypeError, "model_type"),
         (Family(model_type=None), DTypeError, "model_type"),
         (Family(model_type="llama"), ConfigError, "'llama' is taken"),
-        (Family(model_type="RefinedWeb"), ConfigError, "taken by the family 'falcon'"),
+        (Family(model_type="RefinedWeb"), ConfigError, "'RefinedWeb' is taken"),
         (Family(model_type="new", formerly={"gpt2": {}}), ConfigError, "'gpt2' is taken"),
     ],
 )
 def test_what_is_no_new_family_is_refused(registry, family, error, match):
     before = dict(FAMILIES)
     with pytest.raises(error, match=match):
-        register(family)
-    assert before == FAMILIES
+        register(TOY, family)
+    assert before == FAMILIES  # none of them
 
 
 def test_a_name_is_taken_once_registered(registry):
+    with pytest.raises(ConfigError, match="'toy' is taken"):
+        register(TOY, TOY)
     register(TOY)
     with pytest.raises(ConfigError, match="'toy' is taken"):
         register(TOY)

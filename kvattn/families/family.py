@@ -129,17 +129,17 @@ def register(*families: Family) -> None:
         1e-06
         >>> del FAMILIES["yours"]
     """
+    names: set[str] = set()
     for family in families:
         if not isinstance(family, Family):
             raise DTypeError(f"a family must be a kvattn.models.Family, got {family!r}.")
         if not isinstance(family.model_type, str) or not family.model_type:
             raise DTypeError(f"a family's model_type must be a text, got {family.model_type!r}.")
         for name in (family.model_type, *family.formerly):
-            if (taken := find(name)) is not None:
-                raise ConfigError(
-                    f"model_type {name!r} is taken by the family {taken[0].model_type!r}: choose another name."
-                )
-        FAMILIES[family.model_type] = family
+            if name in names or find(name) is not None:
+                raise ConfigError(f"model_type {name!r} is taken by another family: choose another name.")
+            names.add(name)
+    FAMILIES.update({family.model_type: family for family in families})
 
 
 def find(model_type: str) -> tuple[Family, Mapping[str, Value]] | None:

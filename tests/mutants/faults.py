@@ -837,6 +837,34 @@ FAULTS: list[Fault] = [
             "test_generate.py::test_drawn_numbers_and_rows_differ",
         ),
     ),
+    # Model families ----------------------------------------------------------------------------------------------
+    *group(
+        "families/settings.py",
+        "test_extending_family.py",
+        ("Settings.__init__", "if value != values[0][1]:", "if False:"),
+        ("Settings.get", "value is None and default is not None", "False"),
+        ("Settings.get", "self._given.get(name, default)", "self._given.get(name)"),
+    ),
+    *group(
+        "families/family.py",
+        "test_extending_family.py",
+        ("register", "name in names or find(name) is not None", "name in names"),
+        ("register", "name in names or find(name) is not None", "find(name) is not None"),
+    ),
+    *group(
+        "families/layers.py",
+        "test_memory.py::test_windows_layer_by_layer",
+        ("windowed_from", "i >= start", "i > start"),
+        ("windowed", 'FULL if f.get("sliding_window") is None else WINDOW', "WINDOW"),
+    ),
+    *group(
+        "families/fields.py",
+        "test_extending_family.py",
+        ("Fields.finish", "n not in known and not is_harmless(n, x)", "False"),
+        ("Fields.get", 'name not in self.family.defaults and name != "quantization_config"', "False"),
+    ),
+    *group("memory/hf_config.py", "test_extending_family.py", ("_refuse", "not is_known and _ENCODERS", "_ENCODERS")),
+    *group("models/pretrained.py", "test_extending_family.py", ("_check_blueprint", "made != parameters", "False")),
     # What leaves the process, derivatives past codes, types of mesh axes ---------------------------------------------
     *group(
         "_trees.py",
