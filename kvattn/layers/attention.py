@@ -201,7 +201,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             to_heads, self.in_kv_features, kernel_metadata=metadata.kv, bias_metadata=metadata.kv_bias
         )
 
-        def head_norm(scale_metadata: Metadata) -> nnx.LayerNorm | nnx.RMSNorm | None:
+        def head_norm(scale_metadata: Metadata) -> Any:  # what `nnx.data` returns becomes an attribute
             if settings.qk_norm is None:
                 return nnx.data(None)
             kind = nnx.RMSNorm if settings.qk_norm == "rms" else functools.partial(nnx.LayerNorm, use_bias=False)

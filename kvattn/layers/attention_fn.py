@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Num
 
 from kvattn._typing import Array
 from kvattn.attend import full
@@ -150,9 +149,9 @@ def _without_rope(attention_fn: Attention, head_dim: int) -> tuple[RoPE | None, 
 def call(
     attention_fn: Attention,
     settings: AttentionSettings,
-    query: Num[Array, "*B T N H"],
-    key: Num[Array, "*B S K H"],
-    value: Num[Array, "*B S K Hv"],
+    query: Array,
+    key: Array,
+    value: Array,
     *,
     mask: ArrayLike | None,
     bias: Array | None = None,
@@ -161,8 +160,10 @@ def call(
     sinks: Array | None,
     dropout_rng: Array | None,
     module: nnx.Module | None,
-) -> Num[Array, "*B T N Hv"]:
+) -> Array:
     """Calls a resolved `attention_fn` with Flax's arguments, and those additions that are set.
+
+    Queries are [..., T, N, H], keys [..., S, K, H], values [..., S, K, Hv], the output is [..., T, N, Hv].
 
     A window becomes part of the mask where the function does not say that it takes one.
     """

@@ -119,25 +119,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     ) -> Any:
         """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
-        Args:
-            inputs_q: [..., T, D], any number of batch axes; [B, T, D] with `cache`.
-            inputs_k: [..., S, D']; `inputs_q` if None (self-attention).
-            inputs_v: [..., S, D']; `inputs_k` if None.
-            inputs_kv: deprecated: both of the above.
-            mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in
-                decode). A negative entry is an error, and in `jax.jit` makes its row of the batch NaN: numbers to be
-                added to the scores are no mask.
-            deterministic: no dropout. Given here or as a field, not both.
-            dropout_rng: a key for dropout; the stream "dropout" if None.
-            sow_weights: sow the weights [..., N, T, S] as "attention_weights" in "intermediates"; the output stays
-                the same.
-            is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
-            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
-            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`) or a `kvattn.PagedKVCache`, which the
-                new tokens are added to.
-            num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
-            padding: on which side the others lie, "right" or "left".
-            token_ids: int32 [B, T], for policies that look at tokens.
+        Arguments mean what they mean in the call of `kvattn.layers.MultiHeadAttention`. Those that are Linen's alone:
+        `inputs_kv` (deprecated) is both `inputs_k` and `inputs_v`; `dropout_rng` is a key for dropout, None the stream
+        "dropout". `deterministic` is given here or as a field, not both. `sow_weights` sows the weights [..., N, T, S]
+        as "attention_weights" in "intermediates"; the output stays the same.
 
         Returns:
             [..., T, out_features]; with `cache` also the new cache.

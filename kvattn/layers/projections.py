@@ -46,8 +46,12 @@ def checked_inputs(
         DTypeError: no arrays of numbers.
         ShapeError: other shapes.
     """
-    inputs = dict(zip(("inputs_q", "inputs_k", "inputs_v"), filled_in(inputs_q, inputs_k, inputs_v), strict=True))
-    for (name, x), wanted in zip(inputs.items(), (in_features, in_kv_features, in_kv_features), strict=True):
+    inputs_q, inputs_k, inputs_v = filled_in(inputs_q, inputs_k, inputs_v)
+    for name, x, wanted in (
+        ("inputs_q", inputs_q, in_features),
+        ("inputs_k", inputs_k, in_kv_features),
+        ("inputs_v", inputs_v, in_kv_features),
+    ):
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.number):
             raise DTypeError(f"{name} must be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}.")
         if wanted is not None and (x.ndim < 2 or x.shape[-1] != wanted):
@@ -55,7 +59,7 @@ def checked_inputs(
                 f"Incompatible input dimension, got {x.shape[-1] if x.ndim else ()} but module expects {wanted}: "
                 f"{name} must be [..., length, {wanted}], its shape is {x.shape}."
             )
-    return jnp.asarray(inputs["inputs_q"]), jnp.asarray(inputs["inputs_k"]), jnp.asarray(inputs["inputs_v"])
+    return jnp.asarray(inputs_q), jnp.asarray(inputs_k), jnp.asarray(inputs_v)
 
 
 def clipped(x: Array, limit: float | None) -> Array:

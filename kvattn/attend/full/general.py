@@ -40,34 +40,20 @@ def attend(
     return_weights: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Num[Array, "*B T N Hv"], Num[Array, "*B N T S"] | None]:
-    """Attends `query` to `key` and `value`: scores and softmax are float32, masked scores a large negative number.
+    """Attends `query` [..., T, N, H] to `key` [..., S, K, H] and `value` [..., S, K, Hv]; any number of batch axes.
 
-    A plain call is `dot_product_attention`. The weights are an array of their own where something changes them on their
-    way (dropout, einsums), for complex numbers, and for values of another size than the keys. Asking for the weights
-    computes them beside the output and never changes it.
+    Scores and softmax are float32, masked scores a large negative number. A plain call is `dot_product_attention`. The
+    weights are an array of their own where something changes them on their way (dropout, einsums), for complex numbers,
+    and for values of another size than the keys. Asking for the weights computes them beside the output and never
+    changes it.
 
-    Args:
-        query: [..., T, N, H] with any number of batch axes; all three of one dtype.
-        key: [..., S, K, H]. Query head n reads head n // (N // K).
-        value: [..., S, K, Hv].
-        bias: added to the scores, broadcastable to [..., N, T, S].
-        mask: bool, True where attending is allowed, broadcastable to [..., N, T, S].
-        is_causal: query t sees the keys 0 to t.
-        window: query t sees the keys t - window + 1 to t; implies `is_causal`.
-        scale: multiplies the scores; 1/√H if None.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
-        sinks: float[N], a logit per head that joins the softmax sum only.
-        alibi_slopes: float32[N], adds ``slope * (s - t)`` to the scores.
-        dropout_rate: the share of weights set to zero; none without `dropout_rng`.
-        dropout_rng: a PRNG key.
-        broadcast_dropout: one dropout mask for all batch rows and heads.
-        precision: precision of the matrix products.
-        einsums: what computes the scores and the output instead of `jnp.einsum`.
-        return_weights: also return the weights before dropout, float32 [..., N, T, S].
-        implementation: as in `kvattn.cached_attention`; kernels that read caches only are passed over.
+    `bias` and `mask` (bools) broadcast to [..., N, T, S]. A `window` implies `is_causal`: query t sees the keys
+    t - window + 1 to t. Sinks and slopes are float[N]. Nothing is dropped without `dropout_rng`; the draws are Flax's.
+    `einsums` compute the scores and the output instead of `jnp.einsum`. `implementation` is that of
+    `kvattn.cached_attention`; kernels that read caches only are passed over.
 
     Returns:
-        The output [..., T, N, Hv] and the weights or None.
+        The output [..., T, N, Hv], and on request the weights before dropout [..., N, T, S], float32 or wider.
 
     Raises:
         ShapeError: shapes that do not fit.
