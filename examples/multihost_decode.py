@@ -96,25 +96,15 @@ def commands(args: argparse.Namespace, more: list[str]) -> dict[int, list[str]]:
 def random_checkpoint(folder: Path) -> Path:
     """A Llama of 4 layers, in the form of HuggingFace."""
     folder.mkdir()
-    vocab, model, mlp, layers, heads, kv_heads, head = 512, 256, 704, 4, 16, 8, 16
     config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": model, "intermediate_size": mlp,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    layer = {
-        "input_layernorm": (model,), "post_attention_layernorm": (model,),
-        "self_attn.q_proj": (heads * head, model), "self_attn.o_proj": (model, heads * head),
-        "self_attn.k_proj": (kv_heads * head, model), "self_attn.v_proj": (kv_heads * head, model),
-        "mlp.gate_proj": (mlp, model), "mlp.up_proj": (mlp, model), "mlp.down_proj": (model, mlp),
-    }  # fmt: skip
-    shapes = {"model.embed_tokens": (vocab, model), "model.norm": (model,), "lm_head": (vocab, model)}
-    shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
     rng = np.random.default_rng(0)
     weights = {
-        f"{name}.weight": rng.normal(size=shape) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)
-        for name, shape in shapes.items()
+        name: rng.normal(size=shape) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)
+        for name, shape in kvattn.models.describe(folder).tensors.items()
     }
     save_file({name: x.astype(np.float32) for name, x in weights.items()}, folder / "model.safetensors")
     return folder

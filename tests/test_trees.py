@@ -48,9 +48,7 @@ def kinds():
 
 def name_of(cache):
     """A short name for the test of a cache."""
-    return (
-        f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if cache.page_size else ''}"
-    )
+    return f"{type(cache.policy).__name__}-{type(cache.codec).__name__}-{'paged' if cache.page_size else ''}"
 
 
 def tokens(length=1, seed=0):

@@ -15,9 +15,9 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
 from kvattn.errors import DTypeError, RangeError, ShapeError
+from kvattn.families.config import DecoderConfig
 from kvattn.layers import GroupedQueryAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
-from kvattn.models.config import DecoderConfig
 from kvattn.models.parts import MLP, Experts, Norm
 from kvattn.models.placement import Split
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn._typing import Array
+from kvattn.families.config import DecoderConfig
 from kvattn.layers.placement import explicit_spec, on_mesh_of, product_spec
-from kvattn.models.config import DecoderConfig
 from kvattn.models.placement import Split
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

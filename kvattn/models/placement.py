@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from kvattn.layers.arguments import scheme
 from kvattn.layers.placement import axis_size, explicit_spec
-from kvattn.layers.settings import scheme
 from kvattn.models.parameters import name_of
 from kvattn.sharding.split import split_over
 

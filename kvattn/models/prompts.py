@@ -9,7 +9,7 @@ import numpy as np
 from kvattn import _checks
 from kvattn.cache import Cache
 from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, StaleCacheError
-from kvattn.models.config import DecoderConfig
+from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.policies import Context
 
