@@ -23,7 +23,7 @@ def is_concrete(*arrays: object) -> bool:
 
 
 def on_host(x: Any) -> np.ndarray:
-    """The numbers of an array [...]. One that is split over the devices of several processes is gathered: all must ask for it."""
+    """The numbers of an array [...]; if it is split over the devices of several processes, all must ask for it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
 
