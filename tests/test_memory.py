@@ -369,7 +369,7 @@ MESH_CASES = [
 def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
     """Those of the shards that `kvattn.sharding` makes, to the byte."""
     mesh = jax.make_mesh((4,), ("model",))
-    capacity = None if isinstance(policy, BUDGETED) else 1024
+    capacity = 1024 if policy is None else variants.capacity_of(policy, 1024)
     cache = jax.eval_shape(
         lambda: kvattn.KVCache.create(batch, kv_heads, 64, capacity=capacity, policy=policy, codec=codec)
     )

@@ -14,12 +14,12 @@ import policy_oracles as oracles
 import pytest
 import suites
 from bad_input_table import Table, create, run, step
+from codec_cases import KIVI, TOKENWISE, bound, kivi_replay, over_decoded, step_of, there_and_back
 from oracles import assert_same_bits, attend_token
+from policy_cases import kept
+from policy_cases import step as policy_step
+from policy_cases import tokens as policy_tokens
 from suites import CHUNK, POLICIES, STEPS, B, by_id, make_cache, tokens
-from test_codecs import KIVI, TOKENWISE, bound, kivi_replay, over_decoded, step_of, there_and_back
-from test_policies import kept
-from test_policies import step as policy_step
-from test_policies import tokens as policy_tokens
 
 import kvattn
 from kvattn import errors

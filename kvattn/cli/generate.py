@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # Flax takes its time to load
     from kvattn.models import Decoder
 
 
+@runtime_checkable
 class _Encoded(Protocol):
     """A text as tokens."""
 
@@ -24,6 +25,7 @@ class _Encoded(Protocol):
         ...
 
 
+@runtime_checkable
 class _Text(Protocol):
     """What turns text into tokens and back."""
 
