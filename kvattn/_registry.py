@@ -13,17 +13,17 @@ class Entry[T]:
 
     Attributes:
         kind: its class.
-        name: on the command line: ``--policy name:a,b``.
+        name: on the command line.
         aliases: other names.
         levers: what the planner tries for sequences of a length, each with a label.
-        examples: small instances, of budgets below ten tokens or groups of a few numbers, for the test suites.
+        examples: small instances for the test suites.
     """
 
     kind: type[T]
     name: str
-    aliases: tuple[str, ...] = ()
-    levers: Callable[[int], Sequence[tuple[str, T]]] = lambda length: ()
-    examples: tuple[T, ...] = ()
+    aliases: tuple[str, ...]
+    levers: Callable[[int], Sequence[tuple[str, T]]]
+    examples: tuple[T, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ class Entry[T]:
 
 
 class Registry[T]:
-    """The entries of one kind of thing, in the order they came.
+    """The policies, or the codecs, that are known by name.
 
     Args:
         what: what they are, for messages.
@@ -43,29 +43,55 @@ class Registry[T]:
         self._what, self._base = what, base
         self._entries: list[Entry[T]] = []
 
-    @property
-    def entries(self) -> tuple[Entry[T], ...]:
-        """All of them."""
-        return tuple(self._entries)
+    def register(
+        self,
+        kind: type[T],
+        name: str,
+        *,
+        aliases: Sequence[str] = (),
+        levers: Callable[[int], Sequence[tuple[str, T]]] = lambda length: (),
+        examples: Sequence[T] = (),
+    ) -> None:
+        """Makes a policy or codec known by a name: to the command line, the planner's levers and the test suites.
 
-    def add(self, entry: Entry[T]) -> None:
-        """Enters one.
+        Caches and layers take any, registered or not. The package's own are registered in the same way.
+
+        Args:
+            kind: a subclass of `kvattn.policies.Policy` or `kvattn.codecs.Codec`, a frozen dataclass.
+            name: ``--policy name:a,b``; capitals, - and _ do not count.
+            aliases: other names.
+            levers: a function of the sequences' length: instances worth a look there, each with a label for
+                `kvattn.memory.levers`.
+            examples: small instances for the test suites: policies that keep a few tokens, so that they are seen to
+                evict; codecs for head dims of 8 and 16.
 
         Raises:
-            ConfigError: no class of this kind, a name that cannot be given on the command line, a name or class that is
-                there already, examples of another class.
+            ConfigError: no policy or codec, a name that cannot be given, a name or class that is there already,
+                examples of another class.
+
+        Example:
+            >>> import dataclasses
+            >>> import kvattn
+            >>> @dataclasses.dataclass(frozen=True)
+            ... class Everything(kvattn.Full):
+            ...     pass
+            >>> kvattn.policies.register(Everything, "everything", examples=[Everything()])
+            >>> kvattn.policies.registered()[-1].name
+            'everything'
         """
-        kind, what = entry.kind, self._what
+        what, entry = self._what, Entry(kind, name, tuple(aliases), levers, tuple(examples))
+        if isinstance(aliases, str):
+            raise ConfigError(f"aliases is a list of names, got {aliases!r}.")
         if not (isinstance(kind, type) and issubclass(kind, self._base)):
             base = f"{self._base.__module__.rpartition('.')[0]}.{self._base.__name__}"
             raise ConfigError(f"a {what} is a subclass of {base}, got {kind!r}.")
-        for name in entry.names:
-            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-                raise ConfigError(f"a {what}'s name has letters, digits, - and _, a letter first, got {name!r}.")
+        for word in entry.names:
+            if not isinstance(word, str) or not re.fullmatch(r"[A-Za-z][\w-]*", word):
+                raise ConfigError(f"a {what}'s name has letters, digits, - and _, a letter first, got {word!r}.")
         for known in self._entries:
             if known.kind is kind:
                 raise ConfigError(f"{kind.__name__} is registered already, as {known.name!r}.")
-            taken = {spelled(name) for name in known.names} & {spelled(name) for name in entry.names}
+            taken = {*map(_spelled, known.names)} & {*map(_spelled, entry.names)}
             if taken:
                 raise ConfigError(f"the {what} name {min(taken)!r} is taken by {known.kind.__name__}: choose another.")
         others = [example for example in entry.examples if not isinstance(example, kind)]
@@ -73,11 +99,15 @@ class Registry[T]:
             raise ConfigError(f"examples of {kind.__name__} are instances of it, got {others[0]!r}.")
         self._entries.append(entry)
 
+    def registered(self) -> tuple[Entry[T], ...]:
+        """All that are known by name, in the order they came: the package's own first."""
+        return tuple(self._entries)
+
     def find(self, name: str) -> Entry[T] | None:
         """The entry of a name, however it is spelled; None if there is none."""
-        return next((e for e in self._entries if spelled(name) in map(spelled, e.names)), None)
+        return next((e for e in self._entries if _spelled(name) in map(_spelled, e.names)), None)
 
 
-def spelled(name: str) -> str:
-    """A name as names are compared: without capitals, - and _."""
+def _spelled(name: str) -> str:
+    """A name as names are compared."""
     return name.lower().replace("-", "").replace("_", "")

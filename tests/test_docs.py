@@ -47,7 +47,7 @@ def _as_users_run_it(monkeypatch):
     What they register is forgotten.
     """
     for table in (POLICIES, CODECS):
-        monkeypatch.setattr(table, "_entries", list(table.entries))
+        monkeypatch.setattr(table, "_entries", list(table.registered()))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -102,10 +102,10 @@ def test_tables_name_every_policy_and_codec():
     """Those of pages the classes, that of the command line their names."""
     text = {page: (ROOT / page).read_text() for page in ("README.md", "docs/choose_a_cache.md", "docs/policies.md")}
     options = (ROOT / "docs" / "cli.md").read_text()
-    for entry in POLICIES.entries:
+    for entry in POLICIES.registered():
         assert [page for page in text if f"`{entry.kind.__name__}" not in text[page]] == []
         assert f"`{entry.name}" in options
-    plain, *others = CODECS.entries
+    plain, *others = CODECS.registered()
     for entry in others:
         assert [page for page in list(text)[:2] if f"`{entry.kind.__name__}" not in text[page]] == []
     assert all(f"`{name}" in options for name in (*plain.names, *(entry.name for entry in others)))

@@ -41,7 +41,7 @@ def own(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         for table in (POLICIES, CODECS):
-            patch.setattr(table, "_entries", list(table.entries))
+            patch.setattr(table, "_entries", list(table.registered()))
         yield importlib.import_module("own_parts")
         del sys.modules["own_parts"]
 
@@ -173,6 +173,7 @@ WRONG = [
     ({"name": "h2o"}, "the policy name 'h2o' is taken by H2O"),
     ({"name": "Sliding-Window"}, "'slidingwindow' is taken by SlidingWindow"),
     ({"name": "another", "aliases": ["full"]}, "'full' is taken by Full"),
+    ({"name": "another", "aliases": "other"}, "aliases is a list of names, got 'other'"),
     ({"name": "2nd"}, "a letter first, got '2nd'"),
     ({"name": None}, "a letter first, got None"),
     ({"kind": kvattn.H2O, "name": "another"}, "H2O is registered already, as 'h2o'"),

@@ -101,7 +101,7 @@ def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:[:=](.*)|\((.*)\))?\s*", text)
     entry = known.find(match[1]) if match else None
     if match is None or entry is None or entry.name in DTYPES:
-        names = ", ".join(name for each in known.entries for name in each.names)
+        names = ", ".join(name for each in known.registered() for name in each.names)
         raise UnknownNameError(f"unknown {what} {text!r}; the known ones are {names} (with arguments: {example}).")
     kind = entry.kind
     positional: list[Any] = []

@@ -109,7 +109,7 @@ class Policy:
             positions: the true positions of the queries.
 
         Returns:
-            None, or (n, positions): to the first n tokens of the sequence the query is at these positions.
+            None; or n, and the positions the queries have to the first n tokens of the sequence.
         """
         return None
 
