@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from gpu_peers import NotThere, Program
 
-from kvattn.attend.request import Request
+from kvattn.attend import Request
 
 L2_BYTES = 60e6
 COLD = 4

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvattn
-from kvattn.attend import api
 from kvattn.attend.request import Request, adjust, grouped, ungrouped
 
 FLASHINFER_PAGE = 64
@@ -141,7 +140,8 @@ def kvattn_with(implementation: str) -> Callable[[Problem], Program]:
     """Another implementation of kvattn."""
 
     def make(problem: Problem) -> Program:
-        return Program(jax.jit(lambda r: api.attend(r, implementation)[0]), problem.requests, note="as mosaic_gpu")
+        call = lambda request: kvattn.attend.attend(request, implementation)[0]
+        return Program(jax.jit(call), problem.requests, note="as mosaic_gpu")
 
     return make
 

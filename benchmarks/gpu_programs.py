@@ -17,11 +17,11 @@ from unittest import mock
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
+import aot_cases
 import jax
 import jax.numpy as jnp
-import kernels_aot
+from aot_cases import Case
 from jax.experimental import topologies
-from kernels_aot import Case
 
 import kvattn
 from kvattn.masks import Mask
@@ -116,11 +116,11 @@ def caught(work: Callable[[], Any]) -> tuple[Any, str]:
 
 def program(device: Any, case: Case) -> dict[str, Any]:
     """Registers, spills, shared memory, temporary memory and cache-sized copies of the programs of a case."""
-    query, _, cache = kernels_aot.arguments(device, case)
+    query, _, cache = aot_cases.arguments(device, case)
     sizes = {}
 
     def attend(query, cache):
-        request = kernels_aot.asked(case, query, cache, gpu_decode.unsupported)
+        request = aot_cases.asked(case, query, cache, gpu_decode.unsupported)
         spec = gpu_decode._spec(request, gpu_decode.config_for(request))
         sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
@@ -135,7 +135,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
 
     def compile_step():
         with mock.patch.object(jax, "local_devices", lambda: [device]):
-            return kernels_aot.append(device, case, "mosaic_gpu")
+            return aot_cases.append(device, case, "mosaic_gpu")
 
     compiled, said = caught(compile_it)
     kernels = {}
@@ -148,11 +148,11 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         kernels[name] = (int(registers[1]), int(spills[1]) + int(spills[2]))
     if "decode" not in kernels:
         raise RuntimeError("the assembler said nothing of the kernel")
-    temporary, copies = kernels_aot.needs(compiled, case)
+    temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)
-        temporary, copies = kernels_aot.needs(step, case)
+        temporary, copies = aot_cases.needs(step, case)
         moved = cache.nbytes - step.memory_analysis().alias_size_in_bytes
         found["step"] = {"temporary": temporary, "copies": copies, "moved": moved}
     return found

@@ -187,13 +187,13 @@ def measured(target: str) -> dict[str, dict[str, float]]:
 
 def _jaxs_program(device: Any, page_size: int) -> None:
     """Compiles JAX's kernel for the shape of "GQA 32/8"."""
+    import aot_cases
     import jax
     import jax.numpy as jnp
-    import kernels_aot
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    case = dataclasses.replace(kernels_aot.CASES["GQA 32/8"], page_size=page_size)
-    query, _, cache = kernels_aot.arguments(device, case)
+    case = dataclasses.replace(aot_cases.CASES["GQA 32/8"], page_size=page_size)
+    query, _, cache = aot_cases.arguments(device, case)
 
     def call(query, keys, values, lengths, table):
         pages = JAX_TOKENS // page_size
@@ -206,9 +206,9 @@ def _jaxs_program(device: Any, page_size: int) -> None:
 
 def main(target: str, folder: pathlib.Path) -> dict[str, dict[str, float]]:
     """Compiles every case and reads its schedule."""
-    import kernels_aot
+    import aot_cases
 
-    device = kernels_aot.first_device(target)
+    device = aot_cases.first_device(target)
     results = {}
 
     def last(name: str) -> str:
@@ -219,9 +219,9 @@ def main(target: str, folder: pathlib.Path) -> dict[str, dict[str, float]]:
         return text
 
     for name in OURS:
-        case = kernels_aot.CASES[name]
-        _, size, _ = kernels_aot.attend(device, case)
-        tile = size / case.batch / case.slots * kernels_aot.tile_rows(device, case)
+        case = aot_cases.CASES[name]
+        _, size, _ = aot_cases.attend(device, case)
+        tile = size / case.batch / case.slots * aot_cases.tile_rows(device, case)
         results[name] = {"bundles": ours(last("kvattn_tpu_decode")), "bytes": tile}
     for name, page_size in JAXS.items():
         _jaxs_program(device, page_size)

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kvattn
-from kvattn.cli import measure
+from kvattn import measure
 from kvattn.layers import GroupedQueryAttention, stateless
 
 WEIGHTS = Path(__file__).parent / "weights" / "bytes.safetensors"

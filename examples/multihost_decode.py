@@ -34,7 +34,6 @@ from safetensors.numpy import save_file
 
 import kvattn
 from kvattn.layers import stateless
-from kvattn.models.pretrained import read_family
 
 ATTEMPTS = 3
 """To find a port of this machine that is still free when the coordinator takes it."""
@@ -103,10 +102,9 @@ def random_checkpoint(folder: Path) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
-    shapes = {name: shape for rule in read_family(folder).rules for name, shape in rule.sources.items()}
     weights = {
         name: rng.normal(size=shape) / np.sqrt(shape[-1]) if len(shape) > 1 else np.ones(shape)
-        for name, shape in shapes.items()
+        for name, shape in kvattn.models.describe(folder).tensors.items()
     }
     save_file({name: x.astype(np.float32) for name, x in weights.items()}, folder / "model.safetensors")
     return folder

@@ -17,13 +17,13 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
-def is_concrete(*arrays: Any) -> bool:
+def is_concrete(*arrays: object) -> bool:
     """True when every array holds values that can be looked at now (no tracer among them)."""
     return not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays))
 
 
 def on_host(x: Any) -> np.ndarray:
-    """An array's numbers. One that is split over the devices of several processes is gathered: all must ask for it."""
+    """The numbers of an array [...]; if it is split over the devices of several processes, all must ask for it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
 
@@ -31,7 +31,7 @@ def on_host(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def integer(name: str, value: Any, minimum: int, error: type[KVAttnError] = ConfigError) -> int:
+def integer(name: str, value: object, minimum: int, error: type[KVAttnError] = ConfigError) -> int:
     """Checks a static integer setting; bools, floats and traced values are refused."""
     if isinstance(value, jax.core.Tracer):
         raise ConfigError(f"{name} must be known when the program is traced, got a traced value: pass a Python int.")
@@ -44,7 +44,7 @@ def integer(name: str, value: Any, minimum: int, error: type[KVAttnError] = Conf
     return int(value)
 
 
-def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> float:
+def positive(name: str, value: object, error: type[KVAttnError] = ConfigError) -> float:
     """Checks a finite number above 0."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
@@ -54,7 +54,7 @@ def positive(name: str, value: Any, error: type[KVAttnError] = ConfigError) -> f
     return number
 
 
-def non_negative(name: str, value: Any) -> float:
+def non_negative(name: str, value: object) -> float:
     """Checks a finite number, 0 or more."""
     number = real(name, value)
     if not 0 <= number < math.inf:
@@ -73,13 +73,13 @@ def flag(name: str, value: Any) -> bool:
     raise DTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
 
 
-def function(name: str, value: Any) -> None:
+def function(name: str, value: object) -> None:
     """Checks something that will be called."""
     if not callable(value):
         raise DTypeError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
 
 
-def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> Any:
+def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> np.dtype:
     """Turns what NumPy and JAX take for a dtype ("float32", jnp.float32, ...) into one.
 
     Args:
@@ -113,7 +113,7 @@ def head_counts(num_heads: Any, num_kv_heads: Any) -> None:
         )
 
 
-def finite_scale(scale: Any, name: str = "scale") -> None:
+def finite_scale(scale: object, name: str = "scale") -> None:
     """Checks a softmax scale; traced ones too, as far as that goes. Zero is allowed: a uniform average."""
     if scale is None:
         return
@@ -123,7 +123,7 @@ def finite_scale(scale: Any, name: str = "scale") -> None:
         raise RangeError(f"{name} must be finite in float32, got {scale}.")
 
 
-def positive_softcap(softcap: Any, name: str = "softcap") -> float | None:
+def positive_softcap(softcap: object, name: str = "softcap") -> float | None:
     """Checks a soft cap on the scores."""
     if softcap is None:
         return None
@@ -135,7 +135,7 @@ def positive_softcap(softcap: Any, name: str = "softcap") -> float | None:
     return number
 
 
-def real(name: str, value: Any) -> float:
+def real(name: str, value: object) -> float:
     """A real number that is known now, as a Python float; bools are refused."""
     if isinstance(value, jax.core.Tracer):
         raise ConfigError(f"{name} must be known when the program is traced: pass a Python number.")
@@ -167,7 +167,7 @@ def _scalar(name: str, value: Any) -> None:
         raise ShapeError(f"{name} must be a single number, got an array of shape {value.shape}.")
 
 
-def window(value: Any, name: str = "window") -> int | None:
+def window(value: object, name: str = "window") -> int | None:
     """Checks a window; None is no window. One that no int32 holds is beyond every position all the same."""
     if value is None:
         return None
@@ -175,7 +175,7 @@ def window(value: Any, name: str = "window") -> int | None:
 
 
 def floating(name: str, array: Any) -> jax.Array:
-    """Turns `array` into a JAX array of a real floating dtype, or says why not."""
+    """Turns `array` [...] into a JAX array of a real floating dtype, or says why not."""
     dtype = getattr(array, "dtype", None)
     if dtype is None:
         try:
@@ -189,7 +189,7 @@ def floating(name: str, array: Any) -> jax.Array:
 
 
 def query(name: str, array: Any) -> jax.Array:
-    """Turns `array` into a JAX array of a floating dtype that can be multiplied with others, or says why not."""
+    """Turns `array` [...] into a JAX array of a floating dtype that can be multiplied with others, or says why not."""
     array = floating(name, array)
     if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise DTypeError(f"{name} must be float32, bfloat16, float16 or float64, got {array.dtype}: cast it.")
@@ -197,7 +197,7 @@ def query(name: str, array: Any) -> jax.Array:
 
 
 def integers(name: str, array: Any) -> Any:
-    """Turns `array` into one of integers, NumPy's or JAX's, of 32 bits or more.
+    """Turns `array` [...] into one of integers, NumPy's or JAX's, of 32 bits or more.
 
     Wider ones stay as wide, as does uint32: cast to int32, what does not fit would wrap, so look at the values first.
     """
@@ -218,7 +218,7 @@ def integers(name: str, array: Any) -> Any:
 
 
 def int32(name: str, array: Any) -> Any:
-    """Turns `array` into int32; values that can be seen must fit, others become the nearest that does."""
+    """Turns `array` [...] into int32; values that can be seen must fit, others become the nearest that does."""
     array = integers(name, array)
     if array.dtype == jnp.int32:
         return array
@@ -232,7 +232,7 @@ def int32(name: str, array: Any) -> Any:
 
 
 def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -> jax.Array:
-    """Turns `array` into int32[B]; values that can be seen are checked against [low, high]."""
+    """Turns `array` into int32 [B]; values that can be seen are checked against [low, high]."""
     if isinstance(array, bool):
         raise DTypeError(f"{name} must hold integers, got bool.")
     array = integers(name, array)
@@ -251,7 +251,7 @@ def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -
     return jnp.broadcast_to(int32(name, array), (batch_size,))
 
 
-def not_donated(what: str, tree: Any) -> None:
+def not_donated(what: str, tree: object) -> None:
     """Raises `StaleCacheError` if a buffer of `tree` was given away by donation."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
@@ -260,14 +260,14 @@ def not_donated(what: str, tree: Any) -> None:
             )
 
 
-def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Checks a name against the known ones."""
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"unknown {name} {value!r}; the known ones are {', '.join(map(repr, known))}.")
 
 
 def per_head(name: str, x: Any, num_heads: int, *, finite: bool = False) -> jax.Array | None:
-    """Checks one value per query head, neither NaN nor +inf, with `finite` not -inf either; None stays None."""
+    """Checks one value per query head [N], neither NaN nor +inf, with `finite` not -inf either; None stays None."""
     if x is None:
         return None
     if isinstance(x, bool):

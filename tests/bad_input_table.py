@@ -1,5 +1,7 @@
 """Tables of bad inputs and edge cases: what is passed, and the error (type and message) or the defined result.
 
+``bad_inputs.txt`` lists them by number.
+
 A test file fills a `Table` and runs it in one test::
 
     TABLE = Table()
@@ -15,6 +17,7 @@ A test file fills a `Table` and runs it in one test::
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -24,13 +27,20 @@ import pytest
 
 import kvattn
 
+LIST = {
+    int(line.split()[0]): line.split(" ", 1)[1]
+    for line in pathlib.Path(__file__).with_name("bad_inputs.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
+"""What every number stands for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of a table.
 
     Attributes:
-        number: of the list of bad inputs.
+        number: of ``bad_inputs.txt``.
         what: the input in words.
         call: what is done; without an error it asserts the defined result itself.
         error: the exact exception type, None where there is a defined result.
@@ -42,6 +52,10 @@ class Row:
     call: Callable[[], Any]
     error: type[Exception] | None = None
     fragments: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        assert self.number in LIST, f"{self.number} is not in bad_inputs.txt: {self.what}"
+        assert "[" not in LIST[self.number], f"{self.number} is tested elsewhere: {LIST[self.number]}"
 
 
 class Table:

@@ -63,7 +63,7 @@ def pytest_configure(config):
     if config.getoption("--shapes"):
         import jaxtyping
 
-        jaxtyping.install_import_hook("kvattn", "beartype.beartype")
+        jaxtyping.install_import_hook("kvattn", "shapes.typechecker")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

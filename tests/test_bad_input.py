@@ -1,19 +1,19 @@
 """Bad input and edge cases, one table: what is passed, and the error (type and message) or the defined result.
 
-Rows are numbered as in the project's list of bad inputs. Windows, eviction and codecs, 61-69 and 105-118, are in
-test_smaller_caches.py. Nowhere, because what they are about does not exist yet or is tested where it lives: 10 and
-70-80 but 74 (pages), 13 (compression ratios), 15 (bytes of codecs), 39 (packed queries), 81-104 (block manager,
-prefix tree), 119-132 (offload), 139-146 (placement, backends).
+Rows are numbered as in bad_inputs.txt. Windows, eviction and codecs, 61-69 and 105-118, are in test_smaller_caches.py,
+pages, 10 and 70-80, in test_paged.py.
 """
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import suites
-from bad_input_table import Table, create, run, step
+from bad_input_table import LIST, Table, create, run, step
 from oracles import TokenLists, assert_accurate, assert_lse, assert_same_bits, attend_token
 from suites import CAPACITY, CHUNK, HV, POLICIES, STEPS, B, K, N, by_id, make_cache, tokens
 
@@ -915,5 +915,13 @@ def test_bad_input(row):
 
 
 def test_rows_covered():
-    """Every row of the parts this file is about, but those named above."""
+    """Every row of the parts this file is about, but those named above or tested elsewhere."""
     assert TABLE.numbers() == {*range(1, 61), 74, *range(133, 139)} - {10, 13, 15, 39}
+
+
+def test_every_listed_input_has_a_row():
+    """In one of the tables, or a file that the list names."""
+    elsewhere = {number: found[1] for number, text in LIST.items() if (found := re.search(r"\[(.*)\]", text))}
+    assert all((pathlib.Path(__file__).parent / file).exists() for file in elsewhere.values())
+    rows = {*range(1, 61), *range(61, 81), *range(105, 119), *range(133, 139)} - {13, 15, 39}  # as their files assert
+    assert set(LIST) == rows | set(elsewhere)

@@ -15,8 +15,12 @@ import pytest
 typer_testing = pytest.importorskip("typer.testing", reason="typer is in the extra cli")
 
 import kvattn  # noqa: E402
-from kvattn import errors, memory  # noqa: E402
-from kvattn.cli import measure, parse  # noqa: E402
+from kvattn import (  # noqa: E402
+    errors,
+    measure,
+    memory,
+)
+from kvattn.cli import parse  # noqa: E402
 from kvattn.cli.app import app  # noqa: E402
 from kvattn.pallas import tuning  # noqa: E402
 
@@ -319,11 +323,11 @@ def test_bench_as_json(quick):
 
 def test_bench_takes_heads_from_a_model():
     case = measure.Case(num_heads=71, num_kv_heads=1, head_dim=64, batch_size=3, context=10)
-    from kvattn.cli.bench import _case
+    from kvattn.cli.bench import _case, _heads
 
-    options = {"heads": None, "kv_heads": None, "head_dim": None, "window": None, "dtype": "bfloat16", "codec": None}
-    assert _case("falcon-7b", batch="3", context="10", **options) == case
-    assert _case("falcon-7b", batch="3", context="10", **options | {"head_dim": "8"}).head_dim == 8
+    options = {"batch": "3", "context": "10", "window": None, "dtype": "bfloat16", "codec": None}
+    assert _case(_heads("falcon-7b", None, None, None), **options) == case
+    assert _case(_heads("falcon-7b", None, None, "8"), **options).head_dim == 8
 
 
 @pytest.mark.parametrize(

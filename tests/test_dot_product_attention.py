@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn.attend import full
+from kvattn.attend.full import dot_product as full
 from kvattn.attend.full import dot_product_attention
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError, ShapeError, UnsupportedError
 from kvattn.positions import alibi_slopes

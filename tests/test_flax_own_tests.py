@@ -60,7 +60,7 @@ def test_a_planted_fault_is_found(flax_tests, source, monkeypatch, tmp_path):
     """The control: with a layer that ignores what it is given, Flax's tests fail."""
     broken = (flax_tests.PEERS / "flax_substitution.py").read_text() + (
         "\n\nimport jax.numpy as jnp\n"
-        "kvattn.layers.full.attend = lambda query, key, value, **rules: (jnp.zeros_like(query), None)\n"
+        "kvattn.attend.full.attend = lambda query, key, value, **rules: (jnp.zeros_like(query), None)\n"
     )
     (tmp_path / "flax_substitution.py").write_text(broken)
     monkeypatch.setattr(flax_tests, "PEERS", tmp_path)

@@ -1,11 +1,13 @@
 """Generation against full forward passes, one token at a time; sampling against NumPy in float64."""
 
 import dataclasses
+import gc
 import inspect
 import itertools
 import pathlib
 import sys
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +194,7 @@ def test_prompts_whose_logits_would_be_large_come_in_chunks(model, monkeypatch, 
     """But not by themselves where chunks make a difference."""
     given = []
 
-    def programs(graph, structure):
+    def programs(model, structure):
         def append(weights, tokens, num_new, cache, rows, sampler, stop):
             given.append(tokens.shape)
             return rows, cache
@@ -259,8 +261,8 @@ def test_how_far_the_device_is_ahead_does_not_matter(model, greedy, monkeypatch,
 def test_the_loop_ends_with_the_last_row(model, greedy, monkeypatch):
     programs, count = module._programs, []
 
-    def counting(graph, structure):
-        append, step = programs(graph, structure)
+    def counting(model, structure):
+        append, step = programs(model, structure)
         return append, lambda *arguments: (count.append(1), step(*arguments))[1]
 
     monkeypatch.setattr(module, "_programs", counting)
@@ -402,9 +404,8 @@ def test_draws_of_a_conversation_can_be_repeated(model):
 
 def test_later_turns_are_the_same_programs(model):
     model = decoder(dataclasses.replace(TINY, norm_epsilon=2e-5))
-    graph, state = nnx.split(model)
     in_turns(generate, model, stops=(1, 2))
-    assert [p._cache_size() for p in module._programs(graph, jax.tree.structure(state))] == [1, 1]
+    assert compiled(model) == [1, 1]
 
 
 def test_a_cache_is_used_up(model):
@@ -614,26 +615,56 @@ def test_the_smallest_set_that_reaches_a_weight():
 # What it costs ------------------------------------------------------------------------------------
 
 
+def compiled(model):
+    """How often each program of a model was compiled."""
+    _, programs = module.PROGRAMS[model]
+    return [program._cache_size() for program in programs]
+
+
+def test_programs_go_with_their_models_and_serve_those_alike():
+    """One of the same structure needs none of its own; one of another does; nothing is kept of what is gone."""
+    config = dataclasses.replace(TINY, norm_epsilon=3e-5)
+    first, second, other = decoder(config), decoder(config), decoder(dataclasses.replace(config, mlp_dim=24))
+    for model in (first, second, other):
+        generate(model, [[1, 2, 3]], 3)
+    assert compiled(first) == compiled(second) == compiled(other) == [1, 1]
+    assert module.PROGRAMS[first] is module.PROGRAMS[second] is not module.PROGRAMS[other]
+    models = [weakref.ref(model) for model in (first, second, other)]
+    programs = [weakref.ref(module.PROGRAMS[model][1].step) for model in (second, other)]
+    alive = len(module.PROGRAMS)
+    del first, other, model
+    gc.collect()
+    assert [ref() is None for ref in models] == [True, False, True] and len(module.PROGRAMS) == alive - 2
+    assert [ref() is None for ref in programs] == [False, True]
+    del second
+    gc.collect()
+    assert programs[0]() is None
+
+
+def test_a_model_that_changed_has_other_programs():
+    model = decoder(dataclasses.replace(TINY, norm_epsilon=4e-5))
+    before = generate(model, [[1, 2, 3]], 8)
+    old = module.PROGRAMS[model]
+    model.layers[0].attention.rope = kvattn.RoPE(model.layers[0].attention.head_dim, theta=3.0)
+    assert generate(model, [[1, 2, 3]], 8) != before
+    assert module.PROGRAMS[model] is not old
+
+
 def test_one_program_for_the_prompts_and_one_for_the_step():
     model = decoder(dataclasses.replace(TINY, norm_epsilon=1e-5))
-    graph, state = nnx.split(model)
-    before = module._programs.cache_info().misses
-
-    def compiled():
-        return [program._cache_size() for program in module._programs(graph, jax.tree.structure(state))]
-
+    known = len({id(programs) for programs in module.PROGRAMS.values()})
     generate(model, [[1, 2, 3]], 30, capacity=128)
     generate(model, [[4] * 20], 9, capacity=128, stop_tokens=3)
     generate(model, [[5]], 1, capacity=128, stop_tokens=(1, 2, 3), on_token=lambda row, token: None, seed=3)
-    assert compiled() == [1, 1]
+    assert compiled(model) == [1, 1]
     drawn = dict(temperature=1.0, top_k=5, top_p=0.7)
     for change in (dict(top_p=0.5), dict(top_k=1), dict(top_k=20), dict(temperature=2.0, seed=4), dict(stop_tokens=7)):
         generate(model, [[1, 2, 3]], 3, capacity=128, **{**drawn, **change})
-    assert compiled() == [2, 2]  # another kind of choice
+    assert compiled(model) == [2, 2]  # another kind of choice
     for length in (1, 16, 17, 60, 100):
         generate(model, [[1] * length], 3, capacity=128, prefill_chunk=16)
-    assert compiled() == [3, 2]  # one for chunks, however many
-    assert module._programs.cache_info().misses == before + 1
+    assert compiled(model) == [3, 2]  # one for chunks, however many
+    assert len({id(programs) for programs in module.PROGRAMS.values()}) == known + 1
 
 
 def test_split_over_devices():
@@ -645,8 +676,7 @@ def test_split_over_devices():
     model = from_pretrained(folder, mesh=mesh)
     assert any(len(x.sharding.device_set) == 2 for x in jax.tree.leaves(nnx.state(model)))
     assert generate(model, prompts, golden["greedy"].shape[1]) == golden["greedy"].tolist()
-    graph, state = nnx.split(model)
-    assert [program._cache_size() for program in module._programs(graph, jax.tree.structure(state))] == [1, 1]
+    assert compiled(model) == [1, 1]
 
 
 def test_caches_are_updated_in_place(model, monkeypatch):

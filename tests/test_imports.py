@@ -23,6 +23,7 @@ WRONG_IMPORTS = [
     ("masks.py", "from kvattn import cache", "kvattn.cache"),
     ("policies/h2o.py", "from kvattn.cache import kv_cache", "kvattn.cache"),
     ("policies/h2o.py", "from kvattn.codecs import int8", "kvattn.codecs"),
+    ("families/hf/llama.py", "from kvattn import memory", "kvattn.memory"),
     ("codecs/int8.py", "from kvattn.policies import h2o", "kvattn.policies"),
     ("cache/kv_cache.py", "def late():\n    from kvattn.attend import xla", "kvattn.attend"),
     ("cache/kv_cache.py", "from kvattn import pallas", "kvattn.pallas"),
@@ -58,12 +59,13 @@ def lint(folder):
 def toy_package(folder, file, code):
     """A package with kvattn's folders and nothing in them, but `code` in `file`; and kvattn's contracts."""
     names = ["_typing", "cache", "cli", "codecs", "errors", "layers", "masks", "models", "pallas", "policies"]
-    names += ["attend", "positions", "serving", "sharding", "memory"]
+    names += ["attend", "families", "positions", "serving", "sharding", "memory"]
     files = [
         f"{n}.py" if n in ("_typing", "cli", "errors", "masks", "positions", "memory") else f"{n}/__init__.py"
         for n in names
     ]
     files += ["__init__.py", "policies/h2o.py", "codecs/int8.py", "cache/kv_cache.py", "attend/xla.py"]
+    files += ["families/hf/__init__.py"]
     for name in files:
         path = folder / "kvattn" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,10 @@ def exported(path):
         yield from (name for name in names if not name.startswith("_"))
 
 
-PACKAGES = ("attend", "cache", "codecs", "layers", "memory", "models", "pallas", "policies", "positions", "sharding")
+PACKAGES = (
+    "attend", "cache", "codecs", "families", "layers", "memory", "models", "pallas", "policies", "positions",
+    "sharding",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*PACKAGES, "errors", "layers.linen", "pallas.compat"])

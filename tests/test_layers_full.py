@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn import errors
-from kvattn.layers import MultiHeadAttention, dot_product_attention, full
+from kvattn.attend import full
+from kvattn.layers import MultiHeadAttention, dot_product_attention
 
 B, T, S, N, K, H = 2, 5, 6, 4, 2, 8
 EINSUMS = (jnp.einsum, jnp.einsum)

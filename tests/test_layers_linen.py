@@ -171,6 +171,17 @@ def test_foreign_attention_functions_get_what_they_take():
         MultiHeadDotProductAttention(4, attention_fn=with_mask, softcap=2.0).init(jax.random.key(0), x, is_causal=True)
 
 
+def test_the_attention_function_of_kvattn_is_the_layers_own():
+    default = MultiHeadDotProductAttention(4, softcap=2.0)
+    named = default.clone(attention_fn=kvattn.dot_product_attention)
+    variables = parameters(default, inputs())
+    np.testing.assert_array_equal(named.apply(variables, inputs()), default.apply(variables, inputs()))
+    got, want = (
+        layer.apply(variables, inputs(), cache=layer.make_cache(B, L, in_features=D))[0] for layer in (named, default)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
 # One meaning, however called.
 
 

@@ -158,6 +158,17 @@ def test_foreign_attention_functions_get_what_they_take():
         layer(inputs(), cache=layer.make_cache(B, 8))
 
 
+def test_the_attention_function_of_kvattn_is_the_layers_own():
+    options = {"num_kv_heads": 2, "softcap": 2.0, "window": 3}
+    named, default = (
+        MultiHeadAttention(4, D, **options, **more, rngs=nnx.Rngs(0))
+        for more in ({"attention_fn": kvattn.dot_product_attention}, {})
+    )
+    np.testing.assert_array_equal(named(inputs()), default(inputs()))
+    got, want = (layer(inputs(), cache=layer.make_cache(B))[0] for layer in (named, default))
+    np.testing.assert_array_equal(got, want)
+
+
 # Positions, windows and the rest mean the same in every way of calling.
 
 

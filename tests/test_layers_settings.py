@@ -240,6 +240,23 @@ def test_linen_layers_are_checked_wherever_they_are_made():
     refused(lambda: layer.clone(num_heads=-4), errors.ConfigError, "num_heads", -4)
 
 
+def test_settings_are_attributes_that_can_be_assigned():
+    """As those of Flax's layer; the frozen object that holds them is a new one then."""
+    x = jnp.ones((1, 4, 16)) * jnp.arange(4.0)[None, :, None]
+    layer, other = (make(layers.MultiHeadAttention, window=window) for window in (None, 2))
+    before = layer.settings
+    names = [field.name for field in dataclasses.fields(before) if hasattr(layer, field.name)]
+    assert len(names) >= 25
+    assert [getattr(layer, name) for name in names] == [getattr(before, name) for name in names]
+    assert np.abs(layer(x, is_causal=True) - other(x)).max() > 1e-3
+    layer.window = 2
+    assert before.window is None
+    assert layer.settings == other.settings
+    np.testing.assert_array_equal(layer(x), other(x))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layer.settings.window = 3
+
+
 CACHE_ARGUMENTS = {
     "batch_size": [(v, errors.DTypeError) for v in ("2", 2.0, None, True)] + [(-1, errors.ConfigError)],
     "capacity": [(v, errors.DTypeError) for v in ("8", 8.5, True)] + [(v, errors.ConfigError) for v in (0, None)],

@@ -37,10 +37,20 @@ import kvattn
 from kvattn import errors, memory
 from kvattn.cache import Layout
 from kvattn.codecs import Plain
-from kvattn.memory import DEVICES, MODELS, ModelSpec, bytes_per_token, cache_bytes, formula, from_config, levers, plan
-from kvattn.memory.hf_defaults import ALIASES
+from kvattn.memory import (
+    DEVICES,
+    MODELS,
+    ModelSpec,
+    bytes_per_token,
+    cache_bytes,
+    caches,
+    formula,
+    from_config,
+    levers,
+    plan,
+)
 from kvattn.memory.plan import _seen
-from kvattn.models.pretrained import read_family
+from kvattn.models import FAMILIES, describe
 from kvattn.policies import Full
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,7 +369,7 @@ MESH_CASES = [
 def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
     """Those of the shards that `kvattn.sharding` makes, to the byte."""
     mesh = jax.make_mesh((4,), ("model",))
-    capacity = None if isinstance(policy, BUDGETED) else 1024
+    capacity = 1024 if policy is None else variants.capacity_of(policy, 1024)
     cache = jax.eval_shape(
         lambda: kvattn.KVCache.create(batch, kv_heads, 64, capacity=capacity, policy=policy, codec=codec)
     )
@@ -456,7 +466,7 @@ def test_parameters_of_real_checkpoints(folder):
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_sizes_of_real_checkpoints(folder):
     """Heads and windows, read by the planner and by what loads the checkpoint."""
-    config, spec = read_family(folder, ()).config, from_config(folder)
+    config, spec = describe(folder).config, from_config(folder)
     assert spec.layer_windows == config.layer_windows
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
     assert [getattr(spec, name) for name in names] == [getattr(config, name) for name in names]
@@ -469,7 +479,7 @@ def test_what_a_config_leaves_out(folder, tmp_path):
     for left_out in config:
         (tmp_path / "config.json").write_text(json.dumps({n: v for n, v in config.items() if n != left_out}))
         try:
-            loaded = read_family(tmp_path).config
+            loaded = describe(tmp_path).config
         except errors.KVAttnError:
             continue  # without it other fields contradict each other
         found, read = from_config(tmp_path), read + 1
@@ -485,7 +495,7 @@ def test_which_layers_keep_keys_and_values(what):
     assert (spec.num_layers, spec.num_cache_layers, spec.cache_is_estimate) == (layers, keeping, False)
     assert plan(spec, "h100").bytes_per_token == expected
     assert bytes_per_token(keeping, spec.num_kv_heads, spec.head_dim) == expected
-    kinds = formula.layers(spec, policy=kvattn.Full())
+    kinds = caches.layers(spec, policy=kvattn.Full())
     assert sum(kinds.values()) == keeping
 
 
@@ -683,7 +693,7 @@ def test_what_null_means(folder, tmp_path):
     for name in config:
         (tmp_path / "config.json").write_text(json.dumps(config | {name: None}))
         try:
-            loaded = read_family(tmp_path).config
+            loaded = describe(tmp_path).config
         except errors.KVAttnError as error:
             if f"{name} is null" in str(error) and name in NULL_SIZES:
                 with pytest.raises(errors.KVAttnError, match=name):
@@ -703,14 +713,14 @@ NULL_SIZES = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer"
 def test_other_names_of_a_field(folder, tmp_path):
     """Every alias of the family, for the planner and for the loader."""
     config = json.loads((folder / "config.json").read_text())
-    for name, others in ALIASES.get(config["model_type"], {}).items():
+    for name, others in FAMILIES[config["model_type"]].aliases.items():
         for other in others:
             if name not in config:
                 continue
             renamed = {key: value for key, value in config.items() if key != name} | {other: config[name]}
             (tmp_path / "config.json").write_text(json.dumps(renamed))
             assert from_config(tmp_path, name="x") == from_config(folder, name="x"), other
-            assert read_family(tmp_path).config == read_family(folder).config, other
+            assert describe(tmp_path).config == describe(folder).config, other
             (tmp_path / "config.json").write_text(json.dumps(renamed | {name: config[name] + 1}))
             with pytest.raises(errors.ConfigError, match="keep one"):
                 from_config(tmp_path)

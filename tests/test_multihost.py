@@ -27,10 +27,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import kvattn
-from kvattn.models import from_pretrained
-from kvattn.models.hf import rules
+from kvattn.families import rules
+from kvattn.models import describe, from_pretrained
 from kvattn.models.parameters import parameters_of
-from kvattn.models.pretrained import read_family
 from kvattn.models.tensors import in_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -79,7 +78,7 @@ def parts_read(name, parts):
         np.testing.assert_array_equal(made.astype(np.float32), whole(name)[parameter][index])
         return sum(read)
 
-    for rule in read_family(GOLDEN / name).rules:
+    for rule in describe(GOLDEN / name).rules:
         for parameter, layout in rule.makes.items():
             total[parameter] = assert_part(rule, parameter, (slice(None),) * len(layout.shape))
             found[parameter] = collections.Counter()
@@ -119,7 +118,7 @@ def test_parts_of_packed_experts(tmp_path, parts):
     config = json.loads((GOLDEN / "gpt_oss" / "config.json").read_text())
     config |= {"intermediate_size": 96, "quantization_config": {"quant_method": "mxfp4"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    packed = [rule for rule in read_family(tmp_path).rules if rule.packed > 1]
+    packed = [rule for rule in describe(tmp_path).rules if rule.packed > 1]
     assert len(packed) == 2 * config["num_hidden_layers"]
     for rule in packed[:2]:
         rng = np.random.default_rng(0)

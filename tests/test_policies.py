@@ -9,26 +9,12 @@ import numpy as np
 import policy_oracles as oracles
 import pytest
 import variants
+from policy_cases import B, H, K, N, T, kept, step, tokens
 
 import kvattn
 from kvattn.policies import scored
 
-B, T, N, K, H = 8, 30, 4, 2, 8
 F32 = 1e-5
-
-
-def tokens(seed, sharp=1.5, batch=B, length=T, heads=(N, K)):
-    """Random queries, keys and values; `sharp` spreads the scores."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=(batch, length, h, H)) for h in (heads[0], heads[1], heads[1]))
-    return q * sharp, k * sharp, v
-
-
-@functools.cache
-def step(implementation="xla", rope=None):
-    """One jitted step per setting, shared by the tests."""
-    call = functools.partial(kvattn.cached_attention, implementation=implementation, rope=rope)
-    return jax.jit(call, donate_argnums=3, static_argnames=())
 
 
 def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, slopes=None, capacity=None, check=True):
@@ -43,13 +29,6 @@ def run(policy, q, k, v, chunks, *, implementation="xla", rope=None, ids=None, s
         outs.append(np.asarray(out))
         i += n
     return np.concatenate(outs, 1), cache.check() if check else cache
-
-
-def kept(cache, row):
-    """The set of positions each head keeps."""
-    positions = np.asarray(cache.positions)[row]
-    positions = np.broadcast_to(positions, (cache.num_kv_heads, positions.shape[-1]))
-    return [set(p[p >= 0].tolist()) for p in positions]
 
 
 def check_rows(policy, oracle, prompt, seed, *, ids=None, sharp=1.5, **how):

@@ -17,9 +17,9 @@ from decoder_oracle import logits_of
 from flax import nnx
 
 import kvattn
+from kvattn.families import rules
 from kvattn.layers import stateless
-from kvattn.models import Decoder, DecoderConfig, from_pretrained
-from kvattn.models.hf import FAMILIES, rules
+from kvattn.models import FAMILIES, Decoder, DecoderConfig, from_pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
 PLAIN = (
@@ -282,16 +282,16 @@ def test_a_step_compiles_once_and_works_in_place():
 
 
 def _config(**changes):
-    """The family's table as it is, with another configuration."""
+    """The family's rules as they are, with another configuration."""
 
     def plant(patch, kind):
-        read = FAMILIES[kind]
+        right = FAMILIES[kind]
 
         def changed(fields):
-            family = read(fields)
-            return dataclasses.replace(family, config=dataclasses.replace(family.config, **changes))
+            blueprint = right.blueprint(fields)
+            return dataclasses.replace(blueprint, config=dataclasses.replace(blueprint.config, **changes))
 
-        patch.setitem(FAMILIES, kind, changed)
+        patch.setitem(FAMILIES, kind, dataclasses.replace(right, blueprint=changed))
 
     return plant
 
@@ -302,6 +302,13 @@ def _rule(name, wrong):
         patch.setattr(rules, name, wrong(getattr(rules, name)))
 
     return plant
+
+
+def _out_transposed(linear):
+    def wrong(theirs, ours, into, out, bias, transposed=True, **rest):
+        return linear(theirs, ours, into, out, bias, transposed or ours.endswith(".out"), **rest)
+
+    return wrong
 
 
 FAULTS = {
@@ -316,9 +323,9 @@ FAULTS = {
     "residual": ("bloom_post", "bloom", _config(residual_after_norm=False)),
     "activation": ("bloom", "bloom", _config(activation="gelu")),
     "epsilon": ("opt", "opt", _config(norm_epsilon=1e-3)),
-    "no groups": ("falcon40b", "falcon", _rule("fused", lambda f: lambda *a, **k: f(*a, **k | {"grouped": False}))),
+    "no groups": ("falcon40b", "falcon", _rule("fused", lambda f: lambda *a: f(*a[:3], False, a[4]))),
     "one not added": ("gemma2", "gemma2", _rule("norm", lambda f: lambda *a, **k: f(*a, **k | {"plus_one": False}))),
-    "weights not transposed": ("gpt2", "gpt2", _rule("output", lambda f: lambda a, b, c, d: f(a, b, c))),
+    "weights not transposed": ("gpt2", "gpt2", _rule("linear", _out_transposed)),
 }  # fmt: skip
 
 

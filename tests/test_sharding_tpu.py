@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from sharding_cases import GQA, KINDS, MHA, MQA, N, kinds
 
 import kvattn
 from kvattn import sharding
-from kvattn.attend import api
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,8 +52,7 @@ def compiled(mesh, by, num_kv_heads, implementation, num_heads=N, real=None, **s
     query = new(num_heads, P() if by == "sequence" else P(None, None, "model"))
     key = new(num_kv_heads, P(None, None, "model") if by == "heads" and num_kv_heads >= 8 else P())
     step = functools.partial(sharding.cached_attention, mesh=mesh, by=by, num_heads=real, implementation=implementation)
-    # The default backend here is the CPU.
-    with mock.patch.object(api, "_NEEDS", {}), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with kvattn.pallas.ahead_of_time(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, key, key, cache).compile(), cache
 
 

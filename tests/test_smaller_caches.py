@@ -1,6 +1,6 @@
 """Windows, eviction and codecs on bad input and edge cases, one table as in test_bad_input.py.
 
-Rows are numbered as in the project's list of bad inputs: 61-69 are windows, rings and sinks, 105-111 policies that let
+Rows are numbered as in bad_inputs.txt: 61-69 are windows, rings and sinks, 105-111 policies that let
 tokens go, 112-118 codecs of fewer bits. What each of them does on plain input is in test_policies.py, test_codecs.py.
 """
 
@@ -14,12 +14,12 @@ import policy_oracles as oracles
 import pytest
 import suites
 from bad_input_table import Table, create, run, step
+from codec_cases import KIVI, TOKENWISE, bound, kivi_replay, over_decoded, step_of, there_and_back
 from oracles import assert_same_bits, attend_token
+from policy_cases import kept
+from policy_cases import step as policy_step
+from policy_cases import tokens as policy_tokens
 from suites import CHUNK, POLICIES, STEPS, B, by_id, make_cache, tokens
-from test_codecs import KIVI, TOKENWISE, bound, kivi_replay, over_decoded, step_of, there_and_back
-from test_policies import kept
-from test_policies import step as policy_step
-from test_policies import tokens as policy_tokens
 
 import kvattn
 from kvattn import errors

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend import reference, xla
-from kvattn.attend.derivative import differentiable
+from kvattn.attend.derivative import Attend, differentiable
 from kvattn.attend.registry import Implementation as Record
 from kvattn.attend.registry import Result, made_for, named, register
 from kvattn.attend.request import Request
@@ -79,7 +80,7 @@ def attend(request: Request, implementation: Implementation = None) -> Result:
     return attend(request) if record.is_complete else differentiable(_by_position(attend))(request)
 
 
-def _by_position(attend):
+def _by_position(attend: Attend) -> Attend:
     """A kernel whose queries get nothing from values that they may not attend to, NaN included.
 
     Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened it takes the queries one by one.
@@ -91,7 +92,7 @@ def _by_position(attend):
         if length == 1:
             return out, lse, mass
 
-        def one(t: Array, out: Array) -> Array:
+        def one(t: Int32[Array, ""], out: Float[Array, "B T N Hv"]) -> Float[Array, "B T N Hv"]:
             at = lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
             alone = dataclasses.replace(
                 request, query=at(request.query), positions=at(request.positions), want_mass=False

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend import reference
+from kvattn.attend.registry import Result
 from kvattn.attend.request import Request
 
-Result = tuple[Array, Array, Array | None]
 Attend = Callable[[Request], Result]
+"""What an implementation does; see `Request`."""
 
 
 def differentiable(attend: Attend) -> Attend:
@@ -38,8 +39,8 @@ def differentiable(attend: Attend) -> Attend:
     return call
 
 
-def _split(request: Request):
-    """Separates what can be differentiated from what cannot."""
+def _split(request: Request) -> tuple[tuple[Array, ...], tuple[Array, ...], Any]:
+    """Separates the arrays [...] which can be differentiated from the others, and says how they fit together."""
     leaves, structure = jax.tree.flatten(request)
     inexact = tuple(jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
     floats = tuple(x for x, keep in zip(leaves, inexact, strict=True) if keep)
@@ -47,7 +48,8 @@ def _split(request: Request):
     return floats, rest, (structure, inexact)
 
 
-def _join(structure, rest, floats) -> Request:
+def _join(structure: Any, rest: tuple[Array, ...], floats: tuple[Array, ...]) -> Request:
+    """The inverse of `_split`, of arrays [...]."""
     tree, inexact = structure
-    rest, floats = iter(rest), iter(floats)
-    return jax.tree.unflatten(tree, [next(floats) if keep else next(rest) for keep in inexact])
+    others, numbers = iter(rest), iter(floats)
+    return jax.tree.unflatten(tree, [next(numbers) if keep else next(others) for keep in inexact])

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int32
 
 from kvattn import _manual
 from kvattn._typing import Array
+from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
 from kvattn.cache.view import View
 from kvattn.codecs.base import accumulator
@@ -18,8 +21,10 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def dense(view: View, dtype) -> tuple[Array, Array, Array]:
-    """Decodes a view: keys [B, K, S, H], values [B, K, S, Hv], positions [B, 1 or K, S]."""
+def dense(
+    view: View, dtype: DTypeLike
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"], Int32[Array, "B K1 S"]]:
+    """Decodes a view: keys, values and positions (of one head or all)."""
     positions = view.layout.from_blocks(view.positions[..., None], False)[..., 0]
     keys, values = view.dense(dtype)
     if view.codec.rounds:
@@ -29,14 +34,19 @@ def dense(view: View, dtype) -> tuple[Array, Array, Array]:
     return keys, values, positions
 
 
-def _past_codes(decoded: Array, kept: tuple[tuple[Array, Array], ...], slots: Array | None, new: Array | None) -> Array:
-    """Decoded tokens [B, K, C, H] with derivatives that go straight to the tokens they were made from.
+def _past_codes(
+    decoded: Float[Array, "B K C H"],
+    kept: tuple[tuple[Array, Array], ...],
+    slots: Int32[Array, "B *K T"] | None,
+    new: Float[Array, "B T K H"] | None,
+) -> Float[Array, "B K C H"]:
+    """Decoded tokens with derivatives that go straight to the tokens they were made from.
 
     Args:
         decoded: read from codes.
         kept: `Codec.as_they_came`.
-        slots: int32 [B, T] or [B, K, T] of the new tokens.
-        new: [B, T, K, H].
+        slots: of the new tokens.
+        new: those tokens.
     """
     sources = list(kept)
     if slots is not None and new is not None:
@@ -52,11 +62,13 @@ def _past_codes(decoded: Array, kept: tuple[tuple[Array, Array], ...], slots: Ar
     return decoded
 
 
-def _mixed(probs: Array, values: Array, allowed: Array) -> Array:
-    """probs [B, K, G, T, S] times values [B, K, S, Hv]; of several queries each gets only what it may attend to.
+def _mixed(
+    probs: Float[Array, "B K G T S"], values: Float[Array, "B K S Hv"], allowed: Bool[Array, "B K1 1 T S"]
+) -> Float[Array, "B K G T Hv"]:
+    """The mixtures of values; of several queries each gets only what it may attend to.
 
     A query that may not attend to a value has weight 0 for it, but 0 * NaN is NaN: numbers that are not finite are left
-    out of the product and added where bool `allowed` [B, 1 or K, 1, T, S] lets them.
+    out of the product and added where `allowed` lets them.
     """
     product = lambda weights, x: jnp.einsum("bkgts,bksh->bkgth", weights, x, precision=HIGHEST)
     if probs.shape[3] == 1:
@@ -75,7 +87,7 @@ def _mixed(probs: Array, values: Array, allowed: Array) -> Array:
 
 
 @jax.custom_jvp
-def _straight_through(coded: Array, exact: Array) -> Array:
+def _straight_through(coded: Float[Array, "*shape"], exact: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """What was read, with the derivative of what was written (Bengio et al., arXiv:1308.3432)."""
     del exact
     return coded
@@ -86,7 +98,7 @@ def _(primals, tangents):
     return primals[0], tangents[1]
 
 
-def attend(request: Request) -> tuple[Array, Array, Array | None]:
+def attend(request: Request) -> Result:
     """Attention by its formula. See `Request` for the meaning of arguments and results."""
     query = request.query
     acc = accumulator(query.dtype, *(x.dtype for x in request.view.keys.values()))

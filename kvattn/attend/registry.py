@@ -7,7 +7,7 @@ when it is first asked whether it can attend.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Float
@@ -20,6 +20,7 @@ Result = tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"], Float[Array, "B 
 """out and lse in float32 or wider, and mass or None: see `Request`."""
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What attends: a module, or any object with these two functions."""
 

@@ -5,6 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache.view import View
@@ -44,49 +45,51 @@ class Request:
     want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
     key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def reached(self, kv_positions: Array) -> Array:
+    def reached(self, kv_positions: Int32[Array, "*lead B K1 R"]) -> Bool[Array, "*lead B K1 R"]:
         """Which slots hold a token that some query of the row may attend to. All others are as good as empty.
 
         What lies in them must change no bit: a page that a window has left may be another row's by now.
 
         Args:
-            kv_positions: int32 [..., B, 1 or K, R] with any leading axes.
-
-        Returns:
-            bool of their shape.
+            kv_positions: of one head or all.
         """
         return self.mask.reachable(self.positions, kv_positions)
 
 
-def rotated(keys: Array, rope: RoPE, kv_positions: Array) -> Array:
-    """Keys [B, K, R, H] turned to int32 [B, 1 or K, R]; those of empty slots anyhow."""
+def rotated(keys: Float[Array, "B K R H"], rope: RoPE, kv_positions: Int32[Array, "B K1 R"]) -> Float[Array, "B K R H"]:
+    """Keys turned to their positions (of one head or all); those of empty slots anyhow."""
     batch, heads, rows, features = keys.shape
     where = jnp.broadcast_to(jnp.maximum(kv_positions, 0), (batch, heads, rows)).reshape(batch * heads, rows)
     return rope(keys.reshape(batch * heads, rows, 1, features), where).reshape(keys.shape)
 
 
-def grouped(query: Array, num_kv_heads: int) -> Array:
-    """[B, T, N, H] to [B, K, G, T, H]: query head n reads key/value head n // G."""
+def grouped(query: Shaped[Array, "B T N H"], num_kv_heads: int) -> Shaped[Array, "B K G T H"]:
+    """Query heads by the key/value head they read: head n reads n // G."""
     batch, length, heads, features = query.shape
     query = query.reshape(batch, length, num_kv_heads, heads // num_kv_heads, features)
     return query.transpose(0, 2, 3, 1, 4)
 
 
-def ungrouped(x: Array) -> Array:
-    """[B, K, G, T, ...] to [B, T, N, ...]."""
+def ungrouped(x: Shaped[Array, "B K G T *rest"]) -> Shaped[Array, "B T N *rest"]:
+    """The inverse of `grouped`."""
     batch, kv_heads, group, length, *rest = x.shape
     order = (0, 3, 1, 2, *range(4, x.ndim))
     return x.transpose(order).reshape(batch, length, kv_heads * group, *rest)
 
 
-def adjust(scores: Array, request: Request, q_positions: Array, kv_positions: Array) -> Array:
+def adjust(
+    scores: Float[Array, "B K G T R"],
+    request: Request,
+    q_positions: Int32[Array, "B T"],
+    kv_positions: Int32[Array, "B K1 R"],
+) -> Float[Array, "B K G T R"]:
     """Scale, soft cap and ALiBi.
 
     Args:
-        scores: [B, K, G, T, R], raw products.
+        scores: raw products.
         request: the call.
-        q_positions: int32 [B, T], those of the scores.
-        kv_positions: int32 [B, 1 or K, R].
+        q_positions: those of the scores.
+        kv_positions: of one head or all.
     """
     scores = scores * jnp.asarray(request.scale, scores.dtype)
     if request.softcap is not None:

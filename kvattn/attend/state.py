@@ -7,6 +7,8 @@ this one operation.
 """
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from kvattn._typing import Array
 from kvattn.codecs.base import wider
@@ -52,19 +54,23 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     return out.astype(dtype), lse
 
 
-def _weighted(out: Array, weight: Array, acc) -> Array:
+def _weighted(
+    out: Float[Array, "*shape H"], weight: Float[Array, "*shape"], acc: DTypeLike
+) -> Float[Array, "*shape H"]:
     weight = weight[..., None]
     # Selected before the product too: what an empty side holds, NaN, would reach the derivative of its weight.
     return jnp.where(weight == 0, 0, out.astype(acc)) * weight
 
 
-def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+def add_sinks(
+    out: Float[Array, "B T N H"], lse: Float[Array, "B T N"], sinks: Float[Array, " N"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Lets a learned logit per head join the softmax sum (gpt-oss): it takes its share and adds no value.
 
     Args:
-        out: [B, T, N, H].
-        lse: [B, T, N], without the sink.
-        sinks: float [N].
+        out: without the sinks.
+        lse: likewise.
+        sinks: the logits.
 
     Returns:
         out and lse with the sink. A row that attends to nothing stays 0 and -inf.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -30,7 +30,10 @@ from kvattn.positions import RoPE
 CHUNK_ROWS = 128
 """Rows per block when a chunk of new tokens attends to itself."""
 
-type _Run = Callable[["Step", NewTokens, PerHead, Any], tuple[Array, Any]]
+Stepped = tuple[Float[Array, "B T N Hv"], Cache]
+"""The output, and the new cache."""
+
+type _Run = Callable[["Step", NewTokens, PerHead, Any], Stepped]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Step:
         """The same step on another part of the cache."""
         return dataclasses.replace(self, part=part)
 
-    def __call__[C: Cache](self, new: NewTokens, per_head: PerHead, cache: C) -> tuple[Float[Array, "B T N Hv"], C]:
+    def __call__(self, new: NewTokens, per_head: PerHead, cache: Any) -> tuple[Float[Array, "B T N Hv"], Any]:
         """Output in the queries' dtype, zeros for pads; and the new cache."""
         dtype, late = new.query.dtype, new.length - new.num_new
         if self.padding == "left":
@@ -72,12 +75,12 @@ class Step:
         return out.astype(dtype), cache
 
 
-def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """No rows, or no new tokens."""
     return jnp.zeros((*new.query.shape[:3], cache.value_head_dim), new.query.dtype), cache
 
 
-def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """One new token: write it, attend to all that is kept, let the policy look."""
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
     slots = policy.place(cache.state, told)
@@ -100,7 +103,7 @@ def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple
     return out, cache.advance(new.num_new, new.refused, new.bad_count)
 
 
-def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """Several new tokens: attend to what is kept and to the chunk, and only then let them take slots.
 
     Writing first would overwrite what the first tokens of the chunk still attend to.
@@ -119,7 +122,7 @@ def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[
     return out, cache.advance(new.num_new, new.refused, new.bad_count)
 
 
-def cross(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+def cross(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """Cross-attention: every real query attends to every token of the encoder."""
     t = jnp.arange(new.length, dtype=jnp.int32)[None]
     positions = jnp.where(t < new.num_new[:, None], t, EMPTY)
@@ -218,19 +221,23 @@ def _attended(step: Step, requests: list[Request], per_head: PerHead) -> Result:
 # What policies want to know ----------------------------------------------------------------------
 
 
-def _received(probs: Float[Array, "B K T R"], q_positions: Array, kv_positions: Array) -> Float[Array, "B K R"]:
+def _received(
+    probs: Float[Array, "B K T R"], q_positions: Int32[Array, "B T"], kv_positions: Int32[Array, "B K1 R"]
+) -> Float[Array, "B K R"]:
     """The attention each slot received."""
     return jnp.sum(probs, axis=2)
 
 
-def _measured(step: Step, requests: list[Request], lse: Float[Array, "B T N"], cache: Cache, told: Context) -> Any:
+def _measured(step: Step, requests: list[Request], lse: Float[Array, "B T N"], cache: Cache, told: Context) -> PyTree:
     """`Policy.measure` of the attention that the slots of a view received."""
     policy, average, gone = cache.policy, step.part.of_group, _gone(cache)
 
     def original(positions: Int32[Array, "B ..."]) -> Int32[Array, "B ..."]:
         return jnp.where(positions < 0, EMPTY, positions + gone.reshape(-1, *(1,) * (positions.ndim - 1)))
 
-    def of_block(probs: Array, q_positions: Array, kv_positions: Array) -> Any:
+    def of_block(
+        probs: Float[Array, "B K T R"], q_positions: Int32[Array, "B T"], kv_positions: Int32[Array, "B K1 R"]
+    ) -> PyTree:
         # Sums may be averaged over the heads of a group at last; whatever else is measured is of the average.
         probs = probs if policy.measures_sums else average(probs)
         return policy.measure(cache.state, probs, original(q_positions), original(kv_positions), told)

@@ -7,15 +7,18 @@ blocks as well, and each keeps a running maximum, sum and output.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32, PyTree, Shaped
 
 from kvattn import _manual
-from kvattn._typing import Array
+from kvattn._typing import Array, Encoded
 from kvattn.attend.derivative import differentiable
+from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, adjust, grouped, rotated, ungrouped
+from kvattn.cache import Layout
 from kvattn.codecs.base import accumulator
 
 QUERY_ROWS = 512
@@ -29,7 +32,7 @@ def unsupported(request: Request) -> str | None:
 
 
 @differentiable
-def attend(request: Request) -> tuple[Array, Array, Array | None]:
+def attend(request: Request) -> Result:
     """Attention block by block. See `Request` for the meaning of arguments and results.
 
     Differentiable in both modes: derivatives are those of the reference.
@@ -59,10 +62,10 @@ def _query_blocks(request: Request) -> tuple[int, int]:
     return size, -(-length // size)
 
 
-def _blocked(size: int, blocks: int):
+def _blocked(size: int, blocks: int) -> Callable[..., Shaped[Array, "blocks B size *rest"]]:
     """Cuts [B, T, ...] into [blocks, B, size, ...]; the last block is filled up."""
 
-    def cut(x: Array, fill: float = 0) -> Array:
+    def cut(x: Shaped[Array, "B T *rest"], fill: float = 0) -> Shaped[Array, "blocks B size *rest"]:
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, blocks * size - x.shape[1])
         x = jnp.pad(x, padding, constant_values=fill)
@@ -71,7 +74,7 @@ def _blocked(size: int, blocks: int):
     return cut
 
 
-def _query_block(request: Request):
+def _query_block(request: Request) -> Result:
     """Attention of one block of queries: an online softmax over the blocks of slots within reach."""
     view = request.view
     walk = _Walk(request)
@@ -127,8 +130,8 @@ class _Walk:
         end = view.layout.num_blocks - jnp.argmax(near[::-1]).astype(jnp.int32)
         self.last = jnp.where(jnp.any(near), end, self.first)
 
-    def scores(self, i) -> tuple[Array, Array]:
-        """Scores [B, K, G, T, R] against block i, -inf where masked, and the positions [B, 1 or K, R] it holds."""
+    def scores(self, i: Int32[Array, ""]) -> tuple[Float[Array, "B K G T R"], Int32[Array, "B K1 R"]]:
+        """Scores against block i, -inf where masked, and the positions it holds (of one head or all)."""
         request, view = self.request, self.request.view
         kv_positions = jax.lax.dynamic_index_in_dim(view.positions, i, 0, keepdims=False)
         keys, transposed = view.key_block(i), view.layout.transposed_keys
@@ -143,8 +146,10 @@ class _Walk:
         # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
         return jnp.where(allowed, scores, -jnp.inf), kv_positions
 
-    def mixed(self, weights: Array, values: Any, kv_positions: Array) -> Array:
-        """weights [B, K, G, T, R] times the values of a block that holds kv_positions [B, 1 or K, R]: [B, K, G, T, Hv].
+    def mixed(
+        self, weights: Float[Array, "B K G T R"], values: Encoded, kv_positions: Int32[Array, "B K1 R"]
+    ) -> Float[Array, "B K G T Hv"]:
+        """Weights times the values of a block that holds these positions.
 
         Weights of what a query may not attend to are 0, but 0 * NaN is NaN: where a value is not finite, the tokens of
         the query are taken one by one, and what each may not attend to is selected away.
@@ -172,7 +177,7 @@ class _Walk:
         return _manual.fori_loop(jnp.int32(0), rounds, one, mixed)
 
 
-def measure(request: Request, lse: Array, function) -> Any:
+def measure(request: Request, lse: Float[Array, "B T N"], function: Callable[..., PyTree]) -> PyTree:
     """A statistic of the probabilities of several new tokens, once their softmax sum is known.
 
     Args:
@@ -219,7 +224,7 @@ def measure(request: Request, lse: Array, function) -> Any:
     return jax.tree.map(lambda x: _slots(layout, x), total)
 
 
-def _slots(layout, x: Array) -> Array:
-    """[blocks, B, K, R, ...] to [B, K, C, ...]."""
+def _slots(layout: Layout, x: Shaped[Array, "blocks B K R *rest"]) -> Shaped[Array, "B K C *rest"]:
+    """What is known of every slot, slot by slot."""
     flat = layout.from_blocks(x.reshape(*x.shape[:4], -1), False)
     return flat.reshape(*flat.shape[:3], *x.shape[4:])

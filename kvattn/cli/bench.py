@@ -4,13 +4,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import typer
+from rich.table import Table
 
-from kvattn.cli import measure, parse, show
+from kvattn import measure
+from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
 from kvattn.memory import MODELS
 
@@ -44,7 +46,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:
     """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run."""
-    case = _case(model, heads, kv_heads, head_dim, batch, context, window, dtype, codec)
+    case = _case(_heads(model, heads, kv_heads, head_dim), batch, context, window, dtype, codec)
     times = parse.required("repeats", repeats)
     names: list[str | None] = list(implementation or [None])
     for name in names:
@@ -70,20 +72,7 @@ def bench(
         f"{case.head_dim}, {case.tokens_read} of {case.context} tokens, {stored}: {show.size(case.read_bytes)} of keys "
         "and values"
     )
-    table = show.columns("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error")
-    reasons = []
-    for result in results:
-        if result.reason is not None:
-            reasons.append(f"not run: {result.reason}")
-            continue
-        table.add_row(
-            result.implementation or "best",
-            f"{result.seconds * 1e6:,.1f}",
-            f"{result.seconds_alone * 1e6:,.1f}",
-            f"{result.bandwidth / 1e9:,.1f}",
-            f"{100 * result.bandwidth / copied:.0f}",
-            f"{result.error:.1e}",
-        )
+    reasons = [f"not run: {result.reason}" for result in results if result.reason is not None]
     if names == [None]:
         _, _, fresh = case.inputs()
         reads = measure.reader(jax.eval_shape(fresh), case.num_heads, case.dtype)
@@ -93,7 +82,7 @@ def bench(
         f"Python. Medians of {times}. A copy reads and writes {copied / 1e9:,.1f} GB/s. error: the largest difference "
         'from implementation="reference".'
     )
-    show.display(what, "", table, "", *reasons, legend)
+    show.display(what, "", _table(results, copied), "", *reasons, legend)
 
 
 @show.reports_errors
@@ -115,7 +104,7 @@ def tune(
     """Measure sizes of the decode kernel for one shape on this GPU or TPU."""
     from kvattn.pallas import tuning
 
-    case = _case(model, heads, kv_heads, head_dim, batch, context, window, dtype, codec)
+    case = _case(_heads(model, heads, kv_heads, head_dim), batch, context, window, dtype, codec)
     count = parse.required("repeats", repeats)
     if save is not None and not (save.parent.is_dir() and os.access(save.parent, os.W_OK)):
         raise ConfigError(f"--save {save}: {save.parent} is no folder that can be written to.")
@@ -133,33 +122,39 @@ def tune(
     show.display(shown, "", *lines)
 
 
+def _table(results: list[measure.Timing], copied: float) -> Table:
+    """One row per implementation that ran; per cent of so many bytes per second."""
+    table = show.columns("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error")
+    for result in results:
+        if result.reason is None:
+            table.add_row(
+                result.implementation or "best",
+                f"{result.seconds * 1e6:,.1f}",
+                f"{result.seconds_alone * 1e6:,.1f}",
+                f"{result.bandwidth / 1e9:,.1f}",
+                f"{100 * result.bandwidth / copied:.0f}",
+                f"{result.error:.1e}",
+            )
+    return table
+
+
+def _heads(model: str | None, heads: str | None, kv_heads: str | None, head_dim: str | None) -> dict[str, int]:
+    """Those of a model, and what is given otherwise."""
+    texts = {"num_heads": ("heads", heads), "num_kv_heads": ("kv-heads", kv_heads), "head_dim": ("head-dim", head_dim)}
+    given = {name: count for name, (word, text) in texts.items() if (count := parse.count(word, text)) is not None}
+    return given if model is None else {name: getattr(MODELS[model], name) for name in texts} | given
+
+
 def _case(
-    model: str | None,
-    heads: str | None,
-    kv_heads: str | None,
-    head_dim: str | None,
-    batch: str,
-    context: str,
-    window: str | None,
-    dtype: str,
-    codec: str | None,
+    heads: dict[str, int], batch: str, context: str, window: str | None, dtype: str, codec: str | None
 ) -> measure.Case:
-    given: dict[str, Any] = {
-        "num_heads": parse.count("heads", heads),
-        "num_kv_heads": parse.count("kv-heads", kv_heads),
-        "head_dim": parse.count("head-dim", head_dim),
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if model is not None:
-        spec = MODELS[model]
-        given = {name: getattr(spec, name) for name in ("num_heads", "num_kv_heads", "head_dim")} | given
     chosen, plain = parse.codec(codec)
     if plain is not None and plain != dtype:
         raise ConfigError(f"--codec {codec} is no codec but a dtype: give it as --dtype {plain}.")
     if dtype not in parse.DTYPES:
         raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
     return measure.Case(
-        **given,
+        **heads,
         batch_size=parse.required("batch", batch),
         context=parse.required("context", context, 2),
         window=parse.count("window", window),

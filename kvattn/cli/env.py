@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import typer
 
+from kvattn import measure
 from kvattn.attend import api, registry
-from kvattn.cli import measure, show
+from kvattn.cli import show
 from kvattn.errors import KVAttnError
 
 PACKAGES = (

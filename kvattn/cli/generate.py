@@ -4,19 +4,33 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
 from kvattn.cli import parse, show
 from kvattn.errors import ConfigError, RangeError, UnsupportedError
 
+if TYPE_CHECKING:  # Flax takes its time to load
+    from kvattn.models import Decoder
 
+
+@runtime_checkable
+class _Encoded(Protocol):
+    """A text as tokens."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Their ids."""
+        ...
+
+
+@runtime_checkable
 class _Text(Protocol):
     """What turns text into tokens and back."""
 
-    def encode(self, text: str) -> Any:
-        """Something with `ids`."""
+    def encode(self, text: str, /) -> _Encoded:
+        """The tokens of a text."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -86,7 +100,7 @@ def generate(
     if dtype is not None and dtype not in parse.DTYPES:
         raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
 
-    model, text, ends = _opened(models, checkpoint, dtype, ignore or [])
+    model, text, ends = _opened(checkpoint, dtype, ignore or [])
     if first is not None and first >= model.config.vocab_size:
         raise RangeError(f"--start-token must lie in [0, {model.config.vocab_size}), got {first}.")
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
@@ -112,8 +126,10 @@ def generate(
     typer.echo(message, err=True)
 
 
-def _opened(models: Any, path: Path, dtype: str | None, ignore: list[str]) -> tuple[Any, _Text, list[int]]:
+def _opened(path: Path, dtype: str | None, ignore: list[str]) -> tuple["Decoder", _Text, list[int]]:
     """The model, its tokenizer, and the tokens that end a text."""
+    import kvattn.models as models
+
     if path.suffix == ".safetensors":
         if ignore:
             raise ConfigError("--ignore goes with a HuggingFace folder: it names fields of its config.json.")

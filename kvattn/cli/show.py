@@ -5,10 +5,9 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from kvattn.errors import KVAttnError
@@ -24,14 +23,14 @@ def console() -> Console:
     return Console(highlight=False, width=width, soft_wrap=False)
 
 
-def waiting(what: str) -> Any:
+def waiting(what: str) -> contextlib.AbstractContextManager[object]:
     """A context that says on a terminal's standard error what takes so long."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext()
     return Console(stderr=True).status(what)
 
 
-def display(*parts: Any) -> None:
+def display(*parts: RenderableType) -> None:
     """Prints renderables one below the other; in a pipe without the spaces that fill lines up."""
     out = console()
     if out.is_terminal:
@@ -87,13 +86,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:,.1f} s" if seconds >= 10 else f"{milliseconds(seconds)} ms"
 
 
-def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+def reports_errors[**P](command: Callable[P, None]) -> Callable[P, None]:
     """Errors that are the user's to mend become one line on standard error, and the exit status 2."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            return command(*args, **kwargs)
+            command(*args, **kwargs)
         except (KVAttnError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise

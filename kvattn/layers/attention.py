@@ -5,7 +5,9 @@ only fix its arguments. Parameters, their order of creation and the decode proto
 checkpoints move both ways and equal seeds give equal parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,23 +15,34 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_kernel_init
-from jax.sharding import PartitionSpec
+from flax.typing import PrecisionLike
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.cache import Cache
+from kvattn.cache import Cache, KVCache
+from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
-from kvattn.layers import caching, full, masking, placement, settings
+from kvattn.layers import attention_fn as attention
+from kvattn.layers import caching, masking, placement, projections
 from kvattn.layers import decode as decode_protocol
-from kvattn.layers.attention_fn import check_additions, dot_product_attention, resolve, takes
-from kvattn.layers.module_caches import ArgumentCache, ModuleCache
+from kvattn.layers.attention_fn import Attention, dot_product_attention
 from kvattn.layers.originals import NNXAttention
+from kvattn.layers.placement import Metadata
+from kvattn.layers.projections import Sharding
+from kvattn.layers.rotary import rotate
+from kvattn.layers.settings import AttentionSettings, HasSettings
+from kvattn.policies import Policy
+from kvattn.positions import RoPE
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Metadata = MappingProxyType({})
 ZEROS = nnx.initializers.zeros_init()
 
+Initializer = Callable[..., Array]
 
-class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
+
+class MultiHeadAttention(HasSettings, NNXAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -68,6 +81,10 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
             says.
         axis: the mesh axis for all of this.
 
+    Attributes:
+        settings: all of the above that is no parameter, in one frozen object. Each is an attribute too
+            (``layer.window``), which can be assigned.
+
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.
         ShardingError: a mesh without the axis.
@@ -92,39 +109,39 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         broadcast_dropout: bool = True,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
-        precision: Any = None,
-        kernel_init: Callable[..., Any] = default_kernel_init,
-        out_kernel_init: Callable[..., Any] | None = None,
-        bias_init: Callable[..., Any] = ZEROS,
-        out_bias_init: Callable[..., Any] | None = None,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = ZEROS,
+        out_bias_init: Initializer | None = None,
         use_bias: bool = True,
-        attention_fn: Callable[..., Array] = dot_product_attention,
+        attention_fn: Attention = dot_product_attention,
         decode: bool | None = None,
         normalize_qk: bool = False,
         qkv_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         out_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         ln_promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        qkv_dot_general: Any = None,
-        out_dot_general: Any = None,
+        qkv_dot_general: Callable[..., Array] | None = None,
+        out_dot_general: Callable[..., Array] | None = None,
         qkv_dot_general_cls: Any = None,
         out_dot_general_cls: Any = None,
         rngs: nnx.Rngs,
         keep_rngs: bool = True,
-        kernel_metadata: Mapping[str, Any] = EMPTY,
-        out_kernel_metadata: Mapping[str, Any] = EMPTY,
-        bias_metadata: Mapping[str, Any] = EMPTY,
-        out_bias_metadata: Mapping[str, Any] = EMPTY,
-        query_ln_scale_metadata: Mapping[str, Any] = EMPTY,
-        key_ln_scale_metadata: Mapping[str, Any] = EMPTY,
+        kernel_metadata: Metadata = EMPTY,
+        out_kernel_metadata: Metadata = EMPTY,
+        bias_metadata: Metadata = EMPTY,
+        out_bias_metadata: Metadata = EMPTY,
+        query_ln_scale_metadata: Metadata = EMPTY,
+        key_ln_scale_metadata: Metadata = EMPTY,
         head_dim: int | None = None,
         value_head_dim: int | None = None,
         window: int | None = None,
-        rope: Any = None,
+        rope: RoPE | None = None,
         alibi: bool | Sequence[float] = False,
         scale: float | None = None,
         softcap: float | None = None,
@@ -133,139 +150,92 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         qk_norm_epsilon: float = 1e-6,
         qkv_clip: float | None = None,
         use_out_bias: bool | None = None,
-        kv_metadata: Mapping[str, Any] | None = None,
-        kv_bias_metadata: Mapping[str, Any] | None = None,
-        cache_sharding: Any = None,
-        policy: Any = None,
-        codec: Any = None,
-        implementation: Any = None,
-        mesh: Any = None,
+        kv_metadata: Metadata | None = None,
+        kv_bias_metadata: Metadata | None = None,
+        cache_sharding: NamedSharding | PartitionSpec | Sequence[Any] | None = None,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        implementation: str | Sequence[str] | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         by: str = "auto",
         axis: str = "model",
     ):
-        settings.check(locals())
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _checks.head_counts(num_heads, num_kv_heads)
-        self.num_heads = num_heads
+        self.settings = settings = AttentionSettings.checked(locals(), in_features)
+        num_heads, num_kv_heads = settings.num_heads, settings.num_kv_heads
+        head_dim, value_head_dim = settings.head_dims
         self.in_features = in_features
-        self.qkv_features = settings.qkv_features(num_heads, qkv_features, in_features, head_dim)
-        self.out_features = in_features if out_features is None else out_features
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = settings.head_dim(num_heads, self.qkv_features, head_dim)
-        self.value_head_dim = self.head_dim if value_head_dim is None else value_head_dim
-        settings.finite_rope(rope, self.head_dim)
-
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.broadcast_dropout = broadcast_dropout
-        self.dropout_rate = settings.dropout_rate(dropout_rate)
+        self.out_features = in_features if out_features is None else out_features
         self.deterministic = deterministic
-        self.precision = precision
-        self.use_bias = use_bias
-        self.attention_fn = attention_fn
         self.decode = decode
-        self.qk_norm = settings.qk_norm(qk_norm, normalize_qk)
-        self.normalize_qk = self.qk_norm is not None
-        self.qkv_promote_dtype = qkv_promote_dtype
-        self.out_promote_dtype = out_promote_dtype
+        self.attention_fn = attention_fn
+        self.normalize_qk = settings.qk_norm is not None
+        self.qkv_promote_dtype, self.out_promote_dtype = qkv_promote_dtype, out_promote_dtype
         self.ln_promote_dtype = ln_promote_dtype
-        self.qkv_dot_general = qkv_dot_general
-        self.out_dot_general = out_dot_general
-        self.qkv_dot_general_cls = qkv_dot_general_cls
-        self.out_dot_general_cls = out_dot_general_cls
+        self.qkv_dot_general, self.out_dot_general = qkv_dot_general, out_dot_general
+        self.qkv_dot_general_cls, self.out_dot_general_cls = qkv_dot_general_cls, out_dot_general_cls
+        attention.check_additions(settings, attention_fn, sinks)
 
-        self.window = window
-        self.rope = rope
-        self.alibi_slopes = settings.alibi_slopes(alibi, num_heads)
-        self.scale = scale
-        self.softcap = softcap
-        self.qkv_clip = qkv_clip
-        self.cache_sharding = cache_sharding
-        self.policy = policy
-        self.codec = codec
-        self.implementation = implementation
-        self.mesh, self.by, self.axis = mesh, by, axis
-        check_additions(
-            attention_fn,
-            self.head_dim,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=sinks or None,
+        metadata = projections.metadata(
+            settings,
+            kernel=kernel_metadata,
+            bias=bias_metadata,
+            kv=kv_metadata,
+            kv_bias=kv_bias_metadata,
+            out=out_kernel_metadata,
+            out_bias=out_bias_metadata,
+        )
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        to_heads = functools.partial(
+            nnx.LinearGeneral,
+            use_bias=settings.use_bias,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            precision=precision,
+            promote_dtype=qkv_promote_dtype,
+            dot_general=qkv_dot_general,
+            dot_general_cls=qkv_dot_general_cls,
+            **common,
+        )
+        kv_to_heads = functools.partial(
+            to_heads, self.in_kv_features, kernel_metadata=metadata.kv, bias_metadata=metadata.kv_bias
         )
 
-        def projection(in_features: int, heads: int, size: int, kernel_metadata: Any, bias_metadata: Any) -> Any:
-            return nnx.LinearGeneral(
-                in_features,
-                (heads, size),
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                precision=precision,
-                promote_dtype=qkv_promote_dtype,
-                dot_general=qkv_dot_general,
-                dot_general_cls=qkv_dot_general_cls,
-                rngs=rngs,
-                kernel_metadata=kernel_metadata,
-                bias_metadata=bias_metadata,
-            )
-
-        def head_norm(metadata: Mapping[str, Any]) -> Any:
-            if self.qk_norm is None:
+        def head_norm(scale_metadata: Metadata) -> Any:  # what `nnx.data` returns becomes an attribute
+            if settings.qk_norm is None:
                 return nnx.data(None)
-            kind = nnx.RMSNorm if self.qk_norm == "rms" else _layer_norm_without_bias
-            return kind(
-                self.head_dim,
-                epsilon=qk_norm_epsilon,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                promote_dtype=ln_promote_dtype,
-                rngs=rngs,
-                scale_metadata=metadata,
-            )
+            kind = nnx.RMSNorm if settings.qk_norm == "rms" else functools.partial(nnx.LayerNorm, use_bias=False)
+            options = {"epsilon": qk_norm_epsilon, "promote_dtype": ln_promote_dtype, "scale_metadata": scale_metadata}
+            return kind(head_dim, **options, **common)
 
-        sinks_metadata: Mapping[str, Any] = EMPTY
-        if mesh is not None:
-            split = placement.head_metadata(mesh, axis, num_heads, num_kv_heads, self.head_dim)
-            kv_metadata = kv_metadata or kernel_metadata or split.kv
-            kv_bias_metadata = kv_bias_metadata or bias_metadata or split.kv_bias
-            kernel_metadata, bias_metadata = kernel_metadata or split.query, bias_metadata or split.query_bias
-            out_kernel_metadata = out_kernel_metadata or split.out
-            out_bias_metadata = out_bias_metadata or {"out_sharding": PartitionSpec(), "mesh": mesh}
-            sinks_metadata = split.sinks
         # The order of these draws is Flax's: equal seeds give equal parameters.
-        for_kv = kernel_metadata if kv_metadata is None else kv_metadata
-        for_kv_bias = bias_metadata if kv_bias_metadata is None else kv_bias_metadata
-        self.query = projection(in_features, num_heads, self.head_dim, kernel_metadata, bias_metadata)
-        self.key = projection(self.in_kv_features, num_kv_heads, self.head_dim, for_kv, for_kv_bias)
-        self.value = projection(self.in_kv_features, num_kv_heads, self.value_head_dim, for_kv, for_kv_bias)
-        self.query_ln = head_norm(query_ln_scale_metadata)
-        self.key_ln = head_norm(key_ln_scale_metadata)
+        self.query = to_heads(
+            in_features, (num_heads, head_dim), kernel_metadata=metadata.query, bias_metadata=metadata.query_bias
+        )
+        self.key = kv_to_heads((num_kv_heads, head_dim))
+        self.value = kv_to_heads((num_kv_heads, value_head_dim))
+        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(query_ln_scale_metadata)
+        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(key_ln_scale_metadata)
         self.out = nnx.LinearGeneral(
-            (num_heads, self.value_head_dim),
+            (num_heads, value_head_dim),
             self.out_features,
             axis=(-2, -1),
-            use_bias=use_bias if use_out_bias is None else use_out_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
+            use_bias=settings.use_out_bias,
             kernel_init=out_kernel_init or kernel_init,
             bias_init=out_bias_init or bias_init,
             precision=precision,
             promote_dtype=out_promote_dtype,
             dot_general=out_dot_general,
             dot_general_cls=out_dot_general_cls,
-            rngs=rngs,
-            kernel_metadata=out_kernel_metadata or kernel_metadata,
-            bias_metadata=out_bias_metadata or bias_metadata,
+            kernel_metadata=metadata.out,
+            bias_metadata=metadata.out_bias,
+            **common,
         )
-        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **sinks_metadata) if sinks else nnx.data(None)
-        self.rngs = rngs.dropout.fork() if keep_rngs and self.dropout_rate > 0 else None
-        self.cached_key = nnx.data(None)
-        self.cached_value = nnx.data(None)
-        self.cache_index = nnx.data(None)
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **metadata.sinks) if sinks else nnx.data(None)
+        self.rngs = rngs.dropout.fork() if keep_rngs and settings.dropout_rate > 0 else None
+        self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
+        self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
+        self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
         if mesh is not None:
             placement.put(self, mesh)
 
@@ -275,19 +245,19 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
         inputs_k: Array | None = None,
         inputs_v: Array | None = None,
         *,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         deterministic: bool | None = None,
-        rngs: Any = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
         sow_weights: bool = False,
         decode: bool | None = None,
         is_causal: bool = False,
-        out_sharding: Any = None,
-        qkv_sharding: Any = None,
-        input_positions: Array | None = None,
+        out_sharding: Sharding = None,
+        qkv_sharding: Sharding = None,
+        input_positions: ArrayLike | None = None,
         cache: Cache | None = None,
-        num_new: Any = None,
+        num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
-        token_ids: Array | None = None,
+        token_ids: ArrayLike | None = None,
     ) -> Any:
         """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
@@ -323,176 +293,211 @@ class MultiHeadAttention(ArgumentCache, ModuleCache, NNXAttention):
             CapacityError: tokens that do not fit into the cache. Inside `jax.jit` they are dropped, their rows are
                 zeros, and `check_cache` or ``cache.check()`` raises.
         """
+        settings, attention_fn = attention.resolve(self.settings, self.attention_fn)
+        deterministic = self.deterministic if deterministic is None else deterministic
         if cache is not None:
-            return self._call_with_cache(
-                inputs_q,
-                inputs_k,
-                inputs_v,
+            kv_features = None if cache.is_static else self.in_kv_features
+            x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, kv_features)
+            caching.check_call(
+                settings,
                 cache,
-                num_new,
-                padding,
-                token_ids,
-                qkv_sharding,
-                out_sharding,
+                x_q,
                 mask=mask,
                 input_positions=input_positions,
                 decode=decode,
                 sow_weights=sow_weights,
-                dropout=self.dropout_rate > 0 and first_given(deterministic, self.deterministic) is False,
+                dropout=settings.dropout_rate > 0 and deterministic is False,
+                attention_fn=attention_fn is not dot_product_attention,
+                inputs_k=cache.is_static and inputs_k is not None,
             )
+            query = self._queries(x_q, qkv_sharding)
+            key, value = (None, None) if cache.is_static else self._keys_and_values(x_k, x_v, qkv_sharding)
+            x, cache = caching.cached_attention(
+                settings, query, key, value, cache,
+                sinks=self._sinks, num_new=num_new, padding=padding, token_ids=token_ids,
+            )  # fmt: skip
+            return projections.from_heads(self.out, x, out_sharding), cache
+
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
-        decode = bool(first_given(decode, self.decode))
-        cross = decode and caching.is_cross(self, inputs_q, inputs_k, self.alibi_slopes, self._rope())
-        query_given, key_given, value_given = self._inputs(inputs_q, inputs_k, inputs_v)
-        query = self._project(self.query, query_given, qkv_sharding, self.query_ln)
-        key = self._project(self.key, key_given, qkv_sharding, self.key_ln)
-        value = self._project(self.value, value_given, qkv_sharding)
-        dropout_rng = self._dropout_rng(deterministic, rngs)
-        fits, window, bias, spoiled = None, self.window, None, None
-        if decode and not cross:
-            step = self._append(query, key, value, mask, input_positions)
-            query, key, value, mask, bias, fits = step.query, step.key, step.value, step.mask, step.bias, step.fits
-            spoiled = step.spoiled
-            window, is_causal, input_positions = None, False, None
-        elif not cross:
-            if self.mesh is not None:
-                query, key, value = (placement.whole_heads(x) for x in (query, key, value))
-            query, key = (full.rotate(self._rope(), x, input_positions) for x in (query, key))
-        x = self._attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            dropout_rng=dropout_rng,
-            sow_weights=sow_weights,
-            is_causal=is_causal,
-            window=window,
-            bias=bias,
-            input_positions=input_positions,
+        decode = bool(self.decode if decode is None else decode)
+        cross = decode and caching.is_cross(settings, inputs_q, inputs_k)
+        x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, self.in_kv_features)
+        query = self._queries(x_q, qkv_sharding)
+        key, value = self._keys_and_values(x_k, x_v, qkv_sharding)
+        attend = functools.partial(
+            attention.call,
+            attention_fn,
+            sinks=self._sinks,
+            dropout_rng=attention.dropout_key(settings, deterministic, self.rngs if rngs is None else rngs),
+            module=self if sow_weights else None,
         )
-        y = self._output(masking.spoil(x, spoiled), out_sharding)
-        return y if fits is None else jnp.where(fits, y, 0)
+        if decode and not cross:
+            step = self._append(settings, query, key, value, mask, input_positions)
+            settings = dataclasses.replace(settings, window=None, alibi_slopes=None)  # they are in mask and bias
+            x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
+            y = projections.from_heads(self.out, masking.spoil(x, step.spoiled), out_sharding)
+            return jnp.where(step.fits, y, 0)
+        if not cross:
+            if settings.mesh is not None:
+                query, key, value = (placement.whole_heads(x) for x in (query, key, value))
+            query, key = (rotate(settings.rope, x, input_positions) for x in (query, key))
+        x = attend(settings, query, key, value, mask=mask, is_causal=is_causal, input_positions=input_positions)
+        return projections.from_heads(self.out, x, out_sharding)
+
+    def make_cache(
+        self,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> KVCache:
+        """An empty cache for ``y, cache = layer(x, cache=cache)``.
+
+        Args:
+            batch_size: B, sequences.
+            capacity: most tokens to keep of a sequence; policies that bound it themselves need none.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
+            codec: in how many bits; the layer's own if None.
+            dtype: of what is stored without a codec; the layer's own if None.
+
+        Raises:
+            ConfigError: no capacity where one is needed.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from kvattn.layers import MultiQueryAttention
+            >>> layer = MultiQueryAttention(num_heads=4, in_features=32, rngs=nnx.Rngs(0))
+            >>> cache = layer.make_cache(2, capacity=16)
+            >>> y, cache = layer(jnp.ones((2, 5, 32)), cache=cache)
+            >>> y, cache = layer(jnp.ones((2, 1, 32)), cache=cache)
+            >>> y.shape, cache.lengths.tolist()
+            ((2, 1, 32), [6, 6])
+        """
+        return caching.create(self.settings, batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype)
+
+    def make_cross_cache(self, encoder_out: Array, lengths: ArrayLike | None = None) -> KVCache:
+        """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
+
+        Args:
+            encoder_out: [B, S, in_kv_features].
+            lengths: int32 [B], how many of the S tokens are real; all if None.
+
+        Raises:
+            ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
+            ShapeError: `encoder_out` is not [B, S, in_kv_features].
+        """
+        settings, _ = attention.resolve(self.settings, self.attention_fn)
+        caching.check_cross(settings)
+        if getattr(encoder_out, "ndim", None) != 3 or encoder_out.shape[-1] != self.in_kv_features:
+            shape = getattr(encoder_out, "shape", None)
+            raise ShapeError(f"encoder_out must be [B, S, {self.in_kv_features}], got shape {shape}.")
+        encoder_out = jnp.asarray(encoder_out)
+        return KVCache.from_encoder(*self._keys_and_values(encoder_out, encoder_out, None), lengths)
+
+    def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
+        """Makes Flax's cache [..., L, K, H] for ``decode=True``, empty.
+
+        Args:
+            input_shape: [..., L, D], as of the whole sequence: L tokens are room for L tokens.
+            dtype: of what is stored; keys and values are cast to it. The layer's own if None.
+
+        Raises:
+            ShapeError, DTypeError, ConfigError: an `input_shape` that is no shape of two axes or more.
+            DTypeError: a dtype that is neither floating nor complex.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> from kvattn.layers import MultiHeadAttention
+            >>> layer = MultiHeadAttention(num_heads=2, in_features=8, decode=True, rngs=nnx.Rngs(0))
+            >>> layer.init_cache((1, 16, 8))
+            >>> layer(jnp.ones((1, 3, 8))).shape, int(layer.cache_index[...])
+            ((1, 3, 8), 3)
+        """
+        *batch, length, _ = decode_protocol.checked_shape(input_shape)
+        dtype = _checks.inexact("dtype", self.settings.storage_dtype if dtype is None else dtype)
+        sharding = placement.cache_metadata(self.cache_sharding, self.key.kernel[...], len(batch) + 3)
+
+        def empty(size: int) -> nnx.Cache[Array]:
+            shape = (*batch, length, self.num_kv_heads, size)
+            return nnx.Cache(jnp.zeros(shape, dtype), **sharding)
+
+        self.cached_key = empty(self.head_dim)
+        self.cached_value = empty(self.value_head_dim)
+        self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
+
+    def check_cache(self) -> None:
+        """Raises what a jitted decode step could only record in `cache_index`.
+
+        Raises:
+            CapacityError: tokens were offered that did not fit. They were dropped, the cache holds those before them.
+        """
+        if self.cached_key is not None and self.cache_index is not None:
+            decode_protocol.refuse_overflow(self.cache_index[...], 0, self.cached_key.shape[-3])
+
+    def set_view(
+        self,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        batch_size: int | Sequence[int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+            deterministic: if True, dropout is off.
+            decode: if True, calls append to Flax's cache.
+            batch_size: with `max_length`, makes an empty cache for so many rows (or batch axes).
+            max_length: how many tokens that cache holds.
+
+        Raises:
+            DTypeError: one of `batch_size` and `max_length` is missing.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+        if decode is not None:
+            self.decode = decode
+        if decode and (batch_size is not None or max_length is not None):
+            if batch_size is None:
+                raise DTypeError("'batch_size' must be provided when initializing cache.")
+            if max_length is None:
+                raise DTypeError("'max_length' must be provided when initializing cache.")
+            batch = batch_size if isinstance(batch_size, Sequence) else (batch_size,)
+            batch = tuple(_checks.integer("batch_size", size, 0) for size in batch)
+            self.init_cache((*batch, _checks.integer("max_length", max_length, 1), self.in_features))
 
     # Parts of a call.
 
-    def _rope(self) -> Any:
-        """The rotary embedding of this layer, its own or that of its `attention_fn`."""
-        return self.rope or resolve(self.attention_fn, self.head_dim)[0]
+    def _queries(self, inputs: Array, sharding: Sharding) -> Array:
+        """[..., T, D] -> [..., T, N, H]."""
+        return projections.to_heads(self.query, inputs, norm=self.query_ln, clip=self.qkv_clip, sharding=sharding)
 
-    def _inputs(self, inputs_q: Any, inputs_k: Any, inputs_v: Any, keys: bool = True) -> tuple[Array, Array, Array]:
-        """Fills in the inputs that were left out, and checks those that are used: without `keys` the queries only."""
-        if inputs_k is None:
-            if inputs_v is not None:
-                raise ConfigError(
-                    "`inputs_k` cannot be None if `inputs_v` is not None. To have both `inputs_k` and `inputs_v` be "
-                    "the same value, pass in the value to `inputs_k` and leave `inputs_v` as None."
-                )
-            inputs_k = inputs_q
-        if inputs_v is None:
-            inputs_v = inputs_k
-        for name, x in (("inputs_q", inputs_q), ("inputs_k", inputs_k), ("inputs_v", inputs_v)):
-            if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.number):
-                raise DTypeError(f"{name} must be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}.")
-            if name != "inputs_q" and not keys:
-                continue
-            wanted = self.in_features if name == "inputs_q" else self.in_kv_features
-            if x.ndim < 2 or x.shape[-1] != wanted:
-                raise ShapeError(
-                    f"Incompatible input dimension, got {x.shape[-1] if x.ndim else ()} but module expects {wanted}: "
-                    f"{name} must be [..., length, {wanted}], its shape is {x.shape}."
-                )
-        return jnp.asarray(inputs_q), jnp.asarray(inputs_k), jnp.asarray(inputs_v)
+    def _keys_and_values(self, inputs_k: Array, inputs_v: Array, sharding: Sharding) -> tuple[Array, Array]:
+        """[..., S, D'] twice -> [..., S, K, H] and [..., S, K, Hv]."""
+        key = projections.to_heads(self.key, inputs_k, norm=self.key_ln, clip=self.qkv_clip, sharding=sharding)
+        return key, projections.to_heads(self.value, inputs_v, clip=self.qkv_clip, sharding=sharding)
 
-    def _project(self, projection: Any, inputs: Array, sharding: Any, norm: Any = None) -> Array:
-        """Projects to heads [..., T, heads, size], clipped if the layer says so, normalised where `norm` is given."""
-        kernel = projection.kernel[...]
-        inputs = placement.typed(inputs, kernel)
-        if sharding is None:
-            sharding = placement.product_spec(inputs, kernel, 1)
-        x = settings.clipped(projection(inputs, out_sharding=sharding), self.qkv_clip)
-        return x if norm is None else norm(x)
+    @property
+    def _sinks(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
-    def _output(self, x: Array, sharding: Any) -> Array:
-        """Projects heads back to features."""
-        if sharding is None:
-            sharding = placement.product_spec(x, self.out.kernel[...], 2)
-        return self.out(x, out_sharding=sharding)
-
-    def _dropout_rng(self, deterministic: bool | None, rngs: Any) -> Array | None:
-        """A key for dropout, or None where nothing is dropped."""
-        if self.dropout_rate == 0.0:
-            return None
-        deterministic = first_given(deterministic, self.deterministic)
-        if deterministic is None:
-            raise ConfigError(
-                "No `deterministic` argument was provided to MultiHeadAttention as either a __call__ argument, "
-                "class attribute, or nnx.flag."
-            )
-        if deterministic:
-            return None
-        rngs = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
-        if rngs is None:
-            raise ConfigError(
-                "'rngs' must be provided to __call__ method if MultiHeadAttention instance is defined with "
-                "keep_rngs=False."
-            )
-        return rngs()
-
-    def _attend(
+    def _append(
         self,
+        settings: AttentionSettings,
         query: Array,
         key: Array,
         value: Array,
-        *,
-        mask: Array | None,
-        dropout_rng: Array | None,
-        sow_weights: bool,
-        is_causal: bool,
-        window: int | None,
-        bias: Array | None = None,
-        input_positions: Array | None = None,
-    ) -> Array:
-        """Calls `attention_fn` with Flax's arguments, and those additions that are set."""
-        _, attention_fn = resolve(self.attention_fn, self.head_dim)
-        slopes = None if bias is not None else settings.slopes_array(self.alibi_slopes)
-        additions = {
-            "bias": bias,
-            "window": window,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "alibi_slopes": slopes,
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "input_positions": None if attention_fn is dot_product_attention else input_positions,
-        }
-        spoiled = None
-        if window is not None and not takes(attention_fn, "window"):
-            additions["window"] = None
-            near = full.window_mask(query.shape[-3], key.shape[-3], window)
-            mask, spoiled = masking.as_bool(mask, query.ndim)
-            mask = decode_protocol.combined(mask, near, query.ndim)
-        x = attention_fn(
-            query,
-            key,
-            value,
-            mask=mask,
-            dropout_rng=dropout_rng,
-            dropout_rate=self.dropout_rate,
-            broadcast_dropout=self.broadcast_dropout,
-            deterministic=dropout_rng is None,
-            dtype=self.dtype,
-            precision=self.precision,
-            module=self if sow_weights else None,
-            is_causal=is_causal,
-            **{name: value for name, value in additions.items() if value is not None},
-        )
-        return masking.spoil(x, spoiled)
-
-
-def _layer_norm_without_bias(num_features: int, **options: Any) -> nnx.LayerNorm:
-    return nnx.LayerNorm(num_features, use_bias=False, **options)
-
-
-def first_given(*values: Any) -> Any:
-    """The first value that is not None, or None."""
-    return next((value for value in values if value is not None), None)
+        mask: ArrayLike | None,
+        input_positions: ArrayLike | None,
+    ) -> decode_protocol.Step:
+        """Adds tokens to Flax's cache."""
+        if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+            raise ConfigError("Autoregressive cache not initialized, call ``init_cache`` first.")
+        cached = decode_protocol.Cached(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+        step = decode_protocol.extend(settings, cached, query, key, value, mask=mask, input_positions=input_positions)
+        self.cached_key[...], self.cached_value[...], self.cache_index[...] = step.cached
+        return step

@@ -1,73 +1,54 @@
-"""The cache as an argument and result of a layer: what the NNX and the Linen layers share.
+"""The cache as an argument and result of a layer: what the NNX and the Linen layers share. Nothing here knows Flax."""
 
-A layer hands in anything that has the attributes of `Caching`; nothing here knows about Flax.
-"""
-
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float
 
 from kvattn import _checks, sharding
 from kvattn._typing import Array
 from kvattn.cache import Cache, KVCache
+from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import placement, settings
-from kvattn.policies import SlidingWindow
-from kvattn.sharding.explicit import cached_attention
-
-
-class Caching(Protocol):
-    """The settings a cached call reads."""
-
-    window: int | None
-    rope: Any
-    scale: float | None
-    softcap: float | None
-    policy: Any
-    codec: Any
-    implementation: Any
-    dtype: Any
-    param_dtype: Any
-    mesh: Any
-    by: str
-    axis: str
-    num_heads: int
+from kvattn.layers import placement
+from kvattn.layers.settings import AttentionSettings
+from kvattn.policies import Policy, SlidingWindow
+from kvattn.sharding import explicit
 
 
 def create(
-    layer: Caching,
+    settings: AttentionSettings,
     batch_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int,
     *,
     capacity: int | None,
-    policy: Any,
-    codec: Any,
-    dtype: Any,
+    policy: Policy | None,
+    codec: Codec | None,
+    dtype: DTypeLike | None,
 ) -> KVCache:
-    """An empty cache for `layer`, whose own settings fill in what is None."""
+    """An empty cache for a layer, whose settings fill in what is None."""
     batch_size = _checks.integer("batch_size", batch_size, 0)
-    policy = layer.policy if policy is None else policy
-    if policy is None and layer.window is not None:
-        policy = SlidingWindow(layer.window)
+    head_dim, value_head_dim = settings.head_dims
+    policy = settings.policy if policy is None else policy
+    if policy is None and settings.window is not None:
+        policy = SlidingWindow(settings.window)
 
     def empty() -> KVCache:
         return KVCache.create(
             batch_size,
-            num_kv_heads,
+            settings.num_kv_heads,
             head_dim,
             capacity=capacity,
             policy=policy,
-            codec=layer.codec if codec is None else codec,
-            dtype=storage_dtype(layer, dtype),
+            codec=settings.codec if codec is None else codec,
+            dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
         )
 
-    if layer.mesh is None:
+    if settings.mesh is None:
         return empty()
-    on = {"mesh": layer.mesh, "by": scheme(layer, batch_size, num_kv_heads), "axis": layer.axis}
+    on = {"mesh": settings.mesh, "by": _scheme(settings, settings.num_kv_heads, batch_size), "axis": settings.axis}
 
     def arranged() -> KVCache:
         return sharding.arrange(empty(), **on)
@@ -76,78 +57,88 @@ def create(
     return jax.jit(arranged, out_shardings=sharding.cache_sharding(jax.eval_shape(arranged), **on))()
 
 
-def scheme(layer: Caching, batch_size: int, num_kv_heads: int) -> str:
-    """How the caches of a layer with a mesh are split."""
-    if layer.by != "auto":
-        return layer.by
-    parts = placement.axis_size(layer.mesh, layer.axis)
-    rows = batch_size // dict(layer.mesh.shape).get("data", 1) if layer.axis != "data" else batch_size
-    return sharding.choose(layer.num_heads, num_kv_heads, rows, parts)
-
-
-def storage_dtype(layer: Caching, dtype: Any = None) -> Any:
-    """The dtype of a cache: the one given, else the layer's, else that of its parameters."""
-    return next((given for given in (dtype, layer.dtype, layer.param_dtype) if given is not None), jnp.float32)
-
-
-def attend(
-    layer: Caching,
-    query: Array,
-    key: Array | None,
-    value: Array | None,
-    cache: Cache,
+def cached_attention[C: Cache](
+    settings: AttentionSettings,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"] | None,
+    value: Float[Array, "B T K Hv"] | None,
+    cache: C,
     *,
-    num_new: Any,
+    sinks: Float[Array, " N"] | None,
+    num_new: ArrayLike | Sequence[int] | None,
     padding: str,
-    token_ids: Any,
-    sinks: Array | None,
-    alibi_slopes: tuple[float, ...] | None,
-    rope: Any,
-) -> tuple[Array, Cache]:
-    """One step of `layer` with the cache: `kvattn.cached_attention` with the layer's settings."""
+    token_ids: ArrayLike | None,
+) -> tuple[Float[Array, "B T N _"], C]:
+    """`kvattn.cached_attention` by the settings of a layer, on its mesh if it has one.
+
+    Args:
+        settings: of the layer.
+        query: of the new tokens.
+        key: None where the cache is static, as `value`.
+        value: see key.
+        cache: what came before.
+        sinks: a logit per head that joins the softmax sum.
+        num_new: int32 [B], how many of the T tokens of each row are real; None: all.
+        padding: on which side the others lie, "right" or "left".
+        token_ids: int32 [B, T], for policies that look at tokens.
+
+    Returns:
+        The attention of the new tokens, and the cache with them.
+    """
     rules = {
         "num_new": num_new,
         "padding": padding,
-        "rope": rope,
-        "window": layer.window,
-        "scale": layer.scale,
-        "softcap": layer.softcap,
+        "rope": settings.rope,
+        "window": settings.window,
+        "scale": settings.scale,
+        "softcap": settings.softcap,
         "sinks": None if sinks is None else sinks.astype(jnp.float32),
-        "alibi_slopes": settings.slopes_array(alibi_slopes),
+        "alibi_slopes": settings.slopes,
         "token_ids": token_ids,
-        "implementation": layer.implementation,
+        "implementation": settings.implementation,
     }
-    if layer.mesh is None:
-        return cached_attention(query, key, value, cache, **rules)
-    num_kv_heads = cache.num_kv_heads if key is None else key.shape[2]
-    by = scheme(layer, cache.batch_size, num_kv_heads)
+    if settings.mesh is None:
+        return explicit.cached_attention(query, key, value, cache, **rules)
     if key is not None and value is not None:
         # Else the compiler, which may choose on Auto axes, gathers the kernels instead of a token's keys and values.
-        key, value = (placement.by_heads(x, layer.mesh, layer.axis) for x in (key, value))
-    return sharding.cached_attention(query, key, value, cache, mesh=layer.mesh, by=by, axis=layer.axis, **rules)
+        key, value = (placement.by_heads(x, settings.mesh, settings.axis) for x in (key, value))
+    by = _scheme(settings, cache.num_kv_heads if key is None else key.shape[2], cache.batch_size)
+    on = {"mesh": settings.mesh, "by": by, "axis": settings.axis}
+    return sharding.cached_attention(query, key, value, cache, **on, **rules)
 
 
-def check_call(inputs_q: Array, **refused: Any) -> None:
+def _scheme(settings: AttentionSettings, num_kv_heads: int, batch_size: int) -> str:
+    """How the caches of a layer with a mesh are split."""
+    if settings.mesh is None or settings.by != "auto":
+        return settings.by
+    parts = placement.axis_size(settings.mesh, settings.axis)
+    rows = batch_size // dict(settings.mesh.shape).get("data", 1) if settings.axis != "data" else batch_size
+    return sharding.choose(settings.num_heads, num_kv_heads, rows, parts)
+
+
+def check_call(settings: AttentionSettings, cache: Cache, inputs_q: Array, **refused: object) -> None:
     """Checks a call with `cache=`: one batch axis, and nothing that the cache decides itself.
 
     Raises:
         ShapeError: inputs that are not [B, T, D].
-        ConfigError: an argument that has no meaning beside a cache.
+        ConfigError: an argument that has no meaning beside a cache, or an encoder's cache where positions matter.
     """
     for name, value in refused.items():
         if value is not None and value is not False:
             raise ConfigError(f"{name} cannot be combined with cache=: {_REASONS[name]}.")
     if inputs_q.ndim != 3:
         raise ShapeError(f"with a cache inputs_q must be [B, T, D], one row per sequence, got {inputs_q.shape}.")
+    if cache.is_static:
+        check_cross(settings)
 
 
-def check_cross(layer: Caching, alibi_slopes: Any, rope: Any) -> None:
+def check_cross(settings: AttentionSettings) -> None:
     """Checks that a layer can attend to an encoder's tokens, which share no order with the queries.
 
     Raises:
         ConfigError: it has a window, rotary positions or ALiBi.
     """
-    for name, value in (("window", layer.window), ("rope", rope), ("alibi", alibi_slopes)):
+    for name, value in (("window", settings.window), ("rope", settings.rope), ("alibi", settings.alibi_slopes)):
         if value is not None:
             raise ConfigError(
                 f"cross-attention in decode cannot have {name}: it goes by positions, and the tokens of an encoder "
@@ -155,7 +146,7 @@ def check_cross(layer: Caching, alibi_slopes: Any, rope: Any) -> None:
             )
 
 
-def is_cross(layer: Caching, inputs_q: Any, inputs_k: Any, alibi_slopes: Any, rope: Any) -> bool:
+def is_cross(settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
     """Whether a call of Flax's decode protocol brings an encoder's tokens instead of new ones of its own sequence.
 
     Keys of another length than the queries can only be an encoder's. One token with one key is appended, as in Flax.
@@ -167,7 +158,7 @@ def is_cross(layer: Caching, inputs_q: Any, inputs_k: Any, alibi_slopes: Any, ro
         return False
     num_tokens = inputs_q.shape[-2]
     if inputs_k.shape[-2] != num_tokens:
-        check_cross(layer, alibi_slopes, rope)
+        check_cross(settings)
         return True
     if num_tokens > 1:
         raise ConfigError(

@@ -7,38 +7,51 @@ are refused whole. `cache_index` counts the tokens offered; beyond L it says tha
 and stays so.
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.errors import CapacityError, ShapeError
-from kvattn.layers import full, masking, placement
+from kvattn.errors import CapacityError, DTypeError, ShapeError
+from kvattn.layers import masking, placement
+from kvattn.layers.rotary import rotate
+from kvattn.layers.settings import AttentionSettings
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Cached(NamedTuple):
+    """The three variables.
+
+    Attributes:
+        key: [..., L, K, H].
+        value: [..., L, K, Hv].
+        index: int32 (), tokens offered so far.
+    """
+
+    key: Array
+    value: Array
+    index: Array
+
+
+class Step(NamedTuple):
     """A cache with T more tokens, and what to attend with.
 
     Attributes:
-        cached_key: [..., L, K, H], to be stored.
-        cached_value: [..., L, K, Hv], to be stored.
-        index: int32 (), tokens offered so far, these included; to be stored.
+        cached: to be stored.
         query: [..., T, N, H], at its positions.
-        key: as `cached_key`, in the dtype of the query, zero where no token lies.
-        value: as `cached_value`, likewise.
+        key: the cached keys in the dtype of the query, zero where no token lies.
+        value: the cached values, likewise.
         mask: bool, broadcastable to [..., N, T, L].
         bias: ALiBi's, broadcastable to [..., N, T, L], or None.
         fits: bool (): the tokens were taken. If not, the output of this step means nothing.
         spoiled: rows of the batch whose mask is none (`kvattn.layers.masking`), or None.
     """
 
-    cached_key: Array
-    cached_value: Array
-    index: Array
+    cached: Cached
     query: Array
     key: Array
     value: Array
@@ -49,33 +62,25 @@ class Step:
 
 
 def extend(
-    cached_key: Array,
-    cached_value: Array,
-    index: Array,
+    settings: AttentionSettings,
+    cached: Cached,
     query: Array,
     key: Array,
     value: Array,
     *,
-    mask: Array | None = None,
-    rope: Any = None,
-    input_positions: Array | None = None,
-    window: int | None = None,
-    alibi_slopes: Array | None = None,
+    mask: ArrayLike | None,
+    input_positions: ArrayLike | None,
 ) -> Step:
     """Writes T tokens behind the first `index` ones, rotated to their positions and cast to the cache's dtype.
 
     Args:
-        cached_key: [..., L, K, H].
-        cached_value: [..., L, K, Hv].
-        index: int32 ().
+        settings: of the layer, whose rope, window and ALiBi hold here too.
+        cached: what came before.
         query: [..., T, N, H].
         key: [..., T, K, H].
         value: [..., T, K, Hv].
         mask: the caller's, broadcastable to [..., N, T, L].
-        rope: rotates queries and keys.
-        input_positions: int [..., T] or [T], what `rope` uses instead of index, index + 1, ...
-        window: a token sees the last `window` ones only, its own included.
-        alibi_slopes: float32[N].
+        input_positions: int [..., T] or [T], what rope uses instead of index, index + 1, ...
 
     Raises:
         ShapeError: keys or a mask that do not fit the cache.
@@ -83,6 +88,7 @@ def extend(
         CapacityError: tokens that do not fit, where that can be seen. Inside `jax.jit` they are dropped:
             the cache stays as it is, and `index` passes L.
     """
+    cached_key, cached_value, index = cached
     *batch, length, num_kv_heads, head_dim = cached_key.shape
     num_tokens = key.shape[-3] if key.ndim >= 3 else 1
     expected = (*batch, num_tokens, num_kv_heads, head_dim)
@@ -102,32 +108,42 @@ def extend(
     start = jnp.minimum(index, length - num_tokens)
     taken = positions(index, num_tokens)
     rotate_at = taken if input_positions is None else input_positions
-    query, key = full.rotate(rope, query, rotate_at), full.rotate(rope, key, rotate_at)
+    query, key = rotate(settings.rope, query, rotate_at), rotate(settings.rope, key, rotate_at)
     cached_key, cached_value = _write(cached_key, key, start, fits), _write(cached_value, value, start, fits)
 
-    behind = jnp.arange(length, dtype=jnp.int32)[None, :] - taken[:, None]
-    visible = (behind <= 0) if window is None else (behind <= 0) & (behind > -window)
-    bias = None
+    slots, alibi_slopes, bias = jnp.arange(length, dtype=jnp.int32), settings.slopes, None
     if alibi_slopes is not None:
-        bias = alibi_slopes[:, None, None] * behind.astype(alibi_slopes.dtype)[None]
+        behind = (slots[None, :] - taken[:, None]).astype(alibi_slopes.dtype)
+        bias = alibi_slopes[:, None, None] * behind[None]
         bias = bias.reshape((1,) * (query.ndim - 3) + bias.shape)
     index = index + num_tokens
     return Step(
-        cached_key,
-        cached_value,
-        index,
-        query,
-        readable(cached_key, index).astype(query.dtype),
-        readable(cached_value, index).astype(query.dtype),
-        combined(mask, visible, query.ndim),
-        bias,
-        fits,
-        spoiled,
+        cached=Cached(cached_key, cached_value, index),
+        query=query,
+        key=readable(cached_key, index).astype(query.dtype),
+        value=readable(cached_value, index).astype(query.dtype),
+        mask=masking.combined(mask, masking.visible(taken, slots, settings.window), query.ndim),
+        bias=bias,
+        fits=fits,
+        spoiled=spoiled,
     )
 
 
-def positions(index: Array, num_tokens: int) -> Array:
-    """int32 [T]: the positions of the next T tokens."""
+def checked_shape(input_shape: Sequence[int]) -> list[int]:
+    """Checks the shape (..., L, D) that a cache is made for.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: it is no shape of two axes or more.
+    """
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        raise DTypeError(f"input_shape must be a shape (..., L, D), got {input_shape!r}: pass inputs.shape.")
+    if len(input_shape) < 2:
+        raise ShapeError(f"input_shape must be (..., L, D), got {input_shape}: L tokens are room for L tokens.")
+    return [_checks.integer("input_shape", size, 0) for size in input_shape]
+
+
+def positions(index: Int[Array, ""], num_tokens: int) -> Int[Array, " T"]:
+    """The positions of the next T tokens."""
     return index.astype(jnp.int32) + jnp.arange(num_tokens, dtype=jnp.int32)
 
 
@@ -150,26 +166,6 @@ def readable(cached: Array, index: Array) -> Array:
     """`cached` with zeros in the slots that hold no token: what lies there must not reach a product."""
     filled = jnp.arange(cached.shape[-3], dtype=jnp.int32) < index
     return jnp.where(filled.reshape((1,) * (cached.ndim - 3) + (-1, 1, 1)), cached, 0)
-
-
-def combined(mask: Array | None, visible: Array, rank: int) -> Array:
-    """The caller's mask, bool, broadcastable to [..., N, T, L], and the cache's [T, L], as one of rank `rank`.
-
-    Raises:
-        ShapeError: a mask that does not broadcast to the cache's length.
-    """
-    visible = visible.reshape((1,) * (rank - 2) + visible.shape)
-    if mask is None:
-        return visible
-    if mask.ndim > rank:
-        raise ShapeError(f"a mask of rank {mask.ndim} does not fit scores of rank {rank}, mask shape {mask.shape}.")
-    mask = mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
-    if any(own not in (1, size) for own, size in zip(mask.shape[-2:], visible.shape[-2:], strict=True)):
-        raise ShapeError(
-            f"in decode a mask covers the new tokens and the whole cache, [..., {visible.shape[-2]} or 1, "
-            f"{visible.shape[-1]} or 1], got {mask.shape}."
-        )
-    return mask & visible
 
 
 def _write(cached: Array, new: Array, start: Array, fits: Array) -> Array:

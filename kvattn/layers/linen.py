@@ -6,6 +6,7 @@ protocol (the collection `cache`) are Flax's. What this module adds to Flax's ha
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,20 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike, DTypeLike
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.attend import full
 from kvattn.cache import Cache, KVCache
+from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import caching, full, linen_parts, masking, originals, settings
+from kvattn.layers import caching, linen_parts, masking, placement
+from kvattn.layers.rotary import rotate
+from kvattn.layers.settings import AttentionSettings
+from kvattn.policies import Policy
+from kvattn.positions import RoPE
 
 __all__ = [
     "GroupedQueryAttention",
@@ -35,32 +44,14 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
 
     Has every field of `flax.linen.MultiHeadDotProductAttention` in its order. Scores and softmax are always
     float32; with `force_fp32_for_softmax` so is what they make of narrower values, and as in Flax the output where
-    `dtype` is None. Below are the additions.
+    `dtype` is None. The additions are those of `kvattn.layers.MultiHeadAttention`, and mean the same, but for these:
 
     Attributes:
-        num_kv_heads: K; must divide N.
-        head_dim: H, where it is not qkv_features / N.
-        value_head_dim: the size of a value head, where it is not H.
-        window: a query sees the last `window` tokens, its own included. Implies causality.
-        rope: a `kvattn.RoPE`, applied to queries and keys at their true positions.
-        alibi: True for the usual ALiBi slopes, or a tuple of N slopes.
-        scale: multiplies the scores; 1/√H if None.
-        softcap: caps the scores by ``softcap * tanh(score / softcap)``.
-        sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
-        qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
-        qk_norm_epsilon: the epsilon of that norm.
-        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
-        use_out_bias: whether the output projection has a bias; as `use_bias` if None.
         kv_kernel_init: of the key and value kernels, where it differs from `kernel_init` (its partitioning, say).
         kv_bias_init: the same for their biases.
         cache_sharding: names of mesh axes, one per axis of Flax's cache [..., L, K, H].
-        policy: which tokens `make_cache` keeps by default.
-        codec: in how many bits `make_cache` keeps them by default.
-        implementation: who reads the cache, as in `kvattn.cached_attention`.
         mesh: devices that `make_cache` and calls with a cache split the cache over, as `kvattn.sharding` does.
             (Parameters lie as their initialisers say: `flax.linen.with_partitioning`.)
-        by: how: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose` says.
-        axis: the mesh axis for this.
 
     Raises:
         ConfigError: head counts that do not divide, contradicting sizes.
@@ -84,7 +75,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     head_dim: int | None = None
     value_head_dim: int | None = None
     window: int | None = None
-    rope: Any = None
+    rope: RoPE | None = None
     alibi: bool | Sequence[float] = False
     scale: float | None = None
     softcap: float | None = None
@@ -93,25 +84,19 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     qk_norm_epsilon: float = 1e-6
     qkv_clip: float | None = None
     use_out_bias: bool | None = None
-    kv_kernel_init: Callable[..., Any] | None = None
-    kv_bias_init: Callable[..., Any] | None = None
-    cache_sharding: Any = None
-    policy: Any = None
-    codec: Any = None
-    implementation: Any = None
-    mesh: Any = None
+    kv_kernel_init: Callable[..., Array] | None = None
+    kv_bias_init: Callable[..., Array] | None = None
+    cache_sharding: Sequence[Any] | None = None
+    policy: Policy | None = None
+    codec: Codec | None = None
+    implementation: str | Sequence[str] | None = None
+    mesh: Mesh | AbstractMesh | None = None
     by: str = "auto"
     axis: str = "model"
 
     def __post_init__(self):
         super().__post_init__()
-        settings.check({field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init})
-        _checks.head_counts(self.num_heads, self._num_kv_heads)
-        settings.qk_norm(self.qk_norm, self.normalize_qk)
-        settings.alibi_slopes(self.alibi, self.num_heads)
-        if self.qkv_features is not None or self.head_dim is not None:
-            features = settings.qkv_features(self.num_heads, self.qkv_features, 0, self.head_dim)
-            settings.finite_rope(self.rope, settings.head_dim(self.num_heads, features, self.head_dim))
+        self._settings()
 
     @nn.compact
     def __call__(
@@ -121,38 +106,23 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         inputs_v: Array | None = None,
         *,
         inputs_kv: Array | None = None,
-        mask: Array | None = None,
+        mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
         is_causal: bool = False,
-        input_positions: Array | None = None,
+        input_positions: ArrayLike | None = None,
         cache: Cache | None = None,
-        num_new: Any = None,
+        num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
-        token_ids: Array | None = None,
+        token_ids: ArrayLike | None = None,
     ) -> Any:
         """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
-        Args:
-            inputs_q: [..., T, D], any number of batch axes; [B, T, D] with `cache`.
-            inputs_k: [..., S, D']; `inputs_q` if None (self-attention).
-            inputs_v: [..., S, D']; `inputs_k` if None.
-            inputs_kv: deprecated: both of the above.
-            mask: True or nonzero where attending is allowed, broadcastable to [..., N, T, S] (S the cache's length in
-                decode). A negative entry is an error, and in `jax.jit` makes its row of the batch NaN: numbers to be
-                added to the scores are no mask.
-            deterministic: no dropout. Given here or as a field, not both.
-            dropout_rng: a key for dropout; the stream "dropout" if None.
-            sow_weights: sow the weights [..., N, T, S] as "attention_weights" in "intermediates"; the output stays
-                the same.
-            is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
-            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
-            cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`) or a `kvattn.PagedKVCache`, which the
-                new tokens are added to.
-            num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
-            padding: on which side the others lie, "right" or "left".
-            token_ids: int32 [B, T], for policies that look at tokens.
+        Arguments mean what they mean in the call of `kvattn.layers.MultiHeadAttention`. Those that are Linen's alone:
+        `inputs_kv` (deprecated) is both `inputs_k` and `inputs_v`; `dropout_rng` is a key for dropout, None the stream
+        "dropout". `deterministic` is given here or as a field, not both. `sow_weights` sows the weights [..., N, T, S]
+        as "attention_weights" in "intermediates"; the output stays the same.
 
         Returns:
             [..., T, out_features]; with `cache` also the new cache.
@@ -163,77 +133,66 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             CapacityError: tokens that do not fit into the cache. Inside `jax.jit` they are dropped and their rows are
                 zeros; `cache_index` beyond the cache's length, or ``cache.check()``, tells.
         """
-        only_encode = isinstance(cache, _Encode)
-        cross_cache = isinstance(cache, KVCache) and cache.is_static
+        if isinstance(cache, _Encode):
+            project = linen_parts.Projections(self, self._settings_of_encoder(inputs_q))
+            return KVCache.from_encoder(*project.keys_and_values(inputs_q, inputs_q), cache.lengths)
+        settings = self._settings(inputs_q.shape[-1])
+        project = linen_parts.Projections(self, settings)
         key_given = inputs_k is not None or inputs_kv is not None
-        is_cross = self._is_cross(inputs_q, inputs_k if inputs_kv is None else inputs_kv) if cache is None else False
+        is_cross = cache is None and self._is_cross(settings, inputs_q, inputs_k if inputs_kv is None else inputs_kv)
         inputs_k, inputs_v = linen_parts.key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
-        size, value_size = self._head_dims(inputs_q, only_encode)
-
-        project = linen_parts.Projections(self)
-        key: Any = None
-        value: Any = None
-        if not cross_cache:
-            # Linen draws parameters by name, so the order of these calls does not matter.
-            key, value = project.heads("key", inputs_k, size), project.heads("value", inputs_v, value_size)
-            key = project.norm("key_ln", key)
-        if only_encode:
-            return KVCache.from_encoder(key, value, cache.lengths)
-        query = project.norm("query_ln", project.heads("query", inputs_q, size))
         sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype) if self.sinks else None
 
         if cache is not None:
             caching.check_call(
+                settings,
+                cache,
                 inputs_q,
                 mask=mask,
                 input_positions=input_positions,
                 sow_weights=sow_weights,
-                attention_fn=self.attention_fn is not originals.linen_attention,
-                inputs_k=cross_cache and key_given,
+                attention_fn=not linen_parts.is_own(self.attention_fn),
+                inputs_k=cache.is_static and key_given,
                 dropout=self.dropout_rate > 0 and (self.deterministic is False or deterministic is False),
             )
-            if cross_cache:
-                caching.check_cross(self, self._slopes, self.rope)
-            x, cache = caching.attend(
-                self,
-                query,
-                key,
-                value,
-                cache,
-                num_new=num_new,
-                padding=padding,
-                token_ids=token_ids,
-                sinks=sinks,
-                alibi_slopes=self._slopes,
-                rope=self.rope,
-            )
+            query = project.queries(inputs_q)
+            key, value = (None, None) if cache.is_static else project.keys_and_values(inputs_k, inputs_v)
+            x, cache = caching.cached_attention(
+                settings, query, key, value, cache,
+                sinks=sinks, num_new=num_new, padding=padding, token_ids=token_ids,
+            )  # fmt: skip
             return project.out(self._forced(x), inputs_q.shape[-1]), cache
+
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
-
-        step = None
+        # Linen draws parameters by name, so the order of these calls does not matter.
+        query = project.queries(inputs_q)
+        key, value = project.keys_and_values(inputs_k, inputs_v)
+        attend = functools.partial(
+            self._attend,
+            sinks=sinks,
+            dropout_rng=self._dropout_rng(deterministic, dropout_rng),
+            sow_weights=sow_weights,
+        )
         if self.decode and not is_cross:
-            step = linen_parts.decode_step(self, query, key, value, mask, input_positions, self._slopes)
-        rules = {"is_causal": is_causal, "window": self.window, "alibi_slopes": settings.slopes_array(self._slopes)}
-        if step is not None:
-            query, key, value, mask = step.query, step.key, step.value, step.mask
-            rules = {"is_causal": False, "bias": step.bias}
-        elif not is_cross:
-            query, key = (full.rotate(self.rope, x, input_positions) for x in (query, key))
-        rules |= {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
-        x = self._attend(query, key, value, mask, deterministic, dropout_rng, sow_weights, rules)
-        if step is None:
-            return project.out(x, inputs_q.shape[-1])
-        return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
+            step = linen_parts.decode_step(self, settings, query, key, value, mask, input_positions)
+            if step is not None:
+                settings = dataclasses.replace(settings, window=None, alibi_slopes=None)  # they are in mask and bias
+                x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
+                return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
+        if not is_cross:
+            query, key = (rotate(self.rope, x, input_positions) for x in (query, key))
+        x = attend(settings, query, key, value, mask=mask, is_causal=is_causal)
+        return project.out(x, inputs_q.shape[-1])
 
     def make_cache(
         self,
         batch_size: int,
         capacity: int | None = None,
         *,
-        policy: Any = None,
-        codec: Any = None,
-        dtype: Any = None,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        dtype: DTypeLike | None = None,
         in_features: int | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer.apply(variables, x, cache=cache)``.
@@ -249,25 +208,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         Raises:
             ConfigError: no capacity where one is needed, or an unknown head dim.
         """
-        if self.head_dim is None and self.qkv_features is None and in_features is None:
-            raise ConfigError("the size of a head follows from the inputs here: pass in_features, or set head_dim.")
         if in_features is not None:
             _checks.integer("in_features", in_features, 1)
-        features = settings.qkv_features(self.num_heads, self.qkv_features, in_features or 0, self.head_dim)
-        size = settings.head_dim(self.num_heads, features, self.head_dim)
         return caching.create(
-            self,
-            batch_size,
-            self._num_kv_heads,
-            size,
-            self.value_head_dim or size,
-            capacity=capacity,
-            policy=policy,
-            codec=codec,
-            dtype=dtype,
+            self._settings(in_features), batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype
         )
 
-    def make_cross_cache(self, encoder_out: Array, lengths: Any = None) -> KVCache:
+    def make_cross_cache(self, encoder_out: Array, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once: ``layer.apply(variables, encoder_out, method="make_cross_cache")``.
 
         Args:
@@ -281,80 +228,92 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
             ShapeError: `encoder_out` is not [B, S, D'].
         """
-        caching.check_cross(self, self._slopes, self.rope)
+        caching.check_cross(self._settings())
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
         return self(encoder_out, cache=_Encode(lengths))  # pyright: ignore[reportArgumentType]
 
-    @property
-    def _num_kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+    def _settings(self, in_features: int | None = None) -> AttentionSettings:
+        """The fields, checked; with the size of a head that inputs of `in_features` give it."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return AttentionSettings.checked(given, in_features)
 
-    @property
-    def _slopes(self) -> tuple[float, ...] | None:
-        return settings.alibi_slopes(self.alibi, self.num_heads)
+    def _settings_of_encoder(self, encoder_out: Array) -> AttentionSettings:
+        """An encoder's features say nothing about the size of a head: there the parameters do."""
+        settings = self._settings()
+        if settings.head_dim is None and self.has_variable("params", "key"):
+            size = nn.meta.unbox(self.get_variable("params", "key"))["kernel"].shape[-1]
+            return dataclasses.replace(settings, head_dim=size, value_head_dim=self.value_head_dim or size)
+        return self._settings(encoder_out.shape[-1])
 
-    def _head_dims(self, inputs_q: Array, only_encode: bool) -> tuple[int, int]:
-        """H and Hv. An encoder's features say nothing about them, there the parameters do."""
-        if only_encode and self.head_dim is None and self.qkv_features is None and self.has_variable("params", "key"):
-            kernel = nn.meta.unbox(self.get_variable("params", "key"))["kernel"]
-            return kernel.shape[-1], self.value_head_dim or kernel.shape[-1]
-        features = settings.qkv_features(self.num_heads, self.qkv_features, inputs_q.shape[-1], self.head_dim)
-        size = settings.head_dim(self.num_heads, features, self.head_dim)
-        settings.finite_rope(self.rope, size)
-        return size, self.value_head_dim or size
-
-    def _is_cross(self, inputs_q: Array, inputs_k: Array | None) -> bool:
+    def _is_cross(self, settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
         """Whether this decode call brings an encoder's tokens; a call that creates the cache is none."""
         if not self.decode or not self.has_variable("cache", "cached_key"):
             return False
-        return caching.is_cross(self, inputs_q, inputs_k, self._slopes, self.rope)
+        return caching.is_cross(settings, inputs_q, inputs_k)
+
+    def _dropout_rng(self, deterministic: bool | None, rng: Array | None) -> Array | None:
+        """A key for dropout, or None where nothing is dropped."""
+        if self.dropout_rate == 0.0 or nn.merge_param("deterministic", self.deterministic, deterministic):
+            return None
+        return self.make_rng("dropout") if rng is None else rng
 
     def _attend(
         self,
+        settings: AttentionSettings,
         query: Array,
         key: Array,
         value: Array,
-        mask: Array | None,
-        deterministic: bool | None,
+        *,
+        mask: ArrayLike | None,
+        bias: Array | None = None,
+        is_causal: bool = False,
+        sinks: Array | None,
         dropout_rng: Array | None,
         sow_weights: bool,
-        rules: dict[str, Any],
     ) -> Array:
         """Attends with `attention_fn`, or with kvattn's own where that is Flax's default."""
-        dropping = False
-        if self.dropout_rate > 0.0:
-            dropping = not nn.merge_param("deterministic", self.deterministic, deterministic)
-            if dropping and dropout_rng is None:
-                dropout_rng = self.make_rng("dropout")
         einsums = linen_parts.einsums(self)
-        if self.attention_fn is not originals.linen_attention:
-            given = {
+        rules = {
+            "bias": bias,
+            "scale": settings.scale,
+            "softcap": settings.softcap,
+            "sinks": sinks,
+            "alibi_slopes": settings.slopes,
+        }
+        if not linen_parts.is_own(self.attention_fn):
+            scores, values = einsums or (None, None)
+            flax = {
                 "mask": mask,
                 "dropout_rng": dropout_rng,
-                "dropout_rate": self.dropout_rate,
-                "broadcast_dropout": self.broadcast_dropout,
-                "deterministic": not dropping,
-                "dtype": self.dtype,
-                "precision": self.precision,
+                "dropout_rate": settings.dropout_rate,
+                "broadcast_dropout": settings.broadcast_dropout,
+                "deterministic": dropout_rng is None,
+                "dtype": settings.dtype,
+                "precision": settings.precision,
                 "force_fp32_for_softmax": self.force_fp32_for_softmax,
-                "qk_attn_weights_einsum": einsums and einsums[0],
-                "attn_weights_value_einsum": einsums and einsums[1],
+                "qk_attn_weights_einsum": scores,
+                "attn_weights_value_einsum": values,
             }
-            given |= {"module": self} if sow_weights else {}
-            return linen_parts.call_foreign(self.attention_fn, query, key, value, given, rules)
+            flax |= {"module": self} if sow_weights else {}
+            return linen_parts.call_foreign(
+                self.attention_fn, query, key, value,
+                is_causal=is_causal, window=settings.window, flax=flax, additions=rules,
+            )  # fmt: skip
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
         mask, spoiled = masking.as_bool(mask, query.ndim)
         x, weights = full.attend(
-            *map(self._forced, (query, key, value)),
+            *map(self._forced, (query, *placement.beside(query, key, value))),
             mask=mask,
-            dropout_rate=self.dropout_rate,
-            dropout_rng=dropout_rng if dropping else None,
-            broadcast_dropout=self.broadcast_dropout,
-            precision=self.precision,
+            is_causal=is_causal,
+            window=settings.window,
+            dropout_rate=settings.dropout_rate,
+            dropout_rng=dropout_rng,
+            broadcast_dropout=settings.broadcast_dropout,
+            precision=settings.precision,
             einsums=einsums,
             return_weights=sow_weights,
-            implementation=self.implementation,
+            implementation=settings.implementation,
             **rules,
         )
         if weights is not None:

@@ -1,20 +1,31 @@
 """Parts of the Linen layers: their inputs, their sub-modules, Flax's cache collection, foreign attention functions."""
 
-import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import ArrayLike
 
 from kvattn._typing import Array
+from kvattn.attend import full
 from kvattn.errors import ConfigError
-from kvattn.layers import decode, full, masking, placement, settings
+from kvattn.layers import decode, masking, originals, placement, projections
+from kvattn.layers.attention_fn import Attention, accepted_arguments
+from kvattn.layers.settings import AttentionSettings
+
+if TYPE_CHECKING:
+    from kvattn.layers.linen import MultiHeadDotProductAttention
+
+Einsum = Callable[..., Array]
+Initializer = Callable[..., Array]
 
 
-def key_value_inputs(inputs_q: Array, inputs_k: Any, inputs_v: Any, inputs_kv: Any) -> tuple[Array, Array]:
+def key_value_inputs(
+    inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None, inputs_kv: Array | None
+) -> tuple[Array, Array]:
     """The inputs of keys and values, filled in from what was given, with Flax's warnings.
 
     Raises:
@@ -32,16 +43,7 @@ def key_value_inputs(inputs_q: Array, inputs_k: Any, inputs_v: Any, inputs_kv: A
             stacklevel=3,
         )
         return inputs_kv, inputs_kv
-    if inputs_k is None:
-        if inputs_v is not None:
-            raise ConfigError(
-                "`inputs_k` cannot be None if `inputs_v` is not None. To have both `inputs_k` and `inputs_v` be the "
-                "same value, pass in the value to `inputs_k` and leave `inputs_v` as None."
-            )
-        return inputs_q, inputs_q
-    if inputs_v is None:
-        return inputs_k, inputs_k
-    if inputs_v.shape[-1] == inputs_v.shape[-2]:
+    if inputs_k is not None and inputs_v is not None and inputs_v.shape[-1] == inputs_v.shape[-2]:
         warnings.warn(
             f"You are passing an array of shape {inputs_v.shape} to the `inputs_v` arg, when you may have intended to "
             "pass it to the `mask` arg. As of Flax version 0.7.4, the function signature of "
@@ -50,31 +52,34 @@ def key_value_inputs(inputs_q: Array, inputs_k: Any, inputs_v: Any, inputs_kv: A
             DeprecationWarning,
             stacklevel=3,
         )
-    return inputs_k, inputs_v
+    return projections.filled_in(inputs_q, inputs_k, inputs_v)[1:]
 
 
 class Projections:
     """The sub-modules of a layer, made inside its compact call under Flax's names."""
 
-    def __init__(self, layer: Any):
-        self.layer = layer
+    def __init__(self, layer: "MultiHeadDotProductAttention", settings: AttentionSettings):
+        self.layer, self.settings = layer, settings
+        self.common = {
+            "dtype": settings.dtype,
+            "param_dtype": settings.param_dtype,
+            "precision": settings.precision,
+            "parent": layer,
+        }
 
-    def heads(self, name: str, inputs: Array, size: int) -> Array:
-        """Projects [..., T, D] to heads [..., T, heads, size] by the sub-module `name`."""
-        layer = self.layer
-        is_query = name == "query"
-        x = nn.DenseGeneral(
-            features=(layer.num_heads if is_query else layer._num_kv_heads, size),
-            axis=-1,
-            kernel_init=layer.kernel_init if is_query else layer.kv_kernel_init or layer.kernel_init,
-            bias_init=layer.bias_init if is_query else layer.kv_bias_init or layer.bias_init,
-            dot_general=layer.qkv_dot_general or dot_general,
-            dot_general_cls=layer.qkv_dot_general_cls,
-            name=name,
-            parent=layer,
-            **self._shared(),
-        )(inputs)
-        return settings.clipped(x, layer.qkv_clip)
+    def queries(self, inputs: Array) -> Array:
+        """[..., T, D] -> [..., T, N, H]."""
+        layer, settings = self.layer, self.settings
+        features = settings.num_heads, settings.head_dims[0]
+        return self._norm("query_ln", self._heads("query", inputs, features, layer.kernel_init, layer.bias_init))
+
+    def keys_and_values(self, inputs_k: Array, inputs_v: Array) -> tuple[Array, Array]:
+        """[..., S, D'] twice -> [..., S, K, H] and [..., S, K, Hv]."""
+        layer, num_kv_heads = self.layer, self.settings.num_kv_heads
+        inits = layer.kv_kernel_init or layer.kernel_init, layer.kv_bias_init or layer.bias_init
+        size, value_size = self.settings.head_dims
+        key = self._norm("key_ln", self._heads("key", inputs_k, (num_kv_heads, size), *inits))
+        return key, self._heads("value", inputs_v, (num_kv_heads, value_size), *inits)
 
     def out(self, x: Array, in_features: int) -> Array:
         """Projects heads [..., T, N, Hv] to features, as many as the input's unless the layer says otherwise."""
@@ -82,40 +87,41 @@ class Projections:
         return nn.DenseGeneral(
             features=in_features if layer.out_features is None else layer.out_features,
             axis=(-2, -1),
+            use_bias=self.settings.use_out_bias,
             kernel_init=layer.out_kernel_init or layer.kernel_init,
             bias_init=layer.out_bias_init or layer.bias_init,
             dot_general=layer.out_dot_general or dot_general,
             dot_general_cls=layer.out_dot_general_cls,
             name="out",
-            parent=layer,
-            **self._shared() | ({} if layer.use_out_bias is None else {"use_bias": layer.use_out_bias}),
+            **self.common,
         )(x)
 
-    def norm(self, name: str, x: Array) -> Array:
-        """Normalises each head, where the layer has a norm."""
-        layer = self.layer
-        kind = settings.qk_norm(layer.qk_norm, layer.normalize_qk)
-        if kind is None:
-            return x
-        more: dict[str, Any] = {"use_bias": False} if kind == "layer" else {}
-        module: Any = nn.LayerNorm if kind == "layer" else nn.RMSNorm
-        return module(
+    def _heads(
+        self, name: str, inputs: Array, features: tuple[int, int], kernel_init: Initializer, bias_init: Initializer
+    ) -> Array:
+        """Projects [..., T, D] to heads [..., T, *features]."""
+        x = nn.DenseGeneral(
+            features=features,
+            axis=-1,
+            use_bias=self.settings.use_bias,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            dot_general=self.layer.qkv_dot_general or dot_general,
+            dot_general_cls=self.layer.qkv_dot_general_cls,
             name=name,
-            parent=layer,
-            epsilon=layer.qk_norm_epsilon,
-            dtype=layer.dtype,
-            param_dtype=layer.param_dtype,
-            **more,
-        )(x)
+            **self.common,
+        )(inputs)
+        return projections.clipped(x, self.settings.qkv_clip)
 
-    def _shared(self) -> dict[str, Any]:
-        layer = self.layer
-        return {
-            "dtype": layer.dtype,
-            "param_dtype": layer.param_dtype,
-            "use_bias": layer.use_bias,
-            "precision": layer.precision,
-        }
+    def _norm(self, name: str, x: Array) -> Array:
+        """Normalises each head, where the layer has a norm."""
+        settings = self.settings
+        if settings.qk_norm is None:
+            return x
+        options = {"epsilon": settings.qk_norm_epsilon, "dtype": settings.dtype, "param_dtype": settings.param_dtype}
+        if settings.qk_norm == "layer":
+            return nn.LayerNorm(use_bias=False, name=name, parent=self.layer, **options)(x)
+        return nn.RMSNorm(name=name, parent=self.layer, **options)(x)
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
@@ -128,83 +134,88 @@ def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) 
 
 
 def decode_step(
-    layer: Any, query: Array, key: Array, value: Array, mask: Any, input_positions: Any, slopes: Any
+    layer: "MultiHeadDotProductAttention",
+    settings: AttentionSettings,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: ArrayLike | None,
+    input_positions: ArrayLike | None,
 ) -> decode.Step | None:
     """Adds tokens to the collection `cache`; None in the call that creates it."""
     exists = layer.has_variable("cache", "cached_key")
-    cached_key = layer.variable("cache", "cached_key", _empty(layer, key))
-    cached_value = layer.variable("cache", "cached_value", _empty(layer, value))
-    index = layer.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+    variables = (
+        layer.variable("cache", "cached_key", _empty(layer, key)),
+        layer.variable("cache", "cached_value", _empty(layer, value)),
+        layer.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32)),
+    )
     if not exists:
         return None
-    step = decode.extend(
-        cached_key.value,
-        cached_value.value,
-        index.value,
-        query,
-        key,
-        value,
-        mask=mask,
-        rope=layer.rope,
-        input_positions=input_positions,
-        window=layer.window,
-        alibi_slopes=settings.slopes_array(slopes),
-    )
-    cached_key.value, cached_value.value, index.value = step.cached_key, step.cached_value, step.index
+    cached = decode.Cached(*(variable.value for variable in variables))
+    step = decode.extend(settings, cached, query, key, value, mask=mask, input_positions=input_positions)
+    for variable, new in zip(variables, step.cached, strict=True):
+        variable.value = new
     return step
 
 
-def einsums(layer: Any) -> tuple[Callable[..., Array], Callable[..., Array]] | None:
+def einsums(layer: "MultiHeadDotProductAttention") -> tuple[Einsum, Einsum] | None:
     """The einsums that replace `jnp.einsum` for scores and output (quantised ones, say), or None.
 
     Raises:
         ConfigError: only one of the two, or a precision beside them.
     """
-    classes = layer.qk_attn_weights_einsum_cls, layer.attn_weights_value_einsum_cls
-    if not any(classes):
+    scores, values = layer.qk_attn_weights_einsum_cls, layer.attn_weights_value_einsum_cls
+    if scores is None and values is None:
         return None
-    if not all(classes):
+    if scores is None or values is None:
         raise ConfigError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together.")
     if layer.precision is not None:
         raise ConfigError(
             "precision/einsum_dot_general and qk_attn_weights_einsum/attn_weights_value_einsum are mutually "
             "exclusive. Please specify only one of them."
         )
-    return classes[0](), classes[1]()
+    return scores(), values()
+
+
+def is_own(attention_fn: Attention) -> bool:
+    """Whether kvattn attends: where a layer is given Flax's default, or `kvattn.dot_product_attention`."""
+    return attention_fn is originals.linen_attention or attention_fn is full.dot_product_attention
 
 
 def call_foreign(
-    attention_fn: Callable[..., Array], query: Array, key: Array, value: Array, given: dict, rules: dict
+    attention_fn: Attention,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    is_causal: bool,
+    window: int | None,
+    flax: dict[str, Any],
+    additions: dict[str, Any],
 ) -> Array:
     """Calls an `attention_fn` of the user with those of Flax's arguments that it takes, and the additions that are set.
 
     Raises:
         ConfigError: it has no argument for an addition that is set. (Causality and windows become a mask.)
     """
-    parameters = inspect.signature(attention_fn).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    rules = dict(rules)
-    window, is_causal = rules.pop("window", None), rules.pop("is_causal", False)
+    known = accepted_arguments(attention_fn)
+    takes = lambda name: known is None or name in known
     spoiled = None
     if window is not None or is_causal:
-        near = full.window_mask(query.shape[-3], key.shape[-3], window)
-        mask, spoiled = masking.as_bool(given["mask"], query.ndim)
-        given["mask"] = decode.combined(mask, near, query.ndim)
-    for name, value_of in rules.items():
-        if value_of is None:
-            continue
-        if not takes_any and name not in names:
+        flax["mask"], spoiled = masking.with_window(flax["mask"], query, key, window)
+    set_ = {name: value for name, value in additions.items() if value is not None}
+    for name in set_:
+        if not takes(name):
             raise ConfigError(f"attention_fn has no argument {name!r}, which this layer needs: leave attention_fn out.")
-        given[name] = value_of
-    taken = {n: v for n, v in given.items() if takes_any or n in names or n == "module"}
-    return masking.spoil(attention_fn(query, key, value, **taken), spoiled)
+    given = {name: value for name, value in flax.items() if takes(name) or name == "module"}
+    return masking.spoil(attention_fn(query, key, value, **given, **set_), spoiled)
 
 
-def _empty(layer: Any, like: Array) -> Callable[[], Any]:
+def _empty(layer: "MultiHeadDotProductAttention", like: Array) -> Callable[[], Any]:
     """Makes an empty cache in the shape, dtype and placement of the keys or values of a whole sequence."""
 
     def zeros() -> Array:
         return jnp.zeros(like.shape, like.dtype, out_sharding=placement.explicit_spec(like))
 
-    return zeros if layer.cache_sharding is None else nn.with_partitioning(zeros, tuple(layer.cache_sharding))
+    names = layer.cache_sharding
+    return zeros if names is None else nn.with_partitioning(zeros, tuple(names))

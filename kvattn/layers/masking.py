@@ -10,6 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -17,7 +19,7 @@ from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.layers import placement
 
 
-def as_bool(mask: Any, rank: int) -> tuple[Array | None, Array | None]:
+def as_bool(mask: Any, rank: int) -> tuple[Bool[Array, "..."] | None, Bool[Array, "..."] | None]:
     """A mask as bools, and what says which rows it spoils.
 
     Args:
@@ -73,3 +75,38 @@ def spoil(out: Array, spoiled: Array | None) -> Array:
     # A product, so that gradients are NaN too; the NaN from a root, so that `jax_debug_nans` finds none but the used.
     factor = jnp.sqrt(jnp.where(spoiled, jnp.float32(-1), jnp.float32(1)))
     return out * factor.astype(out.dtype)
+
+
+def visible(queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None) -> Bool[Array, "T S"]:
+    """Which keys the queries see by their positions: those up to their own, the last `window` of them if given."""
+    ahead = keys[None, :] - queries[:, None]
+    return ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+
+
+def with_window(
+    mask: ArrayLike | None, query: Array, key: Array, window: int | None
+) -> tuple[Bool[Array, "..."], Array | None]:
+    """`as_bool` of a mask and causality, or a window, of queries [..., T, N, H] and keys [..., S, K, H] in one."""
+    allowed, spoiled = as_bool(mask, query.ndim)
+    t, s = (jnp.arange(x.shape[-3], dtype=jnp.int32) for x in (query, key))
+    return combined(allowed, visible(t, s, window), query.ndim), spoiled
+
+
+def combined(mask: Array | None, seen: Bool[Array, "T S"], rank: int) -> Bool[Array, "..."]:
+    """The caller's mask, bool, broadcastable to [..., N, T, S], and `seen`, as one of rank `rank`.
+
+    Raises:
+        ShapeError: a mask that does not broadcast to the length of the keys.
+    """
+    seen = seen.reshape((1,) * (rank - 2) + seen.shape)
+    if mask is None:
+        return seen
+    if mask.ndim > rank:
+        raise ShapeError(f"a mask of rank {mask.ndim} does not fit scores of rank {rank}, mask shape {mask.shape}.")
+    mask = mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
+    if any(own not in (1, size) for own, size in zip(mask.shape[-2:], seen.shape[-2:], strict=True)):
+        raise ShapeError(
+            f"in decode a mask covers the new tokens and the whole cache, [..., {seen.shape[-2]} or 1, "
+            f"{seen.shape[-1]} or 1], got {mask.shape}."
+        )
+    return mask & seen

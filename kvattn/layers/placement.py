@@ -8,19 +8,22 @@ in an Auto mesh, every function here returns None.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Num
 
 from kvattn._typing import Array
+from kvattn.attend.full import check_shapes
 from kvattn.errors import ShardingError
 
 
-def explicit_spec(x: Any) -> PartitionSpec | None:
+def explicit_spec(x: Array) -> PartitionSpec | None:
     """How `x` is split over Explicit mesh axes, one entry per axis of `x`; None outside such a mesh."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
@@ -28,7 +31,7 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
     return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
 
 
-def on_mesh_of(x: Any, *entries: Any) -> NamedSharding:
+def on_mesh_of(x: Array, *entries: object) -> NamedSharding:
     """A placement on the mesh that `x` is typed with, which need not be the current one."""
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries))
 
@@ -60,9 +63,13 @@ def product_spec(inputs: Array, kernel: Array, num_contracted: int) -> NamedShar
     return on_mesh_of(kernel, *batch, *features)
 
 
+Metadata = Mapping[str, Any]
+"""What Flax keeps beside a parameter; here ``out_sharding`` and ``mesh``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadMetadata:
-    """The metadata of an attention layer's parameters that splits their heads over a mesh axis.
+    """The metadata of an attention layer's parameters.
 
     Attributes:
         query: of the kernel [D, N, H].
@@ -70,18 +77,22 @@ class HeadMetadata:
         kv: of the kernels [D, K, H].
         kv_bias: [K, H].
         out: of the kernel [N, H, D].
+        out_bias: [D].
         sinks: [N].
     """
 
-    query: dict[str, Any]
-    query_bias: dict[str, Any]
-    kv: dict[str, Any]
-    kv_bias: dict[str, Any]
-    out: dict[str, Any]
-    sinks: dict[str, Any]
+    query: Metadata
+    query_bias: Metadata
+    kv: Metadata
+    kv_bias: Metadata
+    out: Metadata
+    out_bias: Metadata
+    sinks: Metadata
 
 
-def head_metadata(mesh: Any, axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> HeadMetadata:
+def head_metadata(
+    mesh: Mesh | AbstractMesh, axis: str, num_heads: int, num_kv_heads: int, head_dim: int
+) -> HeadMetadata:
     """Splits query heads over `axis`, and key/value heads where they divide; else these lie on every device.
 
     Query heads that do not divide (71 over 8) are split within: each device has some features of every head.
@@ -94,20 +105,21 @@ def head_metadata(mesh: Any, axis: str, num_heads: int, num_kv_heads: int, head_
     within = axis if by_head is None and head_dim % parts == 0 else None
     kv = axis if num_kv_heads % parts == 0 else None
 
-    def on(*entries: str | None) -> dict[str, Any]:
+    def on(*entries: str | None) -> Metadata:
         return {"out_sharding": PartitionSpec(*entries), "mesh": mesh}
 
     return HeadMetadata(
-        on(None, by_head, within),
-        on(by_head, within),
-        on(None, kv, None),
-        on(kv, None),
-        on(by_head, within, None),
-        on(by_head),
+        query=on(None, by_head, within),
+        query_bias=on(by_head, within),
+        kv=on(None, kv, None),
+        kv_bias=on(kv, None),
+        out=on(by_head, within, None),
+        out_bias=on(),
+        sinks=on(by_head),
     )
 
 
-def axis_size(mesh: Any, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many devices a mesh has along an axis.
 
     Raises:
@@ -121,11 +133,11 @@ def axis_size(mesh: Any, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def put(module: nnx.Module, mesh: Any) -> None:
+def put(module: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
     """Moves every parameter of a module to the mesh, split as its metadata says, whole where that says nothing."""
     explicit = mesh.are_all_axes_explicit
 
-    def moved(leaf: Any) -> Any:
+    def moved(leaf: nnx.Variable[Array]) -> nnx.Variable[Array]:
         x = leaf.get_value()
         sharding = NamedSharding(mesh, leaf.get_metadata().get("out_sharding", PartitionSpec()))
         if not isinstance(x, Tracer):
@@ -136,22 +148,22 @@ def put(module: nnx.Module, mesh: Any) -> None:
     nnx.update(module, nnx.from_flat_state([(path, moved(leaf)) for path, leaf in flat]))
 
 
-def by_heads(x: Array, mesh: Any, axis: str) -> Array:
-    """[B, T, heads, H] on a mesh of Auto axes, held where a kernel whose heads are split puts it."""
+def by_heads(x: Num[Array, "B T heads H"], mesh: Mesh | AbstractMesh, axis: str) -> Num[Array, "B T heads H"]:
+    """Tokens on a mesh of Auto axes, held where a kernel whose heads are split puts them."""
     if mesh.are_all_axes_explicit or x.shape[2] % axis_size(mesh, axis):
         return x
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, axis, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def whole_heads(x: Array) -> Array:
-    """[B, T, heads, H] with all features of a head together, where an Explicit mesh splits them."""
+def whole_heads(x: Num[Array, "B T heads H"]) -> Num[Array, "B T heads H"]:
+    """Tokens with all features of a head together, where an Explicit mesh splits them."""
     spec = explicit_spec(x)
     return x if spec is None or spec[3] is None else jax.reshard(x, on_mesh_of(x, *spec[:3], None))
 
 
 def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Splits key and value [B, S, K, H] over an Explicit mesh as the query [B, T, N, H] is: rows and heads alike.
+    """Splits key and value [..., S, K, H] over an Explicit mesh as the query [..., T, N, H] is: rows and heads alike.
 
     Heads that do not divide are repeated until they do; each device then holds the heads its queries read. One
     key/value head for 32 query heads on 4 devices becomes 4.
@@ -159,16 +171,18 @@ def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     spec = explicit_spec(query)
     if spec is None:
         return key, value
-    shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(spec[2]))
-    repeats = math.lcm(key.shape[2], shards) // key.shape[2]
+    check_shapes(query, key, value)
+    *batch, _, heads, _ = spec
+    shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(heads))
+    repeats = math.lcm(key.shape[-2], shards) // key.shape[-2]
 
     def moved(x: Array) -> Array:
         own = explicit_spec(x)
         if own is None:
             return x
         if repeats > 1:
-            x = jnp.repeat(jax.reshard(x, on_mesh_of(x, spec[0], own[1], None, own[3])), repeats, axis=2)
-        return jax.reshard(x, on_mesh_of(x, spec[0], own[1], spec[2], own[3]))
+            x = jnp.repeat(jax.reshard(x, on_mesh_of(x, *batch, own[-3], None, own[-1])), repeats, axis=-2)
+        return jax.reshard(x, on_mesh_of(x, *batch, own[-3], heads, own[-1]))
 
     return moved(key), moved(value)
 

@@ -1,92 +1,229 @@
-"""The settings that the NNX and the Linen layers share, checked once and brought to one form."""
+"""`AttentionSettings`: what NNX and Linen attention layers know about themselves, checked once and in one form."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from kvattn import _checks, positions
-from kvattn.attend import registry
-from kvattn.attend.full import IMPLEMENTATIONS
+from kvattn._typing import Array
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
-from kvattn.layers import placement
+from kvattn.layers import arguments
 from kvattn.policies import Policy
-from kvattn.sharding.choose import KNOWN
+from kvattn.positions import RoPE
+
+CacheSharding = NamedSharding | PartitionSpec | tuple[Any, ...]
 
 
-def check(given: Mapping[str, Any]) -> None:
-    """Checks what a layer is made with, each argument alone; those that have no check here are left out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """The settings of an attention layer. Static: they hold no parameters.
 
-    Args:
-        given: arguments of an NNX layer, or fields of a Linen layer, by name.
+    Each is described as an argument of `kvattn.layers.MultiHeadAttention`; what is None there has found its value here,
+    but for what depends on the input. `head_dim`, `qkv_features` and `value_head_dim` are None where they follow from
+    inputs that are not known yet (Linen). `alibi_slopes` are N slopes or None.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    qkv_features: int | None
+    head_dim: int | None
+    value_head_dim: int | None
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike | None
+    precision: jax.lax.PrecisionLike
+    use_bias: bool
+    use_out_bias: bool
+    dropout_rate: float
+    broadcast_dropout: bool
+    qk_norm: str | None
+    qk_norm_epsilon: float
+    qkv_clip: float | None
+    window: int | None
+    rope: RoPE | None
+    alibi_slopes: tuple[float, ...] | None
+    scale: float | Array | None
+    softcap: float | None
+    cache_sharding: CacheSharding | None
+    policy: Policy | None
+    codec: Codec | None
+    implementation: str | tuple[str, ...] | None
+    mesh: Mesh | AbstractMesh | None
+    by: str
+    axis: str
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any], in_features: int | None = None) -> "AttentionSettings":
+        """The settings that the arguments of an NNX layer, or the fields of a Linen layer, mean.
+
+        Args:
+            given: all of them, by name.
+            in_features: D, from which H follows where neither `head_dim` nor `qkv_features` is given.
+
+        Raises:
+            DTypeError, ConfigError, RangeError, ShapeError, ShardingError: naming the argument.
+        """
+        arguments.check(given)
+        num_heads = int(given["num_heads"])
+        num_kv_heads = num_heads if given["num_kv_heads"] is None else int(given["num_kv_heads"])
+        _checks.head_counts(num_heads, num_kv_heads)
+        qkv_features, head_dim = _head_size(num_heads, given["qkv_features"], given["head_dim"], in_features)
+        _check_rope(given["rope"], head_dim)
+        clip, scale, use_bias, use_out_bias = (given[n] for n in ("qkv_clip", "scale", "use_bias", "use_out_bias"))
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            qkv_features=qkv_features,
+            head_dim=head_dim,
+            value_head_dim=head_dim if given["value_head_dim"] is None else int(given["value_head_dim"]),
+            dtype=given["dtype"],
+            param_dtype=given["param_dtype"],
+            precision=_hashable(given["precision"]),
+            use_bias=bool(use_bias),
+            use_out_bias=bool(use_bias if use_out_bias is None else use_out_bias),
+            dropout_rate=arguments.dropout_rate(given["dropout_rate"]),
+            broadcast_dropout=bool(given["broadcast_dropout"]),
+            qk_norm=_qk_norm(given["qk_norm"], given["normalize_qk"]),
+            qk_norm_epsilon=_checks.non_negative("qk_norm_epsilon", given["qk_norm_epsilon"]),
+            qkv_clip=None if clip is None else float(clip),
+            window=_checks.window(given["window"]),
+            rope=given["rope"],
+            alibi_slopes=_alibi_slopes(given["alibi"], num_heads),
+            scale=scale if scale is None or isinstance(scale, Tracer) else float(scale),
+            softcap=_checks.positive_softcap(given["softcap"]),
+            cache_sharding=_hashable(given["cache_sharding"]),
+            policy=given["policy"],
+            codec=given["codec"],
+            implementation=_hashable(given["implementation"]),
+            mesh=given["mesh"],
+            by=given["by"],
+            axis=given["axis"],
+        )
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """H, and the size of a value head.
+
+        Raises:
+            ConfigError: they are not known yet.
+        """
+        if self.head_dim is None:
+            raise ConfigError("the size of a head follows from the inputs here: pass in_features, or set head_dim.")
+        return self.head_dim, self.value_head_dim or self.head_dim
+
+    @property
+    def slopes(self) -> Float[Array, " N"] | None:
+        """The ALiBi slopes as float32[N], or None."""
+        return None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
+
+    @property
+    def storage_dtype(self) -> DTypeLike:
+        """What caches store without a codec."""
+        return next((dtype for dtype in (self.dtype, self.param_dtype) if dtype is not None), jnp.float32)
+
+
+class Setting[T]:
+    """An attribute of a layer that lies in its `settings`; assigning it gives the layer new settings."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> "Setting[T]": ...
+    @overload
+    def __get__(self, layer: "HasSettings", owner: type) -> T: ...
+    def __get__(self, layer: "HasSettings | None", owner: type) -> Any:
+        return self if layer is None else getattr(layer.settings, self.name)
+
+    def __set__(self, layer: "HasSettings", value: T) -> None:
+        layer.settings = dataclasses.replace(layer.settings, **{self.name: value})
+
+
+class HasSettings:
+    """The settings as attributes of a layer, under their names."""
+
+    settings: AttentionSettings
+
+    num_heads = Setting[int]()
+    num_kv_heads = Setting[int]()
+    qkv_features = Setting[int]()
+    head_dim = Setting[int]()
+    value_head_dim = Setting[int]()
+    dtype = Setting[DTypeLike | None]()
+    param_dtype = Setting[DTypeLike | None]()
+    precision = Setting[jax.lax.PrecisionLike]()
+    use_bias = Setting[bool]()
+    dropout_rate = Setting[float]()
+    broadcast_dropout = Setting[bool]()
+    qk_norm = Setting[str | None]()
+    qkv_clip = Setting[float | None]()
+    window = Setting[int | None]()
+    rope = Setting[RoPE | None]()
+    alibi_slopes = Setting[tuple[float, ...] | None]()
+    scale = Setting[float | Array | None]()
+    softcap = Setting[float | None]()
+    cache_sharding = Setting[CacheSharding | None]()
+    policy = Setting[Policy | None]()
+    codec = Setting[Codec | None]()
+    implementation = Setting[str | tuple[str, ...] | None]()
+    mesh = Setting[Mesh | AbstractMesh | None]()
+    by = Setting[str]()
+    axis = Setting[str]()
+
+
+# What follows from several arguments --------------------------------------------------------------
+
+
+def _head_size(
+    num_heads: int, features: int | None, size: int | None, in_features: int | None
+) -> tuple[int | None, int | None]:
+    """The width N * H of all query heads, and the size H of one; None where they follow from unknown inputs.
 
     Raises:
-        DTypeError, ConfigError, RangeError, ShapeError, ShardingError: naming the argument.
+        ConfigError: the features do not divide into heads, or are not num_heads times `size`.
     """
-    for name, value in given.items():
-        if name in _CHECKS and not (value is None and name in _MAY_BE_NONE):
-            _CHECKS[name](name, value)
-    if given["bias_init"] is None and (given["use_bias"] or given["use_out_bias"]):
-        _checks.function("bias_init", None)
-    if given["mesh"] is not None:
-        placement.axis_size(given["mesh"], given["axis"])
-
-
-def head_dim(num_heads: int, features: int, given: int | None) -> int:
-    """The size H of one head: `given`, or `features // num_heads`.
-
-    Raises:
-        ConfigError: the features do not divide into heads, or contradict `given`.
-    """
-    if given is not None:
-        return _checks.integer("head_dim", given, 1)
+    if features is not None:
+        features = _checks.integer("qkv_features", features, 1)
+    if size is not None:
+        size = _checks.integer("head_dim", size, 1)
+        if features not in (None, num_heads * size):
+            raise ConfigError(
+                f"qkv_features ({features}) must be num_heads * head_dim = {num_heads} * {size} = {num_heads * size}: "
+                "give one of the two."
+            )
+        return num_heads * size, size
+    if features is None:
+        features = in_features
+    if features is None:
+        return None, None
     if features % num_heads:
         raise ConfigError(
             f"Memory dimension ({features}) must be divisible by 'num_heads' heads ({num_heads}). "
             "Give head_dim to choose the size of a head freely."
         )
-    return features // num_heads
+    return int(features), int(features) // num_heads
 
 
-def qkv_features(num_heads: int, given: int | None, default: int, size: int | None) -> int:
-    """The width N * H of all query heads.
-
-    Raises:
-        ConfigError: `given` is not num_heads times the given head_dim `size`.
-    """
-    if given is not None:
-        given = _checks.integer("qkv_features", given, 1)
-    if size is None:
-        return default if given is None else given
-    _checks.integer("head_dim", size, 1)
-    if given is not None and given != num_heads * size:
-        raise ConfigError(
-            f"qkv_features ({given}) must be num_heads * head_dim = {num_heads} * {size} = {num_heads * size}: "
-            "give one of the two."
-        )
-    return num_heads * size
+def _hashable[T](value: T) -> T | tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else value
 
 
-def dropout_rate(rate: Any) -> float:
-    """Checks a dropout rate; False is 0, as in Flax.
-
-    Raises:
-        RangeError: outside [0, 1).
-        DTypeError: not a number.
-        ConfigError: traced.
-    """
-    number = float(rate) if isinstance(rate, bool | np.bool_) else _checks.real("dropout_rate", rate)
-    if not 0.0 <= number < 1.0:
-        raise RangeError(f"dropout_rate must be in the range [0, 1), got {rate!r}.")
-    return number
+def _check_rope(rope: RoPE | None, size: int | None) -> None:
+    """Checks that a rotary embedding fits heads of `size`."""
+    made_for = getattr(rope, "head_dim", size)
+    if rope is not None and size is not None and made_for != size:
+        raise ConfigError(f"rope was made for head_dim {made_for}, but the heads of this layer have {size}.")
 
 
-def qk_norm(kind: str | None, normalize_qk: bool) -> str | None:
+def _qk_norm(kind: str | None, normalize_qk: bool) -> str | None:
     """Which norm queries and keys pass: Flax's `normalize_qk` means "layer".
 
     Raises:
@@ -100,7 +237,7 @@ def qk_norm(kind: str | None, normalize_qk: bool) -> str | None:
     return kind
 
 
-def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[float, ...] | None:
+def _alibi_slopes(alibi: bool | Sequence[float] | None, num_heads: int) -> tuple[float, ...] | None:
     """The ALiBi slope of each query head as plain floats, or None.
 
     Raises:
@@ -108,13 +245,14 @@ def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[f
         ShapeError: not one slope per query head.
         RangeError: a slope that is not finite.
     """
+    given: Any = alibi
     if alibi is None or (isinstance(alibi, bool | np.bool_) and not alibi):
         return None
     if isinstance(alibi, bool | np.bool_):
         with jax.ensure_compile_time_eval():  # numbers, also where the layer is made inside a trace
-            alibi = positions.alibi_slopes(num_heads)
+            given = positions.alibi_slopes(num_heads)
     try:
-        slopes = np.asarray(alibi, dtype=np.float32)
+        slopes = np.asarray(given, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise DTypeError(f"alibi must be a bool or {num_heads} slopes, got {alibi!r}.") from error
     if slopes.shape != (num_heads,):
@@ -122,191 +260,3 @@ def alibi_slopes(alibi: bool | Sequence[float] | Any, num_heads: int) -> tuple[f
     if not np.isfinite(slopes).all():
         raise RangeError(f"alibi slopes must be finite, got {slopes.tolist()}.")
     return tuple(slopes.tolist())
-
-
-def clipped(x: jax.Array, limit: float | None) -> jax.Array:
-    """`x` within [-limit, limit]; as it is if None."""
-    return x if limit is None else jnp.clip(x, -float(limit), float(limit))
-
-
-def finite_rope(rope: Any, size: int) -> None:
-    """Checks that a rotary embedding fits heads of `size`.
-
-    Raises:
-        ConfigError: it was made for another head dim.
-        DTypeError: it cannot be called.
-    """
-    if rope is None:
-        return
-    _rope("rope", rope)
-    made_for = getattr(rope, "head_dim", size)
-    if made_for != size:
-        raise ConfigError(f"rope was made for head_dim {made_for}, but the heads of this layer have {size}.")
-
-
-def scheme(by: str) -> str:
-    """Checks how caches are to be split over a mesh.
-
-    Raises:
-        ConfigError: an unknown way.
-    """
-    _checks.one_of("by", by, (*KNOWN, "auto"))
-    return by
-
-
-def slopes_array(slopes: tuple[float, ...] | None) -> Any:
-    """The slopes as float32[N], or None."""
-    return None if slopes is None else jnp.asarray(slopes, jnp.float32)
-
-
-def default_scale(scale: float | None, size: int) -> float:
-    """The softmax scale: 1/√H unless given."""
-    return 1.0 / math.sqrt(size) if scale is None else scale
-
-
-# Each argument alone ------------------------------------------------------------------------------
-
-
-def _size(name: str, value: Any) -> None:
-    if _checks.integer(name, value, 1) > _checks.INT32_MAX:
-        raise RangeError(f"{name} must be at most {_checks.INT32_MAX}, got {value}.")
-
-
-def _sizes(name: str, value: Any) -> None:
-    """One size, or several, as Flax's projections take them."""
-    sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for size in sizes:
-        _size(name, size)
-    if not sizes:
-        raise ConfigError(f"{name} is an empty sequence: give one size or more.")
-
-
-def _compute_dtype(name: str, value: Any) -> None:
-    _checks.inexact(name, value, bits=16)
-
-
-def _precision(name: str, value: Any) -> None:
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    try:
-        jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=value), one)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{name} must be a jax.lax.Precision, a name such as 'highest', or two of them, got {value!r}."
-        ) from error
-
-
-def _rngs(name: str, value: Any) -> None:
-    if not callable(getattr(value, "params", None)):
-        raise DTypeError(
-            f"{name} must be a flax.nnx.Rngs with a stream for parameters, got {value!r}: pass nnx.Rngs(0)."
-        )
-
-
-def _metadata(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise DTypeError(f"{name} must be a dict, got {value!r} of type {type(value).__name__}.")
-
-
-def _cache_sharding(name: str, value: Any) -> None:
-    if not isinstance(value, NamedSharding | PartitionSpec | tuple | list):
-        raise DTypeError(
-            f"{name} must be a jax.sharding.PartitionSpec, a NamedSharding or a tuple of axis names, got {value!r}."
-        )
-
-
-def _policy(name: str, value: Any) -> None:
-    if not isinstance(value, Policy):
-        raise ConfigError(f"{name} must be a policy such as kvattn.Full(), got {value!r}.")
-
-
-def _codec(name: str, value: Any) -> None:
-    if not isinstance(value, Codec):
-        raise ConfigError(f"{name} must be a codec such as kvattn.Int8(), got {value!r}.")
-
-
-def _implementation(name: str, value: Any) -> None:
-    names = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for one in names:
-        _checks.one_of(name, one, tuple(dict.fromkeys((*registry.names(), *IMPLEMENTATIONS))))
-    if not names:
-        raise ConfigError(f"{name} is an empty sequence: name one, or pass None for the best that works.")
-
-
-def _rope(name: str, value: Any) -> None:
-    if not callable(value):
-        raise DTypeError(f"{name} must be a kvattn.RoPE, got {value!r} of type {type(value).__name__}.")
-
-
-def _axis(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise DTypeError(f"{name} must be the name of a mesh axis, got {value!r} of type {type(value).__name__}.")
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "num_heads": _size,
-    "in_features": _size,
-    "qkv_features": _size,
-    "out_features": _sizes,
-    "num_kv_heads": _size,
-    "in_kv_features": _size,
-    "head_dim": _size,
-    "value_head_dim": _size,
-    "dtype": _compute_dtype,
-    "param_dtype": _checks.inexact,
-    "broadcast_dropout": _checks.flag,
-    "dropout_rate": lambda _, rate: dropout_rate(rate),
-    "deterministic": _checks.flag,
-    "precision": _precision,
-    "kernel_init": _checks.function,
-    "out_kernel_init": _checks.function,
-    "bias_init": _checks.function,
-    "out_bias_init": _checks.function,
-    "kv_kernel_init": _checks.function,
-    "kv_bias_init": _checks.function,
-    "use_bias": _checks.flag,
-    "use_out_bias": _checks.flag,
-    "attention_fn": _checks.function,
-    "decode": _checks.flag,
-    "normalize_qk": _checks.flag,
-    "force_fp32_for_softmax": _checks.flag,
-    "qkv_promote_dtype": _checks.function,
-    "out_promote_dtype": _checks.function,
-    "ln_promote_dtype": _checks.function,
-    "qkv_dot_general": _checks.function,
-    "out_dot_general": _checks.function,
-    "qkv_dot_general_cls": _checks.function,
-    "out_dot_general_cls": _checks.function,
-    "qk_attn_weights_einsum_cls": _checks.function,
-    "attn_weights_value_einsum_cls": _checks.function,
-    "rngs": _rngs,
-    "keep_rngs": _checks.flag,
-    "kernel_metadata": _metadata,
-    "out_kernel_metadata": _metadata,
-    "bias_metadata": _metadata,
-    "out_bias_metadata": _metadata,
-    "query_ln_scale_metadata": _metadata,
-    "key_ln_scale_metadata": _metadata,
-    "kv_metadata": _metadata,
-    "kv_bias_metadata": _metadata,
-    "window": lambda _, window: _checks.window(window),
-    "rope": _rope,
-    "scale": lambda _, scale: _checks.finite_scale(scale),
-    "softcap": lambda _, softcap: _checks.positive_softcap(softcap),
-    "sinks": _checks.flag,
-    "qk_norm_epsilon": _checks.non_negative,
-    "qkv_clip": lambda name, limit: _checks.positive(name, limit, RangeError),
-    "cache_sharding": _cache_sharding,
-    "policy": _policy,
-    "codec": _codec,
-    "implementation": _implementation,
-    "by": lambda _, by: scheme(by),
-    "axis": _axis,
-}
-"""What each argument must be. Those that depend on others (alibi, qk_norm, mesh) are checked where both are known."""
-
-_MAY_BE_NONE = frozenset(_CHECKS) - {
-    *("num_heads", "in_features", "broadcast_dropout", "dropout_rate", "kernel_init", "use_bias", "attention_fn"),
-    *("normalize_qk", "force_fp32_for_softmax", "qkv_promote_dtype", "out_promote_dtype", "ln_promote_dtype", "rngs"),
-    *("keep_rngs", "kernel_metadata", "bias_metadata", "query_ln_scale_metadata", "key_ln_scale_metadata", "sinks"),
-    *("qk_norm_epsilon", "by", "axis"),
-}

@@ -4,9 +4,9 @@
 tables of both, and `from_config` reads any HuggingFace ``config.json``. The command ``kvattn memory`` prints all this.
 """
 
+from kvattn.memory.caches import bytes_per_token as bytes_per_token
+from kvattn.memory.caches import cache_bytes as cache_bytes
 from kvattn.memory.devices import DEVICES as DEVICES
-from kvattn.memory.formula import bytes_per_token as bytes_per_token
-from kvattn.memory.formula import cache_bytes as cache_bytes
 from kvattn.memory.hf_config import from_config as from_config
 from kvattn.memory.levers import Lever as Lever
 from kvattn.memory.levers import levers as levers

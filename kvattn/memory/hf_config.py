@@ -9,30 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
-from kvattn.memory.hf_experts import expert_params, expert_weights, sparse_layers
-from kvattn.memory.hf_fields import Fields
-from kvattn.memory.hf_layers import LATENT, STATE, layers_of
-from kvattn.memory.hf_params import COUNTERS, embeddings, estimate
+from kvattn.families.experts import expert_params, expert_weights, sparse_layers
+from kvattn.families.family import FAMILIES, Family, Value, find
+from kvattn.families.layers import layers_of
+from kvattn.families.params import embeddings, params_of
+from kvattn.families.sizes import NAMES, Sizes
 from kvattn.memory.hf_quantized import quantized
 from kvattn.memory.specs import ModelSpec
-
-_OLDER: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "RefinedWeb": ("falcon", {"new_decoder_architecture": True}),
-    "RefinedWebModel": ("falcon", {}),
-}
-"""What families were called before transformers had them, and what that name said."""
-
-_TEXT_KINDS: Mapping[str, str] = {
-    "gemma3": "gemma3_text",
-    "gemma3n": "gemma3n_text",
-    "llama4": "llama4_text",
-    "llava": "llama",
-    "mistral3": "mistral",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "qwen3_vl": "qwen3_vl_text",
-}
-"""What the text part of a model is where it does not say so itself."""
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where such a model has its text part, which may be one within another."""
@@ -46,9 +29,20 @@ _ENCODERS = re.compile(
 )
 """Families that are encoders, or have one."""
 
+_LATENT = frozenset({
+    "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
+    "kimi_k2", "kimi_linear", "longcat_flash", "minicpm3", "sarvam_mla", "youtu",
+})  # fmt: skip
+"""Families that cache latent vectors."""
+
+_STATE = frozenset({
+    "falcon_mamba", "mamba", "mamba2", "retnet", "rwkv", "rwkv5", "rwkv6", "rwkv7", "xlstm",
+})  # fmt: skip
+"""Families without any attention."""
+
 
 def from_config(
-    config: Mapping[str, Any] | str | os.PathLike[str], *, name: str | None = None, num_params: int | None = None
+    config: Mapping[str, Value] | str | os.PathLike[str], *, name: str | None = None, num_params: int | None = None
 ) -> ModelSpec:
     """A model by its HuggingFace settings.
 
@@ -60,8 +54,8 @@ def from_config(
         config: the settings; or the file, or the checkpoint folder that holds a ``config.json``. Of a model of text and
             images the text part counts.
         name: what to call it. None: the name the config has, or the folder.
-        num_params: parameters. None: counted, for the families of `kvattn.memory.hf_params.COUNTERS`; estimated for
-            others, which the spec and every plan with it say.
+        num_params: parameters. None: counted, for the families of `kvattn.families` that say how; estimated
+            for others, which the spec and every plan with it say.
 
     Returns:
         layers, heads, windows and sharing layer by layer, parameters, and what they are quantised to.
@@ -86,23 +80,23 @@ def from_config(
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
-    family, said = _OLDER.get(kind, (kind, {}))
+    family, said = find(kind) or (Family(model_type=kind, is_certain=False), {})
     _refuse(config, family)
-    f = Fields({**said, **config}, family)
+    f = Sizes({**said, **config}, family)
 
     model_dim = f.size("model_dim")
-    num_layers, window, kv_source = layers_of(f)
+    windows, sources = layers_of(f)
     weights, notes = _weights(f, num_params)
     spec = ModelSpec(
         name=str(name or outer_name or kind),
-        num_layers=num_layers,
+        num_layers=len(windows),
         num_heads=f.size("heads"),
         num_kv_heads=f.kv_heads,
         head_dim=f.head_dim,
-        window=window,
-        kv_source=kv_source,
+        window=windows[0] if len(set(windows)) == 1 else tuple(windows),
+        kv_source=None if sources == list(range(len(sources))) else tuple(sources),
         model_dim=model_dim,
-        max_length=next((n for n in map(f.get, Fields.NAMES["positions"]) if n), None),
+        max_length=next((n for n in map(f.get, NAMES["positions"]) if n), None),
         source="config.json",
         **weights,
     )
@@ -110,7 +104,9 @@ def from_config(
     return dataclasses.replace(spec, cache_is_estimate=bool(doubts), notes=(*doubts, *_states(f, spec), *notes))
 
 
-def _settings(config: Any, name: str | None) -> tuple[Mapping[str, Any], str, str | None]:
+def _settings(
+    config: Mapping[str, Value] | str | os.PathLike[str], name: str | None
+) -> tuple[Mapping[str, Value], str, str | None]:
     """The settings, where they are from, and what the model is called by that."""
     where = "the config"
     if isinstance(config, str | os.PathLike):
@@ -128,48 +124,50 @@ def _settings(config: Any, name: str | None) -> tuple[Mapping[str, Any], str, st
     return config, where, name
 
 
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text_part(config: Mapping[str, Value]) -> Mapping[str, Value]:
     """The decoder of a model that also takes images, or speaks."""
     outer = config.get("model_type")
     inner = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), None)
     if inner is None or not isinstance(outer, str):
         return config
     around = {name: config.get(name) for name in ("is_encoder_decoder", "quantization_config")}
-    around["model_type"] = _TEXT_KINDS.get(outer, outer)
+    around["model_type"] = next((kind for kind, x in FAMILIES.items() if outer in x.text_part_of), outer)
     return _text_part(around | {name: value for name, value in inner.items() if name not in around or value})
 
 
-def _refuse(config: Mapping[str, Any], kind: str) -> None:
+def _refuse(config: Mapping[str, Value], family: Family) -> None:
     """Refuses what has no cache of keys and values per head and token."""
+    kind, is_known = family.model_type, family.model_type in FAMILIES
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"model_type {kind!r} has an encoder and a decoder: plan its decoder with a ModelSpec.")
-    if _ENCODERS.search(kind):
+    if not is_known and _ENCODERS.search(kind):
         raise UnsupportedError(
             f"model_type {kind!r} is an encoder, or has one: it keeps no keys and values as it goes. Plan a decoder "
             "with a ModelSpec."
         )
-    if kind in LATENT or config.get("kv_lora_rank"):
+    if kind in _LATENT - FAMILIES.keys() or config.get("kv_lora_rank"):
         raise UnsupportedError(
             f"model_type {kind!r} caches latent vectors (MLA), not keys and values per head: this library has no such "
             "cache."
         )
-    if kind in STATE:
+    if not is_known and kind in _STATE:
         raise UnsupportedError(
             f"model_type {kind!r} has no layer with keys and values, only a state of constant size: there is no cache "
             "to plan."
         )
-    if kind.startswith("gemma4"):
+    if not is_known and kind.startswith("gemma4"):
         raise UnsupportedError(
             f"model_type {kind!r} has key/value heads of another size in layers without a window, which a ModelSpec "
             "cannot say: plan both kinds of layers with one each."
         )
 
 
-def _weights(f: Fields, num_params: int | None) -> tuple[dict[str, Any], list[str]]:
+def _weights(f: Sizes, num_params: int | None) -> tuple[dict[str, Any], list[str]]:
     """What a `ModelSpec` has on parameters, and what should be said of them."""
-    estimated, given = num_params is None and f.kind not in COUNTERS, num_params is not None
-    num_params = COUNTERS.get(f.kind, estimate)(f) if num_params is None else num_params
-    found, notes = {"num_params": num_params, "is_estimate": estimated}, []
+    estimated, given = num_params is None and f.family.params is None, num_params is not None
+    num_params = params_of(f) if num_params is None else num_params
+    found: dict[str, Any] = {"num_params": num_params, "is_estimate": estimated}
+    notes: list[str] = []
     sparse = sparse_layers(f)
     if sparse and (weights := sparse * f.num_experts * expert_weights(f)):
         if given and weights > num_params:
@@ -190,31 +188,31 @@ def _weights(f: Fields, num_params: int | None) -> tuple[dict[str, Any], list[st
     return found, notes + [note] * bool(note)
 
 
-def _doubts(f: Fields, spec: ModelSpec) -> list[str]:
+def _doubts(f: Sizes, spec: ModelSpec) -> list[str]:
     """What is not certain of the cache.
 
     Raises:
         UnsupportedError: settings of an unknown family that may mean another cache.
     """
-    unread = f.unread()
-    if f.is_known:
+    unread, kind = f.unread(), f.family.model_type
+    if f.family.is_certain:
         return [f"config.json has settings that are not understood and may change the cache: {unread}"] * bool(unread)
     if unread:
         raise UnsupportedError(
-            f"model_type {f.kind!r} is not known here, and it has settings that may mean layers without a cache of "
+            f"model_type {kind!r} is not known here, and it has settings that may mean layers without a cache of "
             f"keys and values of their own, or of another size: {unread}. Plan it with a ModelSpec, which says what "
             "each layer keeps."
         )
     return [
-        f"model_type {f.kind!r} is not known here: all {spec.num_layers} layers are taken to keep keys and values of "
+        f"model_type {kind!r} is not known here: all {spec.num_layers} layers are taken to keep keys and values of "
         f"{spec.num_kv_heads} heads of {spec.head_dim}"
     ]
 
 
-def _states(f: Fields, spec: ModelSpec) -> list[str]:
+def _states(f: Sizes, spec: ModelSpec) -> list[str]:
     """What hybrids keep besides, in words."""
     states = spec.layer_sources.count(None)
-    if f.kind == "falcon_h1":
+    if f.family.has_states:
         return ["every layer keeps a state of constant size besides, which is not counted"]
     if not states:
         return []

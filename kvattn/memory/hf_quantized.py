@@ -1,13 +1,12 @@
 """What the quantization_config of a config.json says of the bytes of the weights."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from kvattn.errors import ConfigError
 from kvattn.memory.dtypes import BITS
 
 
-def quantized(settings: Any) -> tuple[str | None, str]:
+def quantized(settings: object) -> tuple[str | None, str]:
     """What the quantised weights of a checkpoint are stored in.
 
     Args:
@@ -32,7 +31,7 @@ def quantized(settings: Any) -> tuple[str | None, str]:
     return None, f"quantization_config {said} is not understood: weights are planned unquantised"
 
 
-def _dtype(method: Any, settings: Mapping[str, Any]) -> str | None:
+def _dtype(method: object, settings: Mapping[str, object]) -> str | None:
     if method == "mxfp4":
         return "mxfp4"
     if method in ("fp8", "fbgemm_fp8"):
@@ -48,7 +47,7 @@ def _dtype(method: Any, settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _of_groups(groups: Any) -> str | None:
+def _of_groups(groups: object) -> str | None:
     """The type that all groups of weights share; None where there is none."""
     if not isinstance(groups, Mapping):
         return None

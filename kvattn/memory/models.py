@@ -4,6 +4,7 @@ Sizes are those of the published configurations; parameters are exact where weig
 once, the text part of models that also see), and as in the paper for PaLM.
 """
 
+from kvattn.families.kinds import WINDOW, every
 from kvattn.memory.specs import ModelSpec, Table, Window
 
 _EXPERTS = {
@@ -51,7 +52,7 @@ def _model(
 
 def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
     """A window in all layers but each `period`-th."""
-    return tuple(None if (i + 1) % period == 0 else window for i in range(layers))
+    return tuple(window if kind == WINDOW else None for kind in every(period, layers, WINDOW))
 
 
 _PALM = "Chowdhery et al., arXiv:2204.02311, table 1"

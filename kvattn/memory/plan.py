@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from kvattn import _checks
 from kvattn.codecs import Codec
-from kvattn.errors import ConfigError, DTypeError, RangeError
-from kvattn.memory import formula
+from kvattn.errors import ConfigError
+from kvattn.memory.caches import Kinds, total
 from kvattn.memory.devices import DEVICES
 from kvattn.memory.dtypes import name_of
+from kvattn.memory.holding import Holding
 from kvattn.memory.models import MODELS
-from kvattn.memory.placement import place
+from kvattn.memory.scenario import Scenario
 from kvattn.memory.specs import DeviceSpec, ModelSpec
 from kvattn.policies import Policy
 
@@ -22,7 +24,35 @@ CACHE_ESTIMATED = "the cache of {} is an estimate: plan it with a ModelSpec if y
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Memory:
+    """What the weights and caches of a scenario take."""
+
+    weight_bytes: int
+    device_weight_bytes: int
+    bytes_per_token: int
+    free_bytes: int
+    cache_bytes: int | None
+    device_cache_bytes: int | None
+    fits: bool
+    max_tokens: int
+    max_batch: int | None
+    max_length: int | None
+    unused_share: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Time:
+    """How long a step and the prefill of a scenario take at least."""
+
+    step_seconds: float
+    tokens_per_second: float
+    prefill_flops: int | None
+    prefill_attention_flops: int | None
+    prefill_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Time, Memory, Scenario):
     """What `plan` found.
 
     Whole numbers of bytes are bytes; "per device" is the fullest one; GB are 10^9 where they are printed.
@@ -68,49 +98,12 @@ class Plan:
         notes: what one should know besides.
     """
 
-    model: ModelSpec
-    device: DeviceSpec
-    batch_size: int | None
-    length: int | None
-    mean_length: int | None
-    policy: Policy | None
-    codec: Codec | None
-    dtype: str
-    weight_dtype: str
-    num_devices: int
-    pipeline_stages: int
-    by: str
-    memory_fraction: float
-    reserved_bytes: int
-    page_size: int | None
-    weight_bytes: int
-    device_weight_bytes: int
-    bytes_per_token: int
-    free_bytes: int
-    cache_bytes: int | None
-    device_cache_bytes: int | None
-    fits: bool
-    max_tokens: int
-    max_batch: int | None
-    max_length: int | None
-    unused_share: float | None
-    step_seconds: float
-    tokens_per_second: float
-    prefill_flops: int | None
-    prefill_attention_flops: int | None
-    prefill_seconds: float | None
     crossover_length: int | None
     notes: tuple[str, ...]
 
     def changed(self, **changes: Any) -> "Plan":
         """The plan with other arguments of `plan`."""
-        names = (
-            "batch_size length mean_length policy codec dtype weight_dtype num_devices pipeline_stages by "
-            "memory_fraction reserved_bytes page_size"
-        )
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
-        settings |= changes
-        return plan(settings.pop("model", self.model), settings.pop("device", self.device), **settings)
+        return plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Scenario)} | changes)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON has it; policies and codecs as they print."""
@@ -128,11 +121,11 @@ def plan(
     length: int | None = None,
     policy: Policy | None = None,
     codec: Codec | None = None,
-    weight_dtype: Any = None,
+    weight_dtype: DTypeLike | None = None,
     num_devices: int = 1,
     by: str = "auto",
     memory_fraction: float = 1.0,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     pipeline_stages: int = 1,
     reserved_bytes: int = 0,
     page_size: int | None = None,
@@ -178,76 +171,9 @@ def plan(
     device = DEVICES[device] if isinstance(device, str) else device
     if not isinstance(model, ModelSpec) or not isinstance(device, DeviceSpec):
         raise ConfigError(f"model and device must be names or specs, got {model!r} and {device!r}.")
-    for name, value in (("batch_size", batch_size), ("length", length), ("mean_length", mean_length)):
-        if value is not None and _checks.integer(name, value, 1, RangeError) > _checks.INT32_MAX:
-            raise RangeError(f"{name} must fit in int32, got {value}.")
-    if mean_length is not None and (length is None or mean_length > length):
-        raise RangeError(f"mean_length ({mean_length}) must be at most length, got length {length}.")
-    _checks.integer("reserved_bytes", reserved_bytes, 0, RangeError)
-    memory_fraction = fraction("memory_fraction", memory_fraction)
-    weight_dtype = model.weight_dtype or "bfloat16" if weight_dtype is None else weight_dtype
-    weight_dtype, dtype = name_of("weight_dtype", weight_dtype), name_of("dtype", dtype)
-    if page_size is not None:
-        _checks.integer("page_size", page_size, 1)
-
-    placement = place(model, batch_size, num_devices, pipeline_stages, by)
-    options = {"policy": policy, "codec": codec, "dtype": dtype, "backend": device.backend}
-
-    def kinds_of(**more: Any) -> dict[formula.Layer, int]:
-        kinds = formula.layers(model, **options, **more)
-        return kinds if page_size is None else formula.paged(kinds)
-
-    whole = kinds_of()
-    stages, readers = [], []
-    for layers in placement.stage_layers(model):
-        part = {"num_kv_heads": placement.kv_heads(model), "only": layers}
-        stages.append(kinds_of(**part))
-        readers.append(kinds_of(**part, reading=True))
-
-    def row(kinds: dict[formula.Layer, int], tokens: int, held: int | None = None, parts: int = 1) -> int:
-        """Bytes of a sequence of up to `tokens` tokens, of which it has `held` (pages only)."""
-        if page_size is None:
-            return sum(n * layer.row_bytes(tokens, parts) for layer, n in kinds.items())
-        pages, most = (formula.pages_for(t, page_size) for t in (held or tokens, tokens))
-        return sum(n * layer.paged_row_bytes(pages, page_size, most, parts) for layer, n in kinds.items())
-
-    def device_row(tokens: int, held: int | None = None) -> int:
-        return max(row(kinds, tokens, held, placement.parts) for kinds in stages)
-
-    # Memory.
-    weight_bytes = model.weight_bytes(weight_dtype)
-    of_stage = -(-model.num_layers // pipeline_stages) / model.num_layers
-    device_weight_bytes = math.ceil(weight_bytes * of_stage / num_devices)
-    left = device.memory_bytes - reserved_bytes - device_weight_bytes
-    free_bytes = max(min(int(memory_fraction * device.memory_bytes), left), 0)
-    rows = placement.rows(batch_size or 1)
-    per_token = max(sum(n * layer.part_bytes(placement.parts) for layer, n in kinds.items()) for kinds in stages)
-    cache_bytes = device_cache_bytes = max_batch = unused = None
-    if length is not None:
-        cache_bytes = (batch_size or 1) * row(whole, length, mean_length)
-        device_cache_bytes = rows * device_row(length, mean_length)
-        max_batch = free_bytes // device_row(length, mean_length) * placement.groups
-        unused = _unused(whole, length, mean_length or length, page_size)
-    fits = left >= 0 and (device_cache_bytes or 0) <= free_bytes
-
-    # Time.
-    present = mean_length or length or 0
-    read = max(sum(n * layer.read_bytes(present, placement.parts) for layer, n in kinds.items()) for kinds in readers)
-    touched = model.touched_bytes(batch_size or 1, weight_dtype) * of_stage / num_devices
-    step = pipeline_stages * (touched + rows * read) / device.bandwidth
-    flops = attention = prefill = None
-    if length is not None:
-        tokens = (batch_size or 1) * length
-        flops = 2 * model.active_params * tokens
-        attention = (batch_size or 1) * sum(
-            4 * model.num_heads * model.head_dim * _seen(length, window)
-            for window, source in zip(model.layer_windows, model.layer_sources, strict=True)
-            if source is not None
-        )
-        if device.flops is not None:
-            prefill = (flops + attention) / (num_devices * pipeline_stages * device.flops)
-
-    return Plan(
+    if weight_dtype is None:
+        weight_dtype = model.weight_dtype or "bfloat16"
+    asked = Scenario(
         model=model,
         device=device,
         batch_size=batch_size,
@@ -255,32 +181,73 @@ def plan(
         mean_length=mean_length,
         policy=policy,
         codec=codec,
-        dtype=dtype,
-        weight_dtype=weight_dtype,
+        dtype=name_of("dtype", dtype),
+        weight_dtype=name_of("weight_dtype", weight_dtype),
         num_devices=num_devices,
         pipeline_stages=pipeline_stages,
-        by=placement.by,
+        by=by,
         memory_fraction=memory_fraction,
         reserved_bytes=reserved_bytes,
         page_size=page_size,
+    )
+    holding = Holding.of(asked)
+    memory, time = _memory(holding), _time(holding)
+    outweighed = lambda tokens: (asked.batch_size or 1) * holding.row_bytes(tokens) < memory.weight_bytes
+    return Plan(
+        **vars(asked),
+        **vars(memory),
+        **vars(time),
+        crossover_length=_crossover(outweighed),
+        notes=holding.placement.notes + about(asked.model),
+    )
+
+
+def _memory(holding: Holding) -> Memory:
+    asked, placement = holding.scenario, holding.placement
+    weight_bytes = asked.model.weight_bytes(asked.weight_dtype)
+    device_weight_bytes = math.ceil(placement.of_weights(weight_bytes))
+    left = asked.device.memory_bytes - asked.reserved_bytes - device_weight_bytes
+    free = max(min(int(asked.memory_fraction * asked.device.memory_bytes), left), 0)
+    cache_bytes = device_cache_bytes = max_batch = unused = None
+    if asked.length is not None:
+        row = holding.device_row_bytes(asked.length, asked.mean_length)
+        cache_bytes = (asked.batch_size or 1) * holding.row_bytes(asked.length, asked.mean_length)
+        device_cache_bytes = placement.num_rows * row
+        max_batch = free // row * placement.groups
+        unused = _unused(holding.whole, asked.length, asked.mean_length or asked.length)
+    return Memory(
         weight_bytes=weight_bytes,
         device_weight_bytes=device_weight_bytes,
-        bytes_per_token=math.ceil(sum(n * layer.token_bytes for layer, n in whole.items())),
-        free_bytes=free_bytes,
+        bytes_per_token=math.ceil(total(holding.whole, lambda layer: layer.token_bytes)),
+        free_bytes=free,
         cache_bytes=cache_bytes,
         device_cache_bytes=device_cache_bytes,
-        fits=fits,
-        max_tokens=int(free_bytes / per_token) * placement.groups,
+        fits=left >= 0 and (device_cache_bytes or 0) <= free,
+        max_tokens=int(free / holding.device_token_bytes()) * placement.groups,
         max_batch=max_batch,
-        max_length=_longest(lambda tokens: rows * device_row(tokens) <= free_bytes),
+        max_length=_longest(lambda tokens: placement.num_rows * holding.device_row_bytes(tokens) <= free),
         unused_share=unused,
+    )
+
+
+def _time(holding: Holding) -> Time:
+    asked, placement = holding.scenario, holding.placement
+    batch = asked.batch_size or 1
+    weights = placement.of_weights(asked.model.touched_bytes(batch, asked.weight_dtype))
+    caches = placement.num_rows * holding.device_read_bytes(asked.mean_length or asked.length or 0)
+    step = asked.pipeline_stages * (weights + caches) / asked.device.bandwidth
+    flops = attention = prefill = None
+    if asked.length is not None:
+        flops = 2 * asked.model.active_params * batch * asked.length
+        attention = batch * _attention_flops(asked.model, asked.length)
+        if asked.device.flops is not None:
+            prefill = (flops + attention) / (asked.num_devices * asked.pipeline_stages * asked.device.flops)
+    return Time(
         step_seconds=step,
-        tokens_per_second=(batch_size or 1) / step,
+        tokens_per_second=batch / step,
         prefill_flops=flops,
         prefill_attention_flops=attention,
         prefill_seconds=prefill,
-        crossover_length=_crossover(lambda tokens: (batch_size or 1) * row(whole, tokens) < weight_bytes),
-        notes=placement.notes + about(model),
     )
 
 
@@ -289,15 +256,6 @@ def about(model: ModelSpec) -> tuple[str, ...]:
     cache = (CACHE_ESTIMATED.format(model.name),) if model.cache_is_estimate else ()
     params = (ESTIMATED.format(model.name),) if model.is_estimate else ()
     return cache + params + model.notes
-
-
-def fraction(name: str, value: Any) -> float:
-    """Checks a share, above 0 and at most 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise DTypeError(f"{name} must be a number, got {value!r}.")
-    if not 0 < float(value) <= 1:
-        raise RangeError(f"{name} must lie in (0, 1], got {value}.")
-    return float(value)
 
 
 def _longest(fits: Callable[[int], bool]) -> int | None:
@@ -317,17 +275,20 @@ def _crossover(lighter: Callable[[int], bool]) -> int | None:
     return None if last is None else last + 1
 
 
+def _attention_flops(model: ModelSpec, length: int) -> int:
+    """Of all layers, over one sequence that is read at once: 4 N H per pair of tokens."""
+    layers = zip(model.layer_windows, model.layer_sources, strict=True)
+    pairs = sum(_seen(length, window) for window, source in layers if source is not None)
+    return 4 * model.num_heads * model.head_dim * pairs
+
+
 def _seen(length: int, window: int | None) -> int:
     """Pairs of a query and a key it sees: the sum of min(t, window) for t = 1 ... length."""
     w = length if window is None else min(window, length)
     return w * (w + 1) // 2 + (length - w) * w
 
 
-def _unused(kinds: dict[formula.Layer, int], length: int, held: int, page_size: int | None) -> float:
+def _unused(kinds: Kinds, length: int, held: int) -> float:
     """Share of the slots set aside that hold no token."""
-    slots = used = 0
-    for layer, count in kinds.items():
-        most = layer.num_slots(length) if page_size is None else formula.pages_for(held, page_size) * page_size
-        slots += count * most
-        used += count * min(held, most)
-    return 1 - used / slots
+    used = total(kinds, lambda layer: min(held, layer.num_slots(length, held)))
+    return 1 - used / total(kinds, lambda layer: layer.num_slots(length, held))

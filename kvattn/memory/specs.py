@@ -8,13 +8,11 @@ from typing import TypeVar
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
+from kvattn.families.config import MAX_LAYERS
 from kvattn.memory.dtypes import BITS, name_of, num_bytes
 
 Window = int | None | tuple[int | None, ...]
 KVSource = tuple[int | None, ...] | None
-
-MAX_LAYERS = 10_000
-"""More layers than any model has: a number that is no mistake lies below."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

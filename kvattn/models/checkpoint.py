@@ -3,23 +3,23 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
-from kvattn.models.config import DecoderConfig
+from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Decoder
-from kvattn.models.parameters import floating, name_of, parameters_of
+from kvattn.models.parameters import filled, floating, parameters_of
 from kvattn.models.tensors import Tensors, read_json
 
 FORMAT = "kvattn-decoder"
 """What the settings name themselves."""
 
 
-def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> Path:
+def save(model: Decoder, path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Path:
     """Writes ``path`` (safetensors) and the settings beside it (the same name ending in ``.json``).
 
     Both are written under another name and then moved, so a reader never meets half a file.
@@ -51,7 +51,7 @@ def save(model: Decoder, path: str | os.PathLike[str], *, dtype: Any = None) -> 
     return path
 
 
-def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Decoder:
     """Reads what `save` wrote.
 
     Args:
@@ -88,13 +88,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> Decoder:
     kinds = {x.dtype for x in tensors.values()}
     param_dtype = dtype if dtype is not None else max(kinds, key=lambda kind: kind.itemsize)
     model = nnx.eval_shape(lambda: Decoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    flat = [(keys, _filled(leaf, tensors[name_of(keys)], param_dtype)) for keys, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def _filled(leaf: Any, tensor: np.ndarray, dtype: Any) -> Any:
-    return leaf.replace(jnp.asarray(tensor, dtype))
+    return filled(model, {name: jnp.asarray(tensor, param_dtype) for name, tensor in tensors.items()})
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from kvattn.families.config import DecoderConfig
 from kvattn.layers import placement
 from kvattn.layers.originals import NNXAttention
-from kvattn.models.config import DecoderConfig
 
 Path = tuple[str, ...]
 

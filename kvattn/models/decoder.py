@@ -4,22 +4,28 @@ Embedding, then blocks of grouped-query attention and an MLP, each with its norm
 norm and the logits. The caches are explicit: one per layer goes in, one per layer comes out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Int
 
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
+from kvattn.codecs import Codec
 from kvattn.errors import DTypeError, RangeError, ShapeError
+from kvattn.families.config import DecoderConfig
 from kvattn.layers import GroupedQueryAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
-from kvattn.models.config import DecoderConfig
+from kvattn.layers.attention_fn import Attention
 from kvattn.models.parts import MLP, Experts, Norm
 from kvattn.models.placement import Split
+from kvattn.policies import Policy
 
 Caches = tuple[Cache, ...]
 
@@ -27,7 +33,7 @@ Caches = tuple[Cache, ...]
 class Block(nnx.Module):
     """Attention and MLP, each with its norms, added to what came in."""
 
-    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Any, split: Split, **options: Any):
+    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any):
         def norm() -> Norm:
             return Norm(config, split, param_dtype=options["param_dtype"])
 
@@ -115,6 +121,9 @@ class Decoder(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
+    from jax.sharding import AbstractMesh, Mesh
+    from jax.typing import ArrayLike, DTypeLike
+    from jaxtyping import Int
         >>> from kvattn.models import Decoder, DecoderConfig
         >>> config = DecoderConfig(vocab_size=256, model_dim=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_dim=96)
         >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -127,10 +136,10 @@ class Decoder(nnx.Module):
         self,
         config: DecoderConfig,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        attention_fn: Callable[..., Array] = default_attention,
-        mesh: Any = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        attention_fn: Attention = default_attention,
+        mesh: Mesh | AbstractMesh | None = None,
         by: str = "auto",
         axis: str = "model",
         rngs: nnx.Rngs,
@@ -198,8 +207,9 @@ class Decoder(nnx.Module):
             )
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
         x = self.split.rows(x, cache is not None)
-        turns_by_length = cache is None and num_new is not None and self._is_dynamic
-        positions = self._own_positions(tokens.shape[1], num_new) if turns_by_length else None
+        positions = None
+        if cache is None and num_new is not None and self._is_dynamic:
+            positions = self._own_positions(tokens.shape[1], num_new)
         caches = []
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens, positions)
@@ -207,7 +217,13 @@ class Decoder(nnx.Module):
         return placement.like_rows(self._logits(x), tokens), None if cache is None else tuple(caches)
 
     def make_cache(
-        self, batch_size: int, capacity: int | None = None, *, policy: Any = None, codec: Any = None, dtype: Any = None
+        self,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        policy: Policy | Sequence[Policy | None] | None = None,
+        codec: Codec | Sequence[Codec | None] | None = None,
+        dtype: DTypeLike | None = None,
     ) -> Caches:
         """Empty caches, one per layer.
 
@@ -236,7 +252,7 @@ class Decoder(nnx.Module):
             raise ShapeError(f"{name} has {len(value)} entries for {len(self.layers)} layers: one for each, or one.")
         return tuple(value)
 
-    def _tokens(self, tokens: Any) -> Array:
+    def _tokens(self, tokens: ArrayLike) -> Int[Array, "B T"]:
         tokens = jnp.asarray(tokens)
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise DTypeError(f"tokens must be integers, got {tokens.dtype}.")
@@ -267,8 +283,8 @@ class Decoder(nnx.Module):
         rope = self.config.rope
         return rope is not None and dict(rope.scaling or ()).get("rope_type") == "dynamic"
 
-    def _own_positions(self, length: int, num_new: Any) -> Array:
-        """int32 [B, T], of what follows nothing; 0 for tokens that are not real."""
+    def _own_positions(self, length: int, num_new: ArrayLike) -> Int[Array, "B T"]:
+        """Of what follows nothing; 0 for tokens that are not real."""
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         return jnp.where(positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, 0)
 

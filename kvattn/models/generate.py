@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,10 +15,12 @@ from flax import nnx
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
-from kvattn.errors import ConfigError, DTypeError, MissingLibraryError, RangeError
+from kvattn.codecs import Codec
+from kvattn.errors import DTypeError, MissingLibraryError, RangeError
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.models.sampling import Sampler, choose
+from kvattn.policies import Policy
 
 _ROUND = 64
 """Prompt lengths and default capacities are rounded up to this, so that fewer programs are compiled."""
@@ -40,16 +43,16 @@ def generate(
     max_new_tokens: int,
     *,
     capacity: int | None = ...,
-    policy: Any = ...,
-    codec: Any = ...,
+    policy: Policy | Sequence[Policy | None] | None = ...,
+    codec: Codec | Sequence[Codec | None] | None = ...,
     temperature: float = ...,
     top_k: int | None = ...,
     top_p: float | None = ...,
     seed: int = ...,
     stop_tokens: int | Iterable[int] | None = ...,
     prefill_chunk: int | None = ...,
-    on_token: Callable[[int, int], Any] | None = ...,
-    progress: bool | Callable[[int, int], Any] = ...,
+    on_token: Callable[[int, int], object] | None = ...,
+    progress: bool | Callable[[int, int], object] = ...,
     cache: Sequence[Cache] | None = ...,
     return_cache: Literal[False] = ...,
 ) -> list[list[int]]: ...
@@ -62,16 +65,16 @@ def generate(
     max_new_tokens: int,
     *,
     capacity: int | None = ...,
-    policy: Any = ...,
-    codec: Any = ...,
+    policy: Policy | Sequence[Policy | None] | None = ...,
+    codec: Codec | Sequence[Codec | None] | None = ...,
     temperature: float = ...,
     top_k: int | None = ...,
     top_p: float | None = ...,
     seed: int = ...,
     stop_tokens: int | Iterable[int] | None = ...,
     prefill_chunk: int | None = ...,
-    on_token: Callable[[int, int], Any] | None = ...,
-    progress: bool | Callable[[int, int], Any] = ...,
+    on_token: Callable[[int, int], object] | None = ...,
+    progress: bool | Callable[[int, int], object] = ...,
     cache: Sequence[Cache] | None = ...,
     return_cache: Literal[True],
 ) -> tuple[list[list[int]], Caches]: ...
@@ -83,16 +86,16 @@ def generate(
     max_new_tokens: int,
     *,
     capacity: int | None = None,
-    policy: Any = None,
-    codec: Any = None,
+    policy: Policy | Sequence[Policy | None] | None = None,
+    codec: Codec | Sequence[Codec | None] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     stop_tokens: int | Iterable[int] | None = None,
     prefill_chunk: int | None = None,
-    on_token: Callable[[int, int], Any] | None = None,
-    progress: bool | Callable[[int, int], Any] = False,
+    on_token: Callable[[int, int], object] | None = None,
+    progress: bool | Callable[[int, int], object] = False,
     cache: Sequence[Cache] | None = None,
     return_cache: bool = False,
 ) -> list[list[int]] | tuple[list[list[int]], Caches]:
@@ -176,12 +179,7 @@ def generate(
     rows = given.checked(prompts, vocab_size)
     caches, held = None, np.zeros(len(rows), np.int32)
     if cache is not None:
-        settings = {"capacity": capacity, "policy": policy, "codec": codec}
-        if beside := [name for name, value in settings.items() if value is not None]:
-            raise ConfigError(
-                f"{' and '.join(beside)} cannot be changed once there is a cache: give them to the first call only."
-            )
-        caches, held = given.continued(cache, model, len(rows))
+        caches, held = given.continued(cache, model, len(rows), capacity=capacity, policy=policy, codec=codec)
     results: list[list[int]] = [[] for _ in rows]
     if not return_cache and (not rows or max_new_tokens == 0):
         return results
@@ -189,17 +187,7 @@ def generate(
     longest = int(lengths.max(initial=1))
     # The last token is appended only if something may come after it.
     more = max_new_tokens if return_cache else max_new_tokens - 1
-    reached = int((held + lengths.astype(np.int64)).max(initial=1))
-    if reached + max_new_tokens > _checks.INT32_MAX:
-        raise RangeError(f"max_new_tokens must leave positions within int32, got {max_new_tokens}.")
-    limit = model.config.max_positions if model.config.positions == "learned" else None
-    if limit is not None and reached + more > limit:
-        before = f", {int(held.max())} of them in the cache," if held.any() else ""
-        raise RangeError(
-            f"the model has {limit} learned positions; a sequence of {reached} tokens{before} and {max_new_tokens} new "
-            f"ones take {reached + more}: at most {max(limit + max_new_tokens - more - reached, 0)} new tokens fit."
-        )
-
+    reached = given.reached(model.config, held, lengths, max_new_tokens, more)
     if caches is None:
         capacity = _rounded(reached + more) if capacity is None else capacity
         caches = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
@@ -210,26 +198,11 @@ def generate(
 
     decoding = _Decoding(model, caches, sampler, stop)
     decoding.append_prompts(rows, lengths, min(_rounded(longest), chunk))
-    num_running, num_done = len(rows), 0
     with reporting(len(rows) * max_new_tokens) as report:
-        for new in decoding.steps(max_new_tokens):
-            if np.any(new == _UNSOUND):
-                decoding.check()  # the caches may know more
-                raise RangeError(
-                    f"the logits of rows {np.nonzero(new == _UNSOUND)[0].tolist()} are NaN or infinite after "
-                    f"{len(results[0])} new tokens: a weight is not finite, or something overflowed. Look at the "
-                    "checkpoint, or compute in a wider dtype."
-                )
-            for row in np.nonzero(new >= 0)[0].tolist():
-                token = int(new[row])
-                results[row].append(token)
-                num_running -= int(stop[token])
-                num_done += 1
-                if on_token is not None:
-                    on_token(row, token)
-            report(num_done)
-            if num_running == 0:
-                break
+        for row, token in _new_tokens(decoding, max_new_tokens, stop, report):
+            results[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
     if return_cache and max_new_tokens > 0:
         decoding.append_last(np.array([new[-1] for new in results], np.int32))
     decoding.check()
@@ -255,8 +228,8 @@ class _Decoding:
 
     def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: np.ndarray):
         graph, state = nnx.split(model)
-        self.weights, structure = jax.tree.flatten(state)
-        self.append, self.step = _programs(graph, structure)
+        self.weights, treedef = jax.tree.flatten(state)
+        self.append, self.step = _programs(model, (graph, treedef))
         self.cache = cache
         self.sampler = sampler
         self.stop = jnp.asarray(stop)
@@ -303,16 +276,40 @@ class _Decoding:
             layer.check()
 
 
-@functools.lru_cache(maxsize=16)
-def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The jitted programs of a model, the same for later calls: it crosses to the device as a flat list of weights.
+class _Programs(NamedTuple):
+    """The compiled programs of a model, to which its weights go as a flat list.
 
-    Each is compiled once per shapes and per kind of sampling (which parts a `Sampler` has).
+    Attributes:
+        append: takes a chunk of the prompts.
+        step: takes the tokens that were chosen last.
     """
+
+    append: Callable[..., tuple[_Rows, Caches]]
+    step: Callable[..., tuple[_Rows, Caches]]
+
+
+type _Treedef = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
+type _Structure = tuple[nnx.GraphDef[Decoder], _Treedef]
+"""All of a model but its weights: programs are the same where it is."""
+
+PROGRAMS: weakref.WeakKeyDictionary[Decoder, tuple[_Structure, _Programs]] = weakref.WeakKeyDictionary()
+"""The programs of the models that have generated, as long as these live."""
+
+
+def _programs(model: Decoder, structure: _Structure) -> _Programs:
+    """Those of an earlier call with this model, or with another that has its structure and still lives."""
+    known = (PROGRAMS.get(model), *PROGRAMS.values())
+    same = next((entry for entry in known if entry is not None and entry[0] == structure), None)
+    PROGRAMS[model] = same or (structure, _compiled(*structure))
+    return PROGRAMS[model][1]
+
+
+def _compiled(graph: nnx.GraphDef[Decoder], treedef: _Treedef) -> _Programs:
+    """Programs that compile once per shapes and per kind of sampling (which parts a `Sampler` has)."""
 
     def advance(weights, tokens, num_new, cache, rows, sampler, stop):
         """Appends tokens [B, T] and chooses the next of every row that has any; other rows stay as they are."""
-        model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+        model = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
         logits, cache = model(tokens, cache, num_new)
         last = jnp.maximum(num_new - 1, 0)
         logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
@@ -335,7 +332,36 @@ def _programs(graph: Any, structure: Any) -> tuple[Callable[..., Any], Callable[
         rows = _Rows(jnp.full_like(rows.new, _NOTHING), rows.running, rows.num_drawn + 1)
         return advance(weights, tokens, num_new, cache, rows, sampler, stop)
 
-    return append, step
+    return _Programs(append, step)
+
+
+def _new_tokens(
+    decoding: _Decoding, count: int, stop: np.ndarray, report: Callable[[int], object]
+) -> Iterator[tuple[int, int]]:
+    """Row and token of every new token, in `count` steps or until all rows have ended; reports after every step.
+
+    Raises:
+        RangeError: logits that are no distribution.
+        KVAttnError: what a cache recorded before that.
+    """
+    num_new = np.zeros(decoding.cache[0].batch_size, np.int64)
+    num_running = len(num_new)
+    for new in decoding.steps(count):
+        if np.any(new == _UNSOUND):
+            decoding.check()  # the caches may know more
+            raise RangeError(
+                f"the logits of rows {np.nonzero(new == _UNSOUND)[0].tolist()} are NaN or infinite after {num_new[0]} "
+                "new tokens: a weight is not finite, or something overflowed. Look at the checkpoint, or compute in a "
+                "wider dtype."
+            )
+        for row in np.nonzero(new >= 0)[0].tolist():
+            token = int(new[row])
+            num_running -= int(stop[token])
+            num_new[row] += 1
+            yield row, token
+        report(int(num_new.sum()))
+        if num_running == 0:
+            break
 
 
 def _default_chunk(cache: Caches, vocab_size: int, longest: int) -> int:
@@ -346,7 +372,7 @@ def _default_chunk(cache: Caches, vocab_size: int, longest: int) -> int:
     return max(_LOGITS // (cache[0].batch_size * vocab_size * _ROUND), 1) * _ROUND
 
 
-def _reporting(progress: Any) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], Any]]]:
+def _reporting(progress: object) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]:
     """What opens a report on a total number of tokens; it takes how many there are."""
     if progress is not True and progress is not False:
         if not callable(progress):
@@ -363,7 +389,7 @@ def _reporting(progress: Any) -> Callable[[int], contextlib.AbstractContextManag
         ) from error
 
     @contextlib.contextmanager
-    def bar(total: int) -> Iterator[Callable[[int], Any]]:
+    def bar(total: int) -> Iterator[Callable[[int], object]]:
         with tqdm(total=total, unit="token") as shown:
             yield lambda done: shown.update(done - shown.n)
 

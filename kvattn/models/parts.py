@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array
+from kvattn.families.config import DecoderConfig
 from kvattn.layers.placement import explicit_spec, on_mesh_of, product_spec
-from kvattn.models.config import DecoderConfig
 from kvattn.models.placement import Split
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Norm(nnx.Module):
     """``x / rms(x) * scale``, or ``(x - mean(x)) / std(x) * scale + bias``, in float32 whatever comes in."""
 
-    def __init__(self, config: DecoderConfig, split: Split, *, param_dtype: Any = jnp.float32):
+    def __init__(self, config: DecoderConfig, split: Split, *, param_dtype: DTypeLike = jnp.float32):
         shape, whole = (config.model_dim,), split.along((config.model_dim,), None)
         self.epsilon = config.norm_epsilon
         self.centred = config.norm == "layer"
@@ -83,7 +84,9 @@ class Experts(nnx.Module):
     given to is computed.
     """
 
-    def __init__(self, config: DecoderConfig, split: Split, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, split: Split, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         experts, model_dim, mlp_dim = config.num_experts, config.model_dim, config.mlp_dim
         self.per_token = config.experts_per_token
         self.alpha, self.limit = config.expert_alpha, config.expert_limit

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from kvattn.layers.arguments import scheme
 from kvattn.layers.placement import axis_size, explicit_spec
-from kvattn.layers.settings import scheme
 from kvattn.models.parameters import name_of
 from kvattn.sharding.split import split_over
 
@@ -24,7 +24,7 @@ class Split:
         axis: the mesh axis.
     """
 
-    mesh: Any = None
+    mesh: Mesh | AbstractMesh | None = None
     by: str = "auto"
     axis: str = "model"
 
@@ -77,7 +77,7 @@ class Split:
         return {"out_sharding": PartitionSpec(*entries), "mesh": self.mesh}
 
 
-def shardings(model: nnx.Module, mesh: Any) -> dict[str, Sharding | None]:
+def shardings(model: nnx.Module, mesh: Mesh | AbstractMesh | None) -> dict[str, Sharding | None]:
     """The sharding of each parameter by its name, as its metadata says; None for each where there is no mesh."""
     places: dict[str, Sharding | None] = {}
     for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):

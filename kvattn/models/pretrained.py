@@ -1,23 +1,23 @@
 """`from_pretrained`: a decoder from a checkpoint folder of HuggingFace's transformers."""
 
+import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
-from kvattn.memory.hf_defaults import ALIASES, DEFAULTS, NULLABLE
+from kvattn.families import FAMILIES, Blueprint, Fields, Rule
+from kvattn.families.rules import HEAD, Index, Shape
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
-from kvattn.models.hf import FAMILIES, Family, Fields, Index, Rule
-from kvattn.models.hf.rules import HEAD
-from kvattn.models.parameters import floating, name_of
+from kvattn.models.parameters import filled, floating, parameters_of
 from kvattn.models.tensors import Tensors, folder_of, in_folder, read_json
 
 _WRAPPERS = ("model.", "transformer.", "language_model.", "module.", "_orig_mod.", "base_model.")
@@ -32,19 +32,19 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def from_pretrained(
-    path: Any,
+    path: str | os.PathLike[str],
     *,
-    dtype: Any = None,
-    mesh: Any = None,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
     by: str = "auto",
     axis: str = "model",
     ignore: Collection[str] = (),
-    on_read: Callable[[str, int], Any] | None = None,
+    on_read: Callable[[str, int], object] | None = None,
 ) -> Decoder:
     """Reads a checkpoint folder: ``config.json`` and ``model.safetensors``, or the shards that its index names.
 
-    The families are those of `kvattn.models.hf.FAMILIES`, by the ``model_type`` of the config: Llama, Mistral, Qwen2,
-    Qwen3, Gemma 2, Gemma 3 (text), Falcon, OPT, MPT, BLOOM, GPT-2, GPT-BigCode, gpt-oss. Nothing is ever unpickled.
+    The ``model_type`` of the config says which family it is: one of `kvattn.models.FAMILIES` that has a `blueprint`
+    (the table in docs/models.md), or one of your own (`kvattn.models.register`). Nothing is ever unpickled.
     Tensors are read one at a time, the largest first, and go straight to their dtype and devices. Of a tensor that is
     split over a mesh each process reads the parts that its own devices hold. A head that differs from the embedding is
     used, whatever ``tie_word_embeddings`` says; where it is tied, one of the two is enough. Names may have prefixes of
@@ -76,42 +76,34 @@ def from_pretrained(
         >>> model = kvattn.models.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)  # doctest: +SKIP
         >>> kvattn.generate(model, [[128000, 791, 6864]], max_new_tokens=8)  # doctest: +SKIP
     """
-    if isinstance(ignore, str):
-        raise DTypeError(f"ignore must hold names of fields, got the text {ignore!r}: write ({ignore!r},).")
     dtype = None if dtype is None else floating(dtype)
     folder, on = folder_of(path), {"mesh": mesh, "by": by, "axis": axis}
-    family = read_family(folder, ignore)
+    blueprint = describe(folder, ignore=ignore)
     placement.Split(**on)
     tensors = in_folder(folder, on_read)
-    if family.config.tie_embeddings and _has_its_own_head(family, tensors):
-        family = read_family(folder, ignore, tied=False)
-    names = _checked(family, tensors, folder)
+    if blueprint.config.tie_embeddings and _has_its_own_head(blueprint, tensors):
+        blueprint = _described(folder, ignore, tied=False)
+    names = _checked(blueprint, tensors, folder)
     if dtype is None:
         dtype = _usual_dtype(tensors)
-    skeleton = nnx.eval_shape(lambda: Decoder(family.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
+    skeleton = nnx.eval_shape(lambda: Decoder(blueprint.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
-    graph, state = nnx.split(skeleton)
-    leaves = {name_of(keys): leaf for keys, leaf in nnx.to_flat_state(state)}
-    filled: dict[str, jax.Array] = {}
+    _check_blueprint(blueprint, {name: x.shape for name, x in parameters_of(skeleton).items()}, folder)
+    parameters: dict[str, jax.Array] = {}
     try:
-        for rule in _largest_first(family.rules):
+        for rule in _largest_first(blueprint.rules):
             reader = _Reader(rule, names, tensors, jnp.float32 if rule.exact else dtype)
-            for name, layout in rule.makes.items():
-                if layout.shape != leaves[name].shape:  # a mistake of a table, never of a file
-                    raise AssertionError(f"{name} is made {layout.shape}, the model has {leaves[name].shape}")
-                filled[name] = reader.placed(name, shardings[name])
+            for name in rule.makes:
+                parameters[name] = reader.placed(name, shardings[name])
     finally:
         tensors.close()
-    return nnx.merge(
-        graph,
-        nnx.from_flat_state([(keys, leaf.replace(filled[name_of(keys)])) for keys, leaf in nnx.to_flat_state(state)]),
-    )
+    return filled(skeleton, parameters)
 
 
 class _Reader:
     """Reads the parts of a rule's parameters that are asked for, each once."""
 
-    def __init__(self, rule: Rule, names: dict[str, str], tensors: Tensors, dtype: Any):
+    def __init__(self, rule: Rule, names: dict[str, str], tensors: Tensors, dtype: DTypeLike):
         self._rule, self._names, self._tensors, self._dtype = rule, names, tensors, jnp.dtype(dtype)
         self._parts: dict[tuple[tuple[int, int], ...], dict[str, np.ndarray]] = {}
 
@@ -133,32 +125,47 @@ class _Reader:
         return self._parts[key][name]
 
 
-def read_family(folder: Path, ignore: Collection[str] = (), *, tied: bool | None = None) -> Family:
-    """What a folder's ``config.json`` describes.
+def describe(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Blueprint:
+    """What `from_pretrained` would make of a folder, judging by its ``config.json``. No tensor is read.
 
     Args:
-        folder: it.
-        ignore: fields that change nothing.
-        tied: what ``tie_word_embeddings`` shall be, whatever the file says.
+        path: the folder.
+        ignore: as for `from_pretrained`.
+
+    Returns:
+        the decoder's ``config``, and in ``tensors`` the name and shape of every tensor the checkpoint must have.
 
     Raises:
-        MissingFileError, CacheCorruptionError, ConfigError, UnsupportedError: as `from_pretrained`.
+        MissingFileError, CacheCorruptionError, ConfigError, UnsupportedError, DTypeError: as `from_pretrained`.
+
+    Example:
+        >>> import kvattn
+        >>> kvattn.models.describe("path/to/Llama-3.2-1B").config.num_layers  # doctest: +SKIP
+        16
     """
+    if isinstance(ignore, str):
+        raise DTypeError(f"ignore must hold names of fields, got the text {ignore!r}: write ({ignore!r},).")
+    return _described(folder_of(path), ignore)
+
+
+def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = None) -> Blueprint:
+    """The same, with `tied` in place of what the file says about ``tie_word_embeddings``."""
     source = folder / "config.json"
     settings = read_json(source) | ({} if tied is None else {"tie_word_embeddings": tied})
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{source} names no model_type.")
-    if kind not in FAMILIES:
+    family = FAMILIES.get(kind)
+    if family is None or family.blueprint is None:
+        known = sorted(kind for kind, family in FAMILIES.items() if family.blueprint is not None)
         raise UnsupportedError(
-            f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(sorted(FAMILIES))}."
+            f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(known)}."
         )
-    tables = {"defaults": DEFAULTS[kind], "nullable": NULLABLE.get(kind, ()), "aliases": ALIASES.get(kind)}
-    fields = Fields(settings, str(source), ignore, **tables)
-    if kind != "gpt_oss":
+    fields = Fields(settings, str(source), family, ignore)
+    if not family.is_quantized:
         fields.only("quantization_config", why="quantised weights are read for gpt_oss (mxfp4) only")
     try:
-        family = FAMILIES[kind](fields)
+        blueprint = family.blueprint(fields)
     except KVAttnError as error:
         if str(source) in str(error):
             raise
@@ -166,21 +173,34 @@ def read_family(folder: Path, ignore: Collection[str] = (), *, tied: bool | None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{source}: {error}") from error
     fields.finish()
-    return family
+    return blueprint
 
 
-def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
-    """The name each tensor has in the files, by the name that the table has for it.
+def _check_blueprint(blueprint: Blueprint, parameters: Mapping[str, Shape], folder: Path) -> None:
+    """That every parameter of the decoder is made, and nothing else: a mistake of the family, never of a file.
+
+    Raises:
+        ConfigError: it is not; all differences are named.
+    """
+    made = {name: layout.shape for rule in blueprint.rules for name, layout in rule.makes.items()}
+    if made != parameters:
+        wrong = sorted(name for name in {**made, **parameters} if made.get(name) != parameters.get(name))
+        problems = [f"{name}: made {made.get(name)}, the decoder has {parameters.get(name)}" for name in wrong]
+        raise ConfigError(f"the family of {folder} does not make the decoder's parameters:\n  " + "\n  ".join(problems))
+
+
+def _checked(blueprint: Blueprint, tensors: Tensors, folder: Path) -> dict[str, str]:
+    """The name each tensor has in the files, by the name that the blueprint has for it.
 
     Raises:
         CacheVersionError: the files do not hold what the config describes.
     """
-    located, table = _Names(family, tensors), _table(family)
+    located, table = _Names(blueprint, tensors), _table(blueprint)
     names, problems = {}, []
-    for rule in family.rules:
+    for rule in blueprint.rules:
         for name, shape in rule.sources.items():
             found = located(name)
-            if found is None and name == table and family.config.tie_embeddings:
+            if found is None and name == table and blueprint.config.tie_embeddings:
                 found = located(HEAD)
             if found is None:
                 problems.append(f"missing: {name} {shape}")
@@ -193,7 +213,7 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
                 problems.append(f"kind: {found} in {entry.file.name} holds {entry.dtype}, not {rule.stored}")
     for name in sorted(set(tensors.entries) - set(names.values())):
         bare = located.bare(name)
-        if not (_BUFFERS.search(name) or any(re.search(p, n) for p in family.ignored for n in (name, bare))):
+        if not (_BUFFERS.search(name) or any(re.search(p, n) for p in blueprint.ignored for n in (name, bare))):
             entry = tensors.entries[name]
             problems.append(f"left over: {name} {entry.shape} in {entry.file.name}")
     if problems:
@@ -201,10 +221,10 @@ def _checked(family: Family, tensors: Tensors, folder: Path) -> dict[str, str]:
     return names
 
 
-def _has_its_own_head(family: Family, tensors: Tensors) -> bool:
+def _has_its_own_head(blueprint: Blueprint, tensors: Tensors) -> bool:
     """Whether the files hold a head that is not the embedding, though the config says that it is."""
-    located = _Names(family, tensors)
-    embedding, head = located(_table(family)), located(HEAD)
+    located = _Names(blueprint, tensors)
+    embedding, head = located(_table(blueprint)), located(HEAD)
     if head is None or embedding is None:
         return False
     shape = tensors.entries[head].shape
@@ -218,16 +238,16 @@ def _has_its_own_head(family: Family, tensors: Tensors) -> bool:
         tensors.close()
 
 
-def _table(family: Family) -> str:
+def _table(blueprint: Blueprint) -> str:
     """The tensor that becomes the embedding."""
-    return next(iter(next(rule for rule in family.rules if "embed.embedding" in rule.makes).sources))
+    return next(iter(next(rule for rule in blueprint.rules if "embed.embedding" in rule.makes).sources))
 
 
 class _Names:
-    """Finds tensors by the names that a family's table has for them, whatever either of them begins with."""
+    """Finds tensors by the names that the blueprint has for them, whatever either of them begins with."""
 
-    def __init__(self, family: Family, tensors: Tensors):
-        self._prefixes = (*family.prefixes, *_WRAPPERS)
+    def __init__(self, blueprint: Blueprint, tensors: Tensors):
+        self._prefixes = (*blueprint.prefixes, *_WRAPPERS)
         self._whole = set(tensors.entries)
         self._bare: dict[str, str] = {}
         for name in sorted(tensors.entries, key=len, reverse=True):  # of several the shortest counts
@@ -249,7 +269,7 @@ def _largest_first(rules: Iterable[Rule]) -> list[Rule]:
     return sorted(rules, key=lambda rule: -sum(int(np.prod(shape)) for shape in rule.sources.values()))
 
 
-def _usual_dtype(tensors: Tensors) -> Any:
+def _usual_dtype(tensors: Tensors) -> np.dtype:
     """The floating dtype that most numbers are stored in."""
     counts: dict[str, int] = {}
     for entry in tensors.entries.values():

@@ -2,7 +2,6 @@
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from kvattn import _checks
 from kvattn.cache import Cache
 from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, StaleCacheError
+from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.policies import Context
 
@@ -29,7 +29,7 @@ def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarra
     return [_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
 
 
-def stop_mask(stop_tokens: Any, vocab_size: int) -> np.ndarray:
+def stop_mask(stop_tokens: object, vocab_size: int) -> np.ndarray:
     """bool [V]: which tokens end a row.
 
     Raises:
@@ -49,22 +49,33 @@ def stop_mask(stop_tokens: Any, vocab_size: int) -> np.ndarray:
         )
     mask = np.zeros((vocab_size,), bool)
     for token in stop_tokens:
-        if _checks.integer("a stop token", token, 0, RangeError) >= vocab_size:
+        index = _checks.integer("a stop token", token, 0, RangeError)
+        if index >= vocab_size:
             raise RangeError(f"stop tokens must lie in [0, {vocab_size}), got {token}.")
-        mask[token] = True
+        mask[index] = True
     return mask
 
 
-def continued(cache: Any, model: Decoder, num_rows: int) -> tuple[Caches, np.ndarray]:
+def continued(cache: object, model: Decoder, num_rows: int, **settings: object) -> tuple[Caches, np.ndarray]:
     """The caches of an earlier call, one per layer, and int32 [B], the tokens they hold.
+
+    Args:
+        cache: what was given as such.
+        model: whose they must be.
+        num_rows: B.
+        **settings: of new caches, all None.
 
     Raises:
         DTypeError: what is no sequence of caches.
         ShapeError: caches of another model, or of another number of rows.
-        ConfigError: caches of an encoder, or such that hold different tokens.
+        ConfigError: a setting; caches of an encoder, or such that hold different tokens.
         StaleCacheError: caches that an earlier call or step has used up, or one for several layers.
         KVAttnError: what an earlier step recorded, as `kvattn.KVCache.check` raises it.
     """
+    if beside := [name for name, value in settings.items() if value is not None]:
+        raise ConfigError(
+            f"{' and '.join(beside)} cannot be changed once there is a cache: give them to the first call only."
+        )
     if not isinstance(cache, list | tuple) or not all(isinstance(layer, Cache) for layer in cache):
         raise DTypeError(
             "cache must be what generate(..., return_cache=True) or model.make_cache returned, a tuple of one cache "
@@ -102,6 +113,32 @@ def continued(cache: Any, model: Decoder, num_rows: int) -> tuple[Caches, np.nda
     return tuple(cache), lengths[0]
 
 
+def reached(config: DecoderConfig, held: np.ndarray, lengths: np.ndarray, max_new_tokens: int, appended: int) -> int:
+    """The tokens of the longest row once the prompts are in.
+
+    Args:
+        config: of the model.
+        held: int32 [B], tokens that the caches hold before.
+        lengths: int32 [B], of the prompts.
+        max_new_tokens: most new tokens.
+        appended: those of them that are appended.
+
+    Raises:
+        RangeError: positions beyond int32, or beyond what the model has learned.
+    """
+    most = int((held + lengths.astype(np.int64)).max(initial=1))
+    if most + max_new_tokens > _checks.INT32_MAX:
+        raise RangeError(f"max_new_tokens must leave positions within int32, got {max_new_tokens}.")
+    limit = config.max_positions if config.positions == "learned" else None
+    if limit is not None and most + appended > limit:
+        before = f", {int(held.max())} of them in the cache," if held.any() else ""
+        raise RangeError(
+            f"the model has {limit} learned positions; a sequence of {most} tokens{before} and {max_new_tokens} new "
+            f"ones take {most + appended}: at most {max(limit + max_new_tokens - appended - most, 0)} new tokens fit."
+        )
+    return most
+
+
 def fitting(cache: Caches, needed: np.ndarray) -> None:
     """Checks that int32 [B] more tokens can be appended.
 
@@ -130,7 +167,7 @@ def padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     return tokens
 
 
-def _prompt(index: int, prompt: Any, vocab_size: int) -> np.ndarray:
+def _prompt(index: int, prompt: object, vocab_size: int) -> np.ndarray:
     if isinstance(prompt, str):
         raise DTypeError(
             f"prompt {index} is text, not token ids: pass tokenizer.encode(text).ids (kvattn.models.load_tokenizer), "

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import numbers
 import typing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,9 @@ class Sampler:
     top_p: Array | None = None
 
     @classmethod
-    def create(cls, vocab_size: int, *, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> "Sampler":
+    def create(
+        cls, vocab_size: int, *, temperature: float, top_k: int | None, top_p: float | None, seed: int
+    ) -> "Sampler":
         """Checks the settings of `kvattn.generate`, whose meaning and errors are told there."""
         if _checks.integer("seed", seed, 0, RangeError) > _MAX_SEED:
             raise RangeError(f"seed must lie in [0, 2**32), got {seed}.")
@@ -141,7 +142,7 @@ def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
     return above | (tied & (weight(above) + tied_before * weights < target))
 
 
-def _number(name: str, value: Any) -> None:
+def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be a number, got {value!r}.")
     if not math.isfinite(value):

@@ -43,7 +43,7 @@ class Tensors:
         CacheCorruptionError: a file that is damaged or cut off, or a name that two files hold.
     """
 
-    def __init__(self, files: Iterable[Path], on_read: Callable[[str, int], Any] | None = None):
+    def __init__(self, files: Iterable[Path], on_read: Callable[[str, int], object] | None = None):
         self._on_read = on_read
         self.entries: dict[str, Entry] = {}
         for file in files:
@@ -96,7 +96,7 @@ class Tensors:
         self._open, self._read = None, 0
 
 
-def in_folder(folder: Path, on_read: Callable[[str, int], Any] | None = None) -> Tensors:
+def in_folder(folder: Path, on_read: Callable[[str, int], object] | None = None) -> Tensors:
     """The tensors of a folder: those of ``model.safetensors``, or of the shards that its index names.
 
     Raises:

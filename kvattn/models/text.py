@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from kvattn import _checks
 from kvattn.errors import DTypeError, RangeError
@@ -14,6 +14,7 @@ _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 """What tokens with byte fallback call one byte."""
 
 
+@runtime_checkable
 class Decodes(Protocol):
     """What text is made with; tokenizers of `tokenizers` and `transformers` have it."""
 
@@ -141,10 +142,10 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
 
 
-def _ids(name: str, ids: Any) -> list[int]:
+def _ids(name: str, ids: object) -> list[int]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise DTypeError(f"{name} must be token ids, got {ids!r}: tokenizer.encode(text).ids.")
-    values: Any = getattr(ids, "tolist", lambda: ids)()
+    values = getattr(ids, "tolist", lambda: ids)()
     return [_checks.integer(f"a token of {name}", token, 0, RangeError) for token in values]
 
 
@@ -155,7 +156,7 @@ def _in_common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _naming(tokenizer: Any) -> Callable[[int], Any]:
+def _naming(tokenizer: Decodes) -> Callable[[int], object]:
     """The name of a token as the tokenizer's vocabulary has it; None where it does not say."""
     for method in ("id_to_token", "convert_ids_to_tokens"):
         if hasattr(tokenizer, method):

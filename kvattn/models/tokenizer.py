@@ -20,6 +20,9 @@ CONFIG = "tokenizer_config.json"
 OLDER = "special_tokens_map.json"
 """Where older checkpoints name the tokens."""
 
+type Part = dict[str, Any]
+"""An object of tokenizer.json: a processor, or a piece of its template."""
+
 _TEMPLATE = "TemplateProcessing"
 
 _REPLACING = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "GPTNeoXTokenizer", "CohereTokenizer")
@@ -150,7 +153,7 @@ def _settle(tokenizer: "Tokenizer", end: str, token: str, number: int, wanted: b
     tokenizer.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
 
 
-def _parts(processor: Any) -> list[dict[str, Any]]:
+def _parts(processor: Part | None) -> list[Part]:
     if processor is None:
         return []
     if processor["type"] != "Sequence":
@@ -158,7 +161,7 @@ def _parts(processor: Any) -> list[dict[str, Any]]:
     return [inner for part in processor["processors"] for inner in _parts(part)]
 
 
-def _template(part: dict[str, Any]) -> dict[str, Any]:
+def _template(part: Part) -> Part:
     """The processors of BERT and RoBERTa are templates with names of their own; others stay what they are."""
     if part["type"] not in ("BertProcessing", "RobertaProcessing"):
         return part
@@ -170,19 +173,19 @@ def _template(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": _TEMPLATE, "single": single, "pair": pair, "special_tokens": special}
 
 
-def _text(name: str, kind: int) -> dict[str, Any]:
+def _text(name: str, kind: int) -> Part:
     return {"Sequence": {"id": name, "type_id": kind}}
 
 
-def _token(name: str, kind: int) -> dict[str, Any]:
+def _token(name: str, kind: int) -> Part:
     return {"SpecialToken": {"id": name, "type_id": kind}}
 
 
-def _special(token: str, number: int) -> dict[str, Any]:
+def _special(token: str, number: int) -> Part:
     return {token: {"id": token, "ids": [number], "tokens": [token]}}
 
 
-def _with(template: list[dict[str, Any]], side: int, token: str) -> list[dict[str, Any]]:
+def _with(template: list[Part], side: int, token: str) -> list[Part]:
     """The token before (side 0) or behind (1) everything that belongs to a text: of a pair, to each."""
     texts = [i for i, piece in enumerate(template) if "Sequence" in piece]
     ends = (0, *texts[1:]) if side == 0 else (*(i + 1 for i in texts[:-1]), len(template))
@@ -192,7 +195,7 @@ def _with(template: list[dict[str, Any]], side: int, token: str) -> list[dict[st
     return out
 
 
-def _without(template: list[dict[str, Any]], side: int, token: str) -> list[dict[str, Any]]:
+def _without(template: list[Part], side: int, token: str) -> list[Part]:
     """The template without this token right before (side 0) or behind (1) a text."""
     beside = 1 if side == 0 else -1
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int32, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -71,7 +72,16 @@ def mqa(
     """
     del block_h, block_k, k_splits, num_warps, num_stages, grid, interpret, debug
     q, k, v = _floats(q, k, v)
-    return _contiguous(q, k[:, None], v[:, None], start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
+    return _contiguous(
+        q,
+        k[:, None],
+        v[:, None],
+        start_idx=start_idx,
+        kv_seq_len=kv_seq_len,
+        sm_scale=sm_scale,
+        return_residuals=return_residuals,
+        normalize_output=normalize_output,
+    )
 
 
 def gqa(
@@ -108,7 +118,16 @@ def gqa(
     if k.ndim != 4 or v.ndim != 4:
         raise ShapeError(f"k and v must be [B, S, K, H], got {k.shape} and {v.shape}.")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return _contiguous(q, k, v, start_idx, kv_seq_len, sm_scale, return_residuals, normalize_output)
+    return _contiguous(
+        q,
+        k,
+        v,
+        start_idx=start_idx,
+        kv_seq_len=kv_seq_len,
+        sm_scale=sm_scale,
+        return_residuals=return_residuals,
+        normalize_output=normalize_output,
+    )
 
 
 def gpu_paged_attention(
@@ -200,7 +219,7 @@ def tpu_paged_attention(
     return _paged(q, _parts(k_pages), _parts(v_pages), lengths, table, attn_logits_soft_cap)
 
 
-def _parts(pages: Any) -> tuple[Array, Array | None]:
+def _parts(pages: Any) -> tuple[Shaped[Array, "K P R H"], Float[Array, "K P R"] | None]:
     """The numbers of pages, and their scales if JAX quantised them."""
     if not hasattr(pages, "weight"):
         return pages, None
@@ -208,7 +227,14 @@ def _parts(pages: Any) -> tuple[Array, Array | None]:
     return pages.weight, pages.scales[..., 0].astype(jnp.float32) / 127.5
 
 
-def _paged(q, k, v, lengths: Any, table: tuple[str, Any], softcap: float | None) -> Array:
+def _paged(
+    q: Any,
+    k: tuple[Any, Any],
+    v: tuple[Any, Any],
+    lengths: Any,
+    table: tuple[str, Any],
+    softcap: float | None,
+) -> Float[Array, "B N H"]:
     """k and v are pages and their scales or None, the table comes with its name."""
     q, (name, pages) = _checks.query("q", q), table
     pages = _checks.integers(name, pages)
@@ -231,21 +257,32 @@ def _paged(q, k, v, lengths: Any, table: tuple[str, Any], softcap: float | None)
     )
 
 
-def _floats(*arrays: Any) -> tuple[Array, ...]:
+def _floats(*arrays: Any) -> tuple[Float[Array, "..."], ...]:
+    """q, k and v as arrays of floats."""
     return tuple(_checks.floating(n, x) for n, x in zip("qkv", arrays, strict=True))
 
 
-def _contiguous(q, k, v, start, length, scale, residuals: bool, normalize: bool) -> Any:
-    """k, v [B, K, S, H]."""
-    _checks.finite_scale(scale)
-    q, scale = folded(q, scale)
+def _contiguous(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    start_idx: Any,
+    kv_seq_len: Any,
+    sm_scale: Any,
+    return_residuals: bool,
+    normalize_output: bool,
+) -> Any:
+    """What `mqa` and `gqa` return."""
+    _checks.finite_scale(sm_scale)
+    q, scale = folded(q, sm_scale)
     # Before jit, which would wrap what int32 does not hold.
-    start, length = _per_row("start_idx", start, q), _per_row("kv_seq_len", length, q)
-    return _decode(q, k, v, start, length, scale, residuals, normalize)
+    start, length = _per_row("start_idx", start_idx, q), _per_row("kv_seq_len", kv_seq_len, q)
+    return _decode(q, k, v, start, length, scale=scale, residuals=return_residuals, normalize=normalize_output)
 
 
-def _per_row(name: str, x: Any, q: Array) -> Array | None:
-    """int32 [B], from one number or one per row; None stays None."""
+def _per_row(name: str, x: Any, q: Float[Array, "B N H"]) -> Int32[Array, " B"] | None:
+    """One number per row, from that or from one for all; None stays None."""
     if x is None:
         return None
     x = _checks.int32(name, x)
@@ -254,18 +291,28 @@ def _per_row(name: str, x: Any, q: Array) -> Array | None:
     return jnp.broadcast_to(x, q.shape[:1])
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "residuals", "normalize"))
-def _decode(q, k, v, start, length, sm_scale, residuals: bool, normalize: bool) -> Any:
-    """k, v [B, K, S, H]."""
+@functools.partial(jax.jit, static_argnames=("scale", "residuals", "normalize"))
+def _decode(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    start: Int32[Array, " B"] | None,
+    length: Int32[Array, " B"] | None,
+    *,
+    scale: float | None,
+    residuals: bool,
+    normalize: bool,
+) -> Any:
+    """Attention, and what the old kernels return beside it."""
     batch, slots = q.shape[0], k.shape[2]
     lengths = jnp.full((batch,), slots, jnp.int32) if length is None else jnp.clip(length, 0, slots)
     starts = start
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    out, lse = decode_attention(q, k, v, lengths, starts=starts, scale=scale, return_lse=True)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = decode_attention(q, k, v, lengths, starts=starts, scale=factor, return_lse=True)
     if normalize and not residuals:
         return out
     grouped = q.reshape(batch, k.shape[1], -1, q.shape[-1])
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32) * factor
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
     seen = (slot < lengths[:, None]) & (slot >= (0 if starts is None else starts[:, None]))
     top = jnp.max(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1).reshape(lse.shape)

@@ -1,5 +1,6 @@
 """The body of `"mosaic_gpu"`: one warpgroup that fetches, one that computes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -14,15 +15,16 @@ from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread
 from kvattn.pallas.shares import Counts
 
 
-def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
+def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> list[Array]:
     """Partial states, and scores if wanted.
 
     Args:
         spec: the sizes.
         interpret: of `plgpu.kernel`.
-        *arrays: those of `Rows`; query [parts, B, heads, cols, H]; its positions int32 [B, chunks, lanes];
-            positions int32 [B, 1 or K, S]; the arrays of the cache; then, each if there is one, the page table, the
-            factor [B, heads, lanes], the slopes [heads, lanes], the sums [B, heads, groups, lanes].
+        arrays: what the kernel reads, by name: those of `Rows`; "query" [parts, B, heads, cols, H]; "at" int32
+            [B, chunks, lanes], its positions; "positions" int32 [B, 1 or K, S]; the `Stream`s of the cache; and, each
+            if there is one, "table" int32 [B, W], "factor" [B, heads, lanes], "slopes" [heads, lanes], "sums"
+            [B, heads, groups, lanes].
 
     Returns:
         outputs times their sums float32 [states, Hv padded, cols], maxima and sums float32 [states, cols]; with
@@ -30,33 +32,23 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
     """
     states = spec.heads * spec.batch + spec.programs
     result = lambda *shape: _manual.result(shape, F32, arrays)
-    out_type = [result(states, spec.padded, spec.cols), result(states, spec.cols), result(states, spec.cols)]
+    results = {
+        "out": result(states, spec.padded, spec.cols),
+        "top": result(states, spec.cols),
+        "total": result(states, spec.cols),
+    }
     if spec.want_scores:
-        out_type.append(result(spec.batch, spec.heads, spec.slots, spec.cols))
+        results["scores"] = result(spec.batch, spec.heads, spec.slots, spec.cols)
 
     def kvattn_gpu_decode(*refs, **shared):
-        names = [
-            "count",
-            "hole",
-            "after",
-            "run",
-            "run_end",
-            "query",
-            "at",
-            "positions",
-            *(s.name for s in spec.streams),
-        ]
-        optional = (spec.page_size > 0, spec.factor, spec.alibi, spec.format.is_grouped)
-        names += [n for n, there in zip(("table", "factor", "slopes", "sums"), optional, strict=True) if there]
-        names += ["out", "top", "total", "scores"]
-        memory = dict(zip(names, refs, strict=False))
+        memory = dict(zip((*arrays, *results), refs, strict=True))
         program, role = lax.axis_index("program"), lax.axis_index("role")
         pl.when(role == 1)(lambda: fetch(spec, memory, shared))
         pl.when(role == 0)(lambda: compute(spec, memory, shared, program))
 
     return plgpu.kernel(
         kvattn_gpu_decode,
-        out_type=tuple(out_type),
+        out_type=tuple(results.values()),
         scratch_types=scratch(spec),
         grid=(spec.programs,),
         grid_names=("program",),
@@ -64,7 +56,7 @@ def decode(spec: Spec, interpret: Any, *arrays: Array) -> list[Array]:
         thread_name="role",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(*arrays)
+    )(*arrays.values())
 
 
 class Walk:

@@ -124,15 +124,19 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
 
     positions = common.slot_positions(request, spec.slots)
     rows = survey(request, positions, tile)
-    arrays = [
-        x if x.dtype == stream.dtype else jax.lax.bitcast_convert_type(x, stream.dtype)
+    stored = {
+        stream.name: x if x.dtype == stream.dtype else jax.lax.bitcast_convert_type(x, stream.dtype)
         for x, stream in zip(_stored(view), spec.streams, strict=True)
-    ]
-    to_lanes = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
-    at, *vectors = (to_lanes(x) for x in (at, factor, slopes, sums) if x is not None)
-    extras = vectors if view.page_table is None else [view.page_table, *vectors]
+    }
+    vectors = {
+        name: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
+        for name, x in (("at", at), ("factor", factor), ("slopes", slopes), ("sums", sums))
+        if x is not None
+    }
+    table = {} if view.page_table is None else {"table": view.page_table}
+    arrays = {**rows.arrays(), "query": query, "positions": positions, **stored, **table, **vectors}
     interpret = INTERPRETER if interpreted() else None
-    partial, top, total, *scores = decode(spec, interpret, *rows.arrays(), query, at, positions, *arrays, *extras)
+    partial, top, total, *scores = decode(spec, interpret, arrays)
     out, lse = merge(partial, top, total, rows.count, batch, spec.programs, interpret)
 
     def split(x: Array) -> Array:

@@ -1,10 +1,11 @@
-"""Whether kernels run in JAX's interpreters, which need no device."""
+"""Kernels without their device: run in JAX's interpreters, or compiled for a device that is not here."""
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
 
 _INTERPRETED: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+_AHEAD: contextvars.ContextVar[bool] = contextvars.ContextVar("ahead", default=False)
 
 
 @contextlib.contextmanager
@@ -27,3 +28,21 @@ def interpret() -> Iterator[None]:
 def interpreted() -> bool:
     """Whether `interpret` is in force."""
     return _INTERPRETED.get()
+
+
+@contextlib.contextmanager
+def ahead_of_time() -> Iterator[None]:
+    """Inside, kernels are taken that are made for another backend than the default one.
+
+    For lowering and compiling programs for devices that are not here. Such a program cannot run here.
+    """
+    token = _AHEAD.set(True)
+    try:
+        yield
+    finally:
+        _AHEAD.reset(token)
+
+
+def is_ahead_of_time() -> bool:
+    """Whether `ahead_of_time` is in force."""
+    return _AHEAD.get()

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from kvattn.attend import registry
 from kvattn.attend.registry import Implementation, Kernel, Sizes
 from kvattn.pallas import tuning
-from kvattn.pallas.interpreter import interpreted
+from kvattn.pallas.interpreter import interpreted, is_ahead_of_time
 
 
 def _gpu_decode() -> Kernel:
@@ -34,7 +34,7 @@ def _tpu_append() -> Callable[[Any], Any]:
 def _blocked(platform: str) -> str | None:
     """Why a kernel made for a platform cannot run in this process; None: it can."""
     backend = jax.default_backend()
-    if backend != platform and not interpreted():
+    if backend != platform and not (interpreted() or is_ahead_of_time()):
         return f"it needs a {platform.upper()}, and the default backend here is {backend!r}"
     if axes := _shared_axes():
         return f"compilers do not divide kernels over mesh axes ({axes}); call it inside jax.shard_map over them"

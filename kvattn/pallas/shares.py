@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Int32
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request
@@ -47,9 +48,9 @@ class Rows:
     run: Array
     run_end: Array
 
-    def arrays(self) -> list[Array]:
-        """All five."""
-        return [self.count, self.hole, self.after, self.run, self.run_end]
+    def arrays(self) -> dict[str, Int32[Array, " rows"]]:
+        """All five, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def survey(request: Request, positions: Array, tile: int) -> Rows:

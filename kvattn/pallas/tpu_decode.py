@@ -8,16 +8,20 @@ output of a row stay in VMEM until its last tile.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int32
 
 from kvattn import _manual
 from kvattn._typing import Array
+from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
+from kvattn.cache.view import View
 from kvattn.pallas import common, tiles, tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
@@ -54,114 +58,154 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
     return None
 
 
-def attend(request: Request, config: TpuConfig | None = None) -> tuple[Array, Array, Array | None]:
+def attend(request: Request, config: TpuConfig | None = None) -> Result:
     """Attention of a few new tokens; see `Request` for arguments and results."""
-    view, mask, config = request.view, request.mask, config or config_for(request)
-    form = common.format_of(view)
-    batch, length = request.query.shape[:2]
+    view, config = request.view, config or config_for(request)
     heads, rows = view.num_kv_heads, rows_of(view, config)
-    query = grouped(request.query, heads)
-    group = query.shape[2]
-    dtypes = (request.query.dtype, view.keys["data"].dtype)
-    wide = jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
+    batch, length = request.query.shape[:2]
+    group = request.query.shape[2] // heads
     # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
     count = group * length
     padded = -(-count // 16) * 16
-    query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), (0, 0), (0, padded - count), (0, 0)))
-    query = tpu_read.spread(query, form)
-    at = jnp.pad(common.query_positions(request), ((0, 0), (0, padded - count)), constant_values=-1)
-
     slots = -(-_tokens(view) // rows) * rows
     positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
-    scalars = [chosen.count, chosen.row, chosen.tile, chosen.whole]
-    per_tile = 1
-    if view.page_table is not None:
-        per_tile = rows // view.page_size
-        num_pages = view.keys["data"].shape[1]
-        scalars.append(tiles.pages_of(chosen, view.page_table, per_tile, num_pages).reshape(-1))
 
-    names, paged = list(view.keys), view.page_table is not None
-    stores = []
-    for store in (view.keys, view.values):
-        for name in names:
+    scalars = _scalars(view, chosen, rows)
+    inputs = {**_queries(request, padded), "positions": _positions(positions, rows), **_stores(view, rows)}
+    results = _results(request, padded, slots, rows)
+    arrays = [*scalars.values(), *(x for x, _ in inputs.values())]
+    out, lse, *scores = pl.pallas_call(
+        functools.partial(
+            _body,
+            names=(*scalars, *inputs, *results, "top", "total", "acc"),
+            readers=_readers(request),
+            rule=request.mask,
+            scale=request.scale,
+            softcap=request.softcap,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=_grid(chosen),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[spec for _, spec in results.values()],
+            scratch_shapes=[pltpu.VMEM((heads, padded, size), jnp.float32) for size in (1, 1, view.value_head_dim)],
+        ),
+        out_shape=[_manual.result(shape, jnp.float32, arrays) for shape, _ in results.values()],
+        compiler_params=params(vmem_bytes(request, config)),
+        interpret=INTERPRETER if interpreted() else False,
+        name="kvattn_tpu_decode",
+    )(*arrays)
+
+    split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
+    out, lse = tpu_read.restored(split(out), common.format_of(view)), split(lse)[..., 0]
+    if not request.want_mass:
+        return out, lse, None
+    seen = jnp.repeat(chosen.needed, rows, axis=1)[:, None, None]
+    by_head = grouped(lse[..., None], heads).reshape(batch, heads, count, 1)
+    by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
+    probs = jnp.where(seen, jnp.exp(scores[0][:, :, :count] - by_head), 0)
+    return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+
+
+# What the kernel is given, by name ---------------------------------------------------------------
+
+Operands = dict[str, tuple[Array, pl.BlockSpec]]
+"""Arrays [...], and which block of each belongs to a step of the grid."""
+
+
+def _scalars(view: View, chosen: tiles.Plan, rows: int) -> dict[str, Int32[Array, " n"]]:
+    """What the grid walks along: the tiles, and the pages of each."""
+    scalars = {"count": chosen.count, "row": chosen.row, "tile": chosen.tile, "whole": chosen.whole}
+    if view.page_table is not None:
+        pages = tiles.pages_of(chosen, view.page_table, rows // view.page_size, view.keys["data"].shape[1])
+        scalars["pages"] = pages.reshape(-1)
+    return scalars
+
+
+def _by_row(*block: int) -> pl.BlockSpec:
+    """The block of an array [B, ...] that is a row's."""
+    return pl.BlockSpec((1, *block), lambda i, n, row, *_: (row[i], *(0,) * len(block)))
+
+
+def _queries(request: Request, padded: int) -> Operands:
+    """Queries [B, K, M, H] filled up to `padded` rows, their positions [B, M, 1], and ALiBi's slopes [K, M, 1]."""
+    view, heads = request.view, request.view.num_kv_heads
+    query = grouped(request.query, heads)
+    batch, _, group, length, _ = query.shape
+    count = group * length
+    fill = ((0, 0), (0, padded - count))
+    query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), *fill, (0, 0)))
+    query = tpu_read.spread(query, common.format_of(view)).astype(_wide(request))
+    at = jnp.pad(common.query_positions(request), fill, constant_values=-1)
+    found: Operands = {"query": (query, _by_row(*query.shape[1:])), "at": (at[..., None], _by_row(padded, 1))}
+    slopes = common.query_slopes(request)
+    if slopes is not None:
+        slopes = jnp.pad(slopes, fill)[..., None]
+        found["slopes"] = slopes, pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0))
+    return found
+
+
+def _positions(positions: Int32[Array, "B K1 S"], rows: int) -> tuple[Array, pl.BlockSpec]:
+    """Those of a tile's slots."""
+    block = (1, positions.shape[1], rows)
+    return positions, pl.BlockSpec(block, lambda i, n, row, tile, *_: (row[i], 0, tile[i]))
+
+
+def _stores(view: View, rows: int) -> Operands:
+    """The arrays of the cache, one operand for every page of a tile."""
+    found: Operands = {}
+    for role, store in (("keys", view.keys), ("values", view.values)):
+        for name, x in store.items():
             last = name in view.codec.token_minor
-            x = store[name]
             if not last and tpu_read.tokens_last(x.shape[-1]):
                 # As it lies already: no copy.
                 x, last = x.swapaxes(-1, -2), True
             if not interpreted():
                 # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
                 x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
-            stores.extend((x, part, last) for part in range(per_tile))
-    by_row = lambda *tail: pl.BlockSpec((1, *tail), lambda i, n, row, *_: (row[i], *(0,) * len(tail)))
-    kv_heads = positions.shape[1]
-    in_specs = [
-        by_row(*query.shape[1:]),
-        by_row(padded, 1),
-        pl.BlockSpec((1, kv_heads, rows), lambda i, n, row, tile, *_: (row[i], 0, tile[i])),
-        *(_page_spec(x, part, per_tile) if paged else _store_spec(x, rows, last) for x, part, last in stores),
-    ]
-    inputs = [query.astype(wide), at[..., None], positions, *(x for x, _, _ in stores)]
-    slopes = common.query_slopes(request)
-    if slopes is not None:
-        inputs.append(jnp.pad(slopes, ((0, 0), (0, padded - count)))[..., None])
-        in_specs.append(pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0)))
-    out_specs = [by_row(heads, padded, view.value_head_dim), by_row(heads, padded, 1)]
-    result = lambda *shape: _manual.result(shape, jnp.float32, (scalars, inputs))
-    out_shape = [result(batch, heads, padded, view.value_head_dim), result(batch, heads, padded, 1)]
-    if request.want_mass:
-        out_specs.append(pl.BlockSpec((1, heads, padded, rows), lambda i, n, row, tile, *_: (row[i], 0, 0, tile[i])))
-        out_shape.append(result(batch, heads, padded, slots))
-    body = functools.partial(
-        _body,
-        names=names,
-        readers=[
-            functools.partial(
-                tpu_read.Store,
-                format=form,
-                last=tpu_read.tokens_last(store["data"].shape[-1]),
-                head_dim=head_dim,
-                wide=wide,
-            )
-            for store, head_dim in ((view.keys, view.key_head_dim), (view.values, view.value_head_dim))
-        ],
-        per_tile=per_tile,
-        rule=mask,
-        scale=request.scale,
-        softcap=request.softcap,
-        alibi=slopes is not None,
-        num_scalars=len(scalars),
-    )
-    out, lse, *scores = pl.pallas_call(
-        body,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=_grid(chosen),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=[
-                pltpu.VMEM((heads, padded, 1), jnp.float32),
-                pltpu.VMEM((heads, padded, 1), jnp.float32),
-                pltpu.VMEM((heads, padded, view.value_head_dim), jnp.float32),
-            ],
-        ),
-        out_shape=out_shape,
-        compiler_params=params(vmem_bytes(request, config)),
-        interpret=INTERPRETER if interpreted() else False,
-        name="kvattn_tpu_decode",
-    )(*scalars, *inputs)
+            if view.page_table is None:
+                found[f"{role} {name} 0"] = x, _store_spec(x, rows, last)
+                continue
+            per_tile = rows // view.page_size
+            for part in range(per_tile):
+                found[f"{role} {name} {part}"] = x, _page_spec(x, part, per_tile)
+    return found
 
-    split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
-    out, lse = tpu_read.restored(split(out), form), split(lse)[..., 0]
-    if not request.want_mass:
-        return out, lse, None
-    (scores,) = scores
-    seen = jnp.repeat(chosen.needed, rows, axis=1)[:, None, None]
-    by_head = grouped(lse[..., None], heads).reshape(batch, heads, count, 1)
-    by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
-    probs = jnp.where(seen, jnp.exp(scores[:, :, :count] - by_head), 0)
-    return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+
+def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
+    """Shapes of the results, float32, and the block that is written in a step."""
+    batch, heads, size = request.query.shape[0], request.view.num_kv_heads, request.view.value_head_dim
+    found = {
+        "out": ((batch, heads, padded, size), _by_row(heads, padded, size)),
+        "lse": ((batch, heads, padded, 1), _by_row(heads, padded, 1)),
+    }
+    if request.want_mass:
+        block = pl.BlockSpec((1, heads, padded, rows), lambda i, n, row, tile, *_: (row[i], 0, 0, tile[i]))
+        found["scores"] = (batch, heads, padded, slots), block
+    return found
+
+
+def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
+    """What reads keys and values inside the kernel."""
+    view = request.view
+    stores = (("keys", view.keys, view.key_head_dim), ("values", view.values, view.value_head_dim))
+    return {
+        role: functools.partial(
+            tpu_read.Store,
+            format=common.format_of(view),
+            last=tpu_read.tokens_last(store["data"].shape[-1]),
+            head_dim=head_dim,
+            wide=_wide(request),
+        )
+        for role, store, head_dim in stores
+    }
+
+
+def _wide(request: Request) -> Any:
+    """The dtype of the products' operands."""
+    dtypes = (request.query.dtype, request.view.keys["data"].dtype)
+    return jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
 
 
 def params(vmem: int) -> pltpu.CompilerParams:
@@ -238,19 +282,14 @@ def _page_spec(x: Array, part: int, per_tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((heads, 1, *page), lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0))
 
 
-def _body(*refs, names, readers, per_tile, rule, scale, softcap, alibi, num_scalars):
-    """One tile of one row."""
-    count, row, whole = refs[0], refs[1], refs[3]
-    query, at, positions = refs[num_scalars : num_scalars + 3]
-    rest: list[Any] = list(refs[num_scalars + 3 :])
-    stores = []
-    for reader in readers:
-        stores.append(reader({name: rest[n * per_tile : (n + 1) * per_tile] for n, name in enumerate(names)}))
-        rest = rest[len(names) * per_tile :]
-    keys, values = stores
-    slopes = rest.pop(0) if alibi else None
-    *outs, top, total, acc = rest
-    out, lse = outs[:2]
+def _body(*refs, names, readers, rule, scale, softcap):
+    """One tile of one row: query [1, K, M, H] against keys and values of all heads."""
+    memory = dict(zip(names, refs, strict=True))
+    count, row, whole = (memory[name] for name in ("count", "row", "whole"))
+    query, at, positions = (memory[name] for name in ("query", "at", "positions"))
+    slopes = memory.get("slopes")
+    out, lse, top, total, acc = (memory[name] for name in ("out", "lse", "top", "total", "acc"))
+    keys, values = (readers[role](_parts(memory, role)) for role in ("keys", "values"))
     heads = query.shape[1]
     i = pl.program_id(0)
     here = row[i]
@@ -273,8 +312,8 @@ def _body(*refs, names, readers, per_tile, rule, scale, softcap, alibi, num_scal
             allowed = (q_at >= 0) & rule.between(kv_at, q_at, q_at)
             # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
             scores = jnp.where(allowed, scores, -jnp.inf)
-            if len(outs) > 2:
-                outs[2][0, k] = scores
+            if "scores" in memory:
+                memory["scores"][0, k] = scores
             old = top[k]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
             shift = jnp.where(new == -jnp.inf, 0.0, new)
@@ -294,3 +333,12 @@ def _body(*refs, names, readers, per_tile, rule, scale, softcap, alibi, num_scal
         sums = jnp.where(empty, 1.0, sums)
         out[0] = jnp.where(empty, 0.0, acc[...] / sums)
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
+
+
+def _parts(memory: dict[str, Any], role: str) -> dict[str, list[Any]]:
+    """The blocks of each array of the keys or the values, page by page."""
+    found: dict[str, list[Any]] = {}
+    for name, ref in memory.items():
+        if name.startswith(f"{role} "):
+            found.setdefault(name.split()[1], []).append(ref)
+    return found

@@ -9,8 +9,6 @@ from kvattn import _checks
 
 SCHEMES = ("heads", "batch", "sequence")
 """The ways `choose` chooses from."""
-KNOWN = (*SCHEMES, "replicated")
-"""The ways a cache may lie on a mesh axis."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,8 @@ class Sequence(Scheme):
 
     def arrange(self, split: Split, cache: Cache) -> Cache:
         """Blocks of slots that divide; what is added is never used."""
-        old, new = cache.store, cache.store.divided(split.size, cache.key_head_dim)
+        old = cache.store
+        new = old.divided(split.size, cache.key_head_dim)
         if new is old or cache.codec.rows is not None:
             return cache
 

@@ -16,12 +16,11 @@ FAULTS: list[Fault] = [
         test_paged.py::test_rows
         test_paged.py::test_copy_on_write
         """,
-        ("_copied", "values={name: copy(name, x) for name, x in cache.values.items()}", "values=cache.values"),
-        ("_copied", "keys={name: copy(name, x) for name, x in cache.keys.items()}", "keys=cache.keys"),
-        ("_selected", "values=of_rows(cache.values)", "values=cache.values"),
-        ("_selected", "keys=of_rows(cache.keys)", "keys=cache.keys"),
-        ("_selected", "jnp.take(cache.lengths, rows", "jnp.take(cache.lengths, rows[::-1]"),
-        ("_selected", "jnp.take(cache.status, rows", "jnp.take(cache.status, rows * 0"),
+        ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
+        ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(keys=cache.keys)"),
+        ("_selected", "jnp.where(known[:, None], cache.page_table, -1)", "cache.page_table"),
+        ("_selected", "jnp.where(known, cache.lengths, 0)", "cache.lengths"),
+        ("_selected", "cache, cache.axes)", "cache, cache.axes).replace(lengths=cache.lengths[rows[::-1]])"),
         ("_selected", "bits.BAD_COUNT", "0", "test_paged.py::test_copies_and_selections_take_everything_along"),
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
         ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, self.num_pages", "jnp.where(skipped | bad, 0"),
@@ -84,17 +83,17 @@ FAULTS: list[Fault] = [
         test_verbs.py::test_select_of_unknown_rows_takes_no_record_along
         test_verbs.py::test_cross_attention
         """,
-        ("_selected", "values=jax.tree.map(take(1), cache.values)", "values=cache.values"),
+        ("_selected", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
         (
             "_selected",
-            "jnp.where(known, take(0)(cache.lengths), 0)",
-            "take(0)(cache.lengths)",
+            "jnp.where(known, cache.lengths, 0)",
+            "cache.lengths",
             "test_verbs.py::test_select_out_of_range_under_jit",
         ),
         (
             "_selected",
-            "cache.forgotten(~known, jax.tree.map(take(0), cache.state))",
-            "jax.tree.map(take(0), cache.state)",
+            "cache.forgotten(~known, cache.state)",
+            "cache.state",
             "test_verbs.py::test_select_of_unknown_rows_remembers_nothing",
         ),
         (
@@ -529,47 +528,50 @@ FAULTS: list[Fault] = [
         test_meanings.py::test_overflow
         test_meanings.py::test_left_padding
         """,
-        ("_requests", "call.mask.reach if call.mask.num_sinks else call.mask.window", "None"),
+        ("_requests", "mask.reach if mask.num_sinks else mask.window", "None"),
         ("_requests", "begin=num_sinks, num_sinks=0", "num_sinks=0"),
-        ("_requests", "jnp.where(positions >= 0, sink_positions, EMPTY)", "positions"),
-        ("_fits", "cache.lengths <= _checks.INT32_MAX - given", "cache.lengths >= 0", "test_bad_input.py"),
-        ("_place_in_time", "jnp.where(fits, given, 0)", "given"),
-        ("_place_in_time", "cache.lengths if places is None else _count(places)", "cache.lengths"),
-        ("_place_in_time", "if call.key_rope is None else key", "if True else key"),
-        (
-            "_real_tokens",
-            "jnp.where(bad, 0, given)",
-            "given",
-            "test_bad_input.py",
-        ),
-        ("_cross", "t < given[:, None]", "t <= given[:, None]", "test_verbs.py::test_cross_attention"),
-        ("_cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
-        ("_count", "axis=(1, 2)) + 1", "axis=(1, 2))"),
+        ("_located", "jnp.where(is_real, positions, EMPTY)", "jnp.where(is_real, seen_at, EMPTY)"),
+        ("_located", "cache.lengths - _gone(cache)", "cache.lengths"),
+        ("_located", "if step.rules.key_rope is None else new.key", "if True else new.key"),
+        ("cross", "t < new.num_new[:, None]", "t <= new.num_new[:, None]", "test_verbs.py::test_cross_attention"),
+        ("cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
+        ("_gone", "cache.lengths - 1 - jnp.max", "cache.lengths - jnp.max"),
         (
             "_scorable",
             "jnp.any(jnp.isnan(lse), axis=(1, 2))",
             "jnp.all(jnp.isnan(lse), axis=(1, 2))",
             "test_policies.py::test_attention_that_is_nan",
         ),
-        ("_chunk", "where + gone.reshape", "where - gone.reshape"),
+        ("_measured.original", "positions + gone.reshape", "positions - gone.reshape"),
         (
-            "_chunk",
+            "_own_view",
             "min(layout.rows, CHUNK_ROWS)",
             "max(layout.rows, CHUNK_ROWS)",
             "",
             "blocks of another length, the same numbers",
         ),
         (
-            "_decode",
-            "lengths=lengths + new, state=seen",
-            "lengths=lengths, state=seen",
+            "decode",
+            "lengths=cache.lengths + new.num_new",
+            "lengths=cache.lengths",
             "test_policies.py::test_output_is_attention_over_the_kept_tokens",
         ),
     ),
     *group(
+        "attend/prepare.py",
+        "test_bad_input.py\ntest_meanings.py::test_overflow",
+        ("_fits", "cache.lengths <= _checks.INT32_MAX - num_new", "cache.lengths >= 0"),
+        ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
+        ("_real_tokens", "jnp.where(bad, 0, given)", "given"),
+    ),
+    *group(
+        "attend/rules.py",
+        "test_arrays.py",
+        ("Rules.checked", "1 / math.sqrt(query.shape[-1])", "1 / query.shape[-1]"),
+    ),
+    *group(
         "pallas/on_arrays.py",
         "test_arrays.py",
-        ("_attend", "1 / math.sqrt(head_dim)", "1 / head_dim"),
         ("_attend", "view.layout.num_slots - 1, jnp.int32)", "view.layout.num_slots, jnp.int32)"),
         ("decode_attention", 'else {"scale": v_scales[None', 'else {"scale": k_scales[None'),
         ("paged_decode_attention", 'else {"scale": v_scales[:, :, None]}', 'else {"scale": k_scales[:, :, None]}'),
@@ -711,7 +713,7 @@ FAULTS: list[Fault] = [
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
-        ("_body", "rest[n * per_tile : (n + 1) * per_tile]", "rest[n * per_tile : n * per_tile + 1] * per_tile"),
+        ("_parts", "return found", "return {name: refs[:1] * len(refs) for name, refs in found.items()}"),
         ("_page_spec", "i * per_tile + part", "i * per_tile"),
     ),
     *group(
@@ -747,7 +749,6 @@ FAULTS: list[Fault] = [
         test_sharding.py::test_slots_of_several_blocks
         test_sharding.py::test_equals_one_device
         """,
-        ("Share.of_store", "slots // store.rows * rows + row % rows", "row % rows"),
         ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
         ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
         ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
@@ -758,19 +759,29 @@ FAULTS: list[Fault] = [
             "jax.lax.stop_gradient(lse)",
             "test_sharding.py::test_equals_one_device",
         ),
-        ("Share._layout", "whole.num_blocks * rows, rows", "rows, rows"),
+    ),
+    *group(
+        "cache/layout.py",
+        "test_sharding.py::test_slots_of_several_blocks",
+        ("Layout.slots_in_share", "slots // self.rows * rows + row % rows", "row % rows"),
+        ("Layout.share", "self.num_blocks * rows, rows", "rows, rows"),
+    ),
+    *group(
+        "codecs/kivi.py",
+        "test_paged.py::test_copies_and_selections_take_everything_along",
+        ("KIVI.axes", '"one rows heads recent features"', '"one heads rows recent features"'),
     ),
     *group(
         "sharding/heads.py",
         "test_sharding_faults.py::test_copies_lie_beside_each_other\ntest_sharding.py::test_equals_one_device",
         ("repeated", "jnp.repeat(x, copies, axis=axis)", "jnp.concatenate([x] * copies, axis=axis)"),
         ("SomeOfGroup.of_group", "/ self.copies", "/ 1"),
-        ("_heads", "values=store(cache.values)", "values=cache.values"),
+        ("repeated", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
     ),
     *group(
         "sharding/batch.py",
         "test_sharding.py::test_equals_one_device\ntest_sharding.py::test_an_encoders_cache",
-        ("local.call", "split_axis=split, concat_axis=0", "split_axis=0, concat_axis=split"),
+        ("Batch._exchanged.call", "split_axis=axis, concat_axis=0", "split_axis=0, concat_axis=axis"),
     ),
     *group(
         "sharding/choose.py",
@@ -785,23 +796,30 @@ FAULTS: list[Fault] = [
         test_layers_nnx.py::test_under_jit_tokens_that_do_not_fit_are_dropped_and_recorded
         test_layers_linen.py::test_positions_mean_the_same_in_flax_cache
         """,
-        ("extend", "behind > -window", "behind >= -window"),
         ("extend", "alibi_slopes[:, None, None] * behind", "-alibi_slopes[:, None, None] * behind"),
         ("extend", "taken if input_positions is None", "taken * 0 if input_positions is None"),
-        ("extend", "full.rotate(rope, key, rotate_at)", "key"),
+        ("extend", "rotate(settings.rope, key, rotate_at)", "key"),
         ("_write", "jnp.where(fits, new, old)", "new"),
+    ),
+    *group(
+        "layers/masking.py",
+        """
+        test_layers_nnx.py::test_positions_mean_the_same_in_flax_cache
+        test_layers_linen.py::test_positions_mean_the_same_in_flax_cache
+        """,
+        ("visible", "ahead > -window", "ahead >= -window"),
     ),
     *group(
         "models/generate.py",
         "test_generate.py::test_steps_take_the_caches_over\ntest_generate.py::test_learned_positions_are_not_run_past\ntest_generate.py::test_generation_refuses",
-        ("_programs", '@functools.partial(jax.jit, donate_argnames="cache")\n    def step', "@jax.jit\n    def step"),
+        ("_compiled", '@functools.partial(jax.jit, donate_argnames="cache")\n    def step', "@jax.jit\n    def step"),
         (
-            "_programs",
+            "_compiled",
             '@functools.partial(jax.jit, donate_argnames="cache")\n    def append',
             "@jax.jit\n    def append",
         ),
         (
-            "_programs.step",
+            "_compiled.step",
             "rows.num_drawn + 1",
             "rows.num_drawn",
             "test_generate.py::test_drawn_numbers_and_rows_differ",
@@ -819,6 +837,34 @@ FAULTS: list[Fault] = [
             "test_generate.py::test_drawn_numbers_and_rows_differ",
         ),
     ),
+    # Model families ----------------------------------------------------------------------------------------------
+    *group(
+        "families/settings.py",
+        "test_extending_family.py",
+        ("Settings.__init__", "if value != values[0][1]:", "if False:"),
+        ("Settings.get", "value is None and default is not None", "False"),
+        ("Settings.get", "self._given.get(name, default)", "self._given.get(name)"),
+    ),
+    *group(
+        "families/family.py",
+        "test_extending_family.py",
+        ("register", "name in names or find(name) is not None", "name in names"),
+        ("register", "name in names or find(name) is not None", "find(name) is not None"),
+    ),
+    *group(
+        "families/layers.py",
+        "test_memory.py::test_windows_layer_by_layer",
+        ("windowed_from", "i >= start", "i > start"),
+        ("windowed", 'FULL if f.get("sliding_window") is None else WINDOW', "WINDOW"),
+    ),
+    *group(
+        "families/fields.py",
+        "test_extending_family.py",
+        ("Fields.finish", "n not in known and not is_harmless(n, x)", "False"),
+        ("Fields.get", 'name not in self.family.defaults and name != "quantization_config"', "False"),
+    ),
+    *group("memory/hf_config.py", "test_extending_family.py", ("_refuse", "not is_known and _ENCODERS", "_ENCODERS")),
+    *group("models/pretrained.py", "test_extending_family.py", ("_check_blueprint", "made != parameters", "False")),
     # What leaves the process, derivatives past codes, types of mesh axes ---------------------------------------------
     *group(
         "_trees.py",

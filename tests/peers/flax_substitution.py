@@ -47,7 +47,7 @@ def substitute():
 
 counted(kvattn.layers.MultiHeadAttention, "__init__", "nnx_layers")
 counted(kvattn.layers.linen.MultiHeadDotProductAttention, "__post_init__", "linen_layers")
-counted(kvattn.layers.full, "attend", "attended")
+counted(kvattn.attend.full, "attend", "attended")
 substitute()
 
 

@@ -1,0 +1,314 @@
+"""`DecoderConfig`: what a decoder is made of. Frozen, hashable, without arrays, and readable as JSON."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvattn import _checks
+from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
+from kvattn.positions import RoPE
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
+MAX_LAYERS = 10_000
+"""More than any model has: what per layer is listed would not end."""
+_FLAGS = (
+    "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
+    "residual_after_norm", "embedding_norm", "shared_norm", "sinks", "tie_embeddings",
+)  # fmt: skip
+_POSITIVE = ("rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "expert_alpha", "expert_limit")
+_MAY_BE_NONE = ("local_rope_theta", "qkv_clip", "embedding_scale", "embedding_dim", "max_positions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The sizes and rules of a `kvattn.models.Decoder`. As they stand, the defaults are those of Llama.
+
+    Args:
+        vocab_size: V, token ids lie in [0, V).
+        model_dim: D.
+        num_layers: how many blocks of attention and MLP.
+        num_heads: N.
+        num_kv_heads: K; N if None.
+        head_dim: H; D // N if None.
+        mlp_dim: the hidden size of the MLP, or of each expert.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: the HuggingFace rope dict, see `kvattn.RoPE`.
+        windows: how many tokens a query sees, its own included: None for all of them, one int for all layers,
+            or one entry per layer. A layer with a window keeps a cache of that size.
+        norm_epsilon: of the norms.
+        tie_embeddings: the output projection is the transposed embedding.
+        softcap: caps the attention scores.
+        logit_softcap: caps the logits.
+        positions: how order is told: "rope", "alibi", or "learned", a vector per position added to the embedding.
+        max_positions: how many learned positions there are.
+        alibi_slopes: one per head, where they are not the usual ones.
+        local_rope_theta: base of the frequencies in layers that have a window; `rope_theta` if None. These layers
+            have no `rope_scaling`.
+        norm: "rms", or "layer" which also subtracts the mean.
+        norm_bias: layer norms add a bias.
+        norm_position: "pre" (before attention and MLP), "post" (after the sum with the residual), or "sandwich" (before
+            them, and again on what they return).
+        final_norm: a norm before the output projection.
+        parallel: attention and MLP both read what came into the block, and both are added to it.
+        shared_norm: in parallel blocks one norm serves both.
+        residual_after_norm: what is added is the normalised input, not the input itself (a variant of BLOOM).
+        activation: "silu", "gelu", "gelu_tanh", "quick_gelu" or "relu".
+        gated: the MLP is ``down(activation(gate(x)) * up(x))``, otherwise ``down(activation(up(x)))``.
+        mlp_bias: the MLP's projections have biases.
+        qkv_bias: so have those to queries, keys and values.
+        out_bias: so has the one from the heads back to D.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
+        qk_norm: each head of queries and keys passes an RMS norm.
+        sinks: a learned logit per head joins the softmax sum.
+        attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None.
+        embedding_dim: the size of an embedding, where it is not D: then it is projected to D, and back.
+        embedding_scale: multiplies the embedding.
+        embedding_norm: the embedding passes a norm.
+        num_experts: how many MLPs there are to choose from; 0 for one that serves all tokens.
+        experts_per_token: how many of them serve a token.
+        expert_alpha: experts are those of gpt-oss, ``down((up + 1) * gate * sigmoid(alpha * gate))``.
+        expert_limit: gate is clipped to (-inf, limit], up to [-limit, limit].
+
+    Raises:
+        ConfigError: sizes that cannot work together, an unknown name.
+        DTypeError: a size that is no int, a flag that is no bool.
+        RangeError: more than 10,000 layers; a window, epsilon, scale or cap outside its range.
+
+    Example:
+        >>> from kvattn.models import DecoderConfig
+        >>> config = DecoderConfig(vocab_size=256, model_dim=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_dim=96)
+        >>> config.head_dim, config.layer_windows
+        (8, (None, None))
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None = None
+    windows: int | tuple[int | None, ...] | None = None
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    positions: str = "rope"
+    max_positions: int | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    local_rope_theta: float | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_position: str = "pre"
+    final_norm: bool = True
+    parallel: bool = False
+    shared_norm: bool = False
+    residual_after_norm: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qkv_clip: float | None = None
+    qk_norm: bool = False
+    sinks: bool = False
+    attention_scale: float | tuple[float, ...] | None = None
+    embedding_dim: int | None = None
+    embedding_scale: float | None = None
+    embedding_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_alpha: float = 1.702
+    expert_limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        settled: dict[str, object] = {}
+        for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
+            settled[name] = _checks.integer(name, getattr(self, name), 1)
+        if self.num_layers > MAX_LAYERS:
+            raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        _checks.head_counts(self.num_heads, kv_heads)
+        if self.head_dim is None and self.model_dim % self.num_heads:
+            raise ConfigError(
+                f"model_dim ({self.model_dim}) is no multiple of num_heads ({self.num_heads}): give head_dim."
+            )
+        head_dim = self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+        settled["head_dim"] = _checks.integer("head_dim", head_dim, 1)
+        settled |= {"num_heads": int(self.num_heads), "num_kv_heads": int(kv_heads)}
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        _checks.one_of("positions", self.positions, ("rope", "alibi", "learned"))
+        _checks.one_of("norm", self.norm, ("rms", "layer"))
+        _checks.one_of("norm_position", self.norm_position, ("pre", "post", "sandwich"))
+        _checks.one_of("activation", self.activation, ACTIVATIONS)
+        settled |= self._numbers()
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        self._check_combinations()
+        # RoPE checks the scaling and makes it hashable.
+        if self.positions == "rope":
+            try:
+                rope = self._rope(self.rope_theta, self.rope_scaling)
+            except KVAttnError as error:
+                raise type(error)(f"rope_scaling: {error}") from error
+            object.__setattr__(self, "rope_scaling", rope.scaling)
+            self.rope_of(0)
+
+    def _numbers(self) -> dict[str, object]:
+        """Numbers as Python's, which JSON and hashes take, and lists as tuples; all checked."""
+        settled: dict[str, object] = {"norm_epsilon": _checks.non_negative("norm_epsilon", self.norm_epsilon)}
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                settled[name] = _number(name, value, lambda n, x: _checks.positive(n, x, RangeError))
+            if name.endswith("rope_theta") and value is not None and value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}.")
+        for name in ("softcap", "logit_softcap"):
+            settled[name] = _checks.positive_softcap(getattr(self, name), name)
+        for name, least in (("embedding_dim", 1), ("num_experts", 0), ("experts_per_token", 0), ("max_positions", 1)):
+            value = getattr(self, name)
+            settled[name] = None if value is None and name in _MAY_BE_NONE else _checks.integer(name, value, least)
+        settled["windows"] = _each("windows", self.windows, self.num_layers, "layers", _window)
+        settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
+        if self.alibi_slopes is not None:
+            if not isinstance(self.alibi_slopes, tuple | list):
+                raise DTypeError(f"alibi_slopes must be a tuple of numbers, one per head, got {self.alibi_slopes!r}.")
+            settled["alibi_slopes"] = _each("alibi_slopes", self.alibi_slopes, self.num_heads, "heads", _slope)
+        return settled
+
+    def _check_combinations(self) -> None:
+        for name, needs in (("max_positions", "learned"), ("alibi_slopes", "alibi")):
+            if getattr(self, name) is not None and self.positions != needs:
+                raise ConfigError(f"{name} belongs to positions={needs!r}, but positions is {self.positions!r}.")
+        if self.positions == "learned":
+            _checks.integer("max_positions", self.max_positions, 1)
+        if self.positions != "rope" and (self.rope_scaling or self.local_rope_theta is not None):
+            raise ConfigError(f"rope_scaling and local_rope_theta need positions='rope', got {self.positions!r}.")
+        if self.norm_bias and self.norm != "layer":
+            raise ConfigError("norm_bias needs norm='layer': an RMS norm has none.")
+        if self.shared_norm and not self.parallel:
+            raise ConfigError("shared_norm belongs to parallel blocks: set parallel, or leave it out.")
+        if self.parallel and (self.norm_position != "pre" or self.residual_after_norm):
+            raise ConfigError("parallel blocks have norm_position='pre' and add to the input itself.")
+        if self.residual_after_norm and self.norm_position != "pre":
+            raise ConfigError("residual_after_norm needs norm_position='pre'.")
+        if bool(self.num_experts) != bool(self.experts_per_token) or self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token ({self.experts_per_token}) must lie in [1, num_experts], and both be 0 where there "
+                f"are none; num_experts is {self.num_experts}."
+            )
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return self._per_layer(self.windows)
+
+    @property
+    def layer_scales(self) -> tuple[float | None, ...]:
+        """What multiplies the scores of each layer; None: 1/√H."""
+        return self._per_layer(self.attention_scale)
+
+    @property
+    def rope(self) -> RoPE | None:
+        """The rotary embedding of layers without a window; None where order is told otherwise."""
+        return self._rope(self.rope_theta, self.rope_scaling) if self.positions == "rope" else None
+
+    def rope_of(self, layer: int) -> RoPE | None:
+        """The rotary embedding of one layer."""
+        if self.positions != "rope" or self.local_rope_theta is None or self.layer_windows[layer] is None:
+            return self.rope
+        return self._rope(self.local_rope_theta, None)
+
+    def _rope(self, theta: float, scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None) -> RoPE:
+        return RoPE(int(self.head_dim or self.model_dim // self.num_heads), theta=theta, scaling=scaling)
+
+    def _per_layer[T](self, value: T | tuple[T, ...]) -> tuple[T, ...]:
+        return value if isinstance(value, tuple) else (value,) * self.num_layers
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        fields = dataclasses.asdict(self)
+        scaling = fields["rope_scaling"]
+        return fields | {"rope_scaling": None if scaling is None else dict(scaling)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: fields that are unknown or missing, all named.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - set(known))
+        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        missing = sorted(required - set(fields))
+        if unknown or missing:
+            raise ConfigError(f"the decoder's settings have unknown fields {unknown} and lack {missing}.")
+        return cls(**fields)
+
+    @classmethod
+    def palm(cls, **sizes: Any) -> "DecoderConfig":
+        """A decoder of PaLM's kind, with the sizes of PaLM 8B unless others are given.
+
+        One key/value head, parallel blocks behind one norm, SwiGLU, RoPE, no biases, one matrix for input and
+        output embeddings. (Chowdhery et al., https://arxiv.org/abs/2204.02311, section 2 and table 1. Its weights are
+        not public.)
+
+        Args:
+            sizes: any argument of `DecoderConfig`, such as ``num_layers=4``.
+
+        Example:
+            >>> from kvattn.models import DecoderConfig
+            >>> config = DecoderConfig.palm(num_layers=2, model_dim=64, num_heads=4, head_dim=16, mlp_dim=256)
+            >>> config.num_kv_heads, config.parallel
+            (1, True)
+        """
+        palm = {
+            "vocab_size": 256000,
+            "model_dim": 4096,
+            "num_layers": 32,
+            "num_heads": 16,
+            "num_kv_heads": 1,
+            "head_dim": 256,
+            "mlp_dim": 16384,
+            "norm": "layer",
+            "parallel": True,
+            "shared_norm": True,
+        }
+        return cls(**palm | sizes)
+
+
+def _number(name: str, value: Any, check: Callable[[str, Any], object]) -> int | float:
+    """A checked number as Python has it: an int stays one."""
+    check(name, value)
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _each[T](name: str, value: Any, count: int, of: str, check: Callable[[str, Any], T]) -> T | tuple[T, ...]:
+    """One entry for all, or `count` of them, each checked."""
+    if not isinstance(value, tuple | list):
+        return check(name, value)
+    if len(value) != count:
+        raise ConfigError(f"{name} has {len(value)} entries for {count} {of}.")
+    return tuple(check(name, entry) for entry in value)
+
+
+def _window(name: str, window: Any) -> int | None:
+    return None if window is None else _checks.integer(name, window, 1, RangeError)
+
+
+def _scale(name: str, scale: Any) -> int | float | None:
+    return None if scale is None else _number(name, scale, lambda n, x: _checks.finite_scale(_checks.real(n, x), n))
+
+
+def _slope(name: str, slope: Any) -> float:
+    number = _checks.real(name, slope)
+    if not math.isfinite(number):
+        raise RangeError(f"{name} must be finite, got {slope}.")
+    return number

@@ -1,0 +1,256 @@
+"""Reading a config.json to load it: every field is honoured, known to change nothing, or refused by name."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from kvattn._checks import INT32_MAX
+from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
+from kvattn.families.config import MAX_LAYERS
+from kvattn.families.family import Family, Value
+from kvattn.families.harmless import is_harmless
+from kvattn.families.kinds import FULL, WINDOW, Kind
+from kvattn.families.settings import Settings
+from kvattn.positions.scaling import ROPE_TYPES
+
+MAX_HEADS = 10_000
+"""More heads than any model has: a number that is no mistake of the file lies below."""
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+
+class Fields(Settings):
+    """The fields of one config.json, which must all have been asked for in the end.
+
+    Args:
+        settings: what the file holds.
+        source: the file, for messages.
+        family: which names, defaults and nulls the file may have. It needs a default for every field that is read.
+        ignore: names of fields that the caller takes responsibility for.
+
+    Raises:
+        ConfigError: a field that has different values under two of its names.
+    """
+
+    def __init__(self, settings: Mapping[str, Value], source: str, family: Family, ignore: Collection[str] = ()):
+        super().__init__(settings, f"{source}: ", family)
+        self.source, self._ignored = source, ignore
+
+    def get(self, name: str) -> Value:
+        """A field. None if it is null, its default if the file leaves it out.
+
+        Raises:
+            ConfigError: it is null, which means nothing there.
+            UnknownNameError: the family does not have this field.
+        """
+        if name not in self.family.defaults and name != "quantization_config":
+            raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
+        return super().get(name)
+
+    def size(self, name: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
+        """A whole number in [least, most]; `null` is what null means.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
+        value = null if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{self.source}: {name} must be a whole number >= {least}, got {value!r}.")
+        if value > most:
+            raise ConfigError(f"{self.source}: {name} must be at most {most}, got {value}.")
+        return value
+
+    def layers(self, name: str) -> int:
+        """How many layers there are."""
+        return self.size(name, most=MAX_LAYERS)
+
+    def heads(self, features: int, name: str) -> int:
+        """How many heads `features` are split into, evenly.
+
+        Raises:
+            ConfigError: they do not divide.
+        """
+        heads = self.size(name, most=MAX_HEADS)
+        if features % heads:
+            raise ConfigError(f"{self.source}: the hidden size ({features}) is no multiple of {name} ({heads}).")
+        return heads
+
+    def number(self, name: str) -> int | float:
+        """A number.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{self.source}: {name} must be a number, got {value!r}.")
+        return value
+
+    def number_or_none(self, name: str) -> int | float | None:
+        """A number, or None where it is null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        return None if self.get(name) is None else self.number(name)
+
+    def positive(self, name: str) -> int | float:
+        """A number above 0.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = self.number(name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{self.source}: {name} must be finite and > 0, got {value!r}.")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A bool; null counts as false.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.source}: {name} must be true or false, got {value!r}.")
+        return bool(value)
+
+    def only(self, name: str, *values: Value, why: str = "") -> None:
+        """Checks a field that is supported with these values only; null is fine where it may be.
+
+        Raises:
+            UnsupportedError: another value.
+        """
+        value = self.get(name)
+        if value is not None and not any(value == known and type(value) is type(known) for known in values):
+            known = " or ".join(map(repr, values)) or "null"
+            raise UnsupportedError(
+                f"{self.source}: {name} is {value!r}, supported is {known}{': ' + why if why else ''}."
+            )
+
+    def activation(self, name: str) -> str:
+        """The activation function, by the name that `DecoderConfig` has for it.
+
+        Raises:
+            UnsupportedError: an unknown one.
+        """
+        value = self.get(name)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"{self.source}: {name} is {value!r}; the known ones are {', '.join(map(repr, ACTIVATIONS))}."
+            )
+        return ACTIVATIONS[value]
+
+    def rope(self) -> dict[str, Value]:
+        """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
+        older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
+        newer = self.family.defaults["rope_parameters"] if newer is None else newer
+        return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
+
+    def mapping(self, name: str) -> Mapping[str, Value] | None:
+        """An object, or None where it is null.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")
+        return value
+
+    def scaled(self, scaling: Mapping[str, Value], theta: Value, original: Value) -> dict[str, Value]:
+        """The same from one rope dict, filled with what transformers takes from around it.
+
+        Args:
+            scaling: the dict.
+            theta: the base of the frequencies, where the dict has none.
+            original: the length that the model was first made for, where it is not the dict's.
+        """
+        most, scaling = self.size("max_position_embeddings"), dict(scaling)
+        self.only("partial_rotary_factor", 1.0, 1)
+        turned = scaling.pop("partial_rotary_factor", None)
+        if turned not in (None, 1.0):
+            raise UnsupportedError(f"{self.source}: partial_rotary_factor is {turned!r}, supported is 1.0.")
+        theta = scaling.pop("rope_theta", theta)
+        if isinstance(theta, bool) or not isinstance(theta, int | float):
+            raise ConfigError(f"{self.source}: rope_theta must be a number, got {theta!r}.")
+        kinds, length = (scaling.get("rope_type"), scaling.get("type")), "original_max_position_embeddings"
+        kind = kinds[1] if kinds[0] is None else kinds[0]
+        if isinstance(kind, str) and kind not in ROPE_TYPES:
+            raise UnsupportedError(
+                f"{self.source}: rope_type is {kind!r}; the known ones are {', '.join(map(repr, ROPE_TYPES))}."
+            )
+        if kind == "dynamic":
+            scaling[length] = most  # whatever the dict says
+        elif kind in ("llama3", "yarn"):
+            if original is not None:
+                scaling[length] = original
+            given = scaling.setdefault(length, most)
+            if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+                if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
+                    raise ConfigError(f"{self.source}: {length} must be a number > 0, got {given!r}.")
+                scaling["factor"] = most / given
+        return {
+            "rope_theta": theta,
+            "rope_scaling": None if kind in (None, "default") and len(scaling) <= 1 else scaling,
+        }
+
+    def windows(self, kinds: Sequence[Kind], used: bool = True) -> tuple[int | None, ...] | None:
+        """The window of each layer, from ``layer_types`` or, where that is not given, from `kinds`.
+
+        Args:
+            kinds: `FULL` or `WINDOW`, one for each layer that there is.
+            used: whether the family's flags say that there is a window.
+
+        Raises:
+            ConfigError: too few or too many entries, or a windowed layer without a size.
+            UnsupportedError: a kind of attention that is not known.
+        """
+        window, listed = self.get("sliding_window"), self.get("layer_types")
+        if listed is not None and not isinstance(listed, list):
+            raise ConfigError(f"{self.source}: layer_types must be a list, got {listed!r}.")
+        if listed is not None:
+            num_layers = len(kinds)
+            known: dict[str, Kind] = {"sliding_attention": WINDOW, "full_attention": FULL}
+            for kind in listed:
+                if not isinstance(kind, str) or kind not in known:
+                    raise UnsupportedError(f"{self.source}: layer_types holds {kind!r}; known are {', '.join(known)}.")
+            kinds = [known[kind] for kind in listed]
+            if len(kinds) != num_layers:
+                raise ConfigError(f"{self.source}: layer_types has {len(kinds)} entries for {num_layers} layers.")
+        if WINDOW not in kinds:
+            return None
+        if window is None or not used:
+            raise ConfigError(f"{self.source}: there are layers with a window, but sliding_window is null.")
+        window = self.size("sliding_window")
+        return tuple(window if kind == WINDOW else None for kind in kinds)
+
+    def unsupported(self, name: str, value: Value, known: str) -> UnsupportedError:
+        """The error to raise for a value that is not supported."""
+        return UnsupportedError(f"{self.source}: {name} is {value!r}, supported is {known}.")
+
+    def finish(self) -> None:
+        """Checks that nothing was left out.
+
+        Raises:
+            UnsupportedError: fields with a value that nothing here reads.
+        """
+        known = self._asked.union(self._ignored)
+        unread = {n: x for n, x in sorted(self._given.items()) if n not in known and not is_harmless(n, x)}
+        if unread:
+            raise UnsupportedError(
+                f"{self.source} has fields that are not known for model_type {self._given.get('model_type')!r} and "
+                f"may change what the model computes: {unread}. If they do not, name them in ignore=, such as "
+                f"from_pretrained(path, ignore={tuple(unread)!r})."
+            )

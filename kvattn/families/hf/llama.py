@@ -1,0 +1,99 @@
+"""Llama, Mistral, Mixtral and Phi-3: RMS norms, rotary positions, SwiGLU."""
+
+from kvattn.families import Blueprint, DecoderConfig, Family, Fields, Value, layers, params, register, rules
+from kvattn.families.defaults import ROPE, usual
+from kvattn.families.fields import MAX_HEADS
+
+BUFFERS = (r"rotary_emb\.inv_freq$",)
+PARTS = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}
+"""What is there once, by our names."""
+ATTENTION = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+}
+QK_NORMS = {"attention.query_ln": "self_attn.q_norm", "attention.key_ln": "self_attn.k_norm"}
+MLP = {"mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+DEFAULTS: dict[str, Value] = ROPE | {"head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+"""Of Llama, Mistral and Qwen."""
+
+
+def sizes(fields: Fields) -> dict[str, Value]:
+    """The sizes by the names that most families give them."""
+    heads, size = fields.size("num_attention_heads", most=MAX_HEADS), fields.get("head_dim")
+    return {
+        "vocab_size": fields.size("vocab_size"),
+        "model_dim": fields.size("hidden_size"),
+        "num_layers": fields.layers("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.size("num_key_value_heads", null=heads),
+        "head_dim": None if size is None else fields.size("head_dim"),
+        "mlp_dim": fields.size("intermediate_size"),
+        "norm_epsilon": fields.number("rms_norm_eps"),
+    }
+
+
+def blueprint(fields: Fields, **rest: Value) -> Blueprint:
+    """A decoder of Llama's kind; `rest` are arguments of `DecoderConfig` that differ."""
+    config = DecoderConfig(
+        **sizes(fields),
+        **fields.rope(),
+        activation=fields.activation("hidden_act"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        **rest,
+    )
+    block = {
+        "attention_norm": "input_layernorm",
+        **ATTENTION,
+        **(QK_NORMS if config.qk_norm else {}),
+        "mlp_norm": "post_attention_layernorm",
+        **MLP,
+    }
+    return rules.blueprint(config, PARTS, block, buffers=BUFFERS)
+
+
+def _llama(fields: Fields) -> Blueprint:
+    bias = fields.flag("attention_bias")
+    return blueprint(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+
+
+def _mistral(fields: Fields) -> Blueprint:
+    return blueprint(fields, windows=fields.windows(layers.windowed(fields, fields.layers("num_hidden_layers"))))
+
+
+LLAMA = Family(
+    model_type="llama",
+    defaults=DEFAULTS
+    | usual(vocab=32000, dim=4096, mlp=11008, layers=32, heads=32, length=2048)
+    | {"num_key_value_heads": None, "attention_bias": False, "mlp_bias": False},
+    text_part_of=("llava",),
+    blueprint=_llama,
+    params=params.gated,
+)
+_SIZES = usual(vocab=32000, dim=4096, mlp=14336, layers=32, heads=32, kv_heads=8, length=131072)
+MISTRAL = Family(
+    model_type="mistral",
+    defaults=DEFAULTS | _SIZES | {"sliding_window": 4096, "layer_types": None},
+    text_part_of=("mistral3",),
+    blueprint=_mistral,
+    layers=layers.windowed,
+    params=params.gated,
+)
+MIXTRAL = Family(
+    model_type="mixtral",
+    defaults=_SIZES | {
+        "head_dim": None, "sliding_window": None, "layer_types": None, "num_experts_per_tok": 2, "num_local_experts": 8,
+    },
+    aliases={"num_local_experts": ("num_experts",)},
+    layers=layers.windowed,
+    params=params.gated,
+)  # fmt: skip
+PHI3 = Family(
+    model_type="phi3",
+    defaults=usual(vocab=32064, dim=3072, mlp=8192, layers=32, heads=32, kv_heads=32, length=4096)
+    | {"sliding_window": None},
+    layers=layers.windowed,
+    params=params.gated,
+)
+register(LLAMA, MISTRAL, MIXTRAL, PHI3)

@@ -1,0 +1,26 @@
+"""Rotary positions of queries and keys with any number of batch axes."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kvattn._typing import Array
+from kvattn.attend.full import flatten
+from kvattn.errors import ShapeError
+from kvattn.positions import RoPE
+
+
+def rotate(rope: RoPE | None, x: Array, positions: ArrayLike | None) -> Array:
+    """Turns queries or keys [..., T, heads, H] to their positions, int [..., T] or [T]; 0, 1, 2, ... if None.
+
+    Raises:
+        ShapeError: positions of another shape.
+    """
+    if rope is None:
+        return x
+    batch, length = x.shape[:-3], x.shape[-3]
+    positions = jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
+    if positions.shape not in ((length,), (*batch, length)):
+        raise ShapeError(f"input_positions must be {(*batch, length)} or {(length,)}, got {positions.shape}.")
+    if positions.ndim > 1:
+        positions = flatten(positions, batch, 1)
+    return rope(flatten(x, batch, 3), positions).reshape(x.shape)

@@ -1,0 +1,168 @@
+"""Bytes of a model's caches, without making one: those of its layers together."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax.typing import DTypeLike
+
+from kvattn import _checks
+from kvattn.cache.base import storage_dtype
+from kvattn.codecs import Codec, Plain
+from kvattn.errors import ConfigError, UnsupportedError
+from kvattn.memory.dtypes import name_of, num_bytes
+from kvattn.memory.formula import Layer, pages_for
+from kvattn.memory.specs import ModelSpec
+from kvattn.policies import Full, Policy, SlidingWindow
+
+Kinds = dict[Layer, int]
+"""The kinds of layers of a model, and how many there are of each."""
+
+
+def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike = "bfloat16") -> int:
+    """Bytes of one token's keys and values in all layers: 2 * layers * K * H numbers.
+
+    Args:
+        num_layers: layers that keep keys and values (`ModelSpec.num_cache_layers`).
+        num_kv_heads: K.
+        head_dim: H.
+        dtype: what a number is stored in, by name ("bfloat16", "int4", ...) or as a dtype. No scales; with those of a
+            codec see `kvattn.memory.cache_bytes`.
+
+    Returns:
+        whole bytes, rounded up.
+
+    Raises:
+        ConfigError: a count below 1, an unknown dtype.
+        DTypeError: a count that is no int, something that is no dtype.
+
+    Example:
+        >>> from kvattn.memory import bytes_per_token
+        >>> bytes_per_token(32, 32, 128)  # Llama-2-7B: half a MiB
+        524288
+    """
+    _checks.integer("num_layers", num_layers, 1)
+    _checks.integer("num_kv_heads", num_kv_heads, 1)
+    _checks.integer("head_dim", head_dim, 1)
+    return num_bytes(2 * num_layers * num_kv_heads * head_dim, dtype)
+
+
+def total[Number: (int, float)](kinds: Kinds, of: Callable[[Layer], Number]) -> Number:
+    """The sum over all layers."""
+    return sum(count * of(layer) for layer, count in kinds.items())
+
+
+def layers(
+    model: ModelSpec,
+    *,
+    policy: Policy | None = None,
+    codec: Codec | None = None,
+    dtype: DTypeLike = "bfloat16",
+    backend: str = "gpu",
+    num_kv_heads: int | None = None,
+    only: range | None = None,
+    reading: bool = False,
+) -> Kinds:
+    """The kinds of caches of a model, and how many there are of each.
+
+    Args:
+        model: which.
+        policy: of all layers. None: everything, in layers with a window that.
+        codec: of all layers. None: as they are, in `dtype`.
+        dtype: what tokens are before they are encoded: float32, bfloat16, float16.
+        backend: whose layout.
+        num_kv_heads: K on one device, where heads are divided. None: the model's.
+        only: of these layers: those they have, and those of other layers that they share. None: of all.
+        reading: count a cache once for every layer that attends to it, with that layer's window; False: once.
+
+    Raises:
+        ConfigError: something that is no policy or codec, an unknown dtype or backend.
+        DTypeError: a dtype that caches do not have.
+        UnsupportedError: a policy and a codec that do not go together.
+    """
+    if policy is not None and not isinstance(policy, Policy):
+        raise ConfigError(f"policy must be a policy such as kvattn.Full(), got {policy!r}.")
+    if codec is not None and not isinstance(codec, Codec):
+        raise ConfigError(f"codec must be a codec such as kvattn.Int8(), or None, got {codec!r}.")
+    _checks.one_of("backend", backend, ("cpu", "gpu", "tpu"))
+    stored = storage_dtype(name_of("dtype", dtype))
+    codec = Plain(stored) if codec is None else codec
+    found: Kinds = {}
+    sources, windows = model.layer_sources, model.layer_windows
+    attending = {i: sources[i] for i in only or range(model.num_layers)}
+    if not reading:
+        attending = {source: source for source in attending.values() if source is not None}
+    for reader, source in attending.items():
+        if source is None:
+            continue
+        kept = policy or (Full() if (window := windows[source]) is None else SlidingWindow(window))
+        if (reason := codec.refuses(kept.in_order)) is not None:
+            raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
+        layer = Layer(kept, codec, num_kv_heads or model.num_kv_heads, model.head_dim, stored, backend, windows[reader])
+        found[layer] = found.get(layer, 0) + 1
+    return found
+
+
+def cache_bytes(
+    model: ModelSpec,
+    batch_size: int,
+    length: int,
+    *,
+    policy: Policy | None = None,
+    codec: Codec | None = None,
+    dtype: DTypeLike = "bfloat16",
+    backend: str = "gpu",
+    page_size: int | None = None,
+    num_pages: int | None = None,
+) -> int:
+    """Bytes of the caches of all layers: the sum of their arrays, to the byte.
+
+    Args:
+        model: which.
+        batch_size: B.
+        length: most tokens of a sequence (the capacity).
+        policy: which tokens are kept. None: all, in layers with a window those within it.
+        codec: in how many bits. None: as they are, in `dtype`.
+        dtype: what tokens are before they are encoded.
+        backend: whose layout: rows are rounded up to a few more than the length.
+        page_size: R, of a paged cache. None: contiguous.
+        num_pages: P, pages of each layer's pool. None: as many as B sequences of that length need.
+
+    Raises:
+        ConfigError, DTypeError, RangeError, UnsupportedError: as `kvattn.KVCache.create`.
+
+    Example:
+        >>> import kvattn
+        >>> model = kvattn.memory.MODELS["llama-2-7b"]
+        >>> kvattn.memory.cache_bytes(model, 1, 4096) / 4096 / 2**20  # MiB per token
+        0.5000000596046448
+    """
+    _checks.integer("batch_size", batch_size, 0)
+    _checks.integer("length", length, 1)
+    kinds = layers(model, policy=policy, codec=codec, dtype=dtype, backend=backend)
+    if page_size is None:
+        if num_pages is not None:
+            raise ConfigError("num_pages without page_size: a contiguous cache has no pages.")
+        return batch_size * total(kinds, lambda layer: layer.row_bytes(length))
+    num_pages = (
+        batch_size * pages_for(length, page_size) if num_pages is None else _checks.integer("num_pages", num_pages, 1)
+    )
+    return total(
+        paged(kinds, page_size), lambda layer: layer.pool_bytes(num_pages) + batch_size * layer.table_bytes(length)
+    )
+
+
+def paged(kinds: Kinds, page_size: int) -> Kinds:
+    """The same layers in pages, which keep every token, in layers with a window too: these read fewer.
+
+    Raises:
+        UnsupportedError: another policy.
+    """
+    found: Kinds = {}
+    for layer, count in kinds.items():
+        if not isinstance(layer.policy, Full | SlidingWindow):
+            raise UnsupportedError(f"pages keep every token: page_size does not go with {layer.policy}.")
+        if isinstance(layer.policy, SlidingWindow):
+            layer = dataclasses.replace(layer, window=min(layer.policy.window, layer.window or layer.policy.window))
+        layer = dataclasses.replace(layer, policy=Full(), page_size=page_size)
+        found[layer] = found.get(layer, 0) + count
+    return found
