@@ -102,6 +102,7 @@ SHAPES = {
     'def f(x):\n    """Of [..., H]."""': 0,
     'def f(x: Float[Array, "B T"]) -> Keys | None: pass': 0,
     'def f(x: Float[Array, "B T"]) -> Array: pass': 1,
+    'def f(x: Int32[Array, "B T"], y: UInt8[Array, ""] | None) -> BFloat16[Array, "*"]: pass': 0,
     "def f(x: int) -> str: pass": 0,
     "def f(self): pass": 0,
     'class A:\n    def g(self, x: Array):\n        """[B]"""\nclass B(A):\n    def g(self, x: Array): pass': 0,
