@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,9 +15,6 @@ from kvattn.errors import ConfigError
 from kvattn.layers import decode, masking, originals, placement, projections
 from kvattn.layers.attention_fn import Attention, accepted_arguments
 from kvattn.layers.settings import AttentionSettings
-
-if TYPE_CHECKING:
-    from kvattn.layers.linen import MultiHeadDotProductAttention
 
 Einsum = Callable[..., Array]
 Initializer = Callable[..., Array]
@@ -58,7 +55,7 @@ def key_value_inputs(
 class Projections:
     """The sub-modules of a layer, made inside its compact call under Flax's names."""
 
-    def __init__(self, layer: "MultiHeadDotProductAttention", settings: AttentionSettings):
+    def __init__(self, layer: nn.Module, settings: AttentionSettings):
         self.layer, self.settings = layer, settings
         self.common = {
             "dtype": settings.dtype,
@@ -134,7 +131,7 @@ def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) 
 
 
 def decode_step(
-    layer: "MultiHeadDotProductAttention",
+    layer: nn.Module,
     settings: AttentionSettings,
     query: Array,
     key: Array,
@@ -158,7 +155,7 @@ def decode_step(
     return step
 
 
-def einsums(layer: "MultiHeadDotProductAttention") -> tuple[Einsum, Einsum] | None:
+def einsums(layer: nn.Module) -> tuple[Einsum, Einsum] | None:
     """The einsums that replace `jnp.einsum` for scores and output (quantised ones, say), or None.
 
     Raises:
@@ -211,7 +208,7 @@ def call_foreign(
     return masking.spoil(attention_fn(query, key, value, **given, **set_), spoiled)
 
 
-def _empty(layer: "MultiHeadDotProductAttention", like: Array) -> Callable[[], Any]:
+def _empty(layer: nn.Module, like: Array) -> Callable[[], Any]:
     """Makes an empty cache in the shape, dtype and placement of the keys or values of a whole sequence."""
 
     def zeros() -> Array:
