@@ -3,7 +3,7 @@
 from kvattn.attend.api import attend as attend
 from kvattn.attend.api import choose as choose
 from kvattn.attend.registry import Implementation as Implementation
-from kvattn.attend.registry import Sizes as Sizes
+from kvattn.attend.registry import Tuning as Tuning
 from kvattn.attend.registry import names as names
 from kvattn.attend.registry import register as register
 from kvattn.attend.registry import unregister as unregister
@@ -13,7 +13,7 @@ from kvattn.attend.state import merge_states as merge_states
 __all__ = [
     "Implementation",
     "Request",
-    "Sizes",
+    "Tuning",
     "attend",
     "choose",
     "merge_states",

@@ -36,7 +36,7 @@ class Kernel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Tuning:
     """What `kvattn.pallas.tuning` may tune of a kernel.
 
     The kernel then also has ``key(request)``, the name of a call in tables of sizes, and ``fits(request, sizes)``, and
@@ -65,7 +65,7 @@ class Implementation:
             attend to them. Where it has not, both are added: derivatives are those of "reference".
         writer: hands over what writes single tokens by a kernel: called with a cache's store, it returns one that takes
             its place. None: XLA writes.
-        sizes: what can be tuned of it. None: nothing.
+        tuning: what can be tuned of it. None: nothing.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Implementation:
     blocked: Callable[[], str | None] = lambda: None
     is_complete: bool = False
     writer: Callable[[], Callable[[Any], Any]] | None = None
-    sizes: Sizes | None = None
+    tuning: Tuning | None = None
 
 
 _KNOWN: dict[str, Implementation] = {}

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType
 
 from kvattn.attend import registry
-from kvattn.attend.registry import Implementation, Kernel, Sizes
+from kvattn.attend.registry import Implementation, Kernel, Tuning
 from kvattn.pallas import tuning
 from kvattn.pallas.interpreter import interpreted, is_ahead_of_time
 
@@ -54,7 +54,7 @@ registry.register(
         _gpu_decode,
         platform="gpu",
         blocked=functools.partial(_blocked, "gpu"),
-        sizes=Sizes(tuning.GpuConfig, tuning.CANDIDATES["mosaic_gpu"]),
+        tuning=Tuning(tuning.GpuConfig, tuning.CANDIDATES["mosaic_gpu"]),
     )
 )
 registry.register(
@@ -64,6 +64,6 @@ registry.register(
         platform="tpu",
         blocked=functools.partial(_blocked, "tpu"),
         writer=_tpu_append,  # XLA would copy the cache around a single token
-        sizes=Sizes(tuning.TpuConfig, tuning.CANDIDATES["mosaic_tpu"]),
+        tuning=Tuning(tuning.TpuConfig, tuning.CANDIDATES["mosaic_tpu"]),
     )
 )

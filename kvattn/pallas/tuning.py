@@ -125,10 +125,10 @@ def _read(text: str, name: str) -> dict[str, Config]:
 
 def _kind(name: str) -> type[Any]:
     """The class of the sizes of a kernel."""
-    sizes = registry.named(name).sizes
-    if sizes is None:
+    tuning = registry.named(name).tuning
+    if tuning is None:
         raise ConfigError(f"{name!r} has no sizes to tune.")
-    return sizes.kind
+    return tuning.kind
 
 
 def tune(
@@ -157,17 +157,17 @@ def tune(
         UnsupportedError: there is no kernel to tune for this call on this device.
         ConfigError: no candidate ran.
     """
-    tunable = [(one, one.sizes) for one in map(registry.named, registry.made_for()) if one.sizes is not None]
+    tunable = [(one, one.tuning) for one in map(registry.named, registry.made_for()) if one.tuning is not None]
     if not tunable:
         raise UnsupportedError(f"there is no kernel to tune on {jax.default_backend()!r}, the default backend here.")
-    ((implementation, sizes), *_) = tunable
+    ((implementation, tuning), *_) = tunable
     kernel: Any = implementation.load()
     positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     request = Request(query, positions, cache.view(), None, mask=mask or Mask(), scale=query.shape[-1] ** -0.5)
     if (reason := kernel.unsupported(request)) is not None:
         raise UnsupportedError(f"{implementation.name!r}: {reason}.")
     if candidates is None:
-        candidates = [c for c in sizes.candidates if kernel.fits(request, c)]
+        candidates = [c for c in tuning.candidates if kernel.fits(request, c)]
     attend = lambda config, request: kernel.attend(request, config)[0]
     return measure(attend, kernel.key(request), candidates, request, repeats, progress)
 
