@@ -5,6 +5,7 @@ The file is what `docs/policies.md` and `docs/api/extending.md` show.
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_the_planner(own):
 
 
 @pytest.mark.slow
-def test_the_command(folder):
+def test_the_command(own, folder):
     code = "import own_parts, kvattn.cli; kvattn.cli.main()"
     words = [
         "memory",
@@ -111,7 +112,8 @@ def test_the_command(folder):
     ]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, env=with_path(ROOT), capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert b"EverySecond()" in done.stdout and b"Companded()" in done.stdout
+    size = memory.cache_bytes(memory.MODELS["gpt2"], 1, 1024, policy=own.EverySecond(), codec=own.Companded())
+    assert [row["cache_bytes"] for row in json.loads(done.stdout)["lengths"]] == [size]
 
 
 def with_path(*folders):
