@@ -121,9 +121,6 @@ class Decoder(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-    from jax.sharding import AbstractMesh, Mesh
-    from jax.typing import ArrayLike, DTypeLike
-    from jaxtyping import Int
         >>> from kvattn.models import Decoder, DecoderConfig
         >>> config = DecoderConfig(vocab_size=256, model_dim=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_dim=96)
         >>> model = Decoder(config, rngs=nnx.Rngs(0))
