@@ -402,13 +402,13 @@ def values_mixed_without_a_select(patch):
 
 @fault(5, suites.check_overflow, FULL, "xla")
 def writes_clamp_to_the_last_slot(patch):
-    patch.setattr(kvattn.Full, "fits", lambda self, state, lengths, num_new, num_slots: num_new >= 0)
-    around(patch, kvattn.Full, "place", lambda original, *args: jnp.minimum(original(*args), args[-1] - 1))
+    patch.setattr(kvattn.Full, "fits", lambda self, state, step: step.num_new >= 0)
+    around(patch, kvattn.Full, "place", lambda original, *args: jnp.minimum(original(*args), args[-1].num_slots - 1))
 
 
 @fault(5, suites.check_overflow, FULL, "xla")
 def chunks_written_as_far_as_they_fit(patch):
-    patch.setattr(kvattn.Full, "fits", lambda self, state, lengths, num_new, num_slots: num_new >= 0)
+    patch.setattr(kvattn.Full, "fits", lambda self, state, step: step.num_new >= 0)
 
 
 @fault(5, suites.check_overflow, FULL, "xla")
@@ -436,8 +436,8 @@ def one_row_over_drops_all_rows(patch):
 
 @fault(5, suites.check_overflow, FULL, "xla")
 def capacity_off_by_one(patch):
-    def fits(self, state, lengths, num_new, num_slots):
-        return lengths + num_new < num_slots
+    def fits(self, state, step):
+        return step.lengths + step.num_new < step.num_slots
 
     patch.setattr(kvattn.Full, "fits", fits)
 
@@ -499,10 +499,10 @@ def ring_written_before_it_is_read(patch):
 
 @fault(7, suites.check_chunking, kvattn.SlidingWindow(8), None, "xla", ways=[[97], [13] * 7 + [6]])
 def long_chunk_keeps_its_first_tokens(patch):
-    def place(original, policy, state, lengths, num_new, num_tokens, num_slots):
-        t = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        stays = (t < num_new[:, None]) & (t < num_slots)
-        return jnp.where(stays, (lengths[:, None] + t) % num_slots, -1)
+    def place(original, policy, state, step):
+        t = jnp.arange(step.num_tokens, dtype=jnp.int32)[None]
+        stays = (t < step.num_new[:, None]) & (t < step.num_slots)
+        return jnp.where(stays, (step.lengths[:, None] + t) % step.num_slots, -1)
 
     around(patch, kvattn.SlidingWindow, "place", place)
 
@@ -598,8 +598,8 @@ def nothing_donated(patch):
 
 @fault(10, suites.check_compiled_memory, kvattn.Full(), jnp.bfloat16, "xla")
 def whole_cache_computed_anew(patch):
-    def view(original, cache):
-        view = original(cache)
+    def view(original, cache, *positions):
+        view = original(cache, *positions)
         return dataclasses.replace(view, keys={n: jnp.tanh(x) for n, x in view.keys.items()})
 
     around(patch, KVCache, "view", view)
