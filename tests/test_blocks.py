@@ -72,7 +72,7 @@ COLUMNS, SIZE, PAGES = 5, 2, 12
 def test_blocks_of_pages(transposed):
     """As a layout's; pages lie anywhere, and those of nobody stay as they are."""
     table = np.random.default_rng(0).permutation(PAGES)[: B * COLUMNS].reshape(B, COLUMNS)
-    pages = Pages(Layout(COLUMNS * SIZE, 2 * SIZE, False), SIZE, jnp.asarray(table, jnp.int32), 6)
+    pages = Pages(Layout(COLUMNS * SIZE, 2 * SIZE, False), SIZE, jnp.asarray(table, jnp.int32), PAGES)
     pool = numbers(K, PAGES, *((F, SIZE) if transposed else (SIZE, F)))
     token = lambda pool, b, k, s: (pool[k, table[b, s // SIZE], :, s % SIZE] if transposed
                                    else pool[k, table[b, s // SIZE], s % SIZE])  # fmt: skip
