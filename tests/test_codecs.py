@@ -510,8 +510,8 @@ def test_caught_swapped_scales(monkeypatch):
     block = base.Codec.block
     original = kvattn.KVCache.view
 
-    def view(cache):
-        seen = original(cache)
+    def view(cache, *positions):
+        seen = original(cache, *positions)
         keys, values = dict(seen.keys), dict(seen.values)
         keys["scale"], values["scale"] = values["scale"], keys["scale"]
         return dataclasses.replace(seen, keys=keys, values=values)
