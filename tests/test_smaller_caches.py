@@ -852,9 +852,9 @@ def stops(rope, x, positions, turn=kvattn.RoPE.__call__):
     return turn(rope, x, jnp.minimum(positions, 9))
 
 
-def swapped(cache, view=kvattn.KVCache.view):
+def swapped(cache, *positions, view=kvattn.KVCache.view):
     """`KVCache.view` with the scales of keys and values exchanged."""
-    seen = view(cache)
+    seen = view(cache, *positions)
     keys, values = ({**a, "scale": b["scale"]} for a, b in ((seen.keys, seen.values), (seen.values, seen.keys)))
     return dataclasses.replace(seen, keys=keys, values=values)
 
