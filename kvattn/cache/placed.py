@@ -44,7 +44,7 @@ def placed[T](call: Callable[..., T], shardings: Shardings, *args: PyTree) -> T:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run[T](call: Callable[..., T], shardings: Shardings, args: tuple[PyTree, ...]) -> T:
+def _run(call: Callable[..., PyTree], shardings: Shardings, args: tuple[PyTree, ...]) -> PyTree:
     shapes = jax.eval_shape(call, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
     leaves, tree = jax.tree.flatten(shapes)
     mesh = next(sharding.mesh for sharding in shardings if sharding is not None)

@@ -31,7 +31,8 @@ class View:
         value_head_dim: Hv.
         page_table: whose pages hold the slots; None: the arrays lie in blocks.
         page_size: slots per page.
-        fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read has derivatives itself.
+        fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
+            has derivatives itself.
     """
 
     keys: Encoded
