@@ -19,7 +19,7 @@ from kvattn._typing import Array
 Index = int | Int32[Array, ""]
 
 
-def fori_loop[T](first: Index, end: Index, body: Callable[[Int32[Array, ""], T], T], start: T, **options: Any) -> T:
+def fori_loop[T](first: Index, end: Index, body: Callable[..., T], start: T, **options: Any) -> T:
     """`jax.lax.fori_loop`; `start` may differ over fewer mesh axes than what `body` returns."""
     return jax.lax.fori_loop(first, end, body, _settled(lambda carry: body(first, carry), start), **options)
 
@@ -73,7 +73,7 @@ def _axes_of(tree: PyTree) -> frozenset[str]:
 
 
 def _axes(x: ArrayLike | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """The mesh axes over which devices hold different values of x."""
+    """The mesh axes over which devices hold different values of x [...]."""
     return jax.typeof(x).manual_axis_type.varying
 
 

@@ -15,6 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Shaped
 
 from kvattn.errors import CacheVersionError, ConfigError
 
@@ -119,7 +120,7 @@ def _settings(tree: Any) -> str:
     return json.dumps(_plain(tuple(named)))
 
 
-def _shape(x: ArrayLike) -> tuple[tuple[int, ...], str]:
+def _shape(x: Shaped[ArrayLike, "..."]) -> tuple[tuple[int, ...], str]:
     return np.shape(x), str(jnp.result_type(x))
 
 

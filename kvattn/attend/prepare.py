@@ -34,7 +34,7 @@ def prepared[C: Cache](
     implementation: api.Implementation,
     num_heads: int | None = None,
 ) -> tuple[Step, NewTokens, PerHead, C]:
-    """Checks the arguments of `kvattn.cached_attention`, and raises what it raises.
+    """Checks the arguments of `kvattn.cached_attention`, query [B, T, N, H] and so on, and raises what it raises.
 
     Args:
         query: this and all that follow as there.

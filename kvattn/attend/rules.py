@@ -48,7 +48,7 @@ class Rules:
             query: the queries.
             mask: what holds before `window` is looked at.
             window: the call's window, or None.
-            scale: or None, which is 1/sqrt(H).
+            scale: a number [], or None, which is 1/sqrt(H).
             softcap: or None.
             key_rope: as in `Rules`.
 

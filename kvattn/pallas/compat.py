@@ -274,7 +274,7 @@ def _contiguous(
     return_residuals: bool,
     normalize_output: bool,
 ) -> Any:
-    """What `mqa` and `gqa` return."""
+    """What `mqa` and `gqa` return; `start_idx` and `kv_seq_len` are [B], or []."""
     _checks.finite_scale(sm_scale)
     q, scale = folded(q, sm_scale)
     # Before jit, which would wrap what int32 does not hold.

@@ -105,7 +105,7 @@ def runs(features: int) -> list[tuple[int, int]]:
 
 
 def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
-    """The numbers of four-bit tokens, a tile uint8 [T, F]: (numbers [T, run], group, first channel, what to multiply by).
+    """The numbers of four-bit tokens uint8 [T, F]: (numbers [T, run], group, first channel, what to multiply by).
 
     Registers are not shifted in eight bits, so the high nibbles stay where they are.
     """

@@ -201,7 +201,7 @@ def paged_decode_attention(
     )
 
 
-def _query(q: ArrayLike) -> Float[Array, "B N H"]:
+def _query(q: Shaped[ArrayLike, "..."]) -> Float[Array, "B N H"]:
     q = _checks.query("q", q)
     if q.ndim != 3:
         raise ShapeError(f"q must be [B, N, H], got {q.shape}.")
@@ -311,7 +311,7 @@ def _attend(
     return_lse: bool,
     implementation: api.Implementation,
 ) -> Any:
-    """Attention of one token per row to a view whose last slot is where the queries stand."""
+    """Attention [B, N, Hv] of one token per row to a view whose last slot is where the queries stand."""
     batch, heads, head_dim = q.shape
     _checks.head_counts(heads, view.num_kv_heads)
     if head_dim != view.key_head_dim or not head_dim:

@@ -124,8 +124,14 @@ def _block(tail: list[int], last: bool) -> tuple[int, tuple[int, int]]:
     return size, (size, tail[1])
 
 
-def _run(array: Stored, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec, last: bool) -> Array:
-    """Puts token i of x [steps, K, 1, F] ([steps, K, F, 1] if last) into the block that the scalars name."""
+def _run(
+    array: Stored,
+    x: Shaped[Array, "steps K _ _"],
+    scalars: tuple[Int32[Array, " steps"], ...],
+    spec: pl.BlockSpec,
+    last: bool,
+) -> Array:
+    """Puts token i of x ([K, 1, F], or [K, F, 1] if last) into the block that the scalars name."""
     array = _manual.like(array, scalars, x)
     shape: Any = _manual.result(array.shape, array.dtype, array)
     if not interpreted():

@@ -18,7 +18,7 @@ from kvattn._typing import Array
 from kvattn.errors import ConfigError, ShapeError, ShardingError
 from kvattn.sharding.split import Split, split_over
 
-Layer = Callable[..., tuple[Array, PyTree]]
+Layer = Callable[..., tuple[Shaped[Array, "*activations"], PyTree]]
 
 
 def pipeline(
@@ -87,7 +87,7 @@ def layer_caches[T](make: Callable[[], T], num_layers: int, num_microbatches: in
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), make())
 
 
-def _stages(split: Split, layer: Layer) -> Callable[..., tuple[Array, PyTree]]:
+def _stages(split: Split, layer: Layer) -> Callable[..., tuple[Shaped[Array, "M *activations"], PyTree]]:
     """What each device does: its layers, on one microbatch after the other."""
     num_stages, axis = split.size, split.axis
     onwards = [(i, i + 1) for i in range(num_stages - 1)]

@@ -197,7 +197,9 @@ def _has_infinity(bias: Float[Array, "..."]) -> bool:
         return bool(jnp.any(bias == jnp.inf))
 
 
-def _lengths(name: str, lengths: ArrayLike | None, batch: int, longest: int) -> Int32[Array, " B"] | None:
+def _lengths(
+    name: str, lengths: Shaped[ArrayLike, "..."] | None, batch: int, longest: int
+) -> Int32[Array, " B"] | None:
     if lengths is None:
         return None
     lengths = jnp.asarray(lengths)
