@@ -9,6 +9,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int32
 
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError, ShapeError, StaleCacheError
 
@@ -22,7 +24,7 @@ def is_concrete(*arrays: object) -> bool:
     return not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays))
 
 
-def on_host(x: Any) -> np.ndarray:
+def on_host(x: ArrayLike) -> np.ndarray:
     """The numbers of an array [...]; if it is split over the devices of several processes, all must ask for it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
@@ -102,7 +104,7 @@ def inexact(name: str, dtype: Any, *, complex: bool = True, bits: int = 0) -> np
     return found
 
 
-def head_counts(num_heads: Any, num_kv_heads: Any) -> None:
+def head_counts(num_heads: int, num_kv_heads: int) -> None:
     """Checks that query heads divide into blocks, one per key/value head."""
     integer("num_heads", num_heads, 1)
     integer("num_kv_heads", num_kv_heads, 1)
@@ -174,8 +176,8 @@ def window(value: object, name: str = "window") -> int | None:
     return min(integer(name, value, 1, RangeError), INT32_MAX)
 
 
-def floating(name: str, array: Any) -> jax.Array:
-    """Turns `array` [...] into a JAX array of a real floating dtype, or says why not."""
+def floating(name: str, array: Any) -> Float[jax.Array, "..."]:
+    """Turns `array` into a JAX array of a real floating dtype, or says why not."""
     dtype = getattr(array, "dtype", None)
     if dtype is None:
         try:
@@ -188,8 +190,8 @@ def floating(name: str, array: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
-def query(name: str, array: Any) -> jax.Array:
-    """Turns `array` [...] into a JAX array of a floating dtype that can be multiplied with others, or says why not."""
+def query(name: str, array: Any) -> Float[jax.Array, "..."]:
+    """Turns `array` into a JAX array of a floating dtype that can be multiplied with others, or says why not."""
     array = floating(name, array)
     if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise DTypeError(f"{name} must be float32, bfloat16, float16 or float64, got {array.dtype}: cast it.")
@@ -231,8 +233,8 @@ def int32(name: str, array: Any) -> Any:
     return values.astype(np.int32)
 
 
-def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -> jax.Array:
-    """Turns `array` into int32 [B]; values that can be seen are checked against [low, high]."""
+def counts(name: str, array: Any, batch_size: int, low: int, high: int | None) -> Int32[jax.Array, " B"]:
+    """Turns `array` into one of a number per row; values that can be seen are checked against [low, high]."""
     if isinstance(array, bool):
         raise DTypeError(f"{name} must hold integers, got bool.")
     array = integers(name, array)
@@ -266,8 +268,8 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; the known ones are {', '.join(map(repr, known))}.")
 
 
-def per_head(name: str, x: Any, num_heads: int, *, finite: bool = False) -> jax.Array | None:
-    """Checks one value per query head [N], neither NaN nor +inf, with `finite` not -inf either; None stays None."""
+def per_head(name: str, x: Any, num_heads: int, *, finite: bool = False) -> Float[jax.Array, " N"] | None:
+    """Checks one value per query head, neither NaN nor +inf, with `finite` not -inf either; None stays None."""
     if x is None:
         return None
     if isinstance(x, bool):

@@ -11,20 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import ManualAxisType
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Int32, PyTree, Shaped
+
+from kvattn._typing import Array
+
+Index = int | Int32[Array, ""]
 
 
-def fori_loop(first: Any, end: Any, body: Callable[[Any, Any], Any], start: Any, **options: Any) -> Any:
+def fori_loop[T](first: Index, end: Index, body: Callable[..., T], start: T, **options: Any) -> T:
     """`jax.lax.fori_loop`; `start` may differ over fewer mesh axes than what `body` returns."""
     return jax.lax.fori_loop(first, end, body, _settled(lambda carry: body(first, carry), start), **options)
 
 
-def scan(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any) -> tuple[Any, Any]:
+def scan[T, X, Y](body: Callable[[T, X], tuple[T, Y]], start: T, xs: X) -> tuple[T, Y]:
     """`jax.lax.scan`; `start` may differ over fewer mesh axes than what `body` returns."""
     one = lambda carry: body(carry, jax.tree.map(lambda x: x[0], xs))[0]
     return jax.lax.scan(body, _settled(one, start), xs)
 
 
-def cond(pred: Any, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+def cond[T](pred: Bool[Array, ""], yes: Callable[..., T], no: Callable[..., T], *operands: PyTree) -> T:
     """`jax.lax.cond`; the branches may return what differs over different mesh axes."""
     if _is_manual():
         axes = jax.tree.map(lambda a, b: _axes(a) | _axes(b), *(jax.eval_shape(f, *operands) for f in (yes, no)))
@@ -32,12 +38,12 @@ def cond(pred: Any, yes: Callable[..., Any], no: Callable[..., Any], *operands: 
     return jax.lax.cond(pred, yes, no, *operands)
 
 
-def like(x: Any, *others: Any) -> Any:
+def like(x: Shaped[Array, "*shape"], *others: PyTree) -> Shaped[Array, "*shape"]:
     """The array x, as different over mesh axes as any array of the trees `others`."""
     return _over(x, _axes_of(others)) if _is_manual() else x
 
 
-def result(shape: tuple[int, ...], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
+def result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
     """What a kernel returns: it differs over the mesh axes over which any array of the tree `operands` does."""
     if not _is_manual():
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -50,7 +56,7 @@ def _is_manual() -> bool:
     return bool(axes) and bool(_axes(jax.lax.axis_index(axes[0])))
 
 
-def _settled(step: Callable[[Any], Any], carry: Any) -> Any:
+def _settled[T](step: Callable[[T], T], carry: T) -> T:
     """The carry, as different over mesh axes as anything that `step` makes of it.
 
     One look is enough: what differs over an axis comes from what `step` closes over, or from the carry.
@@ -61,17 +67,17 @@ def _settled(step: Callable[[Any], Any], carry: Any) -> Any:
     return jax.tree.map(lambda x: _over(x, axes), carry)
 
 
-def _axes_of(tree: Any) -> frozenset[str]:
+def _axes_of(tree: PyTree) -> frozenset[str]:
     """The mesh axes over which any array of a tree differs."""
     return frozenset().union(*map(_axes, jax.tree.leaves(tree)))
 
 
-def _axes(x: Any) -> frozenset[str]:
-    """The mesh axes over which devices hold different values of x."""
+def _axes(x: ArrayLike | jax.ShapeDtypeStruct) -> frozenset[str]:
+    """The mesh axes over which devices hold different values of x [...]."""
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _over(x: Any, axes: frozenset[str]) -> Any:
+def _over(x: Shaped[ArrayLike, "*shape"], axes: frozenset[str]) -> Shaped[Array, "*shape"]:
     """x, as a value that may differ over these axes as well."""
     x = jnp.asarray(x)
     return jax.lax.pcast(x, tuple(sorted(axes - _axes(x))), to="varying") if axes - _axes(x) else x

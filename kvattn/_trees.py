@@ -14,6 +14,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Shaped
 
 from kvattn.errors import CacheVersionError, ConfigError
 
@@ -52,7 +54,7 @@ class Tree:
         return hash((type(self), jax.tree.structure(self)))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     """Whether two leaves are the same array, or equal otherwise."""
     arrays = any(isinstance(x, jax.Array | np.ndarray) for x in (a, b))
     return a is b or (not arrays and bool(a == b))
@@ -118,7 +120,7 @@ def _settings(tree: Any) -> str:
     return json.dumps(_plain(tuple(named)))
 
 
-def _shape(x: Any) -> tuple[tuple[int, ...], str]:
+def _shape(x: Shaped[ArrayLike, "..."]) -> tuple[tuple[int, ...], str]:
     return np.shape(x), str(jnp.result_type(x))
 
 

@@ -25,6 +25,7 @@ For ``Mask(window=3, num_sinks=1)`` and six tokens, queries downwards::
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -67,22 +68,19 @@ class Mask:
 
     def allowed(
         self,
-        q_positions: Array,
-        kv_positions: Array,
+        q_positions: Int32[Array, "B T"],
+        kv_positions: Int32[Array, "B K1 S"],
         *,
-        q_segments: Array | None = None,
-        kv_segments: Array | None = None,
-    ) -> Array:
+        q_segments: Int32[Array, "B T"] | None = None,
+        kv_segments: Int32[Array, "B S"] | None = None,
+    ) -> Bool[Array, "B K1 T S"]:
         """The rule as an array.
 
         Args:
-            q_positions: int32 [B, T]; EMPTY for a pad, which attends to nothing.
-            kv_positions: int32 [B, 1 or K, S] (K where heads keep different tokens); EMPTY for an empty slot.
-            q_segments: int32 [B, T], with `kv_segments` int32 [B, S]: only equal ids attend.
+            q_positions: EMPTY for a pad, which attends to nothing.
+            kv_positions: of one head, or of all K where they keep different tokens; EMPTY for an empty slot.
+            q_segments: with `kv_segments`: only equal ids attend.
             kv_segments: see `q_segments`.
-
-        Returns:
-            bool [B, 1 or K, T, S].
         """
         q = q_positions[:, None, :, None]
         kv = kv_positions[:, :, None, :]
@@ -91,15 +89,12 @@ class Mask:
             ok &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
         return ok
 
-    def reachable(self, q_positions: Array, kv_positions: Array) -> Array:
+    def reachable(
+        self, q_positions: Int32[Array, "B T"], kv_positions: Int32[Array, "*lead B K1 R"]
+    ) -> Bool[Array, "*lead B K1 R"]:
         """An outer bound of `allowed` per key, cheap enough to skip whole blocks of keys by it.
 
-        Args:
-            q_positions: int32 [B, T].
-            kv_positions: int32 [..., B, 1 or K, R] with any leading axes.
-
-        Returns:
-            bool of kv_positions' shape: False where no query of the row can attend.
+        False where no query of the row can attend.
         """
         real = q_positions >= 0
         last = jnp.max(jnp.where(real, q_positions, EMPTY), axis=1)[:, None, None]
@@ -108,11 +103,10 @@ class Mask:
         last, first = last.reshape(lead + last.shape), first.reshape(lead + first.shape)
         return (last >= 0) & self.between(kv_positions, first, last)
 
-    def between(self, kv: Array, first: Array, last: Array) -> Array:
-        """Whether some query between the positions `first` and `last` may attend to the keys; in kernels too.
-
-        Shapes are those of the caller: whatever broadcasts.
-        """
+    def between(
+        self, kv: Int32[Array, "*#shape"], first: Int32[Array, "*#shape"], last: Int32[Array, "*#shape"]
+    ) -> Bool[Array, "..."]:
+        """Whether some query between the positions `first` and `last` may attend to the keys; in kernels too."""
         ok = kv >= self.begin  # empty slots are -1
         if self.end is not None:
             ok &= kv < self.end
@@ -139,16 +133,18 @@ class Mask:
         return dataclasses.replace(self, reach=window) if self.num_sinks else self
 
 
-def row_positions(num_tokens: int, lengths: Array | None = None, starts: Array | None = None) -> Array:
+def row_positions(
+    num_tokens: int, lengths: Int[Array, " B"] | None = None, starts: Int[Array, " B"] | None = None
+) -> Int32[Array, "#B S"]:
     """Positions of the tokens of padded rows.
 
     Args:
         num_tokens: length of the padded rows, S.
-        lengths: int32 [B], real tokens per row. None: all of them.
-        starts: int32 [B], index of the first real token (left padding). None: 0.
+        lengths: real tokens per row. None: all of them.
+        starts: index of the first real token (left padding). None: 0.
 
     Returns:
-        int32 [B or 1, S]: the position of each real token, EMPTY for pads.
+        the position of each real token, EMPTY for pads.
     """
     index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
     position = index if starts is None else index - starts[:, None]

@@ -15,6 +15,8 @@ from kvattn.attend.derivative import Attend, differentiable
 from kvattn.attend.registry import Implementation as Record
 from kvattn.attend.registry import Result, made_for, named, register
 from kvattn.attend.request import Request
+from kvattn.cache.pages import Store
+from kvattn.codecs.blocks import Blocks
 from kvattn.errors import ConfigError, UnsupportedError
 
 Implementation = str | Sequence[str] | None
@@ -73,7 +75,7 @@ def attend(request: Request, implementation: Implementation = None) -> Result:
         implementation: as in `choose`, which raises what is wrong.
 
     Returns:
-        out [B, T, N, Hv] and lse [B, T, N] in float32 or wider, mass [B, K, S] or None (`Request`).
+        out, lse and mass (`Request`).
     """
     record = named(choose(request, implementation)[0])
     attend = record.load().attend
@@ -106,11 +108,11 @@ def _by_position(attend: Attend) -> Attend:
     return call
 
 
-def writer(store: Any, implementation: Implementation = None) -> Any:
+def writer(store: Store, implementation: Implementation = None) -> Blocks:
     """What writes one token into the arrays of a cache: `store` itself, or a kernel that takes its place.
 
     Args:
-        store: the cache's `Layout` or `Pages`.
+        store: the cache's.
         implementation: as in `choose`; the first one decides.
     """
     record = named(candidates(implementation)[0])

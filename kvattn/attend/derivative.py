@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from kvattn import _manual
 from kvattn._typing import Array
@@ -15,17 +15,21 @@ from kvattn.attend.request import Request
 
 Attend = Callable[[Request], Result]
 """What an implementation does; see `Request`."""
+Arrays = tuple[Shaped[Array, "..."], ...]
+"""Those of a request."""
+Structure = tuple[jax.tree_util.PyTreeDef, tuple[bool, ...]]
+"""The request without its arrays, and which of these can be differentiated."""
 
 
 def differentiable(attend: Attend) -> Attend:
     """The same function; forward and reverse derivatives are those of `reference.attend`."""
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def on_leaves(structure: Any, rest: tuple, floats: tuple) -> Result:
+    def on_leaves(structure: Structure, rest: Arrays, floats: Arrays) -> Result:
         return attend(_join(structure, rest, floats))
 
     @on_leaves.defjvp
-    def _(structure, primals, tangents):
+    def _(structure: Structure, primals: tuple[Arrays, Arrays], tangents: tuple) -> tuple[Result, Result]:
         rest, floats = primals
         primal = on_leaves(structure, rest, floats)
         _, tangent = jax.jvp(lambda *f: reference.attend(_join(structure, rest, f)), floats, tangents[1])
@@ -39,8 +43,8 @@ def differentiable(attend: Attend) -> Attend:
     return call
 
 
-def _split(request: Request) -> tuple[tuple[Array, ...], tuple[Array, ...], Any]:
-    """Separates the arrays [...] which can be differentiated from the others, and says how they fit together."""
+def _split(request: Request) -> tuple[Arrays, Arrays, Structure]:
+    """Separates the arrays which can be differentiated from the others, and says how they fit together."""
     leaves, structure = jax.tree.flatten(request)
     inexact = tuple(jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
     floats = tuple(x for x, keep in zip(leaves, inexact, strict=True) if keep)
@@ -48,8 +52,8 @@ def _split(request: Request) -> tuple[tuple[Array, ...], tuple[Array, ...], Any]
     return floats, rest, (structure, inexact)
 
 
-def _join(structure: Any, rest: tuple[Array, ...], floats: tuple[Array, ...]) -> Request:
-    """The inverse of `_split`, of arrays [...]."""
+def _join(structure: Structure, rest: Arrays, floats: Arrays) -> Request:
+    """The inverse of `_split`."""
     tree, inexact = structure
     others, numbers = iter(rest), iter(floats)
     return jax.tree.unflatten(tree, [next(numbers) if keep else next(others) for keep in inexact])

@@ -1,9 +1,9 @@
 """Which part of a cache a step reads and writes: all of it, unless devices share it (`kvattn.sharding`)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree
 
 from kvattn._typing import Array
 from kvattn.attend import api
@@ -49,15 +49,15 @@ class Part:
         """Attention to the slots and new tokens of all, from that to those read here."""
         return out, lse
 
-    def of_group(self, tree: Any) -> Any:
+    def of_group(self, tree: PyTree) -> PyTree:
         """The mean over all the query heads of a group, from that over those that are here."""
         return tree
 
-    def all_slots(self, cache: Cache, tree: Any) -> Any:
+    def all_slots(self, cache: Cache, tree: PyTree) -> PyTree:
         """Arrays [B, K, C, ...] of all slots, from those of the slots here."""
         return tree
 
-    def all_new(self, tree: Any, length: int) -> Any:
+    def all_new(self, tree: PyTree, length: int) -> PyTree:
         """Arrays [B, K, T, ...] of all new tokens, from those of the tokens read here."""
         return tree
 

@@ -1,8 +1,7 @@
 """The arguments of `kvattn.cached_attention`, checked once and brought to the form that a step takes."""
 
-from typing import Any
-
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int32
 
 from kvattn import _checks
@@ -18,24 +17,24 @@ from kvattn.positions import RoPE
 
 
 def prepared[C: Cache](
-    query: Any,
-    key: Any,
-    value: Any,
+    query: object,
+    key: object,
+    value: object,
     cache: C,
     *,
-    num_new: Any,
+    num_new: object,
     padding: str,
     rope: RoPE | None,
     window: int | None,
-    scale: Any,
+    scale: ArrayLike | None,
     softcap: float | None,
-    sinks: Any,
-    alibi_slopes: Any,
-    token_ids: Any,
+    sinks: object,
+    alibi_slopes: object,
+    token_ids: object,
     implementation: api.Implementation,
     num_heads: int | None = None,
 ) -> tuple[Step, NewTokens, PerHead, C]:
-    """Checks the arguments of `kvattn.cached_attention`, and raises what it raises.
+    """Checks the arguments of `kvattn.cached_attention`, query [B, T, N, H] and so on, and raises what it raises.
 
     Args:
         query: this and all that follow as there.
@@ -126,7 +125,7 @@ def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array,
     return room & cache.policy.fits(cache.state, Context(cache.lengths, num_new, length, cache.num_slots))
 
 
-def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
+def _real_tokens(num_new: object, batch: int, length: int) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
     """How many of the T tokens of each row are real, and which rows give an impossible number."""
     given = _checks.counts("num_new", length if num_new is None else num_new, batch, 0, length)
     bad = (given < 0) | (given > length)
@@ -134,7 +133,7 @@ def _real_tokens(num_new: Any, batch: int, length: int) -> tuple[Int32[Array, " 
 
 
 def _keys_and_values(
-    key: Any, value: Any, query: Float[Array, "B T N H"], cache: Cache
+    key: object, value: object, query: Float[Array, "B T N H"], cache: Cache
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
     """Those of the new tokens."""
     if key is None or value is None:
@@ -149,8 +148,8 @@ def _keys_and_values(
     return key, value
 
 
-def _token_ids(token_ids: Any, query: Float[Array, "B T N H"]) -> Int32[Array, "B T"]:
-    token_ids = _checks.int32("token_ids", token_ids)
-    if token_ids.shape != query.shape[:2]:
-        raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {token_ids.shape}.")
-    return jnp.asarray(token_ids)
+def _token_ids(token_ids: object, query: Float[Array, "B T N H"]) -> Int32[Array, "B T"]:
+    ids = _checks.int32("token_ids", token_ids)
+    if ids.shape != query.shape[:2]:
+        raise ShapeError(f"token_ids must be [B, T] = {query.shape[:2]}, got {ids.shape}.")
+    return jnp.asarray(ids)

@@ -36,7 +36,7 @@ def dense(
 
 def _past_codes(
     decoded: Float[Array, "B K C H"],
-    kept: tuple[tuple[Array, Array], ...],
+    kept: tuple[tuple[Int32[Array, "B M"], Float[Array, "B K M H"]], ...],
     slots: Int32[Array, "B *K T"] | None,
     new: Float[Array, "B T K H"] | None,
 ) -> Float[Array, "B K C H"]:
@@ -76,7 +76,7 @@ def _mixed(
     finite = jnp.isfinite(values)
     out = product(probs, jnp.where(finite, values, 0))
 
-    def rest() -> Array:
+    def rest() -> Float[Array, "B K G T Hv"]:
         seen = jnp.broadcast_to(allowed, (*probs.shape[:2], 1, *probs.shape[3:])).astype(values.dtype)
         met = lambda where: product(seen, where.astype(values.dtype)) > 0
         found = jnp.where(met(jnp.isposinf(values)), jnp.inf, 0) + jnp.where(met(jnp.isneginf(values)), -jnp.inf, 0)
@@ -84,6 +84,9 @@ def _mixed(
         return jnp.broadcast_to(found, out.shape)
 
     return out + jax.lax.stop_gradient(_manual.cond(jnp.all(finite), lambda: jnp.zeros_like(out), rest))
+
+
+Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 
 
 @jax.custom_jvp
@@ -94,7 +97,7 @@ def _straight_through(coded: Float[Array, "*shape"], exact: Float[Array, "*shape
 
 
 @_straight_through.defjvp
-def _(primals, tangents):
+def _(primals: Pair, tangents: Pair) -> Pair:
     return primals[0], tangents[1]
 
 

@@ -36,7 +36,7 @@ class Kernel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Tuning[T]:
     """What `kvattn.pallas.tuning` may tune of a kernel.
 
     The kernel then also has ``key(request)``, the name of a call in tables of sizes, and ``fits(request, sizes)``, and
@@ -47,8 +47,8 @@ class Tuning:
         candidates: what tuning tries.
     """
 
-    kind: type[Any]
-    candidates: Sequence[Any]
+    kind: type[T]
+    candidates: Sequence[T]
 
 
 @dataclasses.dataclass(frozen=True)

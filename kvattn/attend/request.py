@@ -24,10 +24,10 @@ class Request:
     the new tokens, mean over the query heads of its group. Sinks are not its business.
 
     Attributes:
-        query: [B, T, N, H].
-        positions: int32 [B, T], -1 for pads, whose rows come out as 0 and -inf.
+        query: the queries.
+        positions: -1 for pads, whose rows come out as 0 and -inf.
         view: the slots.
-        alibi_slopes: float32 [N] or None: adds slope * (key position - query position) to the scores.
+        alibi_slopes: adds slope * (key position - query position) to the scores. None: nothing.
         mask: who may attend to whom.
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
@@ -35,10 +35,10 @@ class Request:
         key_rope: rotates the keys of the view by their positions; None: they are as they shall be.
     """
 
-    query: Array
-    positions: Array
+    query: Float[Array, "B T N H"]
+    positions: Int32[Array, "B T"]
     view: View
-    alibi_slopes: Array | None
+    alibi_slopes: Float[Array, " N"] | None
     mask: Mask = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})

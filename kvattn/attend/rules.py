@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
 
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int32
 
 from kvattn import _checks
@@ -37,9 +37,9 @@ class Rules:
         query: Float[Array, "*BT N H"],
         *,
         mask: Mask,
-        window: Any,
-        scale: Any,
-        softcap: Any,
+        window: object,
+        scale: ArrayLike | None,
+        softcap: object,
         key_rope: RoPE | None = None,
     ) -> tuple[Float[Array, "*BT N H"], "Rules"]:
         """The rules of a call, and its queries, which take in a scale that is traced.
@@ -48,7 +48,7 @@ class Rules:
             query: the queries.
             mask: what holds before `window` is looked at.
             window: the call's window, or None.
-            scale: or None, which is 1/sqrt(H).
+            scale: a number [], or None, which is 1/sqrt(H).
             softcap: or None.
             key_rope: as in `Rules`.
 

@@ -7,7 +7,7 @@ this one operation.
 """
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from kvattn._typing import Array
@@ -15,7 +15,9 @@ from kvattn.codecs.base import wider
 from kvattn.errors import ShapeError
 
 
-def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+def merge_states(
+    out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike, lse_b: ArrayLike
+) -> tuple[Float[Array, "*shape H"], Float[Array, "*shape"]]:
     """Merges the attention over two disjoint sets of tokens into that over their union.
 
     ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``. Associative
@@ -29,7 +31,7 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
         lse_b: float [...].
 
     Returns:
-        out [..., H] in the wider dtype of both, and lse [...], float32 or wider. Both empty: 0 and -inf.
+        out in the wider dtype of both, and lse, float32 or wider. Both empty: 0 and -inf.
 
     Raises:
         ShapeError: shapes that do not belong together.

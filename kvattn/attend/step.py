@@ -140,18 +140,18 @@ class _Located:
     """The new tokens at the positions that the policy wants.
 
     Attributes:
-        query: float [B, T, N, H], rotated.
-        key: float [B, T, K, H], as it is stored.
-        value: float [B, T, K, Hv].
-        positions: int32 [B, T], EMPTY for pads.
+        query: rotated.
+        key: as it is stored.
+        value: the values.
+        positions: EMPTY for pads.
         from_sinks: for policies whose first n tokens are seen from elsewhere: n, and queries and positions for them.
     """
 
-    query: Array
-    key: Array
-    value: Array
-    positions: Array
-    from_sinks: tuple[int, Array, Array] | None
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K Hv"]
+    positions: Int32[Array, "B T"]
+    from_sinks: tuple[int, Float[Array, "B T N H"], Int32[Array, "B T"]] | None
 
 
 def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:

@@ -5,7 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -18,22 +18,22 @@ class NewTokens:
     """T new tokens of every row. Rows do not depend on each other, nor do key/value heads with their query heads.
 
     Attributes:
-        query: float [B, T, N, H].
-        key: float [B, T, K, H]; None for a static cache, to which nothing is appended.
-        value: float [B, T, K, Hv], or None.
-        num_new: int32 [B], how many are real, and taken; the others are pads.
-        refused: bool [B], rows whose tokens do not fit: `num_new` is 0 there.
-        bad_count: bool [B], rows that were given an impossible number of tokens: likewise.
-        ids: int32 [B, T], or None.
+        query: the queries.
+        key: the keys; None for a static cache, to which nothing is appended.
+        value: the values, or None.
+        num_new: how many are real, and taken; the others are pads.
+        refused: rows whose tokens do not fit: `num_new` is 0 there.
+        bad_count: rows that were given an impossible number of tokens: likewise.
+        ids: what policies that look at tokens are told, or None.
     """
 
-    query: Array
-    key: Array | None
-    value: Array | None
-    num_new: Array
-    refused: Array
-    bad_count: Array
-    ids: Array | None
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B T K H"] | None
+    value: Float[Array, "B T K Hv"] | None
+    num_new: Int32[Array, " B"]
+    refused: Bool[Array, " B"]
+    bad_count: Bool[Array, " B"]
+    ids: Int32[Array, "B T"] | None
 
     @property
     def length(self) -> int:
@@ -57,12 +57,12 @@ class PerHead:
     """One number per query head.
 
     Attributes:
-        sinks: float [N], a logit that joins the softmax sum only; or None.
-        slopes: float [N], ALiBi's; or None.
+        sinks: a logit that joins the softmax sum only; or None.
+        slopes: ALiBi's; or None.
     """
 
-    sinks: Array | None = None
-    slopes: Array | None = None
+    sinks: Float[Array, " N"] | None = None
+    slopes: Float[Array, " N"] | None = None
 
 
 def rotated_left(x: Shaped[Array, "B T *rest"], by: Int32[Array, " B"]) -> Shaped[Array, "B T *rest"]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int32, PyTree, Shaped
+from jaxtyping import Bool, Float, Int32, PyTree, Shaped
 
 from kvattn import _manual
 from kvattn._typing import Array, Encoded
@@ -43,13 +43,13 @@ def attend(request: Request) -> Result:
         return _query_block(request)
     by_block = _blocked(size, blocks)
 
-    def one(block):
+    def one(block: tuple[Float[Array, "B size N H"], Int32[Array, "B size"]]) -> Result:
         query, positions = block
         return _query_block(dataclasses.replace(request, query=query, positions=positions))
 
     out, lse, mass = jax.lax.map(one, (by_block(request.query), by_block(request.positions, -1)))
 
-    def joined(x):
+    def joined(x: Float[Array, "blocks B size *rest"]) -> Float[Array, "B T *rest"]:
         return x.swapaxes(0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :length]
 
     return joined(out), joined(lse), None if mass is None else jnp.sum(mass, axis=0)
@@ -80,7 +80,8 @@ def _query_block(request: Request) -> Result:
     walk = _Walk(request)
     shape = walk.shape
 
-    def step(i, carry):
+    def step(i: Int32[Array, ""], carry: tuple) -> tuple:
+        """Maximum and sum [B, K, G, T], output [B, K, G, T, Hv], scores [blocks, B, K, G, T, R] or None."""
         top, total, out, seen = carry
         scores, kv_positions = walk.scores(i)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -95,7 +96,7 @@ def _query_block(request: Request) -> Result:
         return new_top, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + mixed, seen
 
     layout = view.layout
-    carry = (
+    carry: tuple = (
         jnp.full(shape, -jnp.inf, walk.acc),
         jnp.zeros(shape, walk.acc),
         jnp.zeros((*shape, view.value_head_dim), walk.acc),
@@ -156,12 +157,12 @@ class _Walk:
         """
         request, (*_, length), size = self.request, self.shape, self.request.view.value_head_dim
 
-        def product(weights: Array, filled: Array) -> Array:
+        def product(weights: Float[Array, "B K G T R"], filled: Bool[Array, "B K1 R"]) -> Float[Array, "B K G T Hv"]:
             rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
             mixed = request.view.codec.mix(rows, values, filled)[..., :size]
             return mixed.astype(self.acc).reshape(*weights.shape[:-1], size)
 
-        def one(t: Array, mixed: Array) -> Array:
+        def one(t: Int32[Array, ""], mixed: Float[Array, "B K G T Hv"]) -> Float[Array, "B K G T Hv"]:
             at = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)
             allowed = request.mask.allowed(at(request.positions, 1), kv_positions)[:, :, 0]
             old = at(mixed, 3)
@@ -177,12 +178,16 @@ class _Walk:
         return _manual.fori_loop(jnp.int32(0), rounds, one, mixed)
 
 
+Piece = tuple[Float[Array, "B size N H"], Int32[Array, "B size"], Float[Array, "B size N"]]
+"""Queries of a block, their positions, and the logarithm of their softmax sum."""
+
+
 def measure(request: Request, lse: Float[Array, "B T N"], function: Callable[..., PyTree]) -> PyTree:
     """A statistic of the probabilities of several new tokens, once their softmax sum is known.
 
     Args:
         request: the call.
-        lse: [B, T, N], the logarithm of the whole softmax sum, over this view and any other.
+        lse: the logarithm of the whole softmax sum, over this view and any other.
         function: called with probs float32 [B, K, T, R] (mean over the query heads of a group), q_positions [B, T] and
             kv_positions [B, 1 or K, R]; returns a tree of arrays [B, K, R, ...], which are added up over blocks of
             queries.
@@ -196,25 +201,25 @@ def measure(request: Request, lse: Float[Array, "B T N"], function: Callable[...
     by_block = _blocked(size, blocks)
     pieces = by_block(request.query), by_block(request.positions, -1), by_block(lse, jnp.inf)
 
-    def at(i, walk, block_lse):
+    def at(i: Int32[Array, ""], walk: _Walk, block_lse: Float[Array, "B size N"]) -> PyTree:
         scores, kv_positions = walk.scores(i)
         block_lse = grouped(block_lse[..., None], view.num_kv_heads)
         probs = jnp.exp(scores - jnp.where(jnp.isneginf(block_lse), jnp.inf, block_lse))
         return function(jnp.mean(probs, axis=2, dtype=jnp.float32), walk.request.positions, kv_positions)
 
-    def one(piece):
+    def one(piece: Piece) -> PyTree:
         query, positions, block_lse = piece
         walk = _Walk(dataclasses.replace(request, query=query, positions=positions))
         shapes = jax.eval_shape(lambda i: at(i, walk, block_lse), walk.first)
         empty = jax.tree.map(lambda x: jnp.zeros((layout.num_blocks, *x.shape), x.dtype), shapes)
 
-        def step(i, total):
+        def step(i: Int32[Array, ""], total: PyTree) -> PyTree:
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
             return jax.tree.map(lambda whole, part: put(whole, part), total, at(i, walk, block_lse))
 
         return _manual.fori_loop(walk.first, walk.last, step, empty)
 
-    def add(total, piece):
+    def add(total: PyTree, piece: Piece) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, one(piece)), None
 
     start = jax.tree.map(

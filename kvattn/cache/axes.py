@@ -17,9 +17,9 @@ features  what is stored of a token
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from jaxtyping import Shaped
 
 from kvattn._typing import Array
 
@@ -30,7 +30,7 @@ def axis_of(name: str, axes: str) -> int | None:
     return names.index(name) if name in names else None
 
 
-def along[T](name: str, change: Callable[[Array, int], Any], tree: T, axes: T) -> T:
+def along[T](name: str, change: Callable[[Shaped[Array, "..."], int], Shaped[Array, "..."]], tree: T, axes: T) -> T:
     """The tree with ``change(array, axis)`` for every array that has an axis of that name.
 
     Args:
@@ -40,7 +40,7 @@ def along[T](name: str, change: Callable[[Array, int], Any], tree: T, axes: T) -
         axes: the same tree with strings.
     """
 
-    def one(x: Array, axes: str) -> Any:
+    def one(x: Shaped[Array, "..."], axes: str) -> Shaped[Array, "..."]:
         axis = axis_of(name, axes)
         return x if axis is None else change(x, axis)
 

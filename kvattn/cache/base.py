@@ -1,22 +1,29 @@
 """What contiguous and paged caches have in common: everything that does not depend on where slots lie."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int32, PyTree, Shaped
 
 from kvattn import _checks
 from kvattn._trees import Tree, array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.layout import Layout
+from kvattn.cache.pages import Store
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec
+from kvattn.codecs.blocks import Blocks
 from kvattn.errors import CapacityError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.policies import Policy
+
+Page = int | Int32[ArrayLike, "..."]
+"""The number of a page; or one of each row, [B, 1]."""
 
 
 class Cache(Tree):
@@ -27,17 +34,17 @@ class Cache(Tree):
 
     keys: Encoded
     values: Encoded
-    lengths: Array
-    status: Array
+    lengths: Int32[Array, " B"]
+    status: Int32[Array, " B"]
     policy: Policy
     codec: Codec
-    state: Any
+    state: PyTree
     key_head_dim: int
     value_head_dim: int
-    dtype: Any
+    dtype: DTypeLike
     is_static: bool
     layout: Layout
-    page_table: Array | None
+    page_table: Int32[Array, "B columns"] | None
     page_size: int
 
     def usable(self) -> Self:
@@ -63,11 +70,11 @@ class Cache(Tree):
                     "cache and is none. Use the cache that it was made from."
                 )
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self) -> dict[str, object]:
         """Settings that `repr` shows."""
         raise NotImplementedError
 
-    def _array_sizes(self) -> dict[str, Any]:
+    def _array_sizes(self) -> dict[str, object]:
         """Sizes that `repr` reads from the arrays."""
         raise NotImplementedError
 
@@ -105,7 +112,7 @@ class Cache(Tree):
         return 0
 
     @property
-    def store(self) -> Any:
+    def store(self) -> Store:
         """Where the arrays have their slots: a `Layout` or `Pages`."""
         raise NotImplementedError
 
@@ -143,14 +150,14 @@ class Cache(Tree):
         return self.replace(**changes)
 
     @property
-    def positions(self) -> Array:
-        """int32 [B, C], or [B, K, C] where heads keep different tokens: the position in each slot, -1 if empty."""
+    def positions(self) -> Int32[Array, "B *K C"]:
+        """The position in each slot, -1 if empty; head by head where these keep different tokens."""
         cache = self.usable()
         return cache.policy.positions(cache.state, cache.lengths, cache.num_slots)
 
     @property
-    def kept(self) -> Array:
-        """int32 [B], or [B, K]: tokens kept."""
+    def kept(self) -> Int32[Array, "B *K"]:
+        """Tokens kept."""
         cache = self.usable()
         return cache.policy.kept(cache.state, cache.lengths, cache.num_slots)
 
@@ -159,19 +166,25 @@ class Cache(Tree):
         """Bytes of all its arrays, as the device stores them (two 4-bit numbers to a byte)."""
         return sum(nbytes_of(leaf) for leaf in jax.tree.leaves(self))
 
-    def dense(self) -> tuple[Array, Array]:
-        """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot. For looking at, not for decoding."""
+    def dense(self) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
+        """Decoded keys and values, slot by slot. For looking at, not for decoding."""
         return self.view().dense(self.dtype)
 
     # What a step does with it.
 
-    def write(self, slots: Array, key: Array, value: Array, store: Any = None) -> Self:
+    def write(
+        self,
+        slots: Int32[Array, "B *K T"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K Hv"],
+        store: Blocks | None = None,
+    ) -> Self:
         """Encodes tokens and stores them; lengths and state stay.
 
         Args:
-            slots: int32 [B, T] or [B, K, T]; negative: not stored.
-            key: [B, T, K, H].
-            value: [B, T, K, Hv].
+            slots: negative: not stored.
+            key: the keys.
+            value: the values.
             store: writes the arrays. None: `self.store`.
 
         Raises:
@@ -186,8 +199,10 @@ class Cache(Tree):
             status=bits.mark(self.status, self.unfit(slots, key, value), bits.NONFINITE),
         )
 
-    def unfit(self, slots: Array, key: Array, value: Array) -> Array:
-        """bool [B]: rows with tokens [B, K, T, H] that cannot be stored; an error if they can be seen."""
+    def unfit(
+        self, slots: Int32[Array, "B *K T"], key: Float[Array, "B K T H"], value: Float[Array, "B K T Hv"]
+    ) -> Bool[Array, " B"]:
+        """Rows with tokens that cannot be stored; an error if they can be seen."""
         unfit = [x for x in (self.codec.unfit(tokens, self.dtype) for tokens in (key, value)) if x is not None]
         stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0
         rows = jnp.zeros((key.shape[0],), bool)
@@ -201,11 +216,11 @@ class Cache(Tree):
             )
         return rows
 
-    def vouched(self, num_new: Array, window: int | None = None) -> tuple[Self, Array]:
-        """The cache, and how many of the int32 [B] new tokens may be appended, as far as where they would go is known.
+    def vouched(self, num_new: Int32[Array, " B"], window: int | None = None) -> tuple[Self, Int32[Array, " B"]]:
+        """The cache, and how many of the new tokens may be appended, as far as where they would go is known.
 
         Args:
-            num_new: int32 [B].
+            num_new: new tokens of each row.
             window: tokens that a query sees. None: all.
 
         Raises:
@@ -216,16 +231,16 @@ class Cache(Tree):
         del window
         return self, num_new
 
-    def advance(self, num_new: Array, too_many: Array, bad_count: Array) -> Self:
+    def advance(self, num_new: Int32[Array, " B"], too_many: Bool[Array, " B"], bad_count: Bool[Array, " B"]) -> Self:
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""
         status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
         return self.replace(lengths=self.lengths + num_new, status=status)
 
-    def pages_outside(self, num_new: Array, first: Any, end: Any) -> Array:
-        """bool [B, columns]: entries of the page table, outside [first, end), that old or int32 [B] new tokens need."""
+    def pages_outside(self, num_new: Int32[Array, " B"], first: Page, end: Page) -> Bool[Array, "B columns"]:
+        """Entries of the page table, outside [first, end), that old or new tokens need."""
         raise NotImplementedError
 
-    def refuse_overflow(self, fits: Array, num_new: Array) -> None:
+    def refuse_overflow(self, fits: Bool[Array, " B"], num_new: Int32[Array, " B"]) -> None:
         """Raises `CapacityError` for rows that can be seen not to fit."""
         if _checks.is_concrete(fits) and not np.all(fits):
             rows = np.nonzero(~_checks.on_host(fits))[0]
@@ -255,7 +270,7 @@ class Cache(Tree):
         bits.raise_for(self.status)
         return self
 
-    def trim(self, num_tokens: Any) -> Self:
+    def trim(self, num_tokens: ArrayLike | Sequence[int]) -> Self:
         """Takes back the last tokens, as if they had never come (speculative decoding).
 
         Args:
@@ -293,7 +308,7 @@ class Cache(Tree):
         state = self.policy.trim(self.state, self.lengths, num_tokens, self.num_slots)
         return self.replace(lengths=self.lengths - num_tokens, state=state, status=status)
 
-    def reset(self, rows: Any = None) -> Self:
+    def reset(self, rows: ArrayLike | Sequence[bool] | None = None) -> Self:
         """Forgets sequences, so that their rows can take new ones. `rows`: bool [B]; None: all."""
         self = self._mutable("reset")
         rows = jnp.ones((self.batch_size,), bool) if rows is None else jnp.asarray(rows)
@@ -305,10 +320,10 @@ class Cache(Tree):
             status=jnp.where(rows, 0, self.status),
         )
 
-    def forgotten(self, rows: Array, state: Any) -> Any:
-        """The state with bool [B] `rows` as new."""
+    def forgotten(self, rows: Bool[Array, " B"], state: PyTree) -> PyTree:
+        """The state with `rows` as new."""
 
-        def pick(new, old):
+        def pick(new: Shaped[Array, "B *rest"], old: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
             return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new, old)
 
         fresh = self.policy.init(rows.shape[0], self.num_kv_heads, self.num_slots)
@@ -325,8 +340,8 @@ def shown_size(x: Any, axis: int) -> Any:
     return x.shape[axis] if len(x.shape) >= -axis else "?"
 
 
-def known_rows(rows: Any, batch_size: int) -> tuple[Array, Array]:
-    """Checks row numbers [B'] for `select`: int32 [B'], 0 for unknown ones, and bool [B'], which are known."""
+def known_rows(rows: Any, batch_size: int) -> tuple[Int32[Array, " rows"], Bool[Array, " rows"]]:
+    """Checks row numbers for `select`: these, 0 for unknown ones, and which are known."""
     dtype = getattr(rows, "dtype", None)
     rows = rows if dtype is not None else np.asarray(rows)
     if rows.size == 0:
@@ -345,7 +360,7 @@ def known_rows(rows: Any, batch_size: int) -> tuple[Array, Array]:
     return rows, known
 
 
-def storage_dtype(dtype: Any) -> Any:
+def storage_dtype(dtype: object) -> np.dtype:
     """Checks what tokens are stored in without a codec."""
     return jax.dtypes.canonicalize_dtype(_checks.inexact("dtype", dtype, complex=False, bits=16))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from kvattn import _checks
 from kvattn.cache.base import Cache
@@ -55,9 +56,9 @@ def jit(step: Callable[..., Any], *, donate: str | tuple[str, ...] = "cache", **
     return call
 
 
-def _explain(name: str, arguments: Any, error: Exception) -> None:
+def _explain(name: str, arguments: PyTree, error: Exception) -> None:
     """Raises `StaleCacheError` if a cache among the arguments explains the failure."""
-    seen: dict[int, Any] = {}
+    seen: set[int] = set()
     for cache in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Cache)):
         if not isinstance(cache, Cache):
             continue
@@ -68,7 +69,7 @@ def _explain(name: str, arguments: Any, error: Exception) -> None:
                 raise StaleCacheError(
                     f"the same cache was given twice to {name}, which donates it: give each argument its own."
                 ) from error
-            seen[id(leaf)] = leaf
+            seen.add(id(leaf))
             if leaf.is_deleted():
                 raise StaleCacheError(
                     f"a cache given to {name} was donated to an earlier step: use the cache which that step returned."

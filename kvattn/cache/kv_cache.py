@@ -6,10 +6,13 @@ codec's, who reads it `kvattn.attend`'s.
 
 import dataclasses
 import typing
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._trees import portable, tell_flax
@@ -40,9 +43,9 @@ class KVCache(Cache):
     Attributes:
         keys: encoded keys in blocks (`kvattn.cache.layout`).
         values: encoded values in blocks.
-        lengths: int32 [B], tokens seen.
+        lengths: tokens seen.
         state: what the policy remembers.
-        status: int32 [B], sticky bits of `kvattn.cache.status`.
+        status: sticky bits of `kvattn.cache.status`.
         policy: which tokens are kept.
         codec: how they are stored.
         layout: where the slots lie.
@@ -54,15 +57,15 @@ class KVCache(Cache):
 
     keys: Encoded
     values: Encoded
-    lengths: Array
-    state: Any
-    status: Array
+    lengths: Int32[Array, " B"]
+    state: PyTree
+    status: Int32[Array, " B"]
     policy: Policy = dataclasses.field(metadata={"static": True})
     codec: Codec = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
     is_static: bool = dataclasses.field(default=False, metadata={"static": True})
 
     page_table = None
@@ -78,7 +81,7 @@ class KVCache(Cache):
         capacity: int | None = None,
         policy: Policy | None = None,
         codec: Codec | None = None,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
         layout: Layout | None = None,
     ) -> "KVCache":
@@ -134,13 +137,19 @@ class KVCache(Cache):
 
     @classmethod
     def from_encoder(
-        cls, key: Array, value: Array, lengths: Any = None, *, codec: Codec | None = None, dtype: Any = None
+        cls,
+        key: Float[ArrayLike, "B S K H"],
+        value: Float[ArrayLike, "B S K Hv"],
+        lengths: ArrayLike | Sequence[int] | None = None,
+        *,
+        codec: Codec | None = None,
+        dtype: DTypeLike | None = None,
     ) -> "KVCache":
         """A static cache for cross-attention: the encoder's keys and values, written once.
 
         Args:
-            key: [B, S, K, H].
-            value: [B, S, K, Hv].
+            key: the keys.
+            value: the values.
             lengths: int32 [B], real tokens per row (right padded). None: S.
             codec: how they are stored. None: as they are.
             dtype: None: the dtype of `key`.
@@ -195,7 +204,7 @@ class KVCache(Cache):
 
     # What one does with it.
 
-    def select(self, rows: Any) -> "KVCache":
+    def select(self, rows: ArrayLike | Sequence[int]) -> "KVCache":
         """The cache of the given rows: reorders, repeats or drops sequences (beams, finished requests).
 
         Args:
@@ -207,16 +216,16 @@ class KVCache(Cache):
         cache = self.usable()
         return placed(_selected, shardings_of(cache), cache, *known_rows(rows, cache.batch_size))
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self) -> dict[str, object]:
         return {"head_dim": self.key_head_dim, "num_slots": self.num_slots, "policy": self.policy, "codec": self.codec}
 
-    def _array_sizes(self) -> dict[str, Any]:
+    def _array_sizes(self) -> dict[str, object]:
         leaf = next(iter(self.keys.values()))
         return {"batch_size": shown_size(leaf, -4), "num_kv_heads": shown_size(leaf, -3)}
 
 
-def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
-    """`select` of known rows; where bool [B'] `known` is False, an empty row."""
+def _selected(cache: KVCache, rows: Int32[Array, " rows"], known: Bool[Array, " rows"]) -> KVCache:
+    """`select` of known rows; where `known` is False, an empty row."""
     cache = along("rows", lambda x, axis: jnp.take(x, rows, axis=axis, mode="clip"), cache, cache.axes)
     return cache.replace(
         lengths=jnp.where(known, cache.lengths, 0),
@@ -225,7 +234,7 @@ def _selected(cache: KVCache, rows: Array, known: Array) -> KVCache:
     )
 
 
-def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: Any) -> Layout:
+def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: DTypeLike) -> Layout:
     """The given layout or the best one, with the rows the codec needs."""
     if layout is None:
         token_bytes = (

@@ -15,6 +15,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Int32, Shaped
 
 from kvattn._typing import Array
 
@@ -86,18 +88,18 @@ class Layout:
         rows = self.rows // parts
         return Layout(self.num_blocks * rows, rows, self.transposed_keys)
 
-    def slots_in_share(self, slots: Array, part: Array, parts: int) -> Array:
-        """The slots int32 [...] by their numbers in share `part`; -1 for those that are elsewhere."""
+    def slots_in_share(
+        self, slots: Int32[Array, "B *K T"], part: Int32[Array, ""], parts: int
+    ) -> Int32[Array, "B *K T"]:
+        """The slots by their numbers in share `part`; -1 for those that are elsewhere."""
         rows, row = self.rows // parts, slots % self.rows
         mine = (slots >= 0) & (row // rows == part)
         return jnp.where(mine, slots // self.rows * rows + row % rows, -1)
 
-    def positions_in_share(self, positions: Array, part: Array, parts: int) -> tuple[Array, Array | None]:
-        """What share `part` holds of int32 [blocks, B, 1 or K, R].
-
-        Returns:
-            the positions [blocks, B, 1 or K, R / parts]; and int32 [B, 1 or K], from which slot on the share is empty.
-        """
+    def positions_in_share(
+        self, positions: Int32[Array, "blocks B K1 R"], part: Int32[Array, ""], parts: int
+    ) -> tuple[Int32[Array, "blocks B K1 R/parts"], Int32[Array, " B"] | None]:
+        """What share `part` holds, and from which slot on it is empty."""
         rows = self.rows // parts
         positions = jax.lax.dynamic_slice_in_dim(positions, part * rows, rows, axis=3)
         slot = jnp.arange(self.num_blocks * rows, dtype=jnp.int32).reshape(self.num_blocks, 1, 1, rows)
@@ -113,56 +115,63 @@ class Layout:
         """The names of the axes of an array whose blocks have these (`kvattn.cache.axes`)."""
         return f"blocks rows heads {block}"
 
-    def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
-        """An empty array [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed."""
+    def zeros(
+        self, batch_size: int, num_kv_heads: int, features: int, dtype: DTypeLike, transposed: bool
+    ) -> Shaped[Array, "blocks B K _ _"]:
+        """An empty array."""
         tail = (features, self.rows) if transposed else (self.rows, features)
         return self.empty(batch_size, num_kv_heads, tail, dtype)
 
-    def empty(self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype) -> Array:
+    def empty(
+        self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype: DTypeLike
+    ) -> Shaped[Array, "blocks B K _ _"]:
         """An empty array whose blocks have the shape `block`."""
         return jnp.zeros((self.num_blocks, batch_size, num_kv_heads, *block), dtype)
 
-    def take(self, blocks: Array, i: Array, transposed: bool) -> Array:
-        """Block i: [B, K, R, F], or [B, K, F, R] if transposed."""
+    def take(
+        self, blocks: Shaped[Array, "blocks B K _ _"], i: Int32[Array, ""], transposed: bool
+    ) -> Shaped[Array, "B K _ _"]:
+        """Block i."""
         del transposed
         return jax.lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
-    def put(self, blocks: Array, index: Array, new: Array) -> Array:
-        """Replaces whole blocks.
-
-        Args:
-            blocks: [blocks, B, K, ...].
-            index: int32 [B, M], the blocks; those past the end are dropped.
-            new: [B, K, M, ...].
-        """
+    def put(
+        self, blocks: Shaped[Array, "blocks B K _ _"], index: Int32[Array, "B M"], new: Shaped[Array, "B K M _ _"]
+    ) -> Shaped[Array, "blocks B K _ _"]:
+        """Replaces whole blocks; those past the end are dropped."""
         row = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
         return blocks.at[index, row].set(new.swapaxes(1, 2).astype(blocks.dtype), mode="drop")
 
-    def to_blocks(self, x: Array, transposed: bool, fill=0) -> Array:
-        """Lays out [B, K, S, F], S <= C, padded with `fill`."""
+    def to_blocks(
+        self, x: Shaped[Array, "B K S F"], transposed: bool, fill: int = 0
+    ) -> Shaped[Array, "blocks B K _ _"]:
+        """Lays out S <= C tokens, padded with `fill`."""
         batch, heads, length, features = x.shape
         padding = self.num_blocks * self.rows - length
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=fill)
         x = x.reshape(batch, heads, self.num_blocks, self.rows, features)
         return x.transpose(2, 0, 1, 4, 3) if transposed else x.transpose(2, 0, 1, 3, 4)
 
-    def from_blocks(self, blocks: Array, transposed: bool) -> Array:
-        """The slots in order, [B, K, C, F]."""
+    def from_blocks(self, blocks: Shaped[Array, "blocks B K _ _"], transposed: bool) -> Shaped[Array, "B K C F"]:
+        """The slots in order."""
         x = blocks.transpose(1, 2, 0, 4, 3) if transposed else blocks.transpose(1, 2, 0, 3, 4)
         batch, heads, _, _, features = x.shape
         return x.reshape(batch, heads, -1, features)[:, :, : self.num_slots]
 
-    def write(self, blocks: Array, slots: Array, x: Array, transposed: bool) -> Array:
+    def write(
+        self,
+        blocks: Shaped[Array, "blocks B K _ _"],
+        slots: Int32[Array, "B *K T"],
+        x: Shaped[Array, "B K T F"],
+        transposed: bool,
+    ) -> Shaped[Array, "blocks B K _ _"]:
         """Writes tokens into slots; in place when the caller donates.
 
         Args:
-            blocks: [blocks, B, K, R, F], or [blocks, B, K, F, R] if transposed.
-            slots: int32 [B, T] or [B, K, T]; negative: not written.
-            x: [B, K, T, F].
+            blocks: before.
+            slots: negative: not written.
+            x: the tokens.
             transposed: how `blocks` lies.
-
-        Returns:
-            the new blocks.
         """
         batch, heads = x.shape[:2]
         if slots.ndim == 2:

@@ -6,18 +6,21 @@ decided on the host; here tokens are appended to the pages that a table names, a
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int32, PyTree, Shaped
 
 from kvattn import _checks
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.axes import along
-from kvattn.cache.base import Cache, known_rows, shown_size, storage_dtype
+from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages
 from kvattn.cache.placed import placed, shardings_of
@@ -47,10 +50,10 @@ class PagedKVCache(Cache):
     Attributes:
         keys: encoded keys, pools [K, P, R, F] or [K, P, F, R] (`kvattn.cache.pages`).
         values: encoded values, likewise.
-        page_table: int32 [B, max_pages]; entries past a sequence's tokens mean nothing.
-        lengths: int32 [B], tokens seen.
+        page_table: entries past a sequence's tokens mean nothing.
+        lengths: tokens seen.
         state: nothing: all tokens are kept.
-        status: int32 [B], sticky bits of `kvattn.cache.status`.
+        status: sticky bits of `kvattn.cache.status`.
         codec: how tokens are stored.
         page_size: R.
         key_head_dim: H.
@@ -60,15 +63,15 @@ class PagedKVCache(Cache):
 
     keys: Encoded
     values: Encoded
-    page_table: Array
-    lengths: Array
-    state: Any
-    status: Array
+    page_table: Int32[Array, "B columns"]
+    lengths: Int32[Array, " B"]
+    state: PyTree
+    status: Int32[Array, " B"]
     codec: Codec = dataclasses.field(metadata={"static": True})
     page_size: int = dataclasses.field(metadata={"static": True})
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     policy = Full()
     is_static = False
@@ -85,7 +88,7 @@ class PagedKVCache(Cache):
         batch_size: int,
         max_pages: int,
         codec: Codec | None = None,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
     ) -> "PagedKVCache":
         """An empty pool, and tables that name no page.
@@ -177,7 +180,7 @@ class PagedKVCache(Cache):
         """Where the arrays have their slots."""
         return Pages(self.layout, self.page_size, self.page_table, self.num_pages)
 
-    def dense(self) -> tuple[Array, Array]:
+    def dense(self) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
         """As `Cache.dense`; on a mesh, rows and heads are split as the tables and the pool are."""
         cache = self.usable()
         rows, pool = shardings_of((cache.page_table, cache.keys["data"]))
@@ -189,7 +192,9 @@ class PagedKVCache(Cache):
 
     # What one does with it.
 
-    def with_tables(self, page_table: Any, lengths: Any) -> "PagedKVCache":
+    def with_tables(
+        self, page_table: ArrayLike | Sequence[Sequence[int]], lengths: ArrayLike | Sequence[int]
+    ) -> "PagedKVCache":
         """The same pool under other tables: what the host decided.
 
         Args:
@@ -237,7 +242,9 @@ class PagedKVCache(Cache):
         )
         return cache.vouched(jnp.zeros_like(lengths))[0]
 
-    def vouched(self, num_new: Array, window: int | None = None) -> tuple["PagedKVCache", Array]:
+    def vouched(
+        self, num_new: Int32[Array, " B"], window: int | None = None
+    ) -> tuple["PagedKVCache", Int32[Array, " B"]]:
         """Every page that holds a token or will take one must exist, and be no other's; see `Cache.vouched`."""
         unknown = self.pages_outside(num_new, 0, self.num_pages)
         bad = jnp.any(unknown, axis=1)
@@ -252,13 +259,13 @@ class PagedKVCache(Cache):
         status = bits.mark(self.status, bad, bits.BAD_PAGE)
         return dataclasses.replace(self, status=status), jnp.where(bad, 0, num_new)
 
-    def pages_outside(self, num_new: Array, first: Any, end: Any) -> Array:
-        """bool [B, max_pages]: entries that the tokens seen and int32 [B] new ones need, not in [first, end)."""
+    def pages_outside(self, num_new: Int32[Array, " B"], first: Page, end: Page) -> Bool[Array, "B columns"]:
+        """Entries that the tokens seen and new ones need, not in [first, end)."""
         used = -(-jnp.minimum(self.lengths + num_new, self.num_slots) // self.page_size)
         wanted = jnp.arange(self.max_pages, dtype=jnp.int32)[None] < used[:, None]
         return wanted & ((self.page_table < first) | (self.page_table >= end))
 
-    def _refuse_shared_writes(self, num_new: np.ndarray, window: int | None) -> None:
+    def _refuse_shared_writes(self, num_new: Int32[np.ndarray, " B"], window: int | None) -> None:
         """Raises for a page that two columns of new tokens would go to, or that other columns read."""
         table, lengths = np.asarray(self.page_table), np.asarray(self.lengths, np.int64)[:, None]
         start = np.arange(self.max_pages, dtype=np.int64)[None] * self.page_size
@@ -287,7 +294,7 @@ class PagedKVCache(Cache):
                 f"copy in the table of row {writer[page][0]}."
             )
 
-    def copy_pages(self, sources: Any, targets: Any) -> "PagedKVCache":
+    def copy_pages(self, sources: ArrayLike | Sequence[int], targets: ArrayLike | Sequence[int]) -> "PagedKVCache":
         """Copies whole pages, scales included, before somebody writes to a shared one.
 
         Args:
@@ -321,7 +328,7 @@ class PagedKVCache(Cache):
         into = jnp.where(skipped | bad, self.num_pages, targets)
         return placed(_copied, shardings_of(self), self, sources, into)
 
-    def select(self, rows: Any) -> "PagedKVCache":
+    def select(self, rows: ArrayLike | Sequence[int]) -> "PagedKVCache":
         """The given rows, over the same pool: reorders, repeats or drops sequences.
 
         Repeated rows share their pages: copy the one that each will append to (`copy_pages`) and give them tables.
@@ -335,17 +342,17 @@ class PagedKVCache(Cache):
         cache = self.usable()
         return placed(_selected, shardings_of(cache), cache, *known_rows(rows, cache.batch_size))
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self) -> dict[str, object]:
         return {"page_size": self.page_size, "head_dim": self.key_head_dim, "codec": self.codec}
 
-    def _array_sizes(self) -> dict[str, Any]:
+    def _array_sizes(self) -> dict[str, object]:
         pool = self.keys["data"]
         sizes = {"num_pages": shown_size(pool, -3), "num_kv_heads": shown_size(pool, -4)}
         return {**sizes, "max_pages": shown_size(self.page_table, -1)}
 
 
-def _selected(cache: PagedKVCache, rows: Array, known: Array) -> PagedKVCache:
-    """`select` of known rows; where bool [B'] `known` is False, an empty row."""
+def _selected(cache: PagedKVCache, rows: Int32[Array, " rows"], known: Bool[Array, " rows"]) -> PagedKVCache:
+    """`select` of known rows; where `known` is False, an empty row."""
     cache = along("rows", lambda x, axis: jnp.take(x, rows, axis=axis, mode="clip"), cache, cache.axes)
     return cache.replace(
         page_table=jnp.where(known[:, None], cache.page_table, -1),
@@ -354,17 +361,17 @@ def _selected(cache: PagedKVCache, rows: Array, known: Array) -> PagedKVCache:
     )
 
 
-def _copied(cache: PagedKVCache, sources: Array, targets: Array) -> PagedKVCache:
+def _copied(cache: PagedKVCache, sources: Int32[Array, " M"], targets: Int32[Array, " M"]) -> PagedKVCache:
     """`copy_pages`; a target past the pool is dropped."""
 
-    def copy(pool: Array, axis: int) -> Array:
+    def copy(pool: Shaped[Array, "*pool"], axis: int) -> Shaped[Array, "*pool"]:
         into = (slice(None),) * axis + (targets,)
         return pool.at[into].set(jnp.take(pool, sources, axis=axis, mode="clip"), mode="drop")
 
     return along("pages", copy, cache, cache.axes)
 
 
-def _dense(cache: PagedKVCache) -> tuple[Array, Array]:
+def _dense(cache: PagedKVCache) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
     """`dense`, wherever the arrays lie."""
     return cache.view().dense(cache.dtype)
 
@@ -376,8 +383,8 @@ def block_layout(page_size: int, max_pages: int, codec: Codec | None = None) -> 
     return Layout(max_pages * page_size, pages * page_size, False)
 
 
-def _integers(name: str, x: Any) -> Array:
-    """An int32 array of any shape."""
+def _integers(name: str, x: Any) -> Int32[Array, "..."]:
+    """Any array of integers as int32."""
     x = x if hasattr(x, "dtype") else np.asarray(x)
     if x.size == 0:
         x = x.astype(np.int32)

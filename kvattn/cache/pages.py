@@ -8,6 +8,8 @@ tokens of a page of one key/value head lie together, so a page is one contiguous
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
@@ -20,14 +22,14 @@ class Pages:
     Attributes:
         layout: slots and blocks of one sequence, a block being one page or several.
         page_size: R, slots per page.
-        table: int32 [B, pages of a sequence]. Entries outside the pool are read as some page or other (whoever reads
+        table: the pages of each sequence. Entries outside the pool are read as some page or other (whoever reads
             masks what lies beyond a sequence's length) and never written.
         num_pages: P.
     """
 
     layout: Layout
     page_size: int
-    table: Array
+    table: Int32[Array, "B columns"]
     num_pages: int
 
     transposed_keys = False
@@ -52,37 +54,45 @@ class Pages:
         """Blocks of a sequence."""
         return self.layout.num_blocks
 
-    def zeros(self, batch_size: int, num_kv_heads: int, features: int, dtype, transposed: bool) -> Array:
-        """An empty pool [K, P, R, F], or [K, P, F, R] if transposed."""
+    def zeros(
+        self, batch_size: int, num_kv_heads: int, features: int, dtype: DTypeLike, transposed: bool
+    ) -> Shaped[Array, "K P _ _"]:
+        """An empty pool."""
         tail = (features, self.page_size) if transposed else (self.page_size, features)
         return self.empty(batch_size, num_kv_heads, tail, dtype)
 
-    def empty(self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype) -> Array:
+    def empty(
+        self, batch_size: int, num_kv_heads: int, block: tuple[int, ...], dtype: DTypeLike
+    ) -> Shaped[Array, "K P _ _"]:
         """An empty pool whose pages have the shape `block`."""
         del batch_size
         return jnp.zeros((num_kv_heads, self.num_pages, *block), dtype)
 
-    def take(self, pool: Array, i: Array, transposed: bool) -> Array:
-        """Block i of every sequence: [B, K, R, F], or [B, K, F, R] if transposed."""
+    def take(self, pool: Shaped[Array, "K P _ _"], i: Int32[Array, ""], transposed: bool) -> Shaped[Array, "B K _ _"]:
+        """Block i of every sequence."""
         count = self.rows // self.page_size
         column = i * count + jnp.arange(count, dtype=jnp.int32)
         pages = jnp.take(self.table, jnp.minimum(column, self.table.shape[1] - 1), axis=1)
         return self._gather(pool, pages, transposed)
 
-    def put(self, pool: Array, index: Array, new: Array) -> Array:
-        """Replaces whole pages: those that int32 [B, M] names by their column, by new [B, K, M, ...]."""
+    def put(
+        self, pool: Shaped[Array, "K P _ _"], index: Int32[Array, "B M"], new: Shaped[Array, "B K M _ _"]
+    ) -> Shaped[Array, "K P _ _"]:
+        """Replaces whole pages: those that `index` names by their column."""
         pages = self._page(pool, index, index < self.table.shape[1])
         return pool.at[:, pages].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
-    def from_blocks(self, pool: Array, transposed: bool) -> Array:
-        """The slots of every sequence in order, [B, K, C, F]; of blocks of the layout too."""
+    def from_blocks(self, pool: Shaped[Array, "*pool _ _"], transposed: bool) -> Shaped[Array, "B K C F"]:
+        """The slots of every sequence in order; of blocks of the layout too."""
         if pool.ndim == 5:
             return self.layout.from_blocks(pool, transposed)
         x = self._gather(pool, self.table, transposed)
         return x.swapaxes(2, 3) if transposed else x
 
-    def write(self, pool: Array, slots: Array, x: Array, transposed: bool) -> Array:
-        """Writes tokens x [B, K, T, F] into the slots int32 [B, T] of their sequences; negative: not written."""
+    def write(
+        self, pool: Shaped[Array, "K P _ _"], slots: Int32[Array, "B T"], x: Shaped[Array, "B K T F"], transposed: bool
+    ) -> Shaped[Array, "K P _ _"]:
+        """Writes tokens into the slots of their sequences; negative: not written."""
         column = slots // self.page_size
         pages = self._page(pool, column, (slots >= 0) & (slots < self.num_slots))
         row = slots % self.page_size
@@ -91,8 +101,10 @@ class Pages:
             return pool.at[:, pages, :, row].set(new.astype(pool.dtype), mode="drop")
         return pool.at[:, pages, row].set(x.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
-    def _page(self, pool: Array, column: Array, wanted: Array) -> Array:
-        """The pages of columns int32 [B, M]; one past the pool, to be dropped, where bool [B, M] is False."""
+    def _page(
+        self, pool: Shaped[Array, "K P _ _"], column: Int32[Array, "B M"], wanted: Bool[Array, "B M"]
+    ) -> Int32[Array, "B M"]:
+        """The pages of columns; one past the pool, to be dropped, where they are not wanted."""
         column = jnp.clip(column, 0, self.table.shape[1] - 1)
         page = jnp.take_along_axis(self.table, column, axis=1)
         return jnp.where(wanted & (page >= 0), page, pool.shape[1])
@@ -114,21 +126,25 @@ class Pages:
         del parts
         return self
 
-    def slots_in_share(self, slots: Array, part: Array, parts: int) -> Array:
+    def slots_in_share(self, slots: Int32[Array, "B T"], part: Int32[Array, ""], parts: int) -> Int32[Array, "B T"]:
         """The same numbers: what is in pages elsewhere is neither read nor written."""
         del part, parts
         return slots
 
-    def positions_in_share(self, positions: Array, part: Array, parts: int) -> tuple[Array, None]:
-        """int32 [blocks, B, 1 or K, R] of the layout, -1 where a page lies elsewhere; counts stay."""
+    def positions_in_share(
+        self, positions: Int32[Array, "blocks B K1 R"], part: Int32[Array, ""], parts: int
+    ) -> tuple[Int32[Array, "blocks B K1 R"], None]:
+        """Those of the layout, -1 where a page lies elsewhere; counts stay."""
         del part, parts
         here = jnp.repeat((self.table >= 0) & (self.table < self.num_pages), self.page_size, axis=1)
         here = self.layout.to_blocks(here[:, None, :, None], False)[..., 0]
         return jnp.where(here, positions, -1), None
 
     @staticmethod
-    def _gather(pool: Array, pages: Array, transposed: bool) -> Array:
-        """[B, K, n R, F] (transposed: [B, K, F, n R]) of the n pages of each row of int32 [B, n]."""
+    def _gather(
+        pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B n"], transposed: bool
+    ) -> Shaped[Array, "B K _ _"]:
+        """[B, K, n R, F] (transposed: [B, K, F, n R]) of the n pages of each row."""
         x = jnp.take(pool, pages, axis=1, mode="clip")  # [K, B, n, R, F] or [K, B, n, F, R]
         heads, batch, count, *tail = x.shape
         if transposed:

@@ -7,22 +7,22 @@ axes the compiler would put the result anywhere.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 Shardings = tuple[NamedSharding | None, ...]
 """One for every array of a tree; None: on no mesh, or on Auto axes where nobody can see it."""
 
 
-def shardings_of(tree: Any) -> Shardings:
+def shardings_of(tree: PyTree) -> Shardings:
     """How the arrays of a tree are known to lie."""
     return tuple(_sharding_of(x) for x in jax.tree.leaves(tree))
 
 
-def _sharding_of(x: Any) -> NamedSharding | None:
+def _sharding_of(x: object) -> NamedSharding | None:
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
@@ -32,7 +32,7 @@ def _sharding_of(x: Any) -> NamedSharding | None:
     return sharding
 
 
-def placed(call: Callable[..., Any], shardings: Shardings, *args: Any) -> Any:
+def placed[T](call: Callable[..., T], shardings: Shardings, *args: PyTree) -> T:
     """``call(*args)``, its results split as `shardings` say, along the axes that still divide.
 
     Args:
@@ -44,7 +44,7 @@ def placed(call: Callable[..., Any], shardings: Shardings, *args: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(call: Callable[..., Any], shardings: Shardings, args: tuple[Any, ...]) -> Any:
+def _run(call: Callable[..., PyTree], shardings: Shardings, args: tuple[PyTree, ...]) -> PyTree:
     shapes = jax.eval_shape(call, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
     leaves, tree = jax.tree.flatten(shapes)
     mesh = next(sharding.mesh for sharding in shardings if sharding is not None)
@@ -60,7 +60,7 @@ def _dividing(shape: tuple[int, ...], sharding: NamedSharding | None) -> Partiti
     if sharding is None:
         return PartitionSpec()
 
-    def parts(entry: Any) -> int:
+    def parts(entry: str | tuple[str, ...] | None) -> int:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         return math.prod(sharding.mesh.shape[name] for name in names)
 

@@ -1,10 +1,10 @@
 """Sticky status bits: what a jitted step could only record, row by row."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int32
 
 from kvattn._typing import Array
 from kvattn.errors import CapacityError, KVAttnError, RangeError, UnsupportedError
@@ -39,13 +39,13 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
 }
 
 
-def mark(status: Array, rows: Array, bit: int) -> Array:
-    """Sets `bit` in the rows of int32 [B] where bool [B] `rows` holds."""
+def mark(status: Int32[Array, " B"], rows: Bool[Array, " B"], bit: int) -> Int32[Array, " B"]:
+    """Sets `bit` where `rows` holds."""
     return jnp.where(rows, status | bit, status)
 
 
-def _on_every_device(status: Any) -> np.ndarray:
-    """The bits int32 [B] that any device has set: by heads, each knows of its own only."""
+def _on_every_device(status: Int32[ArrayLike, " B"]) -> Int32[np.ndarray, " B"]:
+    """The bits that any device has set: by heads, each knows of its own only."""
     if not isinstance(status, jax.Array):
         return np.asarray(status)
     bits = np.zeros(status.shape, np.int32)
@@ -58,7 +58,7 @@ def _on_every_device(status: Any) -> np.ndarray:
     return np.bitwise_or.reduce(np.asarray(multihost_utils.process_allgather(bits)), axis=0)
 
 
-def raise_for(status: Any) -> None:
+def raise_for(status: Int32[ArrayLike, " B"]) -> None:
     """Raises the typed error of the lowest bit that is set in any row."""
     status = _on_every_device(status)
     for bit, (error, text) in _ERRORS.items():

@@ -2,10 +2,11 @@
 
 import dataclasses
 import typing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
 
 from kvattn._typing import Array, Encoded
 from kvattn.cache.layout import Layout
@@ -22,29 +23,29 @@ class View:
     Attributes:
         keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`), or pages (`Pages`).
         values: encoded values, likewise.
-        positions: int32 [blocks, B, 1 or K, R]: the position of the token in each slot, -1 if empty.
-        counts: int32 [B] or [B, K]: all slots from this number on are empty.
+        positions: the position of the token in each slot, -1 if empty.
+        counts: all slots from this number on are empty.
         layout: the blocks, in which the positions lie.
         codec: how to read them.
         key_head_dim: H.
         value_head_dim: Hv.
-        page_table: int32 [B, pages], whose pages hold the slots; None: the arrays lie in blocks.
+        page_table: whose pages hold the slots; None: the arrays lie in blocks.
         page_size: slots per page.
-        fresh: the call's own tokens as they came, for derivatives: their slots int32 [B, T] or [B, K, T], keys
-            [B, T, K, H] and values [B, T, K, Hv]. None: what is read has derivatives itself.
+        fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
+            has derivatives itself.
     """
 
     keys: Encoded
     values: Encoded
-    positions: Array
-    counts: Array
+    positions: Int32[Array, "blocks B K1 R"]
+    counts: Int32[Array, "B *K"]
     layout: Layout = dataclasses.field(metadata={"static": True})
     codec: Codec = dataclasses.field(metadata={"static": True})
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
-    page_table: Array | None = None
+    page_table: Int32[Array, "B columns"] | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
-    fresh: tuple[Array, Array, Array] | None = None
+    fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]] | None = None
 
     @property
     def store(self) -> "Layout | Pages":
@@ -53,7 +54,7 @@ class View:
             return self.layout
         return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1])
 
-    def share(self, part: Array, parts: int) -> "View":
+    def share(self, part: Int32[Array, ""], parts: int) -> "View":
         """This view where its arrays are share `part` of `parts` of all slots: on one device of several."""
         positions, counts = self.store.positions_in_share(self.positions, part, parts)
         layout = self.layout if self.page_table is not None else self.layout.share(parts)
@@ -66,16 +67,16 @@ class View:
         """K."""
         return next(iter(self.keys.values())).shape[2 if self.page_table is None else 0]
 
-    def key_block(self, i: Array) -> Encoded:
+    def key_block(self, i: Int32[Array, ""]) -> Encoded:
         """The keys of block i, for `Codec.scores`."""
         return self.codec.block(self.keys, self.store, "keys", i, self.counts)
 
-    def value_block(self, i: Array) -> Encoded:
+    def value_block(self, i: Int32[Array, ""]) -> Encoded:
         """The values of block i, for `Codec.mix`."""
         return self.codec.block(self.values, self.store, "values", i, self.counts)
 
-    def dense(self, dtype: Any) -> tuple[Array, Array]:
-        """Decoded keys [B, K, C, H] and values [B, K, C, Hv], slot by slot."""
+    def dense(self, dtype: DTypeLike) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
+        """Decoded keys and values, slot by slot."""
         codec, store = self.codec, self.store
         return (
             codec.dense(self.keys, store, "keys", self.key_head_dim, self.counts, dtype),
@@ -83,21 +84,27 @@ class View:
         )
 
 
-def block_positions(layout: Layout, positions: Array) -> Array:
-    """int32 [B, C] or [B, K, C] to the view's [blocks, B, 1 or K, R]."""
+def block_positions(layout: Layout, positions: Int32[Array, "B *K C"]) -> Int32[Array, "blocks B K1 R"]:
+    """The positions of slots, block by block as a view has them."""
     if positions.ndim == 2:
         positions = positions[:, None]
     return layout.to_blocks(positions[..., None], False, fill=-1)[..., 0]
 
 
-def token_view(codec: Codec, key: Array, value: Array, positions: Array, layout: Layout) -> View:
+def token_view(
+    codec: Codec,
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    positions: Int32[Array, "B S"],
+    layout: Layout,
+) -> View:
     """A view of tokens that are in no cache: those of a chunk.
 
     Args:
         codec: how they are stored for the occasion.
-        key: [B, S, K, H].
-        value: [B, S, K, Hv].
-        positions: int32 [B, S], -1 for pads.
+        key: the keys.
+        value: the values.
+        positions: -1 for pads.
         layout: with `num_slots` S.
     """
     keys = codec.lay_out(layout, "keys", key.swapaxes(1, 2))

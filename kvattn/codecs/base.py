@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn._typing import Array, Encoded, Rows
 from kvattn.codecs.blocks import Blocks, Contiguous
@@ -47,15 +47,15 @@ class Codec:
 
     # One token.
 
-    def encode(self, x: Float[Array, "... H"]) -> dict[str, Array]:
-        """Encodes tokens into named arrays [..., F]."""
+    def encode(self, x: Float[Array, "*shape H"]) -> dict[str, Shaped[Array, "*shape _"]]:
+        """Encodes tokens into named arrays."""
         raise NotImplementedError
 
     def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """Decodes named arrays [..., F] into tokens of `dtype`."""
         raise NotImplementedError
 
-    def unfit(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Bool[Array, "..."] | None:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"] | None:
         """The tokens that a cache of `dtype` cannot store; None where it can store all."""
         del x, dtype
         return None
@@ -101,20 +101,22 @@ class Codec:
         del in_order
         return None
 
-    def as_they_came(self, store: Encoded, counts: Array) -> tuple[tuple[Array, Array], ...]:
+    def as_they_came(
+        self, store: Encoded, counts: Int32[Array, "B *K"]
+    ) -> tuple[tuple[Int32[Array, "B M"], Float[Array, "B K M H"]], ...]:
         """The tokens that a store holds beside their codes, which derivatives reach.
 
         Args:
             store: the arrays.
-            counts: int32 [B], tokens.
+            counts: tokens.
 
         Returns:
-            pairs of slots int32 [B, M], negative for none, and tokens [B, K, M, H].
+            pairs of slots, negative for none, and tokens.
         """
         del store, counts
         return ()
 
-    def can_trim(self, lengths: Int32[Array, " B"], num_tokens: Array) -> Rows:
+    def can_trim(self, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"]) -> Rows:
         """Whether the last `num_tokens` of `lengths` tokens can be taken back as if they had never come."""
         del lengths
         return num_tokens >= 0
@@ -150,20 +152,24 @@ class Codec:
         """The store of the tokens, S = layout.num_slots."""
         return {n: layout.to_blocks(e, self.transposed(layout, role, n)) for n, e in self.encode(x).items()}
 
-    def write(self, store: Encoded, layout: Blocks, role: Role, slots: Array, x: Array) -> Encoded:
+    def write(
+        self, store: Encoded, layout: Blocks, role: Role, slots: Int32[Array, "B *K T"], x: Float[Array, "B K T H"]
+    ) -> Encoded:
         """Encodes tokens and stores them.
 
         Args:
             store: before.
             layout: how it lies.
             role: whose store.
-            slots: int32 [B, T] or [B, K, T]; negative: not stored.
-            x: [B, K, T, H].
+            slots: negative: not stored.
+            x: the tokens.
         """
         encoded = self.encode(x)
         return {n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()}
 
-    def block(self, store: Encoded, layout: Blocks, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+    def block(
+        self, store: Encoded, layout: Blocks, role: Role, i: Int32[Array, ""], counts: Int32[Array, "B *K"]
+    ) -> Mapping[str, Shaped[Array, "B ..."]]:
         """Block i of a store: its arrays [B, K, R, F] or [B, K, F, R], and what else `scores` or `mix` must know.
 
         Args:
@@ -171,15 +177,21 @@ class Codec:
             layout: how they lie.
             role: whose.
             i: the block.
-            counts: int32 [B] or [B, K]: slots from this number on are empty.
+            counts: slots from this number on are empty.
         """
         del counts
         return {n: layout.take(x, i, self.transposed(layout, role, n)) for n, x in store.items()}
 
     def dense(
-        self, store: Encoded, layout: Blocks, role: Role, head_dim: int, counts: Array, dtype: DTypeLike
-    ) -> Array:
-        """Decodes a store slot by slot: [B, K, C, H] of `dtype`."""
+        self,
+        store: Encoded,
+        layout: Blocks,
+        role: Role,
+        head_dim: int,
+        counts: Int32[Array, "B *K"],
+        dtype: DTypeLike,
+    ) -> Float[Array, "B K C H"]:
+        """Decodes a store slot by slot."""
         del counts
         slots = {n: layout.from_blocks(x, self.transposed(layout, role, n)) for n, x in store.items()}
         return self.decode(slots, head_dim, dtype)
@@ -196,6 +208,6 @@ def accumulator(*dtypes: DTypeLike) -> np.dtype:
     return wider(jnp.float32, *(d for d in dtypes if jnp.dtype(d) == jnp.float64))
 
 
-def not_finite(x: Array) -> Array:
-    """bool [...]: tokens of [..., H] that hold NaN or infinity, in float32 at least."""
+def not_finite(x: Float[Array, "*shape H"]) -> Bool[Array, "*shape"]:
+    """The tokens that hold NaN or infinity, in float32 at least."""
     return ~jnp.all(jnp.isfinite(x.astype(jnp.float32)), axis=-1)

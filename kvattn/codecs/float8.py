@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Shaped
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
@@ -34,7 +35,7 @@ class Float8(Codec):
         """A scale per token and head."""
         return Format(jnp.dtype(jnp.float8_e4m3fn), is_scaled=True)
 
-    def encode(self, x: Array) -> dict[str, Array]:
+    def encode(self, x: Float[Array, "*shape H"]) -> dict[str, Shaped[Array, "*shape _"]]:
         """data float8_e4m3fn [..., H] (on CPUs its bits in uint8) and scale float32 [..., 1]."""
         x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
@@ -43,27 +44,29 @@ class Float8(Codec):
         narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if jax.default_backend() == "cpu" else data
         return {"data": narrow, "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """data * scale."""
         del head_dim
         return (widen(encoded["data"]) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"]:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """(query . data) * scale."""
         spec = "bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr"
         return factors(spec, query, widen(keys["data"])) * keys["scale"]
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         """(probs * scale) . data."""
         return mix_scaled(probs, {**values, "data": widen(values["data"])}, filled)
 
 
-def widen(x: Array) -> Array:
+def widen(x: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
     """float8_e4m3fn to float32; its bits in uint8 by integer arithmetic.
 
     Exact for every value. NaN, which no finite token is encoded to, reads as +-480 from bits.

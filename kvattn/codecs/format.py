@@ -1,7 +1,8 @@
 """How kernels read what a codec stores: they multiply encoded tiles themselves, and ask for this and nothing else."""
 
 import dataclasses
-from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Format:
             (`kvattn.codecs.grouped.pack_pair`); "data" then holds codes of four bits, two to a byte. 0: none do.
     """
 
-    dtype: Any = None
+    dtype: np.dtype | None = None
     is_scaled: bool = False
     group_size: int = 0
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, UInt8, UInt16
 
 from kvattn._typing import Array
 from kvattn.codecs.plain import widen_float16
@@ -30,11 +32,13 @@ def num_groups(features: int, size: int) -> int:
     return -(-features // size)
 
 
-def quantise(x: Array, bits: int, size: int) -> tuple[Array, Array, Array]:
-    """Codes of [..., F] in groups of `size` along the last axis.
+def quantise(
+    x: Float[Array, "*shape F"], bits: int, size: int
+) -> tuple[UInt8[Array, "*shape F"], UInt16[Array, "*shape groups"], UInt16[Array, "*shape groups"]]:
+    """Codes in groups of `size` along the last axis.
 
     Returns:
-        codes uint8 [..., F]; scale and minimum uint16 [..., groups], as `unpack_pair` reads them.
+        codes; scale and minimum, as `unpack_pair` reads them.
     """
     features, count = x.shape[-1], num_groups(x.shape[-1], size)
     x = x.astype(jnp.float32)
@@ -51,15 +55,22 @@ def quantise(x: Array, bits: int, size: int) -> tuple[Array, Array, Array]:
     return codes.reshape(*x.shape[:-1], count * size)[..., :features], scale, minimum
 
 
-def dequantise(codes: Array, scale: Array, minimum: Array, size: int) -> Array:
-    """float32 [..., F] of codes [..., F] and the packed scales and minima of their groups."""
+def dequantise(
+    codes: UInt8[Array, "*shape F"],
+    scale: UInt16[Array, "*shape groups"],
+    minimum: UInt16[Array, "*shape groups"],
+    size: int,
+) -> Float32[Array, "*shape F"]:
+    """The numbers of codes and the packed scales and minima of their groups."""
     step, low = (jnp.repeat(x, size, axis=-1)[..., : codes.shape[-1]] for x in unpack_pair(scale, minimum))
     half = low * 0.5 + codes.astype(jnp.float32) * (step * 0.5)
     limit = np.finfo(np.float32).max / 2
     return jnp.clip(half, -limit, limit) * 2
 
 
-def pack_pair(low: Array, high: Array, top: int) -> tuple[Array, Array]:
+def pack_pair(
+    low: Float32[Array, "*groups"], high: Float32[Array, "*groups"], top: int
+) -> tuple[UInt16[Array, "*groups"], UInt16[Array, "*groups"]]:
     """Scale and minimum of groups that span [low, high], 16 bits each.
 
     The minimum is rounded down and the scale up, so that minimum ... minimum + top * scale covers the group and the
@@ -67,17 +78,17 @@ def pack_pair(low: Array, high: Array, top: int) -> tuple[Array, Array]:
     underflow; a scale has no sign, so its sign bit tells which. Groups that are not finite give NaN.
 
     Args:
-        low: float32 [...], the smallest number of each group.
-        high: float32 [...], the largest.
+        low: the smallest number of each group.
+        high: the largest.
         top: the largest code.
 
     Returns:
-        scale and minimum, uint16 [...].
+        scale and minimum.
     """
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     wide = (largest > LARGE) | ((largest < SMALL) & (largest > 0))
 
-    def pair(dtype):
+    def pair(dtype: DTypeLike) -> tuple[UInt16[Array, "*groups"], UInt16[Array, "*groups"]]:
         minimum = _round(low, dtype, -1)
         step = (high * 0.5 - _widen(minimum) * 0.5) * np.float32(2 / top)
         return _bits(_round(jnp.maximum(step, 0), dtype, 1)), _bits(minimum)
@@ -89,31 +100,35 @@ def pack_pair(low: Array, high: Array, top: int) -> tuple[Array, Array]:
     return jnp.where(finite, scale, jnp.uint16(_NAN)), jnp.where(finite, minimum, jnp.uint16(_NAN))
 
 
-def pair_once(scale: Array, minimum: Array) -> tuple[Array, Array]:
+def pair_once(
+    scale: UInt16[Array, "*groups"], minimum: UInt16[Array, "*groups"]
+) -> tuple[Float32[Array, "*groups"], Float32[Array, "*groups"]]:
     """`unpack_pair`, computed once: left to itself XLA repeats it for every use and every query (CPU: 36 ms for 10)."""
     return jax.lax.optimization_barrier(unpack_pair(scale, minimum))
 
 
-def unpack_pair(scale: Array, minimum: Array) -> tuple[Array, Array]:
-    """Scale and minimum in float32."""
+def unpack_pair(
+    scale: UInt16[Array, "*groups"], minimum: UInt16[Array, "*groups"]
+) -> tuple[Float32[Array, "*groups"], Float32[Array, "*groups"]]:
+    """Scale and minimum as `pack_pair` was given them, but rounded; in kernels too."""
     wide = scale >= jnp.uint16(_SIGN)
 
-    def read(bits: Array) -> Array:
+    def read(bits: UInt16[Array, "*groups"]) -> Float32[Array, "*groups"]:
         coarse, fine = (jax.lax.bitcast_convert_type(bits, d) for d in (jnp.bfloat16, jnp.float16))
         return jnp.where(wide, _widen(coarse), _widen(fine))
 
     return read(scale & jnp.uint16(_SIGN - 1)), read(minimum)
 
 
-def _bits(x: Array) -> Array:
+def _bits(x: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def _widen(x: Array) -> Array:
+def _widen(x: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return widen_float16(x).astype(jnp.float32)
 
 
-def _round(x: Array, dtype, direction: int) -> Array:
+def _round(x: Float32[Array, "*shape"], dtype: DTypeLike, direction: int) -> Float[Array, "*shape"]:
     """x in a 16-bit dtype, rounded up (+1) or down (-1)."""
     near = x.astype(dtype)
     # A number one step (2^-10 or 2^-7 of it) away, before rounding to the nearest.
@@ -125,8 +140,8 @@ def _round(x: Array, dtype, direction: int) -> Array:
     return jnp.clip(jnp.where(off, away, near), -limit, limit)
 
 
-def pack(codes: Array, bits: int) -> Array:
-    """uint8 [..., H] below 2^bits to uint8 [..., F]; missing numbers of the last plane are 0."""
+def pack(codes: UInt8[Array, "*shape H"], bits: int) -> UInt8[Array, "*shape F"]:
+    """Numbers below 2^bits to bytes; missing numbers of the last plane are 0."""
     per_byte = 8 // bits
     size = -(-codes.shape[-1] // per_byte)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, size * per_byte - codes.shape[-1])]
@@ -141,7 +156,7 @@ def unpack(data: Array, bits: int, axis: int = -1) -> Array:
     return jnp.concatenate([plane(data, bits, p) for p in range(8 // bits)], axis=axis)
 
 
-def plane(data: Array, bits: int, index: int) -> Array:
+def plane(data: UInt8[Array, "*shape"], bits: int, index: int) -> UInt8[Array, "*shape"]:
     """The numbers that plane `index` of the bytes holds."""
     return (data >> jnp.uint8(index * bits)) & jnp.uint8(2**bits - 1)
 
@@ -153,13 +168,21 @@ def segments(features: int, bits: int, size: int) -> list[tuple[int, int, int, i
     return [(a // width, a // size, a, b) for a, b in itertools.pairwise(cuts)]
 
 
-def scores(query: Array, data: Array, scale: Array, minimum: Array, bits: int, size: int, transposed: bool) -> Array:
-    """query [B, K, M, H] times packed keys, groups along H: scale * (query . codes) + minimum * sum(query).
+def scores(
+    query: Float[Array, "B K M H"],
+    data: UInt8[Array, "B K _ _"],
+    scale: UInt16[Array, "B K groups R"],
+    minimum: UInt16[Array, "B K groups R"],
+    bits: int,
+    size: int,
+    transposed: bool,
+) -> Float[Array, "B K M R"]:
+    """Queries times packed keys, groups along H: scale * (query . codes) + minimum * sum(query).
 
     Args:
-        query: [B, K, M, H].
-        data: uint8 [B, K, R, F], or [B, K, F, R] if transposed.
-        scale: uint16 [B, K, groups, R].
+        query: the rows.
+        data: the bytes, [B, K, R, F], or [B, K, F, R] if transposed.
+        scale: of the groups.
         minimum: likewise.
         bits: per number.
         size: of a group.
@@ -181,13 +204,20 @@ def scores(query: Array, data: Array, scale: Array, minimum: Array, bits: int, s
     return total
 
 
-def mix(probs: Array, data: Array, scale: Array, minimum: Array, bits: int, size: int) -> Array:
-    """probs [B, K, M, R] times packed values, groups along H: (probs * scale) . codes + probs . minimum.
+def mix(
+    probs: Float[Array, "B K M R"],
+    data: UInt8[Array, "B K R F"],
+    scale: UInt16[Array, "B K groups R"],
+    minimum: UInt16[Array, "B K groups R"],
+    bits: int,
+    size: int,
+) -> Float[Array, "B K M _"]:
+    """Probabilities times packed values, groups along H: (probs * scale) . codes + probs . minimum.
 
     Args:
         probs: 0 for slots that are not read.
-        data: uint8 [B, K, R, F].
-        scale: uint16 [B, K, groups, R], finite (0) in slots that are not read.
+        data: the bytes.
+        scale: finite (0) in slots that are not read.
         minimum: likewise.
         bits: per number.
         size: of a group.

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
@@ -44,26 +45,28 @@ class Int4(Codec):
         """A scale and a minimum per group."""
         return Format(jnp.dtype(jnp.uint8), group_size=self.group_size)
 
-    def encode(self, x: Array) -> dict[str, Array]:
+    def encode(self, x: Float[Array, "*shape H"]) -> dict[str, Shaped[Array, "*shape _"]]:
         """data uint8 [..., ceil(H/2)], scale and minimum uint16 [..., groups] (`grouped.pack_pair`)."""
         codes, scale, minimum = grouped.quantise(x, BITS, self.group_size)
         return {"data": grouped.pack(codes, BITS), "scale": scale, "minimum": minimum}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """Minimum + scale * code."""
         codes = grouped.unpack(encoded["data"], BITS)[..., :head_dim]
         return grouped.dequantise(codes, encoded["scale"], encoded["minimum"], self.group_size).astype(dtype)
 
-    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"]:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """Per group: scale * (query . codes) + minimum * sum(query)."""
         return grouped.scores(query, keys["data"], keys["scale"], keys["minimum"], BITS, self.group_size, transposed)
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         """Per group: (probs * scale) . codes + probs . minimum."""
         scale, minimum = (jnp.where(filled[:, :, None], values[n], jnp.uint16(0)) for n in ("scale", "minimum"))
         return grouped.mix(probs, values["data"], scale, minimum, BITS, self.group_size)

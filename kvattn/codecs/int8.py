@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Integer, Shaped
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
@@ -38,37 +39,41 @@ class Int8(Codec):
         """A scale per token and head."""
         return Format(jnp.dtype(jnp.int8), is_scaled=True)
 
-    def encode(self, x: Array) -> dict[str, Array]:
+    def encode(self, x: Float[Array, "*shape H"]) -> dict[str, Shaped[Array, "*shape _"]]:
         """data int8 [..., H] and scale float32 [..., 1]."""
         x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
         codes = jnp.clip(jnp.round(x / scale), -TOP, TOP)
         return {"data": codes.astype(jnp.int8), "scale": scale}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """data * scale."""
         del head_dim
         return (encoded["data"].astype(jnp.float32) * encoded["scale"]).astype(dtype)
 
-    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"]:
         """Tokens that are not finite."""
         del dtype
         return not_finite(x)
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """(query . data) * scale. On CPUs few queries are turned into integers too."""
         spec = "bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr"
         integer = jax.default_backend() == "cpu" and query.shape[2] <= INTEGER_ROWS and query.dtype != jnp.float64
         product = integer_product if integer else factors
         return product(spec, query, keys["data"]) * keys["scale"]
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         """(probs * scale) . data."""
         return mix_scaled(probs, values, filled)
 
 
-def integer_product(spec: str, rows: Array, codes: Array) -> Array:
-    """An einsum of rows [B, K, M, F] with int8 codes by products of integers, float32.
+def integer_product(
+    spec: str, rows: Float[Array, "B K M F"], codes: Integer[Array, "B K _ _"]
+) -> Float32[Array, "B K M _"]:
+    """An einsum of rows with int8 codes by products of integers.
 
     Each row is written as scale * (a + b / 254 + c / 254^2) with a, b and c in -127 ... 127, as exact as float32, and
     all three go through one product. Reading the codes is what takes time, so the second and third cost little (one

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
 from kvattn import _checks, _manual
 from kvattn._typing import Array, Encoded, Rows
@@ -77,7 +78,7 @@ class KIVI(Codec):
             "Use kvattn.Full(), or a codec of single tokens such as kvattn.Int4()."
         )
 
-    def can_trim(self, lengths: Array, num_tokens: Array) -> Rows:
+    def can_trim(self, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"]) -> Rows:
         """While nothing was encoded: what left the residual is not known as it was."""
         return (num_tokens == 0) | (lengths < self.residual)
 
@@ -85,7 +86,7 @@ class KIVI(Codec):
         """As they come."""
         return Plain(jnp.dtype(dtype))
 
-    def unfit(self, x: Array, dtype: DTypeLike) -> Array:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"]:
         """Tokens that are not finite, in the residual either."""
         return not_finite(x.astype(dtype))
 
@@ -94,7 +95,9 @@ class KIVI(Codec):
         largest = f"{float(jnp.finfo(dtype).max):.6g}, the largest number of its residual's {jnp.dtype(dtype)}"
         return f"that are NaN, infinite, or beyond {largest}, which {self} cannot store"
 
-    def as_they_came(self, store: Encoded, counts: Array) -> tuple[tuple[Array, Array], ...]:
+    def as_they_came(
+        self, store: Encoded, counts: Int32[Array, " B"]
+    ) -> tuple[tuple[Int32[Array, "B M"], Float[Array, "B K M H"]], ...]:
         """The residual: row r holds the last token whose position is r modulo R."""
         last = counts[:, None] - 1
         row = jnp.arange(self.residual, dtype=jnp.int32)[None]
@@ -120,7 +123,9 @@ class KIVI(Codec):
         store = {name: layout.empty(batch_size, num_kv_heads, x.shape, x.dtype) for name, x in block.items()}
         return {**store, "residual": jnp.zeros((1, batch_size, num_kv_heads, self.residual, head_dim), dtype)}
 
-    def write(self, store: Encoded, layout: Blocks, role: Role, slots: Array, x: Array) -> Encoded:
+    def write(
+        self, store: Encoded, layout: Blocks, role: Role, slots: Int32[Array, "B T"], x: Float[Array, "B K T H"]
+    ) -> Encoded:
         """Appends tokens; `slots` are their positions, neighbours from the first one on, then negative ones."""
         count = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
         start = jnp.maximum(slots[:, 0], 0)
@@ -132,7 +137,15 @@ class KIVI(Codec):
         rows = jnp.where(stays, slots % self.residual, -1)
         return {**encoded, "residual": _write_ring(store["residual"], rows, x)}
 
-    def _append_keys(self, store: Encoded, layout: Blocks, old: Array, x: Array, start: Array, count: Array) -> Encoded:
+    def _append_keys(
+        self,
+        store: Encoded,
+        layout: Blocks,
+        old: Float[Array, "B K R H"],
+        x: Float[Array, "B K T H"],
+        start: Int32[Array, " B"],
+        count: Int32[Array, " B"],
+    ) -> Encoded:
         """Encodes the blocks that become whole."""
         size, length = self.residual, x.shape[2]
         most = (size - 1 + length) // size
@@ -157,7 +170,13 @@ class KIVI(Codec):
         return {n: layout.put(e, index, encoded[n]) for n, e in store.items()}
 
     def _append_values(
-        self, store: Encoded, layout: Blocks, old: Array, x: Array, start: Array, count: Array
+        self,
+        store: Encoded,
+        layout: Blocks,
+        old: Float[Array, "B K R H"],
+        x: Float[Array, "B K T H"],
+        start: Int32[Array, " B"],
+        count: Int32[Array, " B"],
     ) -> Encoded:
         """Encodes the values that the new ones push out of the ring."""
         size, length = self.residual, x.shape[2]
@@ -174,7 +193,9 @@ class KIVI(Codec):
             "minimum": layout.write(store["minimum"], slots, encoded["minimum"].swapaxes(-1, -2), True),
         }
 
-    def block(self, store: Encoded, layout: Blocks, role: Role, i: Array, counts: Array) -> Mapping[str, Array]:
+    def block(
+        self, store: Encoded, layout: Blocks, role: Role, i: Int32[Array, ""], counts: Int32[Array, " B"]
+    ) -> Mapping[str, Shaped[Array, "B ..."]]:
         """The arrays of block i; `exact` bool [B, R]: the tokens to be read from the residual."""
         transposed = {"data": role == "keys" and layout.transposed_keys, "scale": True, "minimum": True}
         encoded = {n: layout.take(x, i, transposed[n]) for n, x in store.items() if n != "residual"}
@@ -185,11 +206,11 @@ class KIVI(Codec):
         return {**encoded, "residual": store["residual"][0], "exact": exact}
 
     def dense(
-        self, store: Encoded, layout: Blocks, role: Role, head_dim: int, counts: Array, dtype: DTypeLike
-    ) -> Array:
+        self, store: Encoded, layout: Blocks, role: Role, head_dim: int, counts: Int32[Array, " B"], dtype: DTypeLike
+    ) -> Float[Array, "B K C H"]:
         """Block after block."""
 
-        def one(i: Array) -> Array:
+        def one(i: Int32[Array, ""]) -> Float[Array, "B K R H"]:
             block = self.block(store, layout, role, i, counts)
             wide = accumulator(dtype)
             coded = self._decode_block(block, layout, role, head_dim).astype(wide)
@@ -199,8 +220,10 @@ class KIVI(Codec):
 
     # One block.
 
-    def _encode_block(self, x: Array, layout: Blocks, role: Role) -> dict[str, Array]:
-        """Tokens [..., R, H] (values: any number of tokens)."""
+    def _encode_block(
+        self, x: Float[Array, "*shape R H"], layout: Blocks, role: Role
+    ) -> dict[str, Shaped[Array, "*shape _ _"]]:
+        """A block of tokens (values: any number of tokens)."""
         if role == "values":
             codes, scale, minimum = grouped.quantise(x, self.bits, self.group_size)
             return {
@@ -216,8 +239,8 @@ class KIVI(Codec):
             "minimum": minimum,
         }
 
-    def _decode_block(self, block: Encoded, layout: Blocks, role: Role, head_dim: int) -> Array:
-        """float32 [..., R, H]."""
+    def _decode_block(self, block: Encoded, layout: Blocks, role: Role, head_dim: int) -> Float32[Array, "... R H"]:
+        """The inverse of `_encode_block`."""
         scale, minimum = block["scale"], block["minimum"]
         if role == "values":
             codes = grouped.unpack(block["data"], self.bits)[..., :head_dim]
@@ -226,7 +249,7 @@ class KIVI(Codec):
         codes = grouped.unpack(data, self.bits)[..., :head_dim].swapaxes(-1, -2)
         return grouped.dequantise(codes, scale, minimum, self.group_size).swapaxes(-1, -2)
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """The keys of a block are widened channel by channel where they are used: scales differ along both axes."""
         exact = keys["exact"][:, None, None, :]
         coded = self._coded_scores(query, keys, transposed)
@@ -235,7 +258,7 @@ class KIVI(Codec):
         raw = _manual.cond(jnp.any(keys["exact"]), read, lambda: jnp.zeros_like(coded))
         return jnp.where(exact, raw, coded)
 
-    def _coded_scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def _coded_scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         head_dim, rows = query.shape[-1], self.residual
         step, low = grouped.pair_once(keys["scale"], keys["minimum"])  # [B, K, H, R / group_size]
         data = keys["data"] if transposed else keys["data"].swapaxes(-1, -2)
@@ -254,14 +277,16 @@ class KIVI(Codec):
         lows = jnp.einsum("bkmh,bkhg->bkmg", query.astype(acc), low.astype(acc))
         return total + jnp.repeat(lows, self.group_size, axis=-1)
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         """Per group: (probs * scale) . codes + probs . minimum, and the residual as it is."""
         exact = values["exact"][:, None]
         coded = filled & ~exact
         scale, minimum = (jnp.where(coded[:, :, None], values[n], jnp.uint16(0)) for n in ("scale", "minimum"))
         mixed = grouped.mix(probs, values["data"], scale, minimum, self.bits, self.group_size)
 
-        def read() -> Array:
+        def read() -> Float[Array, "B K M F"]:
             residual = jnp.where((filled & exact)[..., None], values["residual"], 0)
             raw = product("bkmr,bkrh->bkmh", probs, residual).astype(mixed.dtype)
             return jnp.pad(raw, [(0, 0)] * 3 + [(0, mixed.shape[-1] - raw.shape[-1])])
@@ -269,20 +294,22 @@ class KIVI(Codec):
         return mixed + _manual.cond(jnp.any(values["exact"]), read, lambda: jnp.zeros_like(mixed))
 
 
-def _write_ring(ring: Array, rows: Array, x: Array) -> Array:
-    """[1, B, K, R, H] with x [B, K, T, H] in the rows int32 [B, T], those not negative."""
+def _write_ring(
+    ring: Float[Array, "1 B K R H"], rows: Int32[Array, "B T"], x: Float[Array, "B K T H"]
+) -> Float[Array, "1 B K R H"]:
+    """The ring with tokens in these rows, those not negative."""
     row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
     rows = jnp.where(rows < 0, ring.shape[3], rows)  # past the end: dropped
     return ring.at[0, row, :, rows].set(x.swapaxes(1, 2).astype(ring.dtype), mode="drop")
 
 
-def _column(index: Array, length: int) -> Array:
-    """int32 [B, S] as an index into the third axis of [B, K, length, H], clipped."""
+def _column(index: Int32[Array, "B S"], length: int) -> Int32[Array, "B 1 S 1"]:
+    """An index into the third axis of [B, K, length, H], clipped."""
     return jnp.clip(index, 0, length - 1)[:, None, :, None]
 
 
-def _column_of(x: Array, index: Array) -> Array:
-    """x [B, K, R, H] at int32 [B, S] of its third axis."""
+def _column_of(x: Float[Array, "B K R H"], index: Int32[Array, "B S"]) -> Float[Array, "B K S H"]:
+    """x at `index` of its third axis."""
     return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array, Encoded
@@ -37,16 +38,16 @@ class Plain(Codec):
         """Data alone."""
         return Format()
 
-    def encode(self, x: Array) -> dict[str, Array]:
+    def encode(self, x: Float[Array, "*shape H"]) -> dict[str, Shaped[Array, "*shape _"]]:
         """Casts to the storage dtype."""
         return {"data": x.astype(self.dtype)}
 
-    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Array:
+    def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """Casts back."""
         del head_dim
         return encoded["data"].astype(dtype)
 
-    def unfit(self, x: Array, dtype: DTypeLike) -> Array | None:
+    def unfit(self, x: Float[Array, "*shape H"], dtype: DTypeLike) -> Bool[Array, "*shape"] | None:
         """Tokens with finite numbers that are infinite in the storage dtype."""
         del dtype
         if jnp.finfo(x.dtype).max <= jnp.finfo(self.dtype).max:
@@ -58,18 +59,20 @@ class Plain(Codec):
         del dtype
         return f"beyond {float(jnp.finfo(self.dtype).max):.6g}, the largest number of the cache's {self.dtype}"
 
-    def scores(self, query: Array, keys: Encoded, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """One matrix product."""
         return product("bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr", query, keys["data"])
 
-    def mix(self, probs: Array, values: Encoded, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         """One matrix product; the probabilities are rounded to the storage dtype first."""
         data = jnp.where(filled[..., None], values["data"], 0)
         narrow = jnp.finfo(data.dtype).bits < 32
         return product("bkmr,bkrh->bkmh", probs.astype(data.dtype) if narrow else probs, data)
 
 
-def product(spec: str, a: Array, b: Array) -> Array:
+def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """An einsum of the wider dtype of both, accumulated in float32 or wider."""
     acc = accumulator(a.dtype, b.dtype)
     if jnp.float16 in (a.dtype, b.dtype) and jax.default_backend() == "cpu":
@@ -79,7 +82,7 @@ def product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a.astype(wide), b.astype(wide), preferred_element_type=acc)
 
 
-def widen_float16(x: Array) -> Array:
+def widen_float16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """float16 to float32 by integer arithmetic, exact for every value; other dtypes pass."""
     if x.dtype != jnp.float16:
         return x

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Shaped
 
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import accumulator
@@ -11,8 +12,8 @@ SMALLEST = np.finfo(np.float32).tiny
 """The least scale. Smaller ones would be subnormal, which many devices take for 0."""
 
 
-def scale_for(x: Array, top: float) -> Array:
-    """float32 [..., 1]: max|x| / top over the last axis. Never 0; NaN where x is not finite."""
+def scale_for(x: Float[Array, "*shape H"], top: float) -> Float32[Array, "*shape 1"]:
+    """max|x| / top over the last axis. Never 0; NaN where x is not finite."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     # top * scale must not overflow where max|x| is the largest float32.
     highest = np.float32(np.finfo(np.float32).max / top * (1 - 1e-6))
@@ -20,7 +21,7 @@ def scale_for(x: Array, top: float) -> Array:
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
-def factors(spec: str, rows: Array, codes: Array) -> Array:
+def factors(spec: str, rows: Float[Array, "..."], codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
     """An einsum of float rows with codes, which every float dtype holds exactly; float32 or wider.
 
     The codes are widened one block at a time: to the dtype of the rows, on CPUs to float32 at least.
@@ -30,7 +31,9 @@ def factors(spec: str, rows: Array, codes: Array) -> Array:
     return jnp.einsum(spec, rows.astype(wide), codes.astype(wide), preferred_element_type=acc)
 
 
-def mix_scaled(probs: Array, values: Encoded, filled: Array) -> Array:
+def mix_scaled(
+    probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+) -> Float[Array, "B K M H"]:
     """(probs * scale) . data, with nothing of what lies in slots that are not filled."""
     scale = jnp.where(filled[:, :, None], values["scale"], 0)
     data = values["data"]

@@ -6,6 +6,7 @@ The new tokens of a row and the query heads of a group are the M = G T rows, or 
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Float32, Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request
@@ -32,7 +33,7 @@ def refusal(request: Request) -> str | None:
     return None
 
 
-def arrays(view: View) -> list[Array]:
+def arrays(view: View) -> list[Shaped[Array, "..."]]:
     """Those of the cache, keys first."""
     return [*view.keys.values(), *view.values.values()]
 
@@ -51,8 +52,8 @@ def storage(view: View) -> str:
     return f"{codec} {view.key_head_dim}/{view.value_head_dim} {pages}"
 
 
-def slot_positions(request: Request, slots: int) -> Array:
-    """int32 [B, 1 or K, slots]: the position in each slot, in order; EMPTY where no query of the row may look.
+def slot_positions(request: Request, slots: int) -> Int32[Array, "B K1 {slots}"]:
+    """The position in each slot, in order; EMPTY where no query of the row may look.
 
     So kernels need not tell slots that a window has left from empty ones: the values of both are zeroed.
     """
@@ -62,15 +63,15 @@ def slot_positions(request: Request, slots: int) -> Array:
     return jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=EMPTY)
 
 
-def query_positions(request: Request) -> Array:
-    """int32 [B, M]."""
+def query_positions(request: Request) -> Int32[Array, "B M"]:
+    """Those of the rows of the matrix."""
     batch, length, heads, _ = request.query.shape
     group = heads // request.view.num_kv_heads
     return jnp.broadcast_to(request.positions[:, None], (batch, group, length)).reshape(batch, group * length)
 
 
-def query_slopes(request: Request) -> Array | None:
-    """float32 [K, M]; None: the call has none."""
+def query_slopes(request: Request) -> Float32[Array, "K M"] | None:
+    """ALiBi's slopes of the rows of the matrix; None: the call has none."""
     if request.alibi_slopes is None:
         return None
     slopes = request.alibi_slopes.astype(jnp.float32).reshape(request.view.num_kv_heads, -1)

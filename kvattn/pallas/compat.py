@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int32, Shaped
 
 from kvattn import _checks
@@ -33,8 +34,8 @@ def mqa(
     q: Array,
     k: Array,
     v: Array,
-    start_idx: Any = None,
-    kv_seq_len: Any = None,
+    start_idx: ArrayLike | None = None,
+    kv_seq_len: ArrayLike | None = None,
     sm_scale: float | None = None,
     block_h: int = 16,
     block_k: int = 256,
@@ -88,8 +89,8 @@ def gqa(
     q: Array,
     k: Array,
     v: Array,
-    start_idx: Any = None,
-    kv_seq_len: Any = None,
+    start_idx: ArrayLike | None = None,
+    kv_seq_len: ArrayLike | None = None,
     sm_scale: float | None = None,
     block_h: int = 16,
     block_k: int = 128,
@@ -257,7 +258,7 @@ def _paged(
     )
 
 
-def _floats(*arrays: Any) -> tuple[Float[Array, "..."], ...]:
+def _floats(*arrays: object) -> tuple[Float[Array, "..."], ...]:
     """q, k and v as arrays of floats."""
     return tuple(_checks.floating(n, x) for n, x in zip("qkv", arrays, strict=True))
 
@@ -267,13 +268,13 @@ def _contiguous(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     *,
-    start_idx: Any,
-    kv_seq_len: Any,
-    sm_scale: Any,
+    start_idx: ArrayLike | None,
+    kv_seq_len: ArrayLike | None,
+    sm_scale: ArrayLike | None,
     return_residuals: bool,
     normalize_output: bool,
 ) -> Any:
-    """What `mqa` and `gqa` return."""
+    """What `mqa` and `gqa` return; `start_idx` and `kv_seq_len` are [B], or []."""
     _checks.finite_scale(sm_scale)
     q, scale = folded(q, sm_scale)
     # Before jit, which would wrap what int32 does not hold.

@@ -1,6 +1,6 @@
 """The body of `"mosaic_gpu"`: one warpgroup that fetches, one that computes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -41,6 +41,7 @@ def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> list[Arra
         results["scores"] = result(spec.batch, spec.heads, spec.slots, spec.cols)
 
     def kvattn_gpu_decode(*refs, **shared):
+        """Refs of `arrays` and results, [...] as above, and `scratch` by name."""
         memory = dict(zip((*arrays, *results), refs, strict=True))
         program, role = lax.axis_index("program"), lax.axis_index("role")
         pl.when(role == 1)(lambda: fetch(spec, memory, shared))
@@ -66,8 +67,10 @@ class Walk:
         self.spec, self.memory = spec, memory
         self.first, self.start, self.last, self.stop = (shared["share"][i] for i in range(4))
 
-    def each(self, visit: Any) -> tuple[Array, Array]:
+    def each(self, visit: Callable[..., None]) -> tuple[Array, Array]:
         """Calls visit(segment, row, head, first, end, tile_of, tiles so far, segments so far) for each with tiles.
+
+        All are int32 [], but for `tile_of`, a function of one.
 
         Returns:
             tiles and segments visited.
@@ -75,6 +78,7 @@ class Walk:
         batch = self.spec.batch
 
         def step(segment, carry):
+            """One segment; all are int32 []."""
             tiles, visited = carry
             row, head = lax.rem(segment, batch), lax.div(segment, batch)
             hole, after, count = (self.memory[name][row] for name in ("hole", "after", "count"))
@@ -89,7 +93,7 @@ class Walk:
 
 
 def share_out(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program: Array) -> None:
-    """Finds the work of this program."""
+    """Finds the work of this program, int32 []."""
     shape = memory["count"].shape
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
     counts = Counts(
@@ -112,6 +116,7 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
     copy = plgpu.copy_gmem_to_smem
 
     def segment(_, row, head, first, end, tile_of, tiles, visited):
+        """Fetches a segment; see `Walk.each` for its numbers, int32 []."""
         slot = lax.rem(visited, 2)
         pl.when(visited >= 2)(lambda: plgpu.barrier_wait(shared["query_free"].at[slot]))
         full = shared["query_full"].at[slot]
@@ -127,7 +132,7 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
         kv_head = lax.div(head, spec.chunks)
 
         def pages(j):
-            """The pages of a tile, asked for one tile ahead: reading the table takes as long as a tile."""
+            """The pages int32 [] of tile j, asked for one tile ahead: reading the table takes as long as a tile."""
             if not size:
                 return ()
             table, number = memory["table"], spec.streams[0].shape[1]
@@ -137,6 +142,7 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
             return tuple(lax.clamp(0, table[row, column], number - 1) for column in columns)
 
         def step(j, here):
+            """Fetches tile j int32 [] from its pages `here`; gives those of the next one."""
             ahead = pages(lax.min(j + 1, end - 1))
             i = tiles + j - first
             slot = lax.rem(i, stages)
@@ -172,21 +178,24 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
 
 
 def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program: Array) -> None:
-    """Attends, tile by tile, with a running maximum."""
+    """Attends, tile by tile, with a running maximum; `program` is int32 []."""
     share_out(spec, memory, shared, program)
     walk = Walk(spec, memory, shared)
     tile, stages, cols = spec.config.tile, spec.config.stages, spec.cols
 
     def constant(shape, layout, value):
+        """float32 [...] of that shape."""
         return plgpu.layout_cast(jnp.full(shape, value, F32), layout)
 
     def segment(segment, row, head, first, end, tile_of, tiles, visited):
+        """Attends to a segment; see `Walk.each` for its numbers, int32 []."""
         run, run_end = memory["run"][row], memory["run_end"][row]
         at_slot = lax.rem(visited, 2)
         plgpu.barrier_wait(shared["query_full"].at[at_slot])
         columns = Columns(spec, shared, at_slot)
 
         def step(j, carry):
+            """One more tile into maximum [M], sums [T, M] and output [H, M]."""
             # Sums stay spread over the rows of a tile: adding up across threads once per segment is enough.
             top, total, acc = carry
             t = tile_of(j)
@@ -222,7 +231,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
 
 
 class Columns:
-    """What is known of the columns of a segment, and what it does to scores."""
+    """What is known of the columns of a segment, vectors [M], and what it does to scores."""
 
     def __init__(self, spec: Spec, shared: dict[str, Any], slot: Array):
         self.spec, self.shared, self.slot = spec, shared, slot
@@ -231,11 +240,12 @@ class Columns:
         self.factor = self._load("factor") if spec.factor else None
 
     def _load(self, name: str) -> Array:
+        """[M]."""
         vector = self.shared[name].at[self.slot, pl.ds(0, self.spec.cols)]
         return plgpu.load(vector, layout=COLUMNS, optimized=False)
 
     def adjusted(self, scores: Array, kv_at: Array) -> Array:
-        """Scale, soft cap, ALiBi and mask."""
+        """Scale, soft cap, ALiBi and mask of scores [T, M], the positions of whose slots are int32 [T]."""
         spec, shape = self.spec, scores.shape
         if self.factor is not None:
             scores = scores * spread(self.factor * spec.scale, shape)

@@ -11,13 +11,15 @@ into scores and probabilities; four-bit values are decoded in registers.
 
 import math
 import os
-from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from kvattn._typing import Array
+from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache.view import View
 from kvattn.pallas import common
@@ -94,7 +96,7 @@ def _device() -> str | None:
     return None
 
 
-def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Array, Array | None]:
+def attend(request: Request, config: GpuConfig | None = None) -> Result:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view = request.view
     if request.query.size == 0:
@@ -106,7 +108,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     group = query.shape[2]
     count = group * length
 
-    def columns(x: Array, fill: Any) -> Array:
+    def columns(x: Array, fill: float) -> Array:
         """[..., M, rest] to [..., chunks, cols, rest]."""
         axis = x.ndim - 2
         padding = [(0, 0)] * x.ndim
@@ -140,6 +142,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     out, lse = merge(partial, top, total, rows.count, batch, spec.programs, interpret)
 
     def split(x: Array) -> Array:
+        """[B, heads, cols, ...] to [B, T, N, ...]."""
         x = x.reshape(batch, heads, chunks * cols, *x.shape[3:])[:, :, :count]
         return ungrouped(x.reshape(batch, heads, group, length, *x.shape[3:]))
 
@@ -157,7 +160,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> tuple[Array, Ar
     return out, lse, mass[..., : view.layout.num_slots]
 
 
-def _nothing(request: Request) -> tuple[Array, Array, Array | None]:
+def _nothing(request: Request) -> Result:
     """The answer to no query: no rows, or no new tokens."""
     (batch, *rest), view = request.query.shape[:3], request.view
     out = jnp.zeros((batch, *rest, view.value_head_dim), jnp.float32)
@@ -238,7 +241,7 @@ def _multiprocessors() -> int:
     return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
 
 
-def _stored(view: View) -> list[Array]:
+def _stored(view: View) -> list[Shaped[Array, "_ _ _ _"]]:
     """The arrays of the cache without the axis of blocks, keys first."""
     stored = common.arrays(view)
     return stored if view.page_table is not None else [x[0] for x in stored]
@@ -251,7 +254,7 @@ def _columns(count: int, features: int) -> tuple[int, int]:
     return chunks, -(-count // (8 * chunks)) * 8
 
 
-def _numbers(request: Request) -> tuple[Any, int]:
+def _numbers(request: Request) -> tuple[DTypeLike, int]:
     """In which dtype products are taken, and of how many parts float32 numbers consist in it."""
     view = request.view
     if common.format_of(view).dtype == jnp.float8_e4m3fn or view.keys["data"].dtype == jnp.float16:

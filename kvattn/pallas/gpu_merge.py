@@ -36,6 +36,7 @@ def merge(
     _, features, cols = partial.shape
 
     def kvattn_gpu_merge(states, tops, totals, counts, out, lse):
+        """One segment: refs of [states, H, M], [states, M], [states, M], [B'], [segments, H, M], [segments, M]."""
         s = lax.axis_index("segment")
         layout = plgpu.Layout.WG_STRIDED(counts.shape, vec_size=1)
         index = plgpu.broadcasted_iota(jnp.int32, counts.shape, 0, layout=layout)
@@ -45,6 +46,7 @@ def merge(
         flat = lambda value: plgpu.layout_cast(jnp.full((cols,), value, jnp.float32), COLUMNS)
 
         def step(i, carry):
+            """Some more states into maximum [M], sum [M] and output [H, M]."""
             m, l, acc = carry
             loaded = []
             for n in range(AT_ONCE):

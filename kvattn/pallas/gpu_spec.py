@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from kvattn.codecs import Format
 from kvattn.codecs.grouped import segments
@@ -29,7 +31,7 @@ class Stream:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
     tokens_last: bool
 
     @property
@@ -76,7 +78,7 @@ class Spec:
     value_features: int
     streams: tuple[Stream, ...]
     format: Format
-    wide: Any
+    wide: np.dtype
     parts: int
     factor: bool
     mask: Mask
@@ -185,7 +187,7 @@ def shared_bytes(spec: Spec) -> int:
     return 3072 + sum(-(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // 1024) * 1024 for x in buffers)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: DTypeLike, step: int) -> Any:
     """Shared memory that the matrix unit reads; its last axis may be cut at multiples of `step`."""
     if not step:
         return plgpu.SMEM(shape, dtype)

@@ -6,6 +6,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from kvattn._typing import Array
 from kvattn.codecs.grouped import unpack_pair
@@ -23,7 +24,7 @@ accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 def store(ref: Any, x: Array) -> None:
-    """Writes registers to memory of the device."""
+    """Writes registers [...] to memory of the device."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)
     else:
@@ -31,19 +32,19 @@ def store(ref: Any, x: Array) -> None:
 
 
 def spread(vector: Array, shape: tuple[int, ...], axis: int = 1) -> Array:
-    """A vector over `axis` as a matrix."""
+    """A vector [M] over `axis` as a matrix [T, M], or [T] with `axis` 0."""
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
 def tanh(x: Array) -> Array:
-    """As exact as float32: the GPU's own instruction has 11 bits, and 1 - 2 / (exp(2x) + 1) loses those of small x."""
+    """As exact as float32 [...]: the GPU's own has 11 bits, and 1 - 2 / (exp(2x) + 1) loses those of small x."""
     square = x * x
     series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
     return jnp.where(square < 0.04, x * series, 1.0 - 2.0 / (jnp.exp(x + x) + 1.0))
 
 
-def split(x: Array, dtype: Any, parts: int) -> list[Array]:
-    """Numbers of `dtype` that sum up to those of x."""
+def split(x: Array, dtype: DTypeLike, parts: int) -> list[Array]:
+    """Numbers of `dtype` that sum up to those of x, float32 [...]."""
     found = []
     for n in range(parts):
         piece = x.astype(dtype)
@@ -54,19 +55,21 @@ def split(x: Array, dtype: Any, parts: int) -> list[Array]:
 
 
 def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) -> Array:
-    """Keys times queries, float32 [tile, cols], scales of the keys included."""
+    """Keys times queries, float32 [T, M] of tile and columns, scales of the keys included."""
     shape = (spec.config.tile, spec.cols)
     keys = shared["k_data"].at[slot]
     query = shared["query"].at[at_slot]
     load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
 
     def product(left, first, count):
+        """float32 [T, M]: numbers [T, count] times the query's from channel `first` on."""
         if spec.decoded and spec.interpreted:
             # The matrix unit takes its first operand from registers, the interpreter does not.
             shared["keys"].at[:, pl.ds(first, count)][...] = left
             left = shared["keys"].at[:, pl.ds(first, count)]
 
         def accumulate(acc):
+            """Into [T, M]."""
             for n in range(spec.parts):
                 plgpu.wgmma(acc, left, query.at[n, :, pl.ds(first, count)].T)
             return acc[...]
@@ -102,7 +105,7 @@ def runs(features: int) -> list[tuple[int, int]]:
 
 
 def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
-    """The numbers of four-bit tokens as (numbers, their group, their first channel, what to multiply them by).
+    """The numbers of four-bit tokens uint8 [T, F]: (numbers [T, run], group, first channel, what to multiply by).
 
     Registers are not shifted in eight bits, so the high nibbles stay where they are.
     """
@@ -146,6 +149,7 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
     plgpu.commit_smem()
 
     def accumulate(acc):
+        """Into [H, M]."""
         for m, left in enumerate(lefts):
             for n in range(spec.parts - m):
                 plgpu.wgmma(acc, left, shared["probs"].at[n].T)
@@ -156,7 +160,10 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
 
 
 def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole: Array) -> None:
-    """Writes a tile of values once more, channel by channel, in 16 bits; nothing there that is not finite."""
+    """Writes a tile of values once more, channel by channel, in 16 bits; nothing there that is not finite.
+
+    `filled` is bool [T], `whole` a scalar.
+    """
     values, target = shared["v_data"].at[slot], shared["values"]
 
     def rewrite(masked: bool) -> None:

@@ -4,14 +4,16 @@ For callers who keep caches of their own. They are wrapped in views, so every im
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
 from kvattn import _checks
-from kvattn._typing import Array
+from kvattn._typing import Array, Encoded
 from kvattn.attend import api
 from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks
@@ -20,6 +22,7 @@ from kvattn.cache.paged import block_layout
 from kvattn.cache.view import block_positions
 from kvattn.codecs import Codec, Float8, Int8, Plain
 from kvattn.codecs.base import Role, accumulator
+from kvattn.codecs.blocks import Blocks
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.masks import EMPTY, Mask
 
@@ -28,9 +31,9 @@ def decode_attention(
     q: Array,
     k: Array,
     v: Array,
-    lengths: Any,
+    lengths: ArrayLike | Sequence[int],
     *,
-    starts: Any = None,
+    starts: ArrayLike | Sequence[int] | None = None,
     k_scales: Array | None = None,
     v_scales: Array | None = None,
     scale: float | None = None,
@@ -109,8 +112,8 @@ def paged_decode_attention(
     q: Array,
     k_pages: Array,
     v_pages: Array,
-    lengths: Any,
-    page_table: Any,
+    lengths: ArrayLike | Sequence[int],
+    page_table: ArrayLike | Sequence[Sequence[int]],
     *,
     k_scales: Array | None = None,
     v_scales: Array | None = None,
@@ -198,14 +201,14 @@ def paged_decode_attention(
     )
 
 
-def _query(q: Array) -> Array:
+def _query(q: Shaped[ArrayLike, "..."]) -> Float[Array, "B N H"]:
     q = _checks.query("q", q)
     if q.ndim != 3:
         raise ShapeError(f"q must be [B, N, H], got {q.shape}.")
     return q
 
 
-def _stored(name: str, x: Any) -> Array:
+def _stored(name: str, x: Any) -> Shaped[Array, "..."]:
     try:
         return jnp.asarray(x)
     except Exception as error:
@@ -219,30 +222,42 @@ class _Pair(Codec):
     of_keys: Codec
     of_values: Codec
 
-    def scores(self, query: Array, keys: Any, transposed: bool) -> Array:
+    def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         return self.of_keys.scores(query, keys, transposed)
 
-    def mix(self, probs: Array, values: Any, filled: Array) -> Array:
+    def mix(
+        self, probs: Float[Array, "B K M R"], values: Encoded, filled: Bool[Array, "B #K R"]
+    ) -> Float[Array, "B K M F"]:
         return self.of_values.mix(probs, values, filled)
 
-    def transposed(self, layout: Any, role: Role, name: str) -> bool:
+    def transposed(self, layout: Blocks, role: Role, name: str) -> bool:
         return self._of(role).transposed(layout, role, name)
 
-    def dense(self, store: Any, layout: Any, role: Role, head_dim: int, counts: Array, dtype: Any) -> Array:
+    def dense(
+        self,
+        store: Encoded,
+        layout: Blocks,
+        role: Role,
+        head_dim: int,
+        counts: Int32[Array, "B *K"],
+        dtype: DTypeLike,
+    ) -> Float[Array, "B K C H"]:
         return self._of(role).dense(store, layout, role, head_dim, counts, dtype)
 
     def _of(self, role: Role) -> Codec:
         return self.of_keys if role == "keys" else self.of_values
 
 
-def _codecs(k: Array, v: Array, k_scales: Any, v_scales: Any) -> tuple[Codec, Array | None, Array | None]:
+def _codecs(
+    k: Shaped[Array, "*store H"], v: Shaped[Array, "*store Hv"], k_scales: object, v_scales: object
+) -> tuple[Codec, Float32[Array, "*store"] | None, Float32[Array, "*store"] | None]:
     """How to read the arrays, from their dtypes, and the scales."""
     of_keys, k_scales = _codec("k", k, k_scales)
     of_values, v_scales = _codec("v", v, v_scales)
     return of_keys if of_keys == of_values else _Pair(of_keys, of_values), k_scales, v_scales
 
 
-def _codec(name: str, x: Array, scales: Any) -> tuple[Codec, Array | None]:
+def _codec(name: str, x: Shaped[Array, "*store H"], scales: Any) -> tuple[Codec, Float32[Array, "*store"] | None]:
     coded = {jnp.dtype(jnp.int8): Int8(), jnp.dtype(jnp.float8_e4m3fn): Float8()}.get(x.dtype)
     if (scales is None) != (coded is None):
         what = "needs" if scales is None else "takes no"
@@ -260,8 +275,8 @@ def _codec(name: str, x: Array, scales: Any) -> tuple[Codec, Array | None]:
     return coded, scales
 
 
-def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Array:
-    """int32 [B, 1 or K, S]: slots counted so that the last one of every row and head is S - 1; EMPTY behind it.
+def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Int32[Array, "B K1 S"]:
+    """Slots counted so that the last one of every row and head is S - 1; EMPTY behind it.
 
     Heads of different lengths can then be attended to from one position.
     """
@@ -276,8 +291,8 @@ def _positions(lengths: Any, batch: int, heads: int, slots: int) -> Array:
     return jnp.where(slot < lengths, slot + slots - lengths, EMPTY)
 
 
-def _starts(starts: Any, batch: int) -> Array:
-    """int32 [B, 1]."""
+def _starts(starts: Any, batch: int) -> Int32[Array, "B 1"]:
+    """The first slot of each row."""
     starts = _checks.int32("starts", starts)
     if starts.shape != (batch,):
         raise ShapeError(f"starts must be [B] = ({batch},), got {starts.shape}.")
@@ -288,15 +303,15 @@ def _attend(
     q: Float[Array, "B N H"],
     view: View,
     *,
-    scale: Any,
-    window: Any,
-    softcap: Any,
-    sinks: Any,
-    alibi_slopes: Any,
+    scale: ArrayLike | None,
+    window: object,
+    softcap: object,
+    sinks: object,
+    alibi_slopes: object,
     return_lse: bool,
     implementation: api.Implementation,
 ) -> Any:
-    """Attention of one token per row to a view whose last slot is where the queries stand."""
+    """Attention [B, N, Hv] of one token per row to a view whose last slot is where the queries stand."""
     batch, heads, head_dim = q.shape
     _checks.head_counts(heads, view.num_kv_heads)
     if head_dim != view.key_head_dim or not head_dim:

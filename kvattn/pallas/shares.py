@@ -11,7 +11,6 @@ segment lies.
 
 import dataclasses
 import typing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,30 +34,30 @@ class Rows:
     A window and sinks, or a ring, leave one hole; where there are more, those after the first are read as well.
 
     Attributes:
-        count: int32 [B'], tiles; B' is B rounded up to `LANES`.
-        hole: int32 [B'], the first tile that is not needed.
-        after: int32 [B'], the next one that is.
-        run: int32 [B'], the first tile whose every slot holds a token, for every head,
-        run_end: int32 [B'], and the next one of which this is not true.
+        count: tiles; `rows` is B rounded up to `LANES`.
+        hole: the first tile that is not needed.
+        after: the next one that is.
+        run: the first tile whose every slot holds a token, for every head,
+        run_end: and the next one of which this is not true.
     """
 
-    count: Array
-    hole: Array
-    after: Array
-    run: Array
-    run_end: Array
+    count: Int32[Array, " rows"]
+    hole: Int32[Array, " rows"]
+    after: Int32[Array, " rows"]
+    run: Int32[Array, " rows"]
+    run_end: Int32[Array, " rows"]
 
     def arrays(self) -> dict[str, Int32[Array, " rows"]]:
         """All five, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def survey(request: Request, positions: Array, tile: int) -> Rows:
+def survey(request: Request, positions: Int32[Array, "B K1 S"], tile: int) -> Rows:
     """Looks for the tiles of `tile` slots that hold what some query can reach.
 
     Args:
         request: the call.
-        positions: int32 [B, 1 or K, S], S a multiple of `tile`, -1 for empty slots.
+        positions: S a multiple of `tile`, -1 for empty slots.
         tile: slots per tile.
     """
     near, whole = (jnp.pad(x, ((0, -x.shape[0] % LANES), (0, 0))) for x in near_and_filled(request, positions, tile))
@@ -79,12 +78,14 @@ class Counts:
     Its sums use scratch memory that warpgroups have in common, so one warpgroup only may ask.
     """
 
-    def __init__(self, count: Array, index: Array, batch: int, heads: int, programs: int):
+    def __init__(
+        self, count: Int32[Array, " rows"], index: Int32[Array, " rows"], batch: int, heads: int, programs: int
+    ):
         """Looks at all rows.
 
         Args:
-            count: int32 [B'].
-            index: int32 [B'], 0, 1, 2, ...
+            count: tiles of each.
+            index: 0, 1, 2, ...
             batch: B.
             heads: how often every row is walked along.
             programs: among how many tiles are shared out.
@@ -94,11 +95,11 @@ class Counts:
         self.work = self.total * heads
         self.share = lax.max(lax.div(self.work + (programs - 1), programs), 1)
 
-    def before(self, row: Any) -> Array:
+    def before(self, row: Int32[Array, ""]) -> Int32[Array, ""]:
         """Tiles of the rows before this one."""
         return jnp.sum(jnp.where(self.index < row, self.count, 0))
 
-    def locate(self, item: Array) -> tuple[Array, Array]:
+    def locate(self, item: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
         """Segment and tile in it of tile `item`."""
         total = lax.max(self.total, 1)
         head, rest = lax.div(item, total), lax.rem(item, total)
@@ -110,7 +111,9 @@ class Counts:
             row = jnp.where(fits, there, row)
         return head * self.batch + row, rest - self.before(row)
 
-    def of_program(self, program: Array) -> tuple[Array, Array, Array, Array]:
+    def of_program(
+        self, program: Int32[Array, ""]
+    ) -> tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]]:
         """First segment and tile in it, last segment and end in it; the first behind the last if there is no work."""
         low = program * self.share
         high = lax.min(low + self.share, self.work)
@@ -118,7 +121,7 @@ class Counts:
         last, stop = self.locate(lax.max(high - 1, 0))
         return jnp.where(low < high, segment, last + 1), start, last, stop + 1
 
-    def of_segment(self, row: Array, head: Array) -> tuple[Array, Array]:
+    def of_segment(self, row: Int32[Array, ""], head: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
         """The first program that reads a segment, and how many do."""
         begin = head * self.total + self.before(row)
         own = self.before(row + 1) - self.before(row)

@@ -10,6 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int32
 
 from kvattn import _manual
 from kvattn._typing import Array
@@ -23,30 +24,32 @@ class Plan:
     """The tiles to read, row by row.
 
     Attributes:
-        count: int32 [1], how many there are; every row has one at least.
-        row: int32 [B * tiles], the row of each; what follows the first `count` entries means nothing.
-        tile: int32 [B * tiles], which tile of its row.
-        whole: int32 [B * tiles], 1 if every slot of the tile holds a token, for every head.
-        needed: bool [B, tiles], the same as a table.
+        count: how many there are; every row has one at least.
+        row: the row of each; what follows the first `count` of B * tiles entries means nothing.
+        tile: which tile of its row.
+        whole: 1 if every slot of the tile holds a token, for every head.
+        needed: the same as a table.
     """
 
-    count: Array
-    row: Array
-    tile: Array
-    whole: Array
-    needed: Array
+    count: Int32[Array, "1"]
+    row: Int32[Array, " entries"]
+    tile: Int32[Array, " entries"]
+    whole: Int32[Array, " entries"]
+    needed: Bool[Array, "B tiles"]
 
 
-def near_and_filled(request: Request, positions: Array, rows: int) -> tuple[Array, Array]:
+def near_and_filled(
+    request: Request, positions: Int32[Array, "B K1 S"], rows: int
+) -> tuple[Bool[Array, "B tiles"], Bool[Array, "B tiles"]]:
     """Of every tile, whether it holds a token that some query of the row can reach, and whether each slot holds one.
 
     Args:
         request: the call.
-        positions: int32 [B, 1 or K, S], S a multiple of `rows`, -1 for empty slots.
+        positions: S a multiple of `rows`, -1 for empty slots.
         rows: slots per tile.
 
     Returns:
-        bool [B, S / rows] twice; filled means for every head.
+        both; filled means for every head.
     """
     batch, heads, slots = positions.shape
     cut = lambda x: x.reshape(batch, heads, slots // rows, rows)
@@ -54,12 +57,12 @@ def near_and_filled(request: Request, positions: Array, rows: int) -> tuple[Arra
     return near, jnp.all(cut(positions >= 0), axis=(1, 3))
 
 
-def plan(request: Request, positions: Array, rows: int) -> Plan:
+def plan(request: Request, positions: Int32[Array, "B K1 S"], rows: int) -> Plan:
     """Lists the tiles of `rows` slots.
 
     Args:
         request: the call.
-        positions: int32 [B, 1 or K, S], S a multiple of `rows`, -1 for empty slots.
+        positions: S a multiple of `rows`, -1 for empty slots.
         rows: slots per tile.
     """
     near, filled = near_and_filled(request, positions, rows)
@@ -72,14 +75,16 @@ def plan(request: Request, positions: Array, rows: int) -> Plan:
     return Plan(jnp.sum(needed, dtype=jnp.int32)[None], row, tile, whole, needed)
 
 
-def pages_of(chosen: Plan, table: Array, per_tile: int, num_pages: int) -> Array:
-    """int32 [B * tiles, per_tile]: the page to fetch for each part of a tile.
+def pages_of(
+    chosen: Plan, table: Int32[Array, "B W"], per_tile: int, num_pages: int
+) -> Int32[Array, "entries per_tile"]:
+    """The page to fetch for each part of a tile.
 
     A part that holds nothing repeats the page its buffer has already, which costs no copy.
 
     Args:
         chosen: the tiles.
-        table: int32 [B, W].
+        table: of the cache.
         per_tile: pages per tile.
         num_pages: P; what the table says beyond it is not followed.
     """
@@ -88,7 +93,9 @@ def pages_of(chosen: Plan, table: Array, per_tile: int, num_pages: int) -> Array
     page = table[chosen.row[:, None], jnp.minimum(column, width - 1)]
     there = (column < width) & (page >= 0) & (page < num_pages)
 
-    def keep(last: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+    def keep(
+        last: Int32[Array, " parts"], now: tuple[Int32[Array, " parts"], Bool[Array, " parts"]]
+    ) -> tuple[Int32[Array, " parts"], Int32[Array, " parts"]]:
         page, there = now
         page = jnp.where(there, page, last)
         return page, page

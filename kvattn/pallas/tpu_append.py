@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int32, Shaped
 
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
-from kvattn.cache.pages import Pages
+from kvattn.cache.pages import Pages, Store
+from kvattn.codecs.blocks import Stored
 from kvattn.pallas import tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tpu_decode import INTERPRETER, params
@@ -30,18 +32,20 @@ ROWS = (32, 16, 8)
 class InPlace:
     """A `Layout` or `Pages` that writes single tokens by a kernel where it can, and is the same otherwise."""
 
-    store: Layout | Pages
+    store: Store
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def write(self, array: Array, slots: Array, x: Array, transposed: bool) -> Array:
+    def write(
+        self, array: Stored, slots: Int32[Array, "B *K T"], x: Shaped[Array, "B K T F"], transposed: bool
+    ) -> Stored:
         """As `Layout.write` and `Pages.write`."""
         last = transposed or tpu_read.tokens_last(array.shape[-1])
         if not _takes(self.store, array, x, transposed):
             return self.store.write(array, slots, x, transposed)
 
-        def kernel(array, x):
+        def kernel(array: Stored, x: Shaped[Array, "B K T F"]) -> Stored:
             turned = last and not transposed
             lying = array.swapaxes(-1, -2) if turned else array
             token = (x.swapaxes(-1, -2) if last else x).astype(array.dtype)
@@ -64,7 +68,7 @@ class InPlace:
         return kernel(array, x)
 
 
-def _takes(store: Layout | Pages, array: Array, x: Array, transposed: bool) -> bool:
+def _takes(store: Store, array: Stored, x: Shaped[Array, "B K T F"], transposed: bool) -> bool:
     """Whether it is one token, and the array lies as a kernel wants it."""
     if x.shape[2] != 1 or jnp.dtype(array.dtype) in (jnp.dtype(jnp.float16), jnp.dtype(jnp.float64)):
         return False
@@ -120,8 +124,14 @@ def _block(tail: list[int], last: bool) -> tuple[int, tuple[int, int]]:
     return size, (size, tail[1])
 
 
-def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec, last: bool) -> Array:
-    """Puts token i of x [steps, K, 1, F] ([steps, K, F, 1] if last) into the block that the scalars name."""
+def _run(
+    array: Stored,
+    x: Shaped[Array, "steps K _ _"],
+    scalars: tuple[Int32[Array, " steps"], ...],
+    spec: pl.BlockSpec,
+    last: bool,
+) -> Array:
+    """Puts token i of x ([K, 1, F], or [K, F, 1] if last) into the block that the scalars name."""
     array = _manual.like(array, scalars, x)
     shape: Any = _manual.result(array.shape, array.dtype, array)
     if not interpreted():
@@ -146,7 +156,7 @@ def _run(array: Array, x: Array, scalars: tuple[Array, ...], spec: pl.BlockSpec,
 
 
 def _body(major, minor, tile, at, x, old, new, *, axis):
-    """One token."""
+    """One token: scalars int32 [steps]; x [1, K, 1, F] or [1, K, F, 1]; blocks [1, 1, K, R, F] or [K, 1, R, F]."""
     i = pl.program_id(0)
     before = jnp.maximum(i - 1, 0)
     moved = (major[i] != major[before]) | (minor[i] != minor[before]) | (tile[i] != tile[before])

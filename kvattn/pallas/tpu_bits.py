@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import BFloat16, Bool, Float32, Int32, UInt16, UInt32
 
 from kvattn._typing import Array
 
@@ -14,8 +15,8 @@ _SIXTEEN = 0x41804180
 _CODES = 0x00780078
 
 
-def nibbles(words: Array, plane: int, odd: int) -> Array:
-    """bfloat16 [2 W, R] of 16 + code, from words uint32 [W, R] of four bytes each, eight codes.
+def nibbles(words: UInt32[Array, "W R"], plane: int, odd: int) -> BFloat16[Array, "2*W R"]:
+    """16 + code, from words of four bytes each, eight codes.
 
     Args:
         words: rows 4w ... 4w + 3 of bytes, the first lowest.
@@ -27,16 +28,18 @@ def nibbles(words: Array, plane: int, odd: int) -> Array:
     return pltpu.bitcast((codes & jnp.uint32(_CODES)) | jnp.uint32(_SIXTEEN), jnp.bfloat16)
 
 
-def pair(scale: Array, minimum: Array) -> tuple[Array, Array]:
-    """float32 scale and minimum of uint16 ones, as `codecs.grouped.unpack_pair` reads them where they are finite."""
+def pair(
+    scale: UInt16[Array, "groups R"], minimum: UInt16[Array, "groups R"]
+) -> tuple[Float32[Array, "groups R"], Float32[Array, "groups R"]]:
+    """Scale and minimum as `codecs.grouped.unpack_pair` reads them where they are finite."""
     scale, minimum = scale.astype(jnp.int32), minimum.astype(jnp.int32)
     coarse = scale >= 0x8000
     low = jax.lax.bitcast_convert_type(_magnitude(minimum, coarse), jnp.int32) | ((minimum & 0x8000) << 16)
     return _magnitude(scale, coarse), jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _magnitude(bits: Array, coarse: Array) -> Array:
-    """float32 of the lower 15 of the bits of a bfloat16 (coarse) or a finite float16, without their sign."""
+def _magnitude(bits: Int32[Array, "groups R"], coarse: Bool[Array, "groups R"]) -> Float32[Array, "groups R"]:
+    """The number of the lower 15 of the bits of a bfloat16 (coarse) or a finite float16, without their sign."""
     bits = bits & 0x7FFF
     # Exponents are biased by 15 in float16 and by 127 in float32. Exponent 0 (subnormals) has no leading one: it is
     # read with one, as 2^-14 (1 + m/1024), which is then taken off again.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Int32
 
 from kvattn import _manual
@@ -146,7 +147,7 @@ def _queries(request: Request, padded: int) -> Operands:
     return found
 
 
-def _positions(positions: Int32[Array, "B K1 S"], rows: int) -> tuple[Array, pl.BlockSpec]:
+def _positions(positions: Int32[Array, "B K1 S"], rows: int) -> tuple[Int32[Array, "B K1 S"], pl.BlockSpec]:
     """Those of a tile's slots."""
     block = (1, positions.shape[1], rows)
     return positions, pl.BlockSpec(block, lambda i, n, row, tile, *_: (row[i], 0, tile[i]))
@@ -202,7 +203,7 @@ def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
     }
 
 
-def _wide(request: Request) -> Any:
+def _wide(request: Request) -> DTypeLike:
     """The dtype of the products' operands."""
     dtypes = (request.query.dtype, request.view.keys["data"].dtype)
     return jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
@@ -227,7 +228,7 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)
 
 
-def _grid(chosen: tiles.Plan) -> tuple[Any, ...]:
+def _grid(chosen: tiles.Plan) -> tuple[Int32[Array, ""]]:
     """As many steps as there are tiles to read, known on the device only."""
     return (chosen.count[0],)
 
@@ -249,7 +250,7 @@ def config_for(request: Request) -> TpuConfig:
     return found if isinstance(found, TpuConfig) and fits(request, found) else TpuConfig()
 
 
-def rows_of(view: Any, config: TpuConfig | None = None) -> int:
+def rows_of(view: View, config: TpuConfig | None = None) -> int:
     """Slots per tile: about `tile_bytes` of keys, a multiple of what lies in a register, whole pages."""
     config = config or TpuConfig()
     slots = _tokens(view)
@@ -263,7 +264,7 @@ def rows_of(view: Any, config: TpuConfig | None = None) -> int:
     return slots if slots <= rows else rows
 
 
-def _tokens(view: Any) -> int:
+def _tokens(view: View) -> int:
     """Slots of a row that are to be walked; a contiguous array may have some more than the cache uses."""
     return view.layout.num_slots if view.page_table is not None else view.keys["data"].shape[3]
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from kvattn._typing import Array
 from kvattn.codecs import Codec, Format
@@ -30,7 +32,7 @@ def tokens_last(features: int) -> bool:
     return features % LANES != 0
 
 
-def refuses(codec: Codec, head_dim: int, data: Array, tokens: int) -> str | None:
+def refuses(codec: Codec, head_dim: int, data: Shaped[Array, "..."], tokens: int) -> str | None:
     """Why an array of `tokens` neighbouring tokens cannot be read where it lies; None: it can."""
     features, form = data.shape[-1], codec.format
     if form is not None and form.is_grouped:
@@ -84,7 +86,7 @@ class Store:
     format: Format
     last: bool
     head_dim: int
-    wide: Any
+    wide: DTypeLike
 
     def scores(self, query: Array, k: int, scale: float) -> Array:
         """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k."""
@@ -124,6 +126,7 @@ class Store:
         return _joined(self.parts[name], k, axis=1)
 
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
+        """float32 [M, R] of rows [M, H], or `along_tokens` [M, H] of rows [M, R], with a tile as `_data` gives it."""
         axis = 1 if along_tokens == self.last else 0
         precision = jax.lax.Precision.HIGHEST if self.wide == jnp.float32 else None
         return jax.lax.dot_general(
@@ -166,7 +169,7 @@ class Store:
         return total
 
     def _grouped_mix(self, probs: Array, k: int, filled: Array | None) -> Array:
-        """Per group: (probs * scale) . codes + probs . minimum."""
+        """float32 [M, H], per group: (probs * scale) . codes + probs . minimum."""
         weights, means = [], []
         for step, low in self._pair(k):
             if filled is not None:
@@ -187,9 +190,10 @@ class Store:
 
 
 def _joined(parts: list, k: int, axis: int) -> Array:
-    """The tile of head k; pages one behind the other along `axis`."""
+    """The tile [R, F] or [F, R] of head k; pages one behind the other along `axis`."""
     return _beside([part[0, 0, k] if len(part.shape) == 5 else part[k, 0] for part in parts], axis)
 
 
 def _beside(arrays: list[Array], axis: int) -> Array:
+    """Matrices [...] joined along `axis`."""
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from kvattn import _checks
 
 
-def alibi_slopes(num_heads: int) -> jax.Array:
-    """ALiBi's slope of each head, float32[N].
+def alibi_slopes(num_heads: int) -> Float32[jax.Array, " N"]:
+    """ALiBi's slope of each head.
 
     For N a power of two, head n has ``2 ** (-8 * (n + 1) / N)``. Otherwise the slopes of the power of
     two below N are followed by every second slope of the power above (as in the paper's code and BLOOM).

@@ -7,50 +7,50 @@ rounding, and only what is left, at most an eighth of a turn, becomes a float.
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32, Shaped, UInt, UInt32
 
 from kvattn.positions.scaling import TWO_PI, Spectrum, dynamic_ratio, frequencies
 
 PHASE_ERROR = 2.0**-22
 """Declared bound on |cos - exact cos| and |sin - exact sin| in float32, for every int32 position."""
 
+CosSin = tuple[Float[jax.Array, "*tokens pairs"], Float[jax.Array, "*tokens pairs"]]
 
-def cos_sin(spectrum: Spectrum, positions: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+
+def cos_sin(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], dtype: np.dtype) -> CosSin:
     """Cosine and sine of every pair's phase.
 
     Args:
         spectrum: frequencies.
-        positions: int32[..., T].
+        positions: of each row's tokens.
         dtype: float32 or float64.
-
-    Returns:
-        Two arrays ``[..., T, num_pairs]``.
     """
     return (_cos_sin64 if dtype == jnp.float64 else _cos_sin32)(spectrum, positions)
 
 
 @functools.lru_cache(maxsize=256)
-def _words(spectrum: Spectrum) -> np.ndarray:
-    """Turns per token modulo 1 as 96-bit fixed point: uint32[3, rotary_dim // 2], highest word first."""
+def _words(spectrum: Spectrum) -> UInt32[np.ndarray, "3 pairs"]:
+    """Turns per token modulo 1 as 96-bit fixed point, highest word first."""
     fixed = [round(f / TWO_PI * 2**96) for f in frequencies(spectrum)]
     return np.array([[(v >> shift) & 0xFFFFFFFF for v in fixed] for shift in (64, 32, 0)], np.uint32)
 
 
-def _magnitude(positions: jax.Array) -> jax.Array:
-    """|positions| as uint32 with an axis for the pairs; right for -2^31 too."""
+def _magnitude(positions: Int32[jax.Array, "*tokens"]) -> UInt32[jax.Array, "*tokens 1"]:
+    """|positions| with an axis for the pairs; right for -2^31 too."""
     unsigned = positions.astype(jnp.uint32)
     return jnp.where(positions < 0, jnp.uint32(0) - unsigned, unsigned)[..., None]
 
 
-def _constant(row: np.ndarray, ndim: int) -> jax.Array:
+def _constant(row: Shaped[np.ndarray, " pairs"], ndim: int) -> Shaped[jax.Array, "*ones pairs"]:
     return jnp.asarray(row.reshape((1,) * (ndim - 1) + row.shape))
 
 
-def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
+def _multiply_high(a: UInt32[jax.Array, "*#shape"], b: UInt32[jax.Array, "*#shape"]) -> UInt32[jax.Array, "..."]:
     """The upper 32 bits of the 64-bit product of two uint32 (there is no uint64 without x64)."""
     low_mask, half = jnp.uint32(0xFFFF), jnp.uint32(16)
     a0, a1, b0, b1 = a & low_mask, a >> half, b & low_mask, b >> half
@@ -59,8 +59,10 @@ def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
     return a1 * b1 + (middle >> half) + (other >> half)
 
 
-def _dynamic_shrink(spectrum: Spectrum, positions: jax.Array, dtype: Any) -> jax.Array:
-    """What each row's frequencies are multiplied by: float[..., 1, rotary_dim // 2], at most 1.
+def _dynamic_shrink(
+    spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], dtype: DTypeLike
+) -> Float[jax.Array, "*rows 1 pairs"]:
+    """What each row's frequencies are multiplied by, at most 1.
 
     The base theta * r ** (d / (d - 2)) makes frequency i theta ** (-2i / d) times r ** (-2i / (d - 2)).
     """
@@ -70,7 +72,7 @@ def _dynamic_shrink(spectrum: Spectrum, positions: jax.Array, dtype: Any) -> jax
     return jnp.exp(jnp.log(ratio) * -_constant(exponents.astype(dtype), ratio.ndim))
 
 
-def _cos_sin32(spectrum: Spectrum, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cos_sin32(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"]) -> CosSin:
     count = _magnitude(positions)
     high, low = (_constant(row, count.ndim) for row in _words(spectrum)[:2])
     if spectrum.kind == "dynamic":
@@ -89,7 +91,7 @@ def _cos_sin32(spectrum: Spectrum, positions: jax.Array) -> tuple[jax.Array, jax
     return _from_quadrant(quadrant, rest.astype(jnp.float32) * (2 * math.pi / 2**32), positions)
 
 
-def _cos_sin64(spectrum: Spectrum, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cos_sin64(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"]) -> CosSin:
     """The same with 64-bit turns, for float64 activations (only reached where x64 is enabled)."""
     count = _magnitude(positions).astype(jnp.uint64)
     if spectrum.kind == "dynamic":
@@ -105,7 +107,11 @@ def _cos_sin64(spectrum: Spectrum, positions: jax.Array) -> tuple[jax.Array, jax
     return _from_quadrant(quadrant, rest.astype(jnp.float64) * (2 * math.pi / 2**64), positions)
 
 
-def _from_quadrant(quadrant: jax.Array, angle: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _from_quadrant(
+    quadrant: UInt[jax.Array, "*tokens pairs"],
+    angle: Float[jax.Array, "*tokens pairs"],
+    positions: Int32[jax.Array, "*tokens"],
+) -> CosSin:
     """Cosine and sine of ``quadrant * pi / 2 + angle``, the sine negated for negative positions."""
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     odd = (quadrant & 1) == 1

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float64, Int32
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.positions import phases
+from kvattn.positions.phases import CosSin
 from kvattn.positions.scaling import Spectrum, dynamic_ratio, frequencies, read_scaling, yarn_attention_factor
 
 
@@ -129,8 +132,8 @@ class RoPE:
         return Spectrum(self.theta, self.num_pairs, scaling)
 
     @property
-    def inv_freq(self) -> np.ndarray:
-        """Radians per token of each pair, float64[rotary_dim // 2] (of ``dynamic``: at the original length)."""
+    def inv_freq(self) -> Float64[np.ndarray, " pairs"]:
+        """Radians per token of each pair (of ``dynamic``: at the original length)."""
         return np.array([float(f) for f in frequencies(self._spectrum)])
 
     @property
@@ -152,15 +155,12 @@ class RoPE:
         theta = self.theta * ratio ** (self.num_pairs / (self.num_pairs - 1))
         return dataclasses.replace(self, theta=theta, scaling=None)
 
-    def cos_sin(self, positions: Any, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    def cos_sin(self, positions: Any, dtype: DTypeLike = jnp.float32) -> CosSin:
         """Cosine and sine of every pair's phase, times `attention_factor`.
 
         Args:
             positions: int[..., T]. Traced negative positions turn backwards; concrete ones are refused.
             dtype: float32, or float64 where JAX has it enabled.
-
-        Returns:
-            Two arrays ``[..., T, rotary_dim // 2]``.
 
         Raises:
             DTypeError: positions are not integers.
@@ -168,7 +168,7 @@ class RoPE:
         """
         return _cos_sin(self, _checked_positions(positions, self.max_positions), jnp.dtype(dtype))
 
-    def __call__(self, x: Any, positions: Any) -> jax.Array:
+    def __call__(self, x: Any, positions: Any) -> Float[jax.Array, "*BT N H"]:
         """Turns queries or keys to their positions.
 
         Args:
@@ -197,7 +197,7 @@ class RoPE:
         return _turned(self, x, _checked_positions(positions, self.max_positions))
 
 
-def _checked_positions(positions: Any, max_positions: int | None) -> jax.Array:
+def _checked_positions(positions: Any, max_positions: int | None) -> Int32[jax.Array, "*tokens"]:
     if isinstance(positions, Tracer):
         if not jnp.issubdtype(positions.dtype, jnp.integer):
             raise DTypeError(f"positions must be integers, got {positions.dtype}.")
@@ -223,14 +223,16 @@ def _checked_positions(positions: Any, max_positions: int | None) -> jax.Array:
 
 # jit: outside of one, a rotation would be forty small programs instead of one.
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _cos_sin(rope: RoPE, positions: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+def _cos_sin(rope: RoPE, positions: Int32[jax.Array, "*tokens"], dtype: np.dtype) -> CosSin:
     cos, sin = phases.cos_sin(rope._spectrum, positions, dtype)
     factor = rope.attention_factor
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _turned(rope: RoPE, x: jax.Array, positions: jax.Array) -> jax.Array:
+def _turned(
+    rope: RoPE, x: Float[jax.Array, "*BT N H"], positions: Int32[jax.Array, "*tokens"]
+) -> Float[jax.Array, "*BT N H"]:
     compute = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     # Over heads, and over rows where positions have none: [.., T, 1, pairs].
     shape = (1,) * (x.ndim - 2 - positions.ndim) + positions.shape + (1, rope.num_pairs)

@@ -59,7 +59,7 @@ class Spectrum:
         return self.fields.get("rope_type", "default")
 
 
-def read_scaling(scaling: Any) -> tuple[str, dict[str, Any]]:
+def read_scaling(scaling: object) -> tuple[str, dict[str, Any]]:
     """The kind of a rope dict and its fields, all checked, without what has no meaning for it."""
     if scaling is None:
         return "default", {}

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -24,18 +27,18 @@ from kvattn.sharding.scheme import Scheme
 from kvattn.sharding.split import Split, split_over
 
 
-def cached_attention(
+def cached_attention[C: Cache](
     query: Array,
     key: Array | None,
     value: Array | None,
-    cache: Cache,
+    cache: C,
     *,
-    mesh: Any,
+    mesh: Mesh | AbstractMesh,
     by: str = "auto",
     axis: str = "model",
     data_axis: str | None = "data",
     num_heads: int | None = None,
-    num_new: Any = None,
+    num_new: ArrayLike | Sequence[int] | None = None,
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
@@ -45,7 +48,7 @@ def cached_attention(
     alibi_slopes: Array | None = None,
     token_ids: Array | None = None,
     implementation: api.Implementation = None,
-) -> tuple[Array, Any]:
+) -> tuple[Array, C]:
     """`kvattn.cached_attention` over a cache that is split over a mesh axis, with the same results.
 
     ======================  ==========================  =======================  ==================================
@@ -161,14 +164,16 @@ class _Program:
     copies: int
     interpreted: bool
 
-    def specs(self, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[NewTokens, PerHead, Any]:
+    def specs(self, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[NewTokens, PerHead, Cache]:
         """The placements of the arguments."""
         tokens, heads = self.scheme.token_specs(self.split).of(new, per_head)
         return tokens, heads, self.scheme.cache_specs(self.split, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(program: _Program, new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+def _run[C: Cache](
+    program: _Program, new: NewTokens, per_head: PerHead, cache: C
+) -> tuple[Float[Array, "B T N Hv"], C]:
     """The step, once per device."""
     scheme, specs = program.scheme, program.specs(new, per_head, cache)
     local = scheme.local(program.split, program.step, program.num_heads, program.copies)
@@ -181,7 +186,7 @@ def _run(program: _Program, new: NewTokens, per_head: PerHead, cache: Cache) -> 
     )(new, per_head, cache)
 
 
-def _real_heads(num_heads: Any, given: int) -> int:
+def _real_heads(num_heads: int, given: int) -> int:
     if _checks.integer("num_heads", num_heads, 1) > given:
         raise ShapeError(f"query has {given} heads, fewer than num_heads {num_heads}.")
     return int(num_heads)

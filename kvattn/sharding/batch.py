@@ -6,13 +6,12 @@ values of a single head are on every device already; each takes its rows.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from kvattn._typing import Array
-from kvattn.attend.step import Step
+from kvattn.attend.step import Step, Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.sharding.filled import real_heads
@@ -36,7 +35,7 @@ class Batch(Scheme):
         )
         check_pool(cache, self.row_parts(split), split.rows)
 
-    def cache_specs(self, split: Split, cache: Cache) -> Any:
+    def cache_specs[C: Cache](self, split: Split, cache: C) -> C:
         """Rows, and with them pages, over both axes."""
         return specs_of(cache, rows=split.rows, pages=split.rows)
 
@@ -62,7 +61,7 @@ class Batch(Scheme):
         """The step on all of its rows' queries [B, T, N, H], which come split along `axis`."""
         own = real_heads(with_own_pages(step, split.rows), num_heads)
 
-        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
             query = jax.lax.all_to_all(new.query, split.axis, split_axis=0, concat_axis=axis, tiled=True)
             out, cache = own(dataclasses.replace(new, query=query), per_head, cache)
             return jax.lax.all_to_all(out, split.axis, split_axis=axis, concat_axis=0, tiled=True), cache

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kvattn import _checks
 from kvattn.cache import Cache
@@ -25,7 +25,7 @@ for _scheme in (Heads(), Batch(), Sequence(), Replicated()):
 
 
 def cache_sharding(
-    cache: Cache, mesh: Any, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
+    cache: Cache, mesh: Mesh | AbstractMesh, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
 ) -> Any:
     """Where each array of a cache lies: the cache's tree with a `jax.sharding.NamedSharding` at each leaf.
 
@@ -49,15 +49,15 @@ def cache_sharding(
     return jax.tree.map(lambda x, spec: split.named(spec, x.ndim), cache, scheme.cache_specs(split, cache))
 
 
-def shard_cache(
-    cache: Cache,
-    mesh: Any,
+def shard_cache[C: Cache](
+    cache: C,
+    mesh: Mesh | AbstractMesh,
     *,
     by: str = "auto",
     axis: str = "model",
     data_axis: str | None = "data",
     num_kv_heads: int | None = None,
-) -> Any:
+) -> C:
     """The cache on a mesh; from one placement to another too (prompts by heads, then decoding by batch).
 
     It is `arrange`, then `jax.device_put` (under jit a constraint, so that what is moved is the compiler's business:
@@ -82,15 +82,15 @@ def shard_cache(
     return split.put(cache, resolved(split, cache, by).cache_specs(split, cache))
 
 
-def arrange(
-    cache: Cache,
-    mesh: Any,
+def arrange[C: Cache](
+    cache: C,
+    mesh: Mesh | AbstractMesh,
     *,
     by: str = "auto",
     axis: str = "model",
     data_axis: str | None = "data",
     num_kv_heads: int | None = None,
-) -> Any:
+) -> C:
     """The cache with arrays that divide over the mesh, wherever they are now. Works under `jax.eval_shape`.
 
     By heads with fewer key/value heads than devices, each is stored n / K times, neighbours: the cache then has n. By
@@ -126,7 +126,7 @@ def arrange(
 
 
 def bytes_per_device(
-    cache: Cache, mesh: Any, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
+    cache: Cache, mesh: Mesh | AbstractMesh, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
 ) -> int:
     """Bytes of a cache on each device of the mesh: codes, scales, policy state, tables, all of it.
 
@@ -143,7 +143,7 @@ def bytes_per_device(
     cache = jax.eval_shape(lambda cache: arrange(cache, mesh, by=scheme.name, axis=axis, data_axis=data_axis), shapes)
     specs = scheme.cache_specs(split, cache)
 
-    def size(x: Any, spec: Any) -> int:
+    def size(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
         shards = math.prod(split.mesh.shape[name] for entry in spec for name in names(entry))
         return nbytes_of(x) // shards
 
@@ -171,7 +171,7 @@ def placed_by(split: Split, cache: Cache) -> Scheme | None:
     return None
 
 
-def _lies(x: Any, spec: Any, axis: str) -> bool:
+def _lies(x: object, spec: PartitionSpec, axis: str) -> bool:
     """Whether an array is known to be split over the axis just where the spec is."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):

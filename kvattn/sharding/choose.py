@@ -1,9 +1,9 @@
 """Which way to split a cache, and what each way costs."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kvattn import _checks
 
@@ -64,7 +64,7 @@ def explain(
     *,
     head_dim: int = 128,
     num_slots: int = 4096,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> Explanation:
     """What `choose` chooses, why, and what every scheme costs.
 

@@ -7,10 +7,13 @@ step.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend import api
@@ -22,7 +25,7 @@ from kvattn.cache.axes import axis_of
 from kvattn.errors import ShardingError
 from kvattn.positions import RoPE
 from kvattn.sharding.scheme import TokenSpecs
-from kvattn.sharding.split import names, specs_of
+from kvattn.sharding.split import MeshAxes, names, specs_of
 
 
 def cached_attention[C: Cache](
@@ -31,7 +34,7 @@ def cached_attention[C: Cache](
     value: Array | None,
     cache: C,
     *,
-    num_new: Any = None,
+    num_new: ArrayLike | Sequence[int] | None = None,
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
@@ -98,7 +101,7 @@ def cached_attention[C: Cache](
     return step(new, per_head, cache) if step.is_empty else by_shard(step, new, per_head, cache)
 
 
-def by_shard[C: Cache](step: Step, new: NewTokens, per_head: PerHead, cache: C) -> tuple[Array, C]:
+def by_shard[C: Cache](step: Step, new: NewTokens, per_head: PerHead, cache: C) -> tuple[Float[Array, "B T N Hv"], C]:
     """Runs a step, once per shard where its arguments lie on an Explicit mesh.
 
     Rows split as those of the queries, heads as those of new keys and of queries. The cache is brought to that
@@ -139,7 +142,9 @@ def by_shard[C: Cache](step: Step, new: NewTokens, per_head: PerHead, cache: C) 
     return run(*args)
 
 
-def _placement(x: Array, row_axis: int | None, head_axis: int | None) -> tuple[Any, Any, Any]:
+def _placement(
+    x: Shaped[Array, "..."], row_axis: int | None, head_axis: int | None
+) -> tuple[AbstractMesh | None, MeshAxes, MeshAxes]:
     """The Explicit mesh of an array and the axes its rows and heads are split by; (None, ...) if there is none."""
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
@@ -148,7 +153,7 @@ def _placement(x: Array, row_axis: int | None, head_axis: int | None) -> tuple[A
     return mesh, _axes(x, row_axis), _axes(x, head_axis)
 
 
-def _axes(x: Array, axis: int | None) -> Any:
+def _axes(x: Shaped[Array, "..."], axis: int | None) -> MeshAxes:
     """The mesh axes that an axis of an array is split by."""
     spec = jax.typeof(x).sharding.spec
     return None if axis is None or axis >= len(spec) else spec[axis]

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from kvattn._typing import Array
+from kvattn.attend.step import Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.sharding.scheme import DeviceStep
@@ -19,7 +21,7 @@ def filled_up(new: NewTokens, per_head: PerHead, num_heads: int) -> tuple[NewTok
 def real_heads(step: DeviceStep, num_heads: int) -> DeviceStep:
     """The step on the first `num_heads` heads; out is 0 for the others."""
 
-    def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+    def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
         count = new.query.shape[2]
         sinks, slopes = (None if x is None else x[:num_heads] for x in (per_head.sinks, per_head.slopes))
         new = dataclasses.replace(new, query=new.query[:, :, :num_heads])
@@ -29,7 +31,7 @@ def real_heads(step: DeviceStep, num_heads: int) -> DeviceStep:
     return call
 
 
-def _filled(x: Array, axis: int, count: int) -> Array:
+def _filled(x: Shaped[Array, "..."], axis: int, count: int) -> Shaped[Array, "..."]:
     """x with zeros behind it along an axis, which is `count` long then."""
     if x.shape[axis] >= count:
         return x

@@ -6,11 +6,12 @@ then, one float32 per slot, between the copies of a head.)
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.part import Part
@@ -52,13 +53,13 @@ class Heads(Scheme):
         split.check_rows(cache.batch_size, split.num_data, "make the batch a multiple.")
         check_pool(cache, split.num_data, split.data)
 
-    def arrange(self, split: Split, cache: Cache) -> Cache:
+    def arrange[C: Cache](self, split: Split, cache: C) -> C:
         """As many key/value heads as devices, if there are fewer."""
         self._check_counts(split, cache, None)
         copies = split.size // cache.num_kv_heads
         return cache if copies <= 1 else repeated(cache, copies)
 
-    def cache_specs(self, split: Split, cache: Cache) -> Any:
+    def cache_specs[C: Cache](self, split: Split, cache: C) -> C:
         """Heads over the axis."""
         return specs_of(cache, rows=split.data, heads=split.axis, pages=split.data)
 
@@ -78,7 +79,7 @@ class Heads(Scheme):
             return 1
         return heads // num_kv_heads
 
-    def with_copies(self, x: Array | None, copies: int) -> Array | None:
+    def with_copies(self, x: Shaped[Array, "B T _ H"] | None, copies: int) -> Shaped[Array, "B T _ H"] | None:
         """Each head as often as the cache has it."""
         return x if x is None or copies == 1 else jnp.repeat(x, copies, axis=2)
 
@@ -88,15 +89,15 @@ class Heads(Scheme):
         return with_own_pages(step, split.data)
 
 
-def repeated(cache: Cache, copies: int) -> Cache:
+def repeated[C: Cache](cache: C, copies: int) -> C:
     """The cache with every key/value head `copies` times, neighbours."""
     return along("heads", lambda x, axis: jnp.repeat(x, copies, axis=axis), cache, cache.axes)
 
 
-def without_copies(cache: Cache, copies: int) -> Cache:
+def without_copies[C: Cache](cache: C, copies: int) -> C:
     """The cache with the first of every `copies` key/value heads."""
 
-    def first(x: Array, axis: int) -> Array:
+    def first(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         return jax.lax.slice_in_dim(x, 0, x.shape[axis], stride=copies, axis=axis)
 
     return along("heads", first, cache, cache.axes)
@@ -114,7 +115,7 @@ class SomeOfGroup(Part):
     size: int
     copies: int
 
-    def of_group(self, tree: Any) -> Any:
+    def of_group(self, tree: PyTree) -> PyTree:
         """One float32 per slot and key/value head is averaged over the copies."""
         groups = [list(range(i, i + self.copies)) for i in range(0, self.size, self.copies)]
         return jax.tree.map(lambda x: jax.lax.psum(x, self.axis, axis_index_groups=groups) / self.copies, tree)

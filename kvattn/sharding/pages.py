@@ -5,7 +5,6 @@ host allocates them from that device's part. A cache without pages passes everyt
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,19 @@ from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.attend.step import Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.cache import status as bits
 from kvattn.errors import RangeError, ShardingError
 from kvattn.sharding.scheme import DeviceStep
+from kvattn.sharding.split import MeshAxes
 
 
-def with_own_pages(step: DeviceStep, axes: Any) -> DeviceStep:
+def with_own_pages(step: DeviceStep, axes: MeshAxes) -> DeviceStep:
     """The step of a device on the rows and pages that the mesh axes `axes` give it; None: those are not split."""
 
-    def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+    def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
         if axes is None or cache.page_table is None:
             return step(new, per_head, cache)
         first = jax.lax.axis_index(axes) * cache.num_pages
@@ -34,8 +35,13 @@ def with_own_pages(step: DeviceStep, axes: Any) -> DeviceStep:
 
 
 def on_pages(
-    step: DeviceStep, new: NewTokens, per_head: PerHead, cache: Cache, first: Array, allowed: tuple[Array, Array]
-) -> tuple[Array, Cache]:
+    step: DeviceStep,
+    new: NewTokens,
+    per_head: PerHead,
+    cache: Cache,
+    first: Int32[Array, ""],
+    allowed: tuple[Int32[Array, ""], Int32[Array, ""]],
+) -> Stepped:
     """The step on a pool that is the whole one from page `first` on.
 
     Rows whose tokens need a page outside [allowed[0], allowed[1]) are marked, and take no new ones.
@@ -48,7 +54,7 @@ def on_pages(
     return out, own.replace(page_table=table)
 
 
-def check_pool(cache: Cache, shards: int, axes: Any) -> None:
+def check_pool(cache: Cache, shards: int, axes: MeshAxes) -> None:
     """Raises `ShardingError` where the pool of a paged cache does not divide."""
     if cache.num_pages % shards:
         raise ShardingError(

@@ -6,23 +6,31 @@ S - 1 ticks.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int32, PyTree, Shaped
 
 from kvattn import _checks, _manual
 from kvattn._typing import Array
 from kvattn.errors import ConfigError, ShapeError, ShardingError
 from kvattn.sharding.split import Split, split_over
 
-Layer = Callable[..., tuple[Array, Any]]
+Layer = Callable[..., tuple[Shaped[Array, "*activations"], PyTree]]
 
 
 def pipeline(
-    layer: Layer, weights: Any, inputs: Array, caches: Any, *, mesh: Any, axis: str = "stage", extras: Any = ()
-) -> tuple[Array, Any]:
+    layer: Layer,
+    weights: PyTree,
+    inputs: Shaped[Array, "M *activations"],
+    caches: PyTree,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str = "stage",
+    extras: PyTree = (),
+) -> tuple[Shaped[Array, "M *activations"], PyTree]:
     """Runs L layers one after the other, the layers split over the devices of a mesh axis.
 
     The same as ``for i in range(L): x, caches[i] = layer(weights[i], x, caches[i])`` on every microbatch. Under
@@ -69,7 +77,7 @@ def pipeline(
     return run(*args)
 
 
-def layer_caches(make: Callable[[], Any], num_layers: int, num_microbatches: int) -> Any:
+def layer_caches[T](make: Callable[[], T], num_layers: int, num_microbatches: int) -> T:
     """The caches of `pipeline`, all as `make` makes one (of B / M rows): arrays [L, M, ...].
 
     Best under ``jax.jit(..., out_shardings=NamedSharding(mesh, P("stage")))``, so that no device holds them all.
@@ -79,18 +87,22 @@ def layer_caches(make: Callable[[], Any], num_layers: int, num_microbatches: int
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), make())
 
 
-def _stages(split: Split, layer: Layer) -> Callable[..., Any]:
+def _stages(split: Split, layer: Layer) -> Callable[..., tuple[Shaped[Array, "M *activations"], PyTree]]:
     """What each device does: its layers, on one microbatch after the other."""
     num_stages, axis = split.size, split.axis
     onwards = [(i, i + 1) for i in range(num_stages - 1)]
 
-    def run(weights: Any, inputs: Array, caches: Any, extras: Any) -> tuple[Array, Any]:
+    def run(
+        weights: PyTree, inputs: Shaped[Array, "M *activations"], caches: PyTree, extras: PyTree
+    ) -> tuple[Shaped[Array, "M *activations"], PyTree]:
         stage, count = jax.lax.axis_index(axis), inputs.shape[0]
 
         more = lambda at: jax.tree.map(lambda e: jax.lax.dynamic_index_in_dim(e, at, 0, keepdims=False), extras)
 
-        def stage_on(microbatch: Array, x: Array, caches: Any) -> tuple[Array, Any]:
-            def one(carry: Any, own: Any) -> tuple[Any, None]:
+        def stage_on(
+            microbatch: Int32[Array, ""], x: Shaped[Array, "*activations"], caches: PyTree
+        ) -> tuple[Shaped[Array, "*activations"], PyTree]:
+            def one(carry: tuple, own: tuple) -> tuple[tuple, None]:
                 # Only this layer's cache of this microbatch is taken out of the others, and put back.
                 (x, caches), (number, w) = carry, own
                 cache = jax.tree.map(lambda c: _at(c, number, microbatch), caches)
@@ -100,7 +112,7 @@ def _stages(split: Split, layer: Layer) -> Callable[..., Any]:
             numbers = jnp.arange(jax.tree.leaves(weights)[0].shape[0], dtype=jnp.int32)
             return _manual.scan(one, (x, caches), (numbers, weights))[0]
 
-        def tick(carry: Any, t: Array) -> tuple[Any, None]:
+        def tick(carry: tuple, t: Int32[Array, ""]) -> tuple[tuple, None]:
             x, outputs, caches = carry
             microbatch = t - stage
             busy = (microbatch >= 0) & (microbatch < count)
@@ -121,17 +133,26 @@ def _stages(split: Split, layer: Layer) -> Callable[..., Any]:
     return run
 
 
-def _at(x: Array, number: Array, microbatch: Array) -> Array:
+def _at(
+    x: Shaped[Array, "L M *rest"], number: Int32[Array, ""], microbatch: Int32[Array, ""]
+) -> Shaped[Array, "*rest"]:
+    """What x has of a layer and a microbatch."""
     start = (number, microbatch, *(0,) * (x.ndim - 2))
     return jax.lax.dynamic_slice(x, start, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
 
 
-def _put(x: Array, number: Array, microbatch: Array, new: Array) -> Array:
+def _put(
+    x: Shaped[Array, "L M *rest"],
+    number: Int32[Array, ""],
+    microbatch: Int32[Array, ""],
+    new: Shaped[Array, "*rest"],
+) -> Shaped[Array, "L M *rest"]:
+    """x with something new there."""
     start = (number, microbatch, *(0,) * (x.ndim - 2))
     return jax.lax.dynamic_update_slice(x, new[None, None], start)
 
 
-def _leading(tree: Any, name: str, rank: int) -> tuple[int, ...]:
+def _leading(tree: PyTree, name: str, rank: int) -> tuple[int, ...]:
     """The first `rank` axes, which all arrays of the tree share."""
     leaves = jax.tree.leaves(tree)
     shapes = {tuple(jnp.shape(x)[:rank]) for x in leaves}

@@ -5,14 +5,13 @@ decode by batch; `kvattn.sharding.shard_cache(cache, mesh, by="batch")` is the s
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kvattn._typing import Array
-from kvattn.attend.step import Step
+from kvattn.attend.step import Step, Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ShardingError
@@ -44,7 +43,7 @@ class Replicated(Scheme):
         split.check_rows(cache.batch_size, split.num_data, "make the batch a multiple.")
         check_pool(cache, split.num_data, split.data)
 
-    def cache_specs(self, split: Split, cache: Cache) -> Any:
+    def cache_specs[C: Cache](self, split: Split, cache: C) -> C:
         """Rows over the data axis."""
         return specs_of(cache, rows=split.data, pages=split.data)
 
@@ -65,7 +64,7 @@ class Replicated(Scheme):
         step = step.over(SomeOfGroup(split.axis, split.size, copies)) if copies > 1 else step
         own = with_own_pages(step, split.data)
 
-        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
             out, cache = own(new, per_head, cache)
             here = out.shape[2]
             head = jax.lax.axis_index(split.axis) * here + jnp.arange(here, dtype=jnp.int32)

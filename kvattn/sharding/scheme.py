@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.step import Step
@@ -14,7 +15,7 @@ from kvattn.cache import Cache
 from kvattn.errors import ConfigError
 from kvattn.sharding.split import Split
 
-DeviceStep = Callable[[NewTokens, PerHead, Any], tuple[Array, Any]]
+DeviceStep = Callable[[NewTokens, PerHead, Any], tuple[Float[Array, "B T N Hv"], Any]]
 """A step on one device: the new tokens, the numbers per query head, the cache; out and the new cache."""
 
 
@@ -80,13 +81,13 @@ class Scheme(abc.ABC):
             UnsupportedError: a codec whose tokens cannot be split this way.
         """
 
-    def arrange(self, split: Split, cache: Cache) -> Cache:
+    def arrange[C: Cache](self, split: Split, cache: C) -> C:
         """The cache with arrays that divide, where that can be brought about; `check` raises where it cannot."""
         return cache
 
     @abc.abstractmethod
-    def cache_specs(self, split: Split, cache: Cache) -> Any:
-        """The cache's tree of placements."""
+    def cache_specs[C: Cache](self, split: Split, cache: C) -> C:
+        """The cache's tree with a `PartitionSpec` for each array."""
 
     @abc.abstractmethod
     def token_specs(self, split: Split) -> TokenSpecs:
@@ -119,8 +120,8 @@ class Scheme(abc.ABC):
         """On how many devices each of the new tokens' K heads is, with some of its query heads."""
         return 1
 
-    def with_copies(self, x: Array | None, copies: int) -> Array | None:
-        """New keys or values [B, T, K, H] with as many heads as the cache has."""
+    def with_copies(self, x: Shaped[Array, "B T _ H"] | None, copies: int) -> Shaped[Array, "B T _ H"] | None:
+        """New keys or values with as many heads as the cache has."""
         return x
 
 

@@ -11,21 +11,22 @@ pool, and a sequence may have its pages anywhere.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree, Shaped
 
-from kvattn._typing import Array
+from kvattn._typing import Array, Encoded
 from kvattn.attend import api
 from kvattn.attend.part import Part
-from kvattn.attend.step import Step
+from kvattn.attend.step import Step, Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
-from kvattn.cache import Cache, View
+from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
 from kvattn.cache.pages import Store
+from kvattn.codecs.base import Role
 from kvattn.errors import ShardingError, UnsupportedError
 from kvattn.sharding import pages
 from kvattn.sharding.choose import against_heads
@@ -59,20 +60,21 @@ class Sequence(Scheme):
                 "kvattn.sharding.arrange(...) without placing them."
             )
 
-    def arrange(self, split: Split, cache: Cache) -> Cache:
+    def arrange[C: Cache](self, split: Split, cache: C) -> C:
         """Blocks of slots that divide; what is added is never used."""
         old = cache.store
         new = old.divided(split.size, cache.key_head_dim)
         if new is old or cache.codec.rows is not None:
             return cache
+        assert isinstance(old, Layout) and isinstance(new, Layout)  # pages divide as they are
 
-        def moved(role: Any, arrays: Any) -> Any:
+        def moved(role: Role, arrays: Encoded) -> Encoded:
             lie = {name: cache.codec.transposed(old, role, name) for name in arrays}
             return {name: new.to_blocks(old.from_blocks(x, lie[name]), lie[name]) for name, x in arrays.items()}
 
         return cache.replace(keys=moved("keys", cache.keys), values=moved("values", cache.values), layout=new)
 
-    def cache_specs(self, split: Split, cache: Cache) -> Any:
+    def cache_specs[C: Cache](self, split: Split, cache: C) -> C:
         """Slots, or pages, over the axis."""
         return specs_of(cache, rows=split.data, slots=split.axis, pages=split.rows)
 
@@ -89,7 +91,7 @@ class Sequence(Scheme):
         """Attend to its slots, and merge."""
         shared = real_heads(step.over(Share(split.axis, split.size)), num_heads)
 
-        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> tuple[Array, Cache]:
+        def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
             if cache.page_table is None:
                 return shared(new, per_head, cache)
             count = cache.num_pages * split.size  # of all the devices that have pages of these rows
@@ -150,7 +152,7 @@ class Share(Part):
         length = positions.shape[1]
         count = -(-length // self.size)
 
-        def mine(x: Array, fill: int = 0) -> Array:
+        def mine(x: Shaped[Array, "B T *rest"], fill: int = 0) -> Shaped[Array, "B S *rest"]:
             padding = [(0, 0)] * x.ndim
             padding[1] = (0, count * self.size - length)
             x = jnp.pad(x, padding, constant_values=fill)
@@ -173,17 +175,17 @@ class Share(Part):
         safe = jnp.where(empty, 1, total)
         return out / safe[..., None], jnp.where(empty, -jnp.inf, jnp.log(safe) + top)
 
-    def all_slots(self, cache: Cache, tree: Any) -> Any:
+    def all_slots(self, cache: Cache, tree: PyTree) -> PyTree:
         """Gathers what was measured of each slot."""
         layout, count = cache.layout, cache.num_slots
 
-        def gathered(x: Array) -> Array:
+        def gathered(x: Shaped[Array, "B K _ *rest"]) -> Shaped[Array, "B K C *rest"]:
             x = x.reshape(*x.shape[:2], layout.num_blocks, layout.rows // self.size, *x.shape[3:])
             x = jax.lax.all_gather(x, self.axis, axis=3, tiled=True)
             return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :count]
 
         return jax.tree.map(gathered, tree)
 
-    def all_new(self, tree: Any, length: int) -> Any:
+    def all_new(self, tree: PyTree, length: int) -> PyTree:
         """Gathers what was measured of each new token."""
         return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis, axis=2, tiled=True)[:, :, :length], tree)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache import Cache
 from kvattn.errors import ShardingError
+
+MeshAxes = str | tuple[str, ...] | None
+"""The mesh axes that split an axis of an array: none, one, or several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Split:
         return 1 if self.data is None else self.mesh.shape[self.data]
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> str | tuple[str, str]:
         """The axes that split rows both ways."""
         return self.axis if self.data is None else (self.data, self.axis)
 
@@ -53,7 +56,7 @@ class Split:
             axes = self.rows if shards > self.num_data else self.data
             raise ShardingError(f"{batch_size} rows do not divide over {shards} devices (mesh axes {axes!r}): {advice}")
 
-    def named(self, spec: Any, ndim: int) -> NamedSharding:
+    def named(self, spec: PartitionSpec, ndim: int) -> NamedSharding:
         """The sharding of an array, written as compiled steps write that of their results.
 
         Equal shardings in other words are others to the cache of compiled programs: the second step would be looked up,
@@ -68,10 +71,10 @@ class Split:
                 entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
 
-    def put(self, tree: Any, specs: Any) -> Any:
+    def put[T](self, tree: T, specs: PyTree) -> T:
         """The tree with every leaf where its spec says."""
 
-        def one(x: Array, spec: Any) -> Array:
+        def one(x: Shaped[Array, "*shape"], spec: PartitionSpec) -> Shaped[Array, "*shape"]:
             sharding = self.named(spec, x.ndim)
             if not isinstance(x, Tracer):
                 return jax.device_put(x, sharding)
@@ -79,7 +82,7 @@ class Split:
 
         return jax.tree.map(one, tree, specs)
 
-    def check_mesh(self, what: str, tree: Any) -> None:
+    def check_mesh(self, what: str, tree: PyTree) -> None:
         """Raises `ShardingError` for arrays that are known to be split over another mesh."""
         for leaf in jax.tree.leaves(tree):
             other = _mesh_of(leaf)
@@ -95,7 +98,7 @@ class Split:
         return other.axis_names == self.mesh.axis_names and other.axis_sizes == self.mesh.axis_sizes
 
 
-def split_over(mesh: Any, axis: str, data_axis: str | None) -> Split:
+def split_over(mesh: object, axis: str, data_axis: str | None) -> Split:
     """Checks a mesh and the names of its axes.
 
     Raises:
@@ -119,18 +122,17 @@ def split_over(mesh: Any, axis: str, data_axis: str | None) -> Split:
     return Split(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
 
 
-def specs_of(cache: Cache, **mesh_axes: Any) -> Any:
+def specs_of[C: Cache](cache: C, **mesh_axes: MeshAxes) -> C:
     """The cache's tree of placements.
 
     Args:
         cache: any cache, or its shapes.
-        **mesh_axes: by the names of the cache's own axes (`kvattn.cache.axes`) the axes of the mesh (None, a name,
-            several) that split them.
+        **mesh_axes: by the names of the cache's own axes (`kvattn.cache.axes`) the axes of the mesh that split them.
     """
     return jax.tree.map(lambda axes: PartitionSpec(*map(mesh_axes.get, axes.split())), cache.axes)
 
 
-def names(entry: Any) -> tuple[str, ...]:
+def names(entry: MeshAxes) -> tuple[str, ...]:
     """The mesh axes that an entry of a spec names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
@@ -140,7 +142,7 @@ def _manual_axes() -> tuple[str, ...]:
     return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
 
 
-def _mesh_of(x: Any) -> Mesh | AbstractMesh | None:
+def _mesh_of(x: object) -> Mesh | AbstractMesh | None:
     """The mesh of several devices an array is known to lie on."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
     mesh = getattr(sharding, "mesh", None)

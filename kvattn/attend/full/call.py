@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Num
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int, Int32, Num, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -111,7 +111,7 @@ def checked(call: Call) -> Call:
     return call
 
 
-def static_bool(name: str, value: Any) -> bool:
+def static_bool(name: str, value: object) -> bool:
     """Checks a bool that must be known when the program is traced."""
     if isinstance(value, Tracer):
         raise ConfigError(f"{name} must be known when the program is traced: pass a Python bool.")
@@ -146,7 +146,7 @@ def window_sides(window: Any) -> tuple[int, int] | None:
     return min(int(sides[0]), 2**30), min(int(sides[1]), 2**30)
 
 
-def _mirrored(check: Callable[..., Any], *arguments: Any) -> Any:
+def _mirrored[T](check: Callable[..., T], *arguments: object) -> T:
     """What a check of all kvattn returns; a dtype that does not fit is `jax.nn`'s error as well."""
     try:
         return check(*arguments)
@@ -172,8 +172,10 @@ def _check_shapes(call: Call) -> None:
         )
 
 
-def _broadcastable(name: str, array: Any, query: Array, key: Array) -> Array | None:
-    """A bias or mask with four axes, checked against [B, N, T, S]."""
+def _broadcastable(
+    name: str, array: Any, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]
+) -> Shaped[Array, "#B #N #T #S"] | None:
+    """A bias or mask with four axes."""
     if array is None:
         return None
     array = jnp.asarray(array)
@@ -189,13 +191,15 @@ def _broadcastable(name: str, array: Any, query: Array, key: Array) -> Array | N
     return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
-def _has_infinity(bias: Array) -> bool:
+def _has_infinity(bias: Float[Array, "..."]) -> bool:
     """Whether +inf is in a bias; a constant may be looked at inside jit too."""
     with jax.ensure_compile_time_eval():
         return bool(jnp.any(bias == jnp.inf))
 
 
-def _lengths(name: str, lengths: Any, batch: int, longest: int) -> Array | None:
+def _lengths(
+    name: str, lengths: Shaped[ArrayLike, "..."] | None, batch: int, longest: int
+) -> Int32[Array, " B"] | None:
     if lengths is None:
         return None
     lengths = jnp.asarray(lengths)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from kvattn._typing import Array
 from kvattn.attend import registry
@@ -122,6 +123,9 @@ def dot_product_attention(
     return out if lse is None else (out, lse)
 
 
+Computed = tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]
+"""Output and, if wanted, logsumexp."""
+
 # Who computes -------------------------------------------------------------------------------------
 
 
@@ -140,10 +144,8 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def first_that_can(
-    implementation: str | Sequence[str] | None, call: Call, with_lse: bool
-) -> tuple[Array, Array | None]:
-    """Checks a call and lets the first implementation named that can do it compute [B, T, N, H] and lse [B, T, N].
+def first_that_can(implementation: str | Sequence[str] | None, call: Call, with_lse: bool) -> Computed:
+    """Checks a call and lets the first implementation named that can do it compute.
 
     Raises:
         UnsupportedError: none of them can.
@@ -160,7 +162,7 @@ def first_that_can(
     raise UnsupportedError("no implementation of those named can do this call. " + " ".join(reasons))
 
 
-def _run(name: str, call: Call, with_lse: bool) -> tuple[Array, Array | None]:
+def _run(name: str, call: Call, with_lse: bool) -> Computed:
     if name not in IMPLEMENTATIONS:
         raise UnsupportedError(
             f"{name!r} is a decode kernel, one query token against a cache: use cached_attention, "
@@ -192,7 +194,7 @@ def _differentiable_by_jax_nn(dtype: np.dtype) -> bool:
     return True
 
 
-def _cudnn(call: Call, with_lse: bool) -> tuple[Array, Array | None]:
+def _cudnn(call: Call, with_lse: bool) -> Computed:
     extras = [n for n in ("softcap", "sinks", "slopes") if getattr(call, n) is not None]
     if extras:
         raise UnsupportedError(f"cuDNN attention has no {extras[0]}: use implementation='xla'.")
@@ -208,7 +210,7 @@ def _cudnn(call: Call, with_lse: bool) -> tuple[Array, Array | None]:
         raise UnsupportedError(f"cuDNN cannot do this call: {error}") from error
 
 
-def _jax_nn(call: Call, with_lse: bool, implementation: str) -> tuple[Array, Array | None]:
+def _jax_nn(call: Call, with_lse: bool, implementation: str) -> Computed:
     # jax.nn mixes dtypes and ranks on purpose; a caller's strict settings are about the caller's code.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = _JAX_NN(

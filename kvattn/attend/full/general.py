@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Num
+from jaxtyping import Num, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.full import rows
@@ -115,7 +115,9 @@ def _weights(call: Call, precision: jax.lax.PrecisionLike, einsum: Einsum | None
     return weights.reshape(batch, num_heads, num_queries, num_keys)
 
 
-def _dropped(weights: Num[Array, "B N T S"], rng: Array, rate: float, broadcast: bool) -> Num[Array, "B N T S"]:
+def _dropped(
+    weights: Num[Array, "B N T S"], rng: Shaped[Array, "*key"], rate: float, broadcast: bool
+) -> Num[Array, "B N T S"]:
     """Some weights set to zero, the others scaled so that the mean stays; the draws are Flax's."""
     shape = (1, 1, *weights.shape[2:]) if broadcast else weights.shape
     kept = jax.random.bernoulli(rng, 1.0 - rate, shape).astype(weights.dtype)
@@ -153,8 +155,8 @@ def _for_full_sequences(implementation: str | Sequence[str] | None) -> tuple[str
 # Shapes -------------------------------------------------------------------------------------------
 
 
-def check_shapes(query: Array, key: Array, value: Array) -> None:
-    """Checks that queries, keys and values belong together, naming the shapes that do not."""
+def check_shapes(query: Num[Array, "..."], key: Num[Array, "..."], value: Num[Array, "..."]) -> None:
+    """Checks that they are [..., T, N, H], [..., S, K, H] and [..., S, K, Hv], naming the shapes that are not."""
     if not query.ndim == key.ndim == value.ndim or query.ndim < 3:
         raise ShapeError(f"q, k, v must have same rank, but got {query.ndim}, {key.ndim}, {value.ndim}.")
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
@@ -171,12 +173,12 @@ def check_shapes(query: Array, key: Array, value: Array) -> None:
         )
 
 
-def flatten(x: Array, batch: tuple[int, ...], kept: int) -> Array:
+def flatten(x: Shaped[Array, "*whole"], batch: tuple[int, ...], kept: int) -> Shaped[Array, "B *kept"]:
     """Merges the batch axes into one and leaves the last `kept`."""
     return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[x.ndim - kept :])
 
 
-def _flatten_scores(x: ArrayLike, batch: tuple[int, ...]) -> Array:
+def _flatten_scores(x: ArrayLike, batch: tuple[int, ...]) -> Shaped[Array, "#B #N #T #S"]:
     """Brings a mask or bias, broadcastable to [*batch, N, T, S], to rank 4.
 
     Raises:

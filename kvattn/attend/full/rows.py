@@ -6,13 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.full.call import Call
 
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """What masked scores are in `jax.nn`: a row without any key becomes an even average. Real scores may be lower."""
+
+
+Block = tuple[
+    Int[Array, ""],
+    Num[Array, "B size N H"],
+    Float[Array, "#B #N #size #S"] | None,
+    Bool[Array, "#B #N #size #S"] | None,
+]
+"""Where a block of queries begins, and what `Call` has of it: queries, bias and mask."""
 
 
 # jit: without one, every call outside of one would trace and compile its blocks again.
@@ -48,8 +57,8 @@ def attend(
         span = _span(call, size)
         count = -(-num_queries // size)
 
-        def blocks(array: Array | None, axis: int) -> Array | None:
-            """The query axis cut into blocks, in front: [count, ..., size, ...]; what has none stays out."""
+        def blocks(array: Shaped[Array, "*whole"] | None, axis: int) -> Shaped[Array, "count *cut"] | None:
+            """The query axis cut into blocks, these in front; what has none stays out."""
             if array is None or array.shape[axis] == 1:
                 return None
             padding = [(0, 0)] * array.ndim
@@ -57,7 +66,7 @@ def attend(
             array = jnp.pad(array, padding)
             return jnp.moveaxis(array.reshape(*array.shape[:axis], count, size, *array.shape[axis + 1 :]), axis, 0)
 
-        def block(xs: tuple[Array, Array, Array | None, Array | None]) -> tuple[Array, Array]:
+        def block(xs: Block) -> tuple[Float[Array, "B size N H"], Float[Array, "B size N"]]:
             start, query, bias, mask = xs
             bias, mask = call.bias if bias is None else bias, call.mask if mask is None else mask
             return rows(call.replace(query=query, bias=bias, mask=mask), start, span=span)
@@ -184,7 +193,7 @@ def weighted_values(
     return out.reshape(batch, num_queries, num_kv_heads * group, size)
 
 
-def by_group(x: Array, num_kv_heads: int) -> Array:
+def by_group(x: Shaped[Array, "B N T S"], num_kv_heads: int) -> Shaped[Array, "B _ _ T S"]:
     """[B, N, T, S] as [B, K, G, T, S]; axes of 1 stay."""
     heads = (1, 1) if x.shape[1] == 1 else (num_kv_heads, x.shape[1] // num_kv_heads)
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
