@@ -6,10 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
 from kvattn.families.config import MAX_LAYERS
-from kvattn.families.family import Family, Value
 from kvattn.families.harmless import is_harmless
 from kvattn.families.kinds import FULL, WINDOW, Kind
-from kvattn.families.settings import Settings
+from kvattn.families.settings import Format, Settings, Value
 from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
@@ -34,15 +33,15 @@ class Fields(Settings):
     Args:
         settings: what the file holds.
         source: the file, for messages.
-        family: which names, defaults and nulls the file may have. It needs a default for every field that is read.
+        format: which names, defaults and nulls the file may have. It needs a default for every field that is read.
         ignore: names of fields that the caller takes responsibility for.
 
     Raises:
         ConfigError: a field that has different values under two of its names.
     """
 
-    def __init__(self, settings: Mapping[str, Value], source: str, family: Family, ignore: Collection[str] = ()):
-        super().__init__(settings, f"{source}: ", family)
+    def __init__(self, settings: Mapping[str, Value], source: str, format: Format, ignore: Collection[str] = ()):
+        super().__init__(settings, f"{source}: ", format)
         self.source, self._ignored = source, ignore
 
     def get(self, name: str) -> Value:
@@ -52,7 +51,7 @@ class Fields(Settings):
             ConfigError: it is null, which means nothing there.
             UnknownNameError: the family does not have this field.
         """
-        if name not in self.family.defaults and name != "quantization_config":
+        if name not in self.format.defaults and name != "quantization_config":
             raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
         return super().get(name)
 
@@ -155,7 +154,7 @@ class Fields(Settings):
     def rope(self) -> dict[str, Value]:
         """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
         older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
-        newer = self.family.defaults["rope_parameters"] if newer is None else newer
+        newer = self.format.defaults["rope_parameters"] if newer is None else newer
         return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
 
     def mapping(self, name: str) -> Mapping[str, Value] | None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
 from kvattn.families.experts import expert_params, expert_weights, sparse_layers
-from kvattn.families.family import FAMILIES, Family, Value, find
+from kvattn.families.family import NAMES, Family, Sizes
 from kvattn.families.layers import layers_of
 from kvattn.families.params import embeddings, params_of
-from kvattn.families.sizes import NAMES, Sizes
+from kvattn.families.registry import FAMILIES, find
+from kvattn.families.settings import Value
 from kvattn.memory.hf_quantized import quantized
 from kvattn.memory.specs import ModelSpec
 

@@ -1,11 +1,13 @@
 """Families that are planned only, and differ from the usual by a handful of defaults."""
 
 from kvattn import _checks
-from kvattn.families import Estimate, Experts, Family, Sizes, Value, register
+from kvattn.families.family import Estimate, Experts, Family, Sizes
 from kvattn.families.hf import bloom
 from kvattn.families.kinds import Kind
 from kvattn.families.layers import PATTERNS, full, windowed, windowed_but, windowed_by_pattern, windowed_from
 from kvattn.families.params import two_matrices
+from kvattn.families.registry import register
+from kvattn.families.settings import Value
 
 _TIED = {"tie_word_embeddings": True}
 _SHARING = {"use_cla": False, "cla_share_factor": 1}
