@@ -20,7 +20,9 @@ BLIND = ("attend", "pallas", "sharding")
 FAMILIES = ("Codec", "Policy", "Cache")
 """Base classes of what they should not ask for."""
 ARRAYS = {"Array", "ArrayLike", "ndarray"}
-SHAPED = {"Float", "Int", "Bool", "UInt", "Num", "Shaped", "Inexact", "Real", "Integer", "Complex", "Key"}
+KINDS = {"Float", "Int", "Bool", "UInt", "Num", "Shaped", "Inexact", "Real", "Integer", "Complex", "Key"}
+SHAPED = KINDS | {f"{kind}{bits}" for kind in ("Float", "BFloat", "Int", "UInt") for bits in (2, 4, 8, 16, 32, 64)}
+"""What jaxtyping writes before an array and its shape."""
 ARRAY_LIBRARIES = {"jax", "jax.numpy", "jax.lax", "numpy"}
 SHAPE = re.compile(r"\[(\.\.\.|[A-Z0-9*])[^\]\[`\n]*\]|\[\]")
 """A shape in a docstring: ``[B, T, N, H]``, ``[..., H]``."""

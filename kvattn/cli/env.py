@@ -14,6 +14,7 @@ from kvattn import measure
 from kvattn.attend import api, registry
 from kvattn.cli import show
 from kvattn.errors import KVAttnError
+from kvattn.families.settings import Value
 
 PACKAGES = (
     "kvattn",
@@ -95,7 +96,7 @@ def works(implementation: str) -> str | None:
     return None if error < 0.05 else f"its output is off by {error:.2g}"
 
 
-def _device(device: Any) -> dict[str, Any]:
+def _device(device: Any) -> dict[str, Value]:
     try:
         stats = device.memory_stats() or {}
     except Exception:  # backends without a count raise in their own ways

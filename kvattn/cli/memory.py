@@ -10,6 +10,7 @@ import typer
 from kvattn.cli import memory_tables as tables
 from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
+from kvattn.families.settings import Value
 from kvattn.memory import DEVICES, MODELS, Lever, ModelSpec, Plan, bytes_per_token, from_config, levers, plan
 from kvattn.memory.levers import DEFAULT_LENGTH
 
@@ -130,7 +131,7 @@ def usual_lengths(p: Plan) -> list[int]:
     return [n for n in (last >> shift for shift in (5, 4, 3, 2, 1, 0)) if n >= 1]
 
 
-def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Any]:
+def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Value]:
     if with_device:
         return {
             "plan": found.to_json(),
@@ -157,12 +158,12 @@ def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool
     }
 
 
-def _models_json() -> list[dict[str, Any]]:
+def _models_json() -> list[dict[str, Value]]:
     return [
         dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)}
         for m in MODELS.values()
     ]
 
 
-def _devices_json() -> list[dict[str, Any]]:
+def _devices_json() -> list[dict[str, Value]]:
     return [dataclasses.asdict(d) for d in DEVICES.values()]

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from typing import Any
 
 from kvattn._registry import Registry
 from kvattn.codecs import Codec
@@ -104,8 +103,8 @@ def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
         names = ", ".join(name for each in known.registered() for name in each.names)
         raise UnknownNameError(f"unknown {what} {text!r}; the known ones are {names} (with arguments: {example}).")
     kind = entry.kind
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
+    positional: list[int | float | str] = []
+    named: dict[str, int | float | str] = {}
     for word in (match[2] or match[3] or "").split(","):
         if word.strip():
             key, equals, value = word.partition("=")
@@ -122,7 +121,7 @@ def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
     return kind(*positional, **named)
 
 
-def _value(what: str, text: str, word: str) -> Any:
+def _value(what: str, text: str, word: str) -> int | float | str:
     word = word.strip()
     if re.fullmatch(r"[+-]?\d+", word):
         return int(word)

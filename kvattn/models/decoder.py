@@ -61,7 +61,9 @@ class Block(nnx.Module):
             attention_fn=attention_fn,
             use_bias=config.qkv_bias,
             use_out_bias=config.out_bias,
-            **split.of_layer,
+            mesh=split.mesh,
+            by=split.by,
+            axis=split.axis,
             **options,
         )
         self.attention_post_norm = norm_if(config.norm_position == "sandwich")
@@ -94,7 +96,7 @@ class Block(nnx.Module):
         return self._added(x, inner, self.mlp(inner), self.mlp_norm, self.mlp_post_norm), cache
 
     def _added(self, x: Array, inner: Array, y: Array, norm: Norm, post_norm: Norm | None) -> Array:
-        """What attention or MLP made of `inner`, added to the residual."""
+        """What attention or MLP made of `inner`, added to the residual, all [B, T, D]."""
         if post_norm is not None:
             y = post_norm(y)
         x = (inner if self.residual_after_norm else x) + y
@@ -121,9 +123,6 @@ class Decoder(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-    from jax.sharding import AbstractMesh, Mesh
-    from jax.typing import ArrayLike, DTypeLike
-    from jaxtyping import Int
         >>> from kvattn.models import Decoder, DecoderConfig
         >>> config = DecoderConfig(vocab_size=256, model_dim=64, num_layers=2, num_heads=8, num_kv_heads=2, mlp_dim=96)
         >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -150,12 +149,12 @@ class Decoder(nnx.Module):
         table = {"embedding_init": nnx.initializers.normal(0.02), "embedding_metadata": whole, **options}
         width = config.embedding_dim or config.model_dim
 
-        def linear(size_in: int, size_out: int, wanted: bool) -> Any:
+        def linear(size_in: int, size_out: int, wanted: bool) -> nnx.Linear | None:
             if not wanted:
                 return nnx.data(None)
             return nnx.Linear(size_in, size_out, use_bias=False, kernel_metadata=whole, **options)
 
-        def norm(wanted: bool) -> Any:
+        def norm(wanted: bool) -> Norm | None:
             return Norm(config, split, param_dtype=param_dtype) if wanted else nnx.data(None)
 
         self.config = config
@@ -253,6 +252,7 @@ class Decoder(nnx.Module):
         return tuple(value)
 
     def _tokens(self, tokens: ArrayLike) -> Int[Array, "B T"]:
+        """Tokens [B, T] as int32, checked."""
         tokens = jnp.asarray(tokens)
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise DTypeError(f"tokens must be integers, got {tokens.dtype}.")
@@ -284,7 +284,7 @@ class Decoder(nnx.Module):
         return rope is not None and dict(rope.scaling or ()).get("rope_type") == "dynamic"
 
     def _own_positions(self, length: int, num_new: ArrayLike) -> Int[Array, "B T"]:
-        """Of what follows nothing; 0 for tokens that are not real."""
+        """Of what follows nothing, where `num_new` [B] tokens are real; 0 for the others."""
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         return jnp.where(positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, 0)
 
@@ -306,6 +306,7 @@ class Decoder(nnx.Module):
         return positions
 
     def _logits(self, x: Array) -> Array:
+        """[B, T, D] -> float32 [B, T, V]."""
         if self.norm is not None:
             x = self.norm(x)
         if self.embed_out is not None:

@@ -200,10 +200,12 @@ class Policy:
         """Tokens kept."""
         return jnp.sum(self.positions(state, lengths, num_slots) >= 0, axis=-1, dtype=jnp.int32)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(
+        self, state: State, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int
+    ) -> Rows:
         """Whether the last `num_tokens` can be taken back as if they had never come."""
         return jnp.ones_like(lengths, bool) & (num_tokens >= 0)
 
-    def trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> State:
+    def trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int) -> State:
         """The state after the last `num_tokens` are taken back."""
         return state

@@ -34,7 +34,7 @@ class ScoredState(Tree):
     cache_positions: Array | None
 
     def replace(self, **changes: Array | None) -> Self:
-        """The state with other arrays."""
+        """The state with other arrays [B, K, ...]."""
         return dataclasses.replace(self, **changes)
 
 
@@ -67,7 +67,9 @@ class ScoredPolicy(Policy):
             cache_positions=None if state.cache_positions is None else enter_last(state.cache_positions, slots),
         )
 
-    def can_trim(self, state: ScoredState, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(
+        self, state: ScoredState, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int
+    ) -> Rows:
         """Only by nothing: what attention has left behind cannot be taken back."""
         return num_tokens == 0
 
@@ -195,7 +197,7 @@ def above(
 
 
 def _earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Of two (score, position) the one that goes first."""
+    """Of two (score, position), each [B, K, ...], the one that goes first."""
     goes = (one[0] < other[0]) | ((one[0] == other[0]) & (one[1] <= other[1]))
     return jnp.where(goes, one[0], other[0]), jnp.where(goes, one[1], other[1])
 
@@ -237,6 +239,7 @@ def settle(keep: Bool[Array, "B K S"], num_slots: int) -> tuple[Callable[..., Ar
     target = jnp.where(slots < 0, num_slots, slots)  # past the end: dropped
 
     def settled(values: Array, empty: Array | int) -> Array:
+        """[B, K, S, ...] -> [B, K, C, ...]."""
         old = jnp.where(stays.reshape(stays.shape + (1,) * (values.ndim - 3)), values[:, :, :num_slots], empty)
         return old.at[b, k, target].set(values[:, :, num_slots:], mode="drop")
 

@@ -79,7 +79,9 @@ class StreamingLLM(Policy):
         position = jnp.where(slot < num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
         return jnp.where(position >= jnp.minimum(slot, num_sinks), position, EMPTY)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(
+        self, state: State, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int
+    ) -> Rows:
         """Only while nothing was overwritten."""
         return (lengths <= num_slots) | (num_tokens == 0)
 

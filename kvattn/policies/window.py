@@ -67,7 +67,9 @@ class SlidingWindow(Policy):
         """min(tokens seen, C)."""
         return jnp.minimum(lengths, num_slots)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(
+        self, state: State, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int
+    ) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
         return (lengths <= num_slots) | (num_tokens == 0)
 
