@@ -112,7 +112,7 @@ def tune(
     cache = dataclasses.replace(fresh(), lengths=jnp.full((case.batch_size,), case.context, jnp.int32))
     with show.waiting("measuring ..."):
         table, seconds = tuning.tune(query, cache, mask=case.policy.mask(), repeats=count)
-    shown = show.columns("sizes", "µs", "GB/s")
+    shown = show.columns(["sizes", "µs", "GB/s"])
     for config, each in sorted(seconds.items(), key=lambda item: item[1]):
         shown.add_row(str(config), f"{each * 1e6:,.1f}", f"{case.read_bytes / each / 1e9:,.1f}")
     lines = [f"best for {key}: {config}" for key, config in table.items()]
@@ -124,7 +124,7 @@ def tune(
 
 def _table(results: list[measure.Timing], copied: float) -> Table:
     """One row per implementation that ran; per cent of so many bytes per second."""
-    table = show.columns("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error")
+    table = show.columns(["implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error"])
     for result in results:
         if result.reason is None:
             table.add_row(

@@ -131,22 +131,17 @@ def usual_lengths(p: Plan) -> list[int]:
     return [n for n in (last >> shift for shift in (5, 4, 3, 2, 1, 0)) if n >= 1]
 
 
+_BY_LENGTH = (
+    "length", "cache_bytes", "device_cache_bytes", "max_batch", "step_seconds", "tokens_per_second", "prefill_seconds",
+)  # fmt: skip
+"""What JSON says of a plan at every length."""
+
+
 def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Value]:
     if with_device:
         return {
             "plan": found.to_json(),
-            "lengths": [
-                {
-                    "length": p.length,
-                    "cache_bytes": p.cache_bytes,
-                    "device_cache_bytes": p.device_cache_bytes,
-                    "max_batch": p.max_batch,
-                    "step_seconds": p.step_seconds,
-                    "tokens_per_second": p.tokens_per_second,
-                    "prefill_seconds": p.prefill_seconds,
-                }
-                for p in plans
-            ],
+            "lengths": [{name: getattr(p, name) for name in _BY_LENGTH} for p in plans],
             "levers": [lever.to_json() for lever in pulled],
         }
     return {

@@ -270,17 +270,9 @@ class DecoderConfig:
             (1, True)
         """
         palm = {
-            "vocab_size": 256000,
-            "model_dim": 4096,
-            "num_layers": 32,
-            "num_heads": 16,
-            "num_kv_heads": 1,
-            "head_dim": 256,
-            "mlp_dim": 16384,
-            "norm": "layer",
-            "parallel": True,
-            "shared_norm": True,
-        }
+            "vocab_size": 256000, "model_dim": 4096, "num_layers": 32, "num_heads": 16, "num_kv_heads": 1,
+            "head_dim": 256, "mlp_dim": 16384, "norm": "layer", "parallel": True, "shared_norm": True,
+        }  # fmt: skip
         return cls(**palm | sizes)
 
 

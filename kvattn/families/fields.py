@@ -30,6 +30,8 @@ ACTIVATIONS = {
 class Fields(Settings):
     """The fields of one config.json, which must all have been asked for in the end.
 
+    What reads one of them (`size`, `number`, `flag`, ...) raises `ConfigError` where it is something else.
+
     Args:
         settings: what the file holds.
         source: the file, for messages.
@@ -56,11 +58,7 @@ class Fields(Settings):
         return super().get(name)
 
     def size(self, name: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
-        """A whole number in [least, most]; `null` is what null means.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A whole number in [least, most]; `null` is what null means."""
         value = self.get(name)
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -85,41 +83,25 @@ class Fields(Settings):
         return heads
 
     def number(self, name: str) -> int | float:
-        """A number.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A number."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.source}: {name} must be a number, got {value!r}.")
         return value
 
     def number_or_none(self, name: str) -> int | float | None:
-        """A number, or None where it is null.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A number, or None where it is null."""
         return None if self.get(name) is None else self.number(name)
 
     def positive(self, name: str) -> int | float:
-        """A number above 0.
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """A number above 0."""
         value = self.number(name)
         if not 0 < value < math.inf:
             raise ConfigError(f"{self.source}: {name} must be finite and > 0, got {value!r}.")
         return value
 
     def flag(self, name: str) -> bool:
-        """A bool; null counts as false.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A bool; null counts as false."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.source}: {name} must be true or false, got {value!r}.")
@@ -158,11 +140,7 @@ class Fields(Settings):
         return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
 
     def mapping(self, name: str) -> Mapping[str, Value] | None:
-        """An object, or None where it is null.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """An object, or None where it is null."""
         value = self.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")

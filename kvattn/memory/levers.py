@@ -22,6 +22,12 @@ DEFAULT_LENGTH = 4096
 """Tokens per sequence where neither the plan nor the model says."""
 
 
+_OF_PLAN = (
+    "bytes_per_token", "device_cache_bytes", "max_batch", "max_length", "step_seconds", "tokens_per_second",
+)  # fmt: skip
+"""What JSON says of the plan with it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lever:
     """One change, and the plan with it.
@@ -42,19 +48,9 @@ class Lever:
 
     def to_json(self) -> dict[str, Value]:
         """As JSON has it (an infinite gain is null)."""
-        p = self.plan
-        return {
-            "name": self.name,
-            "outputs": self.outputs,
-            "gain": self.gain if math.isfinite(self.gain) else None,
-            "cache_ratio": self.cache_ratio,
-            "bytes_per_token": p.bytes_per_token,
-            "device_cache_bytes": p.device_cache_bytes,
-            "max_batch": p.max_batch,
-            "max_length": p.max_length,
-            "step_seconds": p.step_seconds,
-            "tokens_per_second": p.tokens_per_second,
-        }
+        own = {name: getattr(self, name) for name in ("name", "outputs", "gain", "cache_ratio")}
+        own |= {"gain": self.gain if math.isfinite(self.gain) else None}
+        return own | {name: getattr(self.plan, name) for name in _OF_PLAN}
 
 
 def levers(of: Plan) -> list[Lever]:

@@ -149,12 +149,12 @@ class Decoder(nnx.Module):
         table = {"embedding_init": nnx.initializers.normal(0.02), "embedding_metadata": whole, **options}
         width = config.embedding_dim or config.model_dim
 
-        def linear(size_in: int, size_out: int, wanted: bool) -> nnx.Linear | None:
+        def linear(size_in: int, size_out: int, wanted: bool) -> Any:
             if not wanted:
                 return nnx.data(None)
             return nnx.Linear(size_in, size_out, use_bias=False, kernel_metadata=whole, **options)
 
-        def norm(wanted: bool) -> Norm | None:
+        def norm(wanted: bool) -> Any:
             return Norm(config, split, param_dtype=param_dtype) if wanted else nnx.data(None)
 
         self.config = config

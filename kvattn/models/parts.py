@@ -125,18 +125,9 @@ class Experts(nnx.Module):
         )
         return apply(x, scores, *kernels)
 
-    def _apply(
-        self,
-        x: Array,
-        scores: Array,
-        gate: Array,
-        up: Array,
-        down: Array,
-        gate_bias: Array,
-        up_bias: Array,
-        down_bias: Array,
-    ) -> Array:
+    def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:
         """[B, T, D] -> [B, T, D], by scores [B, T, E], kernels [E, D, F] or [E, F, D], and biases [E, F] or [E, D]."""
+        gate, up, down, gate_bias, up_bias, down_bias = parameters
         batch, length, features = x.shape
         tokens = x.reshape(batch * length, features)
         scores, chosen = jax.lax.top_k(scores.reshape(batch * length, -1), self.per_token)

@@ -128,7 +128,8 @@ def in_folder(folder: Path, on_read: Callable[[str, int], object] | None = None)
         tensors = sorted(name for name, file in placed.items() if file in missing)
         raise MissingFileError(f"{folder} lacks {', '.join(missing)}, where {INDEX} has: {', '.join(tensors)}.")
     found = Tensors((folder / name for name in names), on_read)
-    wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if found_in(found, name) != file]
+    files = {name: entry.file.name for name, entry in found.entries.items()}
+    wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if files.get(name) != file]
     if wrong:
         raise CacheCorruptionError(f"{index} has tensors that are not where it says:\n  " + "\n  ".join(wrong))
     return found
@@ -153,12 +154,6 @@ def folder_of(path: object) -> Path:
             f"{SINGLE}. The name of a model on a hub is not looked up: download it first."
         )
     return folder
-
-
-def found_in(tensors: Tensors, name: str) -> str | None:
-    """The name of the file that holds a tensor."""
-    entry = tensors.entries.get(name)
-    return None if entry is None else entry.file.name
 
 
 def read_json(path: Path) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn import _checks
 from kvattn._trees import Tree
-from kvattn._typing import Array, Rows
+from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY
 from kvattn.policies.base import NOWHERE, Context, Policy
@@ -52,7 +52,7 @@ class ScoredPolicy(Policy):
         """As remembered."""
         return state.cache_positions
 
-    def positions(self, state: ScoredState, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B K C"]:
+    def positions(self, state: ScoredState, lengths: Lengths, num_slots: int) -> Int32[Array, "B K C"]:
         """As remembered."""
         return state.positions
 
@@ -67,9 +67,7 @@ class ScoredPolicy(Policy):
             cache_positions=None if state.cache_positions is None else enter_last(state.cache_positions, slots),
         )
 
-    def can_trim(
-        self, state: ScoredState, lengths: Int32[Array, " B"], num_tokens: Int32[Array, " B"], num_slots: int
-    ) -> Rows:
+    def can_trim(self, state: ScoredState, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only by nothing: what attention has left behind cannot be taken back."""
         return num_tokens == 0
 

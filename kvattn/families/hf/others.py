@@ -140,7 +140,8 @@ STARCODER2 = Family(
     estimate=_TWO,
 )
 
-register(AFMOE, COHERE2, CWM, DBRX, DOTS1, ERNIE, EXAONE4, OLMO3, STARCODER2)
+register(AFMOE, COHERE2, CWM, EXAONE4, OLMO3, STARCODER2)
+register(DBRX, DOTS1, ERNIE)  # with experts
 register(*(Family(model_type=kind, defaults=defaults) for kind, defaults in _ALIKE.items()))
 register(*(Family(model_type=kind, defaults=defaults, estimate=_TWO) for kind, defaults in _PLAIN_MLP.items()))
 register(*(Family(model_type=kind, defaults=x, nullable=_KV_HEADS) for kind, x in _AS_MANY_AS_QUERIES.items()))
