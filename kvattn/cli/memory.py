@@ -17,50 +17,34 @@ from kvattn.memory.levers import DEFAULT_LENGTH
 
 @show.reports_errors
 def memory(
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A model's name; without one, all are listed.")
-    ] = None,
+    model: Annotated[str | None, parse.option("NAME", "A model's name; without one, all are listed.")] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A HuggingFace config.json, or the folder that has one.")
+        Path | None, parse.option("FILE", "A HuggingFace config.json, or the folder that has one.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A device's name, such as a10, h100, tpu-v5e.")
-    ] = None,
-    batch: Annotated[str | None, typer.Option(metavar="INT", help="Sequences at a time.")] = None,
-    length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of the longest sequence.")] = None,
-    mean_length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens on average.")] = None,
+    device: Annotated[str | None, parse.option("NAME", "A device's name, such as a10, h100, tpu-v5e.")] = None,
+    batch: Annotated[str | None, parse.option("INT", "Sequences at a time.")] = None,
+    length: Annotated[str | None, parse.option("INT", "Tokens of the longest sequence.")] = None,
+    mean_length: Annotated[str | None, parse.option("INT", "Tokens on average.")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            metavar="POLICY", help="Which tokens are kept: full, window:4096, streaming:4,1020, h2o:512,512, ..."
-        ),
+        parse.option("POLICY", "Which tokens are kept: full, window:4096, streaming:4,1020, h2o:512,512, ..."),
     ] = None,
     codec: Annotated[
-        str | None,
-        typer.Option(metavar="CODEC", help="In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ..."),
+        str | None, parse.option("CODEC", "In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ...")
     ] = None,
     weight_dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says."),
+        str | None, parse.option("DTYPE", "Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says.")
     ] = None,
-    page_size: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of a page of a shared pool.")] = None,
+    page_size: Annotated[str | None, parse.option("INT", "Tokens of a page of a shared pool.")] = None,
     tensor_parallel: Annotated[
         str, typer.Option("--tensor-parallel", "--devices", metavar="INT", help="Devices that share every layer.")
     ] = "1",
-    by: Annotated[
-        str, typer.Option(metavar="WAY", help="How they divide the cache: auto, heads, batch, sequence.")
-    ] = "auto",
-    pipeline_parallel: Annotated[str, typer.Option(metavar="INT", help="Stages of layers besides.")] = "1",
-    reserve: Annotated[str, typer.Option(metavar="BYTES", help="Kept free on a device: 2GB, 512MiB.")] = "0",
-    memory_fraction: Annotated[
-        str, typer.Option(metavar="SHARE", help="Share of a device that caches may take at most.")
-    ] = "1",
-    num_params: Annotated[
-        str | None, typer.Option(metavar="INT", help="Parameters, where --config cannot be counted.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw cache size against length, a line per lever.")
-    ] = None,
+    by: Annotated[str, parse.option("WAY", "How they divide the cache: auto, heads, batch, sequence.")] = "auto",
+    pipeline_parallel: Annotated[str, parse.option("INT", "Stages of layers besides.")] = "1",
+    reserve: Annotated[str, parse.option("BYTES", "Kept free on a device: 2GB, 512MiB.")] = "0",
+    memory_fraction: Annotated[str, parse.option("SHARE", "Share of a device that caches may take at most.")] = "1",
+    num_params: Annotated[str | None, parse.option("INT", "Parameters, where --config cannot be counted.")] = None,
+    plot: Annotated[Path | None, parse.option("FILE", "Draw cache size against length, a line per lever.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """How large is my cache, what fits, and which lever helps most?

@@ -3,6 +3,9 @@
 import inspect
 import re
 
+import typer
+from typer.models import OptionInfo
+
 from kvattn._registry import Registry
 from kvattn.codecs import Codec
 from kvattn.codecs.registry import CODECS
@@ -16,6 +19,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def option(metavar: str, help: str) -> OptionInfo:
+    """An option of a command: what to write after its name, and what it does."""
+    return typer.Option(metavar=metavar, help=help)
 
 
 def count(name: str, text: str | None, least: int = 1) -> int | None:

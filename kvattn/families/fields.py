@@ -47,12 +47,7 @@ class Fields(Settings):
         self.source, self._ignored = source, ignore
 
     def get(self, name: str) -> Value:
-        """A field. None if it is null, its default if the file leaves it out.
-
-        Raises:
-            ConfigError: it is null, which means nothing there.
-            UnknownNameError: the family does not have this field.
-        """
+        """As in `Settings`, but a field that the family does not have raises `UnknownNameError`."""
         if name not in self.format.defaults and name != "quantization_config":
             raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
         return super().get(name)
