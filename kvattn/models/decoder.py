@@ -34,11 +34,8 @@ class Block(nnx.Module):
     """Attention and MLP, each with its norms, added to what came in."""
 
     def __init__(self, config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any):
-        def norm() -> Norm:
-            return Norm(config, split, param_dtype=options["param_dtype"])
-
-        def norm_if(wanted: bool) -> Any:
-            return norm() if wanted else nnx.data(None)
+        def norm(wanted: bool = True) -> Any:
+            return Norm(config, split, param_dtype=options["param_dtype"]) if wanted else nnx.data(None)
 
         self.norm_position = config.norm_position
         self.parallel = config.parallel
@@ -66,10 +63,10 @@ class Block(nnx.Module):
             axis=split.axis,
             **options,
         )
-        self.attention_post_norm = norm_if(config.norm_position == "sandwich")
-        self.mlp_norm = norm_if(not config.shared_norm)
+        self.attention_post_norm = norm(config.norm_position == "sandwich")
+        self.mlp_norm = norm(not config.shared_norm)
         self.mlp = Experts(config, split, **options) if config.num_experts else MLP(config, split, **options)
-        self.mlp_post_norm = norm_if(config.norm_position == "sandwich")
+        self.mlp_post_norm = norm(config.norm_position == "sandwich")
 
     def __call__(
         self,
