@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from kvattn import _checks
-from kvattn._typing import Array
+from kvattn._typing import Array, Keys, Outputs, Queries, Values
 from kvattn.attend import api
 from kvattn.attend.request import Request
 from kvattn.cache import KVCache
@@ -217,8 +218,8 @@ def step(implementation: str | None, inner: int = 1) -> Callable[..., tuple[Arra
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def steps(query, key, value, cache):
-        def one(_, carry):
+    def steps(query: Queries, key: Keys, value: Values, cache: KVCache) -> tuple[Outputs, KVCache]:
+        def one(_: object, carry: tuple[Outputs, KVCache]) -> tuple[Outputs, KVCache]:
             out, cache = carry
             # The queries depend on what came before, so no step can be left out.
             out, cache = cached_attention(query + 0 * out, key, value, cache, implementation=implementation)
@@ -260,7 +261,7 @@ def copy_bandwidth(count: int, repeats: int) -> float:
     x, inner = jnp.zeros((count // 4096, 1024), jnp.float32), steps_per_call(2 * count)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def copy(x):
+    def copy(x: Float[Array, "rows 1024"]) -> Float[Array, "rows 1024"]:
         return jax.lax.fori_loop(0, inner, lambda _, x: x + 1, x)
 
     def run() -> None:

@@ -16,15 +16,15 @@ from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
 from kvattn.memory import MODELS
 
-Model = Annotated[str | None, typer.Option(metavar="NAME", help="Take the heads of a model of `kvattn memory`.")]
-Heads = Annotated[str | None, typer.Option(metavar="INT", help="Query heads (32).")]
-KVHeads = Annotated[str | None, typer.Option(metavar="INT", help="Key/value heads (8).")]
-HeadDim = Annotated[str | None, typer.Option(metavar="INT", help="Head dim (128).")]
-Batch = Annotated[str, typer.Option(metavar="INT", help="Rows.")]
-Context = Annotated[str, typer.Option(metavar="INT", help="Tokens in the cache.")]
-Window = Annotated[str | None, typer.Option(metavar="INT", help="Keep and attend to the last tokens only.")]
-DType = Annotated[str, typer.Option(metavar="DTYPE", help="Of queries and tokens: bfloat16, float16, float32.")]
-CodecOption = Annotated[str | None, typer.Option(metavar="CODEC", help="Cache in int8, float8 or int4:64.")]
+Model = Annotated[str | None, parse.option("NAME", "Take the heads of a model of `kvattn memory`.")]
+Heads = Annotated[str | None, parse.option("INT", "Query heads (32).")]
+KVHeads = Annotated[str | None, parse.option("INT", "Key/value heads (8).")]
+HeadDim = Annotated[str | None, parse.option("INT", "Head dim (128).")]
+Batch = Annotated[str, parse.option("INT", "Rows.")]
+Context = Annotated[str, parse.option("INT", "Tokens in the cache.")]
+Window = Annotated[str | None, parse.option("INT", "Keep and attend to the last tokens only.")]
+DType = Annotated[str, parse.option("DTYPE", "Of queries and tokens: bfloat16, float16, float32.")]
+CodecOption = Annotated[str | None, parse.option("CODEC", "Cache in int8, float8 or int4:64.")]
 
 
 @show.reports_errors
@@ -39,10 +39,9 @@ def bench(
     dtype: DType = "bfloat16",
     codec: CodecOption = None,
     implementation: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Time this one; may be given several times. Default: the best."),
+        list[str] | None, parse.option("NAME", "Time this one; may be given several times. Default: the best.")
     ] = None,
-    repeats: Annotated[str, typer.Option(metavar="INT", help="Timings; the median counts.")] = "15",
+    repeats: Annotated[str, parse.option("INT", "Timings; the median counts.")] = "15",
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:
     """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run."""
@@ -96,10 +95,8 @@ def tune(
     window: Window = None,
     dtype: DType = "bfloat16",
     codec: CodecOption = None,
-    repeats: Annotated[str, typer.Option(metavar="INT", help="Calls per measurement.")] = "20",
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table; kvattn.pallas.tuning.use reads it.")
-    ] = None,
+    repeats: Annotated[str, parse.option("INT", "Calls per measurement.")] = "20",
+    save: Annotated[Path | None, parse.option("FILE", "Write the table; kvattn.pallas.tuning.use reads it.")] = None,
 ) -> None:
     """Measure sizes of the decode kernel for one shape on this GPU or TPU."""
     from kvattn.pallas import tuning
@@ -112,7 +109,7 @@ def tune(
     cache = dataclasses.replace(fresh(), lengths=jnp.full((case.batch_size,), case.context, jnp.int32))
     with show.waiting("measuring ..."):
         table, seconds = tuning.tune(query, cache, mask=case.policy.mask(), repeats=count)
-    shown = show.columns("sizes", "µs", "GB/s")
+    shown = show.columns(["sizes", "µs", "GB/s"])
     for config, each in sorted(seconds.items(), key=lambda item: item[1]):
         shown.add_row(str(config), f"{each * 1e6:,.1f}", f"{case.read_bytes / each / 1e9:,.1f}")
     lines = [f"best for {key}: {config}" for key, config in table.items()]
@@ -124,7 +121,7 @@ def tune(
 
 def _table(results: list[measure.Timing], copied: float) -> Table:
     """One row per implementation that ran; per cent of so many bytes per second."""
-    table = show.columns("implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error")
+    table = show.columns(["implementation", "µs/step", "µs alone", "GB/s", "% of copy", "error"])
     for result in results:
         if result.reason is None:
             table.add_row(

@@ -14,20 +14,11 @@ from kvattn import measure
 from kvattn.attend import api, registry
 from kvattn.cli import show
 from kvattn.errors import KVAttnError
+from kvattn.families.settings import Value
 
 PACKAGES = (
-    "kvattn",
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "einops",
-    "jaxtyping",
-    "safetensors",
-    "tokenizers",
-    "typer",
-    "rich",
-)
+    "kvattn", "jax", "jaxlib", "flax", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "typer", "rich",
+)  # fmt: skip
 """Whose versions are told."""
 
 VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_ENABLE_X64")
@@ -52,11 +43,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
     rows = [("python", found["python"]), ("platform", found["platform"])]
     rows += [(name, v or "not installed") for name, v in found["packages"].items()]
     rows += list(found["environment"].items())
-    devices = show.columns("device", "kind", "memory", "in use", left=(0, 1))
+    devices = show.columns(["device", "kind", "memory", "in use"], left=(0, 1))
     for d in found["devices"]:
         sizes = ("" if d[key] is None else show.size(d[key]) for key in ("memory_bytes", "used_bytes"))
         devices.add_row(f"{d['platform']}:{d['id']}", d["kind"], *sizes)
-    table = show.columns("implementation", "here", left=(0, 1))
+    table = show.columns(["implementation", "here"], left=(0, 1))
     for name, reason in found["implementations"].items():
         table.add_row(name, "works" if reason is None else f"no: {reason}")
     show.display(show.pairs(rows), "", devices, "", table)
@@ -95,7 +86,7 @@ def works(implementation: str) -> str | None:
     return None if error < 0.05 else f"its output is off by {error:.2g}"
 
 
-def _device(device: Any) -> dict[str, Any]:
+def _device(device: Any) -> dict[str, Value]:
     try:
         stats = device.memory_stats() or {}
     except Exception:  # backends without a count raise in their own ways

@@ -59,24 +59,21 @@ def generate(
             metavar="CHECKPOINT", help="A HuggingFace folder, or a .safetensors that kvattn.models.save wrote."
         ),
     ],
-    prompt: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")
-    ],
+    prompt: Annotated[list[str], parse.option("TEXT", "Text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[str, typer.Option(metavar="INT")] = "128",
-    temperature: Annotated[str, typer.Option(metavar="NUMBER", help="0 takes the most probable token.")] = "0",
-    top_k: Annotated[str | None, typer.Option(metavar="INT", help="Draw from the so many most probable.")] = None,
-    top_p: Annotated[str | None, typer.Option(metavar="SHARE", help="Draw from the nucleus.")] = None,
+    temperature: Annotated[str, parse.option("NUMBER", "0 takes the most probable token.")] = "0",
+    top_k: Annotated[str | None, parse.option("INT", "Draw from the so many most probable.")] = None,
+    top_p: Annotated[str | None, parse.option("SHARE", "Draw from the nucleus.")] = None,
     seed: Annotated[str, typer.Option(metavar="INT")] = "0",
-    policy: Annotated[str | None, typer.Option(metavar="POLICY", help="As for `kvattn memory`.")] = None,
-    codec: Annotated[str | None, typer.Option(metavar="CODEC", help="As for `kvattn memory`.")] = None,
+    policy: Annotated[str | None, parse.option("POLICY", "As for `kvattn memory`.")] = None,
+    codec: Annotated[str | None, parse.option("CODEC", "As for `kvattn memory`.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="Compute in bfloat16, float16 or float32. Default: as stored.")
+        str | None, parse.option("DTYPE", "Compute in bfloat16, float16 or float32. Default: as stored.")
     ] = None,
-    start_token: Annotated[str | None, typer.Option(metavar="INT", help="Put this token before every prompt.")] = None,
+    start_token: Annotated[str | None, parse.option("INT", "Put this token before every prompt.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after the model's end of text.")] = False,
     ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD", help="A field of config.json that is not known here and changes nothing."),
+        list[str] | None, parse.option("FIELD", "A field of config.json that is not known here and changes nothing.")
     ] = None,
 ) -> None:
     """Continue text with the model of a checkpoint; one prompt is printed as its tokens come."""

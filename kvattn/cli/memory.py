@@ -10,56 +10,41 @@ import typer
 from kvattn.cli import memory_tables as tables
 from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
+from kvattn.families.settings import Value
 from kvattn.memory import DEVICES, MODELS, Lever, ModelSpec, Plan, bytes_per_token, from_config, levers, plan
 from kvattn.memory.levers import DEFAULT_LENGTH
 
 
 @show.reports_errors
 def memory(
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A model's name; without one, all are listed.")
-    ] = None,
+    model: Annotated[str | None, parse.option("NAME", "A model's name; without one, all are listed.")] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A HuggingFace config.json, or the folder that has one.")
+        Path | None, parse.option("FILE", "A HuggingFace config.json, or the folder that has one.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A device's name, such as a10, h100, tpu-v5e.")
-    ] = None,
-    batch: Annotated[str | None, typer.Option(metavar="INT", help="Sequences at a time.")] = None,
-    length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of the longest sequence.")] = None,
-    mean_length: Annotated[str | None, typer.Option(metavar="INT", help="Tokens on average.")] = None,
+    device: Annotated[str | None, parse.option("NAME", "A device's name, such as a10, h100, tpu-v5e.")] = None,
+    batch: Annotated[str | None, parse.option("INT", "Sequences at a time.")] = None,
+    length: Annotated[str | None, parse.option("INT", "Tokens of the longest sequence.")] = None,
+    mean_length: Annotated[str | None, parse.option("INT", "Tokens on average.")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            metavar="POLICY", help="Which tokens are kept: full, window:4096, streaming:4,1020, h2o:512,512, ..."
-        ),
+        parse.option("POLICY", "Which tokens are kept: full, window:4096, streaming:4,1020, h2o:512,512, ..."),
     ] = None,
     codec: Annotated[
-        str | None,
-        typer.Option(metavar="CODEC", help="In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ..."),
+        str | None, parse.option("CODEC", "In how many bits: bfloat16, float32, int8, float8, int4:64, kivi:2, ...")
     ] = None,
     weight_dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says."),
+        str | None, parse.option("DTYPE", "Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says.")
     ] = None,
-    page_size: Annotated[str | None, typer.Option(metavar="INT", help="Tokens of a page of a shared pool.")] = None,
+    page_size: Annotated[str | None, parse.option("INT", "Tokens of a page of a shared pool.")] = None,
     tensor_parallel: Annotated[
         str, typer.Option("--tensor-parallel", "--devices", metavar="INT", help="Devices that share every layer.")
     ] = "1",
-    by: Annotated[
-        str, typer.Option(metavar="WAY", help="How they divide the cache: auto, heads, batch, sequence.")
-    ] = "auto",
-    pipeline_parallel: Annotated[str, typer.Option(metavar="INT", help="Stages of layers besides.")] = "1",
-    reserve: Annotated[str, typer.Option(metavar="BYTES", help="Kept free on a device: 2GB, 512MiB.")] = "0",
-    memory_fraction: Annotated[
-        str, typer.Option(metavar="SHARE", help="Share of a device that caches may take at most.")
-    ] = "1",
-    num_params: Annotated[
-        str | None, typer.Option(metavar="INT", help="Parameters, where --config cannot be counted.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw cache size against length, a line per lever.")
-    ] = None,
+    by: Annotated[str, parse.option("WAY", "How they divide the cache: auto, heads, batch, sequence.")] = "auto",
+    pipeline_parallel: Annotated[str, parse.option("INT", "Stages of layers besides.")] = "1",
+    reserve: Annotated[str, parse.option("BYTES", "Kept free on a device: 2GB, 512MiB.")] = "0",
+    memory_fraction: Annotated[str, parse.option("SHARE", "Share of a device that caches may take at most.")] = "1",
+    num_params: Annotated[str | None, parse.option("INT", "Parameters, where --config cannot be counted.")] = None,
+    plot: Annotated[Path | None, parse.option("FILE", "Draw cache size against length, a line per lever.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """How large is my cache, what fits, and which lever helps most?
@@ -130,22 +115,17 @@ def usual_lengths(p: Plan) -> list[int]:
     return [n for n in (last >> shift for shift in (5, 4, 3, 2, 1, 0)) if n >= 1]
 
 
-def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Any]:
+_BY_LENGTH = (
+    "length", "cache_bytes", "device_cache_bytes", "max_batch", "step_seconds", "tokens_per_second", "prefill_seconds",
+)  # fmt: skip
+"""What JSON says of a plan at every length."""
+
+
+def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool) -> dict[str, Value]:
     if with_device:
         return {
             "plan": found.to_json(),
-            "lengths": [
-                {
-                    "length": p.length,
-                    "cache_bytes": p.cache_bytes,
-                    "device_cache_bytes": p.device_cache_bytes,
-                    "max_batch": p.max_batch,
-                    "step_seconds": p.step_seconds,
-                    "tokens_per_second": p.tokens_per_second,
-                    "prefill_seconds": p.prefill_seconds,
-                }
-                for p in plans
-            ],
+            "lengths": [{name: getattr(p, name) for name in _BY_LENGTH} for p in plans],
             "levers": [lever.to_json() for lever in pulled],
         }
     return {
@@ -157,12 +137,12 @@ def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool
     }
 
 
-def _models_json() -> list[dict[str, Any]]:
+def _models_json() -> list[dict[str, Value]]:
     return [
         dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)}
         for m in MODELS.values()
     ]
 
 
-def _devices_json() -> list[dict[str, Any]]:
+def _devices_json() -> list[dict[str, Value]]:
     return [dataclasses.asdict(d) for d in DEVICES.values()]

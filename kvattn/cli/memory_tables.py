@@ -9,13 +9,13 @@ from kvattn.memory import DEVICES, MODELS, Lever, ModelSpec, Plan, bytes_per_tok
 
 def everything() -> list[RenderableType]:
     """Every model with its bytes per token, every device."""
-    models = show.columns("model", "layers", "heads", "on", "of", "window", "params", "cache/token")
+    models = show.columns(["model", "layers", "heads", "on", "of", "window", "params", "cache/token"])
     for m in MODELS.values():
         per_token = bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)
         heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
         params = f"{m.num_params / 1e9:.3g} B"
         models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
-    devices = show.columns("device", "memory", "GB/s", "TFLOP/s", "source", left=(0, 4))
+    devices = show.columns(["device", "memory", "GB/s", "TFLOP/s", "source"], left=(0, 4))
     for d in DEVICES.values():
         flops = "" if d.flops is None else f"{d.flops / 1e12:,.4g}"
         devices.add_row(d.name, show.size(d.memory_bytes), f"{d.bandwidth / 1e9:,.0f}", flops, d.source)
@@ -95,14 +95,13 @@ def by_length(plans: list[Plan], with_device: bool) -> Table:
     """One row per length."""
     batch = plans[0].batch_size or 1
     if not with_device:
-        table = show.columns("tokens", "cache of one", f"of {batch}" if batch > 1 else "of 32", left=())
+        table = show.columns(["tokens", "cache of one", f"of {batch}" if batch > 1 else "of 32"], left=())
         for p in plans:
             one = one_sequence(p)
             table.add_row(f"{p.length:,}", show.size(one), show.size((batch if batch > 1 else 32) * one))
         return table
-    table = show.columns(
-        "tokens", "cache", "ms/step", "tokens/s", "prefill", "most fit", "ms/step", "tokens/s", left=()
-    )
+    names = ["tokens", "cache", "ms/step", "tokens/s", "prefill", "most fit", "ms/step", "tokens/s"]
+    table = show.columns(names, left=())
     table.title = f"Batch of {batch}, then the largest that fits (times are floors)"
     for p in plans:
         fits = p.max_batch and p.max_batch >= batch
@@ -117,7 +116,7 @@ def by_length(plans: list[Plan], with_device: bool) -> Table:
 
 def by_lever(p: Plan, pulled: list[Lever]) -> Table:
     """One row per lever, best first."""
-    table = show.columns("one change", "cache", "most fit", "gain", "ms/step", "outputs", left=(0, 5))
+    table = show.columns(["one change", "cache", "most fit", "gain", "ms/step", "outputs"], left=(0, 5))
     batch = p.batch_size or 1
     table.title = f"At {p.length:,} tokens, best first; ms/step at a batch of {batch}"
     for lever in pulled:

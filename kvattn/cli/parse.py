@@ -2,7 +2,9 @@
 
 import inspect
 import re
-from typing import Any
+
+import typer
+from typer.models import OptionInfo
 
 from kvattn._registry import Registry
 from kvattn.codecs import Codec
@@ -17,6 +19,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def option(metavar: str, help: str) -> OptionInfo:
+    """An option of a command: what to write after its name, and what it does."""
+    return typer.Option(metavar=metavar, help=help)
 
 
 def count(name: str, text: str | None, least: int = 1) -> int | None:
@@ -104,8 +111,8 @@ def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
         names = ", ".join(name for each in known.registered() for name in each.names)
         raise UnknownNameError(f"unknown {what} {text!r}; the known ones are {names} (with arguments: {example}).")
     kind = entry.kind
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
+    positional: list[int | float | str] = []
+    named: dict[str, int | float | str] = {}
     for word in (match[2] or match[3] or "").split(","):
         if word.strip():
             key, equals, value = word.partition("=")
@@ -122,7 +129,7 @@ def _made[T](what: str, text: str, known: Registry[T], example: str) -> T:
     return kind(*positional, **named)
 
 
-def _value(what: str, text: str, word: str) -> Any:
+def _value(what: str, text: str, word: str) -> int | float | str:
     word = word.strip()
     if re.fullmatch(r"[+-]?\d+", word):
         return int(word)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -41,7 +41,7 @@ def display(*parts: RenderableType) -> None:
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def columns(*names: str, left: Iterable[int] = (0,), title: str | None = None) -> Table:
+def columns(names: Sequence[str], left: Iterable[int] = (0,), title: str | None = None) -> Table:
     """A table without lines; columns are right-aligned but those in `left`. Nothing is cut off: long cells wrap."""
     table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="bold", pad_edge=False)
     for i, name in enumerate(names):
@@ -65,13 +65,8 @@ def size(count: float) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             value = count / scale
-            return (
-                f"{value:,.0f} {unit}"
-                if value >= 1000
-                else f"{value:.3g} {unit}"
-                if value < 10
-                else f"{value:.4g} {unit}"
-            )
+            digits = ",.0f" if value >= 1000 else ".4g" if value >= 10 else ".3g"
+            return f"{value:{digits}} {unit}"
     return f"{count:.0f} B"
 
 

@@ -5,24 +5,17 @@ parameters are counted and, if it can be loaded, how its tensors are named and w
 Nothing here needs Flax.
 """
 
-from kvattn.families.config import DecoderConfig as DecoderConfig
-from kvattn.families.family import FAMILIES as FAMILIES
-from kvattn.families.family import Estimate as Estimate
-from kvattn.families.family import Experts as Experts
-from kvattn.families.family import Family as Family
-from kvattn.families.family import Value as Value
-from kvattn.families.family import register as register
-from kvattn.families.fields import Fields as Fields
-from kvattn.families.rules import Blueprint as Blueprint
-from kvattn.families.rules import Layout as Layout
-from kvattn.families.rules import Rule as Rule
-from kvattn.families.settings import Settings as Settings
-from kvattn.families.sizes import Sizes as Sizes
+from kvattn.families.config import DecoderConfig
+from kvattn.families.family import Estimate, Experts, Family, Sizes
+from kvattn.families.fields import Fields
+from kvattn.families.registry import FAMILIES, register
+from kvattn.families.rules import Blueprint, Layout, Rule
+from kvattn.families.settings import Settings, Value
 
 # isort: split
-from kvattn.families import hf as hf  # it imports the names above
+from kvattn.families import hf  # it registers its families
 
 __all__ = [
-    "FAMILIES", "Blueprint", "DecoderConfig", "Estimate", "Experts", "Family", "Fields", "Layout", "Rule", "Settings",
-    "Sizes", "Value", "hf", "register",
+    "FAMILIES", "Blueprint", "DecoderConfig", "Estimate", "Experts", "Family", "Fields", "Layout", "Rule",
+    "Settings", "Sizes", "Value", "hf", "register",
 ]  # fmt: skip

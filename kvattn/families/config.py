@@ -4,10 +4,10 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
+from kvattn.families.settings import Value
 from kvattn.positions import RoPE
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -91,7 +91,7 @@ class DecoderConfig:
     head_dim: int | None = None
     mlp_dim: int
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None = None
+    rope_scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None = None
     windows: int | tuple[int | None, ...] | None = None
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
@@ -225,20 +225,20 @@ class DecoderConfig:
             return self.rope
         return self._rope(self.local_rope_theta, None)
 
-    def _rope(self, theta: float, scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None) -> RoPE:
+    def _rope(self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None) -> RoPE:
         return RoPE(int(self.head_dim or self.model_dim // self.num_heads), theta=theta, scaling=scaling)
 
     def _per_layer[T](self, value: T | tuple[T, ...]) -> tuple[T, ...]:
         return value if isinstance(value, tuple) else (value,) * self.num_layers
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Value]:
         """The settings as JSON has them."""
         fields = dataclasses.asdict(self)
         scaling = fields["rope_scaling"]
         return fields | {"rope_scaling": None if scaling is None else dict(scaling)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
+    def from_json(cls, fields: Mapping[str, Value]) -> "DecoderConfig":
         """The inverse of `to_json`.
 
         Raises:
@@ -253,7 +253,7 @@ class DecoderConfig:
         return cls(**fields)
 
     @classmethod
-    def palm(cls, **sizes: Any) -> "DecoderConfig":
+    def palm(cls, **sizes: Value) -> "DecoderConfig":
         """A decoder of PaLM's kind, with the sizes of PaLM 8B unless others are given.
 
         One key/value head, parallel blocks behind one norm, SwiGLU, RoPE, no biases, one matrix for input and
@@ -270,27 +270,19 @@ class DecoderConfig:
             (1, True)
         """
         palm = {
-            "vocab_size": 256000,
-            "model_dim": 4096,
-            "num_layers": 32,
-            "num_heads": 16,
-            "num_kv_heads": 1,
-            "head_dim": 256,
-            "mlp_dim": 16384,
-            "norm": "layer",
-            "parallel": True,
-            "shared_norm": True,
-        }
+            "vocab_size": 256000, "model_dim": 4096, "num_layers": 32, "num_heads": 16, "num_kv_heads": 1,
+            "head_dim": 256, "mlp_dim": 16384, "norm": "layer", "parallel": True, "shared_norm": True,
+        }  # fmt: skip
         return cls(**palm | sizes)
 
 
-def _number(name: str, value: Any, check: Callable[[str, Any], object]) -> int | float:
+def _number(name: str, value: Value, check: Callable[[str, object], object]) -> int | float:
     """A checked number as Python has it: an int stays one."""
     check(name, value)
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _each[T](name: str, value: Any, count: int, of: str, check: Callable[[str, Any], T]) -> T | tuple[T, ...]:
+def _each[T](name: str, value: object, count: int, of: str, check: Callable[[str, object], T]) -> T | tuple[T, ...]:
     """One entry for all, or `count` of them, each checked."""
     if not isinstance(value, tuple | list):
         return check(name, value)
@@ -299,15 +291,15 @@ def _each[T](name: str, value: Any, count: int, of: str, check: Callable[[str, A
     return tuple(check(name, entry) for entry in value)
 
 
-def _window(name: str, window: Any) -> int | None:
+def _window(name: str, window: object) -> int | None:
     return None if window is None else _checks.integer(name, window, 1, RangeError)
 
 
-def _scale(name: str, scale: Any) -> int | float | None:
+def _scale(name: str, scale: object) -> int | float | None:
     return None if scale is None else _number(name, scale, lambda n, x: _checks.finite_scale(_checks.real(n, x), n))
 
 
-def _slope(name: str, slope: Any) -> float:
+def _slope(name: str, slope: object) -> float:
     number = _checks.real(name, slope)
     if not math.isfinite(number):
         raise RangeError(f"{name} must be finite, got {slope}.")

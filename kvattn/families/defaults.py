@@ -4,7 +4,7 @@ Older releases write only what differs from them. A field that is null is not le
 accepts that, and is refused otherwise.
 """
 
-from kvattn.families.family import Value
+from kvattn.families.settings import Value
 
 ROPE: dict[str, Value] = {
     "rope_parameters": None,

@@ -2,8 +2,8 @@
 
 from kvattn import _checks
 from kvattn.errors import ConfigError
-from kvattn.families.family import Value
-from kvattn.families.sizes import Sizes
+from kvattn.families.family import Sizes
+from kvattn.families.settings import Value
 
 
 def sparse_layers(f: Sizes) -> int:

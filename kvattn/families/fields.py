@@ -6,10 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
 from kvattn.families.config import MAX_LAYERS
-from kvattn.families.family import Family, Value
 from kvattn.families.harmless import is_harmless
 from kvattn.families.kinds import FULL, WINDOW, Kind
-from kvattn.families.settings import Settings
+from kvattn.families.settings import Format, Settings, Value
 from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
@@ -31,37 +30,30 @@ ACTIVATIONS = {
 class Fields(Settings):
     """The fields of one config.json, which must all have been asked for in the end.
 
+    What reads one of them (`size`, `number`, `flag`, ...) raises `ConfigError` where it is something else.
+
     Args:
         settings: what the file holds.
         source: the file, for messages.
-        family: which names, defaults and nulls the file may have. It needs a default for every field that is read.
+        format: which names, defaults and nulls the file may have. It needs a default for every field that is read.
         ignore: names of fields that the caller takes responsibility for.
 
     Raises:
         ConfigError: a field that has different values under two of its names.
     """
 
-    def __init__(self, settings: Mapping[str, Value], source: str, family: Family, ignore: Collection[str] = ()):
-        super().__init__(settings, f"{source}: ", family)
+    def __init__(self, settings: Mapping[str, Value], source: str, format: Format, ignore: Collection[str] = ()):
+        super().__init__(settings, f"{source}: ", format)
         self.source, self._ignored = source, ignore
 
     def get(self, name: str) -> Value:
-        """A field. None if it is null, its default if the file leaves it out.
-
-        Raises:
-            ConfigError: it is null, which means nothing there.
-            UnknownNameError: the family does not have this field.
-        """
-        if name not in self.family.defaults and name != "quantization_config":
+        """As in `Settings`, but a field that the family does not have raises `UnknownNameError`."""
+        if name not in self.format.defaults and name != "quantization_config":
             raise UnknownNameError(f"{self.source}: the family reads {name}, for which it must have a default.")
         return super().get(name)
 
     def size(self, name: str, null: int | None = None, least: int = 1, most: int = INT32_MAX) -> int:
-        """A whole number in [least, most]; `null` is what null means.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A whole number in [least, most]; `null` is what null means."""
         value = self.get(name)
         value = null if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -86,41 +78,25 @@ class Fields(Settings):
         return heads
 
     def number(self, name: str) -> int | float:
-        """A number.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A number."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.source}: {name} must be a number, got {value!r}.")
         return value
 
     def number_or_none(self, name: str) -> int | float | None:
-        """A number, or None where it is null.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A number, or None where it is null."""
         return None if self.get(name) is None else self.number(name)
 
     def positive(self, name: str) -> int | float:
-        """A number above 0.
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """A number above 0."""
         value = self.number(name)
         if not 0 < value < math.inf:
             raise ConfigError(f"{self.source}: {name} must be finite and > 0, got {value!r}.")
         return value
 
     def flag(self, name: str) -> bool:
-        """A bool; null counts as false.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A bool; null counts as false."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.source}: {name} must be true or false, got {value!r}.")
@@ -155,15 +131,11 @@ class Fields(Settings):
     def rope(self) -> dict[str, Value]:
         """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
         older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
-        newer = self.family.defaults["rope_parameters"] if newer is None else newer
+        newer = self.format.defaults["rope_parameters"] if newer is None else newer
         return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
 
     def mapping(self, name: str) -> Mapping[str, Value] | None:
-        """An object, or None where it is null.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """An object, or None where it is null."""
         value = self.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")

@@ -3,6 +3,7 @@
 The loader and the planner pass over them. What is not here, and is not read, is refused or said.
 """
 
+import re
 from collections.abc import Mapping
 
 FILES = frozenset({
@@ -89,3 +90,23 @@ def is_harmless(name: str, value: object) -> bool:
         return True
     known = HARMLESS_VALUES.get(name, (False, 0, [], {}, ""))
     return any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in known)
+
+
+def may_matter(name: str, value: object) -> bool:
+    """Whether a setting may change what a layer keeps: its name speaks of layers, heads, windows or states."""
+    return _SUSPECT.search(name) is not None and not _NO_SIZE.search(name) and not is_harmless(name, value)
+
+
+_SUSPECT = re.compile(
+    "attn|attention|block|cache|chunk|cla_|compress|conv|cross|delta|encoder|group|head|hybrid|interval|key|kv|latent|"
+    "layer|linear|local|lora|mamba|memory|mixer|pattern|period|query|recurr|rnn|shar|skip|slid|sparse|ssm|state|"
+    "stride|swa|value|window|yoco"
+)
+"""What the names of settings about layers, heads, windows and states hold."""
+
+_NO_SIZE = re.compile(
+    "_act$|activation|attn_(alpha|beta)_factor|bias|clip|_dt_|dtype|eps|expert|flash|gate$|implementation|init|kernels$|"
+    "lm_head|log_max|log_min|max_window_layers|moe|mtp|multiplier|n_group$|neg_eigval|nextn|norm|parallel|per_layer_input|position|"
+    "query_pre_attn_scalar|residual|rope|scal(e|ing)|sequence_id|softcap|temperature|topk_group"
+)
+"""And what those of them hold that change numbers or weights, but not how much a layer keeps."""

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, UnsupportedError
-from kvattn.families.family import Value
+from kvattn.families.family import Sizes
 from kvattn.families.kinds import CHUNK, FULL, NONE, WINDOW, Kind, every
-from kvattn.families.settings import Settings
-from kvattn.families.sizes import Sizes
+from kvattn.families.settings import Settings, Value
 
 _NAMES: Mapping[str, Kind] = {
     "full_attention": FULL,

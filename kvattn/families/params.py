@@ -6,9 +6,9 @@ but no norms and biases.
 
 from kvattn.errors import ConfigError
 from kvattn.families.experts import expert_params, shared_params, sparse_layers
+from kvattn.families.family import Sizes
 from kvattn.families.kinds import NONE
 from kvattn.families.layers import kinds_of
-from kvattn.families.sizes import Sizes
 
 
 def params_of(f: Sizes) -> int:

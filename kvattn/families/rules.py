@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from kvattn.errors import ConfigError
 from kvattn.families.config import DecoderConfig
@@ -15,6 +16,10 @@ from kvattn.families.config import DecoderConfig
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 """A part of a parameter, one slice per axis, as JAX asks for what a device holds."""
+Numbers = Shaped[np.ndarray, "..."]
+"""A tensor of a file, a parameter made of it, or a part of either."""
+Indices = Int[np.ndarray, " _"]
+"""Along one axis of a tensor."""
 HEAD = "lm_head.weight"
 """The output projection, in every family."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -36,8 +41,8 @@ class Layout:
     axes: tuple[tuple[int, ...], ...]
     entries: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
-    def within(self, index: Index) -> list[np.ndarray]:
-        """For every axis of the tensor int64 [...], the indices of a part of the parameter, in the part's order."""
+    def within(self, index: Index) -> list[Indices]:
+        """For every axis of the tensor the indices of a part of the parameter, in the part's order."""
         found = []
         for axes in self.axes:
             along = np.zeros(1, np.int64)
@@ -47,14 +52,14 @@ class Layout:
             found.append(along)
         return found
 
-    def arranged(self, numbers: np.ndarray, index: Index) -> np.ndarray:
+    def arranged(self, numbers: Numbers, index: Index) -> Numbers:
         """A part of the parameter, from the numbers `within` found for it."""
         sizes = [len(range(*along.indices(size))) for along, size in zip(index, self.shape, strict=True)]
         order = list(itertools.chain(*self.axes))
         return numbers.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
 
 
-def _unchanged(x: np.ndarray) -> np.ndarray:
+def _unchanged(x: Numbers) -> Numbers:
     return x
 
 
@@ -73,12 +78,12 @@ class Rule:
 
     sources: Mapping[str, Shape]
     makes: Mapping[str, Layout]
-    convert: Callable[..., np.ndarray] = _unchanged
+    convert: Callable[..., Numbers] = _unchanged
     packed: int = 1
     exact: bool = False
     stored: tuple[str, ...] = FLOATS
 
-    def read(self, read: Callable[[str, list[np.ndarray]], np.ndarray], index: Index) -> dict[str, np.ndarray]:
+    def read(self, read: Callable[[str, list[Indices]], Numbers], index: Index) -> dict[str, Numbers]:
         """A part of every parameter. What several of them need is read once.
 
         Args:
@@ -98,7 +103,7 @@ class Rule:
         return made
 
 
-def _picked(x: np.ndarray, places: Sequence[np.ndarray | None]) -> np.ndarray:
+def _picked(x: Numbers, places: Sequence[Indices | None]) -> Numbers:
     """The entries at `places` along each axis (None: all), without a copy where they are evenly spaced."""
     for axis, place in enumerate(places):
         if place is None:
@@ -240,7 +245,7 @@ def tensor(
     shape: Shape,
     ours: str,
     layout: Layout | None = None,
-    convert: Callable[..., np.ndarray] = _unchanged,
+    convert: Callable[..., Numbers] = _unchanged,
     exact: bool = False,
 ) -> Rule:
     """One tensor that becomes one parameter, as it is unless there is a `layout`; see `Rule` for the others."""

@@ -1,13 +1,27 @@
 """Reading the fields of a config.json: aliases, defaults, and what null means."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from kvattn.errors import ConfigError
-from kvattn.families.family import Family, Value
+
+Value = Any
+"""Anything JSON can hold. Whoever reads it checks it."""
 
 _WINDOWS = frozenset({"sliding_window", "attention_chunk_size"})
 """Null means no window, whatever the default is."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """The fields that a config.json of one ``model_type`` may have, as `kvattn.families.Family` explains them."""
+
+    model_type: str
+    defaults: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    nullable: frozenset[str] = frozenset()
 
 
 class Settings(abc.ABC):
@@ -16,18 +30,18 @@ class Settings(abc.ABC):
     Args:
         settings: what the file holds.
         where: what error messages start with, such as "config.json: ".
-        family: which names, defaults and nulls the file may have.
+        format: which names, defaults and nulls the file may have.
 
     Raises:
         ConfigError: a field that has different values under two of its names.
     """
 
-    def __init__(self, settings: Mapping[str, Value], where: str, family: Family):
-        self.family = family
+    def __init__(self, settings: Mapping[str, Value], where: str, format: Format):
+        self.format = format
         self._where = where
         self._given = dict(settings)
         self._asked: set[str] = set()
-        for name, others in family.aliases.items():
+        for name, others in format.aliases.items():
             given = {n: self._given.pop(n) for n in (name, *others) if n in self._given}
             values = [(n, value) for n, value in given.items() if value is not None]
             for other, value in values[1:]:
@@ -43,9 +57,9 @@ class Settings(abc.ABC):
             ConfigError: it is null, which means nothing there.
         """
         self.passed(name)
-        default = self.family.defaults.get(name)
+        default = self.format.defaults.get(name)
         value = self._given.get(name, default)
-        if value is None and default is not None and name not in self.family.nullable | _WINDOWS:
+        if value is None and default is not None and name not in self.format.nullable | _WINDOWS:
             raise ConfigError(f"{self._where}{name} is null: give it a value, or leave it out for {default!r}.")
         return value
 

@@ -4,28 +4,15 @@
 tables of both, and `from_config` reads any HuggingFace ``config.json``. The command ``kvattn memory`` prints all this.
 """
 
-from kvattn.memory.caches import bytes_per_token as bytes_per_token
-from kvattn.memory.caches import cache_bytes as cache_bytes
-from kvattn.memory.devices import DEVICES as DEVICES
-from kvattn.memory.hf_config import from_config as from_config
-from kvattn.memory.levers import Lever as Lever
-from kvattn.memory.levers import levers as levers
-from kvattn.memory.models import MODELS as MODELS
-from kvattn.memory.plan import Plan as Plan
-from kvattn.memory.plan import plan as plan
-from kvattn.memory.specs import DeviceSpec as DeviceSpec
-from kvattn.memory.specs import ModelSpec as ModelSpec
+from kvattn.memory.caches import bytes_per_token, cache_bytes
+from kvattn.memory.devices import DEVICES
+from kvattn.memory.hf_config import from_config
+from kvattn.memory.levers import Lever, levers
+from kvattn.memory.models import MODELS
+from kvattn.memory.plan import Plan, plan
+from kvattn.memory.specs import DeviceSpec, ModelSpec
 
 __all__ = [
-    "DEVICES",
-    "MODELS",
-    "DeviceSpec",
-    "Lever",
-    "ModelSpec",
-    "Plan",
-    "bytes_per_token",
-    "cache_bytes",
-    "from_config",
-    "levers",
-    "plan",
-]
+    "DEVICES", "MODELS", "DeviceSpec", "Lever", "ModelSpec", "Plan", "bytes_per_token", "cache_bytes",
+    "from_config", "levers", "plan",
+]  # fmt: skip

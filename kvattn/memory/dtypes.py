@@ -1,9 +1,9 @@
 """Bits per number of the types that weights and caches are counted in."""
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError
@@ -41,7 +41,7 @@ ALIASES = {
 }
 
 
-def name_of(what: str, dtype: Any) -> str:
+def name_of(what: str, dtype: DTypeLike | None) -> str:
     """The name of a type in `BITS`.
 
     Args:
@@ -66,7 +66,7 @@ def name_of(what: str, dtype: Any) -> str:
     return name
 
 
-def num_bytes(count: int, dtype: Any, what: str = "dtype") -> int:
+def num_bytes(count: int, dtype: DTypeLike | None, what: str = "dtype") -> int:
     """Bytes of `count` numbers lying densely, rounded up to whole bytes."""
     _checks.integer("count", count, 0)
     bits = count * BITS[name_of(what, dtype)]

@@ -6,14 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
 from kvattn.families.experts import expert_params, expert_weights, sparse_layers
-from kvattn.families.family import FAMILIES, Family, Value, find
+from kvattn.families.family import NAMES, Family, Sizes
 from kvattn.families.layers import layers_of
 from kvattn.families.params import embeddings, params_of
-from kvattn.families.sizes import NAMES, Sizes
+from kvattn.families.registry import FAMILIES, find
+from kvattn.families.settings import Value
 from kvattn.memory.hf_quantized import quantized
 from kvattn.memory.specs import ModelSpec
 
@@ -162,11 +162,11 @@ def _refuse(config: Mapping[str, Value], family: Family) -> None:
         )
 
 
-def _weights(f: Sizes, num_params: int | None) -> tuple[dict[str, Any], list[str]]:
+def _weights(f: Sizes, num_params: int | None) -> tuple[dict[str, Value], list[str]]:
     """What a `ModelSpec` has on parameters, and what should be said of them."""
     estimated, given = num_params is None and f.family.params is None, num_params is not None
     num_params = params_of(f) if num_params is None else num_params
-    found: dict[str, Any] = {"num_params": num_params, "is_estimate": estimated}
+    found: dict[str, Value] = {"num_params": num_params, "is_estimate": estimated}
     notes: list[str] = []
     sparse = sparse_layers(f)
     if sparse and (weights := sparse * f.num_experts * expert_weights(f)):

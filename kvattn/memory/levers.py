@@ -6,6 +6,7 @@ from typing import Any
 
 from kvattn import codecs, policies
 from kvattn.errors import KVAttnError
+from kvattn.families.settings import Value
 from kvattn.memory.formula import pages_for
 from kvattn.memory.plan import Plan
 from kvattn.memory.specs import ModelSpec
@@ -14,8 +15,17 @@ SAME, ROUNDED, FEWER, OTHER = "the same", "rounded", "fewer tokens", "retrained"
 """What becomes of a model's outputs: nothing; cache or weights are rounded; it attends to fewer tokens; it is
 converted and has to be trained on."""
 
+type _Change = tuple[str, str, dict[str, Any]]
+"""A name, what becomes of the outputs, and the arguments of `plan` that change."""
+
 DEFAULT_LENGTH = 4096
 """Tokens per sequence where neither the plan nor the model says."""
+
+
+_OF_PLAN = (
+    "bytes_per_token", "device_cache_bytes", "max_batch", "max_length", "step_seconds", "tokens_per_second",
+)  # fmt: skip
+"""What JSON says of the plan with it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,21 +46,11 @@ class Lever:
     cache_ratio: float
     plan: Plan
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Value]:
         """As JSON has it (an infinite gain is null)."""
-        p = self.plan
-        return {
-            "name": self.name,
-            "outputs": self.outputs,
-            "gain": self.gain if math.isfinite(self.gain) else None,
-            "cache_ratio": self.cache_ratio,
-            "bytes_per_token": p.bytes_per_token,
-            "device_cache_bytes": p.device_cache_bytes,
-            "max_batch": p.max_batch,
-            "max_length": p.max_length,
-            "step_seconds": p.step_seconds,
-            "tokens_per_second": p.tokens_per_second,
-        }
+        own = {name: getattr(self, name) for name in ("name", "outputs", "gain", "cache_ratio")}
+        own |= {"gain": self.gain if math.isfinite(self.gain) else None}
+        return own | {name: getattr(self.plan, name) for name in _OF_PLAN}
 
 
 def levers(of: Plan) -> list[Lever]:
@@ -101,10 +101,10 @@ def _room(p: Plan) -> float:
     return p.free_bytes / (_bytes(p) / (p.batch_size or 1))
 
 
-def _changes(base: Plan, length: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, what becomes of the outputs, and the settings that change."""
+def _changes(base: Plan, length: int) -> list[_Change]:
+    """Every change that goes with the plan."""
     model, keeps_all = base.model, base.policy is None or base.policy.in_order
-    changes: list[tuple[str, str, dict[str, Any]]] = []
+    changes: list[_Change] = []
     for heads in dict.fromkeys(k for k in (8, 1) if k < model.num_kv_heads and model.num_heads % k == 0):
         kind = "MQA, 1 key/value head" if heads == 1 else f"GQA, {heads} key/value heads"
         changes.append((kind, OTHER, {"model": with_kv_heads(model, heads)}))

@@ -7,9 +7,77 @@ once, the text part of models that also see), and as in the paper for PaLM.
 from kvattn.families.kinds import WINDOW, every
 from kvattn.memory.specs import ModelSpec, Table, Window
 
+type _Row = tuple[str, int, int, int, int, int, int, int, str, *tuple[Window, ...]]
+"""Name, layers, N, K, H, D, parameters, trained length, source (a repository of huggingface.co), window if any."""
+
+
+def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
+    """A window in all layers but each `period`-th."""
+    return tuple(window if kind == WINDOW else None for kind in every(period, layers, WINDOW))
+
+
+_PALM = "Chowdhery et al., arXiv:2204.02311, table 1"
+_ROWS: tuple[_Row, ...] = (
+    # Multi-head attention.
+    ("llama-2-7b", 32, 32, 32, 128, 4096, 6_738_415_616, 4096, "meta-llama/Llama-2-7b-hf"),
+    ("llama-2-13b", 40, 40, 40, 128, 5120, 13_015_864_320, 4096, "meta-llama/Llama-2-13b-hf"),
+    ("opt-125m", 12, 12, 12, 64, 768, 125_239_296, 2048, "facebook/opt-125m"),
+    ("opt-1.3b", 24, 32, 32, 64, 2048, 1_315_758_080, 2048, "facebook/opt-1.3b"),
+    ("opt-2.7b", 32, 32, 32, 80, 2560, 2_651_596_800, 2048, "facebook/opt-2.7b"),
+    ("opt-6.7b", 32, 32, 32, 128, 4096, 6_658_473_984, 2048, "facebook/opt-6.7b"),
+    ("opt-13b", 40, 40, 40, 128, 5120, 12_853_473_280, 2048, "facebook/opt-13b"),
+    ("opt-30b", 48, 56, 56, 128, 7168, 29_974_540_288, 2048, "facebook/opt-30b"),
+    ("opt-66b", 64, 72, 72, 128, 9216, 65_719_701_504, 2048, "facebook/opt-66b"),
+    ("opt-175b", 96, 96, 96, 128, 12288, 174_604_468_224, 2048, "Zhang et al., arXiv:2205.01068, table 1"),
+    ("mpt-7b", 32, 32, 32, 128, 4096, 6_649_286_656, 2048, "mosaicml/mpt-7b"),
+    ("mpt-30b", 48, 64, 64, 112, 7168, 29_957_200_896, 8192, "mosaicml/mpt-30b"),
+    ("bloom-176b", 70, 112, 112, 128, 14336, 176_247_271_424, 2048, "bigscience/bloom"),
+    ("gpt2", 12, 12, 12, 64, 768, 124_439_808, 1024, "openai-community/gpt2"),
+    ("gpt2-xl", 48, 25, 25, 64, 1600, 1_557_611_200, 1024, "openai-community/gpt2-xl"),
+    ("pythia-6.9b", 32, 32, 32, 128, 4096, 6_857_302_016, 2048, "EleutherAI/pythia-6.9b"),
+    # Multi-query and grouped-query attention.
+    ("palm-8b", 32, 16, 1, 256, 4096, 8_630_000_000, 2048, _PALM),
+    ("palm-62b", 64, 32, 1, 256, 8192, 62_500_000_000, 2048, _PALM),
+    ("palm-540b", 118, 48, 1, 256, 18432, 540_350_000_000, 2048, _PALM),
+    ("falcon-7b", 32, 71, 1, 64, 4544, 6_921_720_704, 2048, "tiiuae/falcon-7b"),
+    ("falcon-40b", 60, 128, 8, 64, 8192, 41_303_293_952, 2048, "tiiuae/falcon-40b"),
+    ("falcon-180b", 80, 232, 8, 64, 14848, 178_557_088_768, 2048, "tiiuae/falcon-180B"),
+    ("starcoder", 40, 48, 1, 128, 6144, 15_517_456_384, 8192, "bigcode/starcoder"),
+    ("llama-2-70b", 80, 64, 8, 128, 8192, 68_976_648_192, 4096, "meta-llama/Llama-2-70b-hf"),
+    ("llama-3-8b", 32, 32, 8, 128, 4096, 8_030_261_248, 8192, "meta-llama/Meta-Llama-3-8B"),
+    ("llama-3-70b", 80, 64, 8, 128, 8192, 70_553_706_496, 8192, "meta-llama/Meta-Llama-3-70B"),
+    ("llama-3.1-8b", 32, 32, 8, 128, 4096, 8_030_261_248, 131072, "meta-llama/Llama-3.1-8B"),
+    ("llama-3.1-70b", 80, 64, 8, 128, 8192, 70_553_706_496, 131072, "meta-llama/Llama-3.1-70B"),
+    ("llama-3.1-405b", 126, 128, 8, 128, 16384, 405_853_388_800, 131072, "meta-llama/Llama-3.1-405B"),
+    ("llama-3.2-1b", 16, 32, 8, 64, 2048, 1_235_814_400, 131072, "meta-llama/Llama-3.2-1B"),
+    ("llama-3.2-3b", 28, 24, 8, 128, 3072, 3_212_749_824, 131072, "meta-llama/Llama-3.2-3B"),
+    ("qwen2.5-7b", 28, 28, 4, 128, 3584, 7_615_616_512, 131072, "Qwen/Qwen2.5-7B"),
+    ("qwen2.5-32b", 64, 40, 8, 128, 5120, 32_763_876_352, 131072, "Qwen/Qwen2.5-32B"),
+    ("qwen2.5-72b", 80, 64, 8, 128, 8192, 72_706_203_648, 131072, "Qwen/Qwen2.5-72B"),
+    ("qwen3-0.6b", 28, 16, 8, 128, 1024, 596_049_920, 40960, "Qwen/Qwen3-0.6B"),
+    ("qwen3-8b", 36, 32, 8, 128, 4096, 8_190_735_360, 40960, "Qwen/Qwen3-8B"),
+    ("qwen3-32b", 64, 64, 8, 128, 5120, 32_762_123_264, 40960, "Qwen/Qwen3-32B"),
+    # Windows.
+    ("mistral-7b-v0.1", 32, 32, 8, 128, 4096, 7_241_732_096, 32768, "mistralai/Mistral-7B-v0.1", 4096),
+    ("mistral-7b-v0.3", 32, 32, 8, 128, 4096, 7_248_023_552, 32768, "mistralai/Mistral-7B-v0.3"),
+    ("mistral-nemo-12b", 40, 32, 8, 128, 5120, 12_247_782_400, 131072, "mistralai/Mistral-Nemo-Base-2407"),
+    ("gemma-2-2b", 26, 8, 4, 256, 2304, 2_614_341_888, 8192, "google/gemma-2-2b", _every(2, 26, 4096)),
+    ("gemma-2-9b", 42, 16, 8, 256, 3584, 9_241_705_984, 8192, "google/gemma-2-9b", _every(2, 42, 4096)),
+    ("gemma-2-27b", 46, 32, 16, 128, 4608, 27_227_128_320, 8192, "google/gemma-2-27b", _every(2, 46, 4096)),
+    ("gemma-3-1b", 26, 4, 1, 256, 1152, 999_885_952, 32768, "google/gemma-3-1b-pt", _every(6, 26, 512)),
+    ("gemma-3-4b", 34, 8, 4, 256, 2560, 3_880_263_168, 131072, "google/gemma-3-4b-pt", _every(6, 34, 1024)),
+    ("gemma-3-12b", 48, 16, 8, 256, 3840, 11_766_034_176, 131072, "google/gemma-3-12b-pt", _every(6, 48, 1024)),
+    ("gemma-3-27b", 62, 32, 16, 128, 5376, 27_009_346_304, 131072, "google/gemma-3-27b-pt", _every(6, 62, 1024)),
+    # Experts.
+    ("mixtral-8x7b", 32, 32, 8, 128, 4096, 46_702_792_704, 32768, "mistralai/Mixtral-8x7B-v0.1"),
+    ("mixtral-8x22b", 56, 48, 8, 128, 6144, 140_630_071_296, 65536, "mistralai/Mixtral-8x22B-v0.1"),
+    ("qwen3-30b-a3b", 48, 32, 4, 128, 2048, 30_532_122_624, 40960, "Qwen/Qwen3-30B-A3B"),
+    ("qwen3-235b-a22b", 94, 64, 4, 128, 4096, 235_093_634_560, 40960, "Qwen/Qwen3-235B-A22B"),
+    ("gpt-oss-20b", 24, 64, 8, 64, 2880, 20_914_757_184, 131072, "openai/gpt-oss-20b", _every(2, 24, 128)),
+    ("gpt-oss-120b", 36, 64, 8, 64, 2880, 116_829_156_672, 131072, "openai/gpt-oss-120b", _every(2, 36, 128)),
+)
+
 _EXPERTS = {
-    # Experts of a layer, how many of them a token goes to, parameters one token is multiplied with, numbers in the
-    # matrices of all experts.
     "mixtral-8x7b": (8, 2, 12_879_925_248, 45_097_156_608),
     "mixtral-8x22b": (8, 2, 39_161_468_928, 135_291_469_824),
     "qwen3-30b-a3b": (128, 8, 3_353_032_704, 28_991_029_248),
@@ -17,20 +85,12 @@ _EXPERTS = {
     "gpt-oss-20b": (32, 4, 4_187_440_704, 19_110_297_600),
     "gpt-oss-120b": (128, 4, 5_711_982_912, 114_661_785_600),
 }
+"""Experts of a layer, how many of them a token goes to, parameters one token is multiplied with, numbers in the
+matrices of all experts."""
 
 
-def _model(
-    name: str,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    model_dim: int,
-    num_params: int,
-    max_length: int,
-    source: str,
-    window: Window = None,
-) -> ModelSpec:
+def _model(row: _Row) -> ModelSpec:
+    name, layers, heads, kv_heads, head_dim, model_dim, num_params, max_length, source, *window = row
     num_experts, experts_per_token, num_active_params, num_expert_weights = _EXPERTS.get(name, (None,) * 4)
     return ModelSpec(
         name=name,
@@ -41,7 +101,7 @@ def _model(
         model_dim=model_dim,
         num_params=num_params,
         max_length=max_length,
-        window=window,
+        window=window[0] if window else None,
         source=source if "arXiv" in source else f"config.json of huggingface.co/{source}",
         num_experts=num_experts,
         experts_per_token=experts_per_token,
@@ -50,79 +110,9 @@ def _model(
     )
 
 
-def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
-    """A window in all layers but each `period`-th."""
-    return tuple(window if kind == WINDOW else None for kind in every(period, layers, WINDOW))
-
-
-_PALM = "Chowdhery et al., arXiv:2204.02311, table 1"
-
 MODELS = Table(
     "model",
-    [
-        # layers, N, K, H, D, parameters, trained length, source (a repository of huggingface.co), window
-        # Multi-head attention.
-        _model("llama-2-7b", 32, 32, 32, 128, 4096, 6_738_415_616, 4096, "meta-llama/Llama-2-7b-hf"),
-        _model("llama-2-13b", 40, 40, 40, 128, 5120, 13_015_864_320, 4096, "meta-llama/Llama-2-13b-hf"),
-        _model("opt-125m", 12, 12, 12, 64, 768, 125_239_296, 2048, "facebook/opt-125m"),
-        _model("opt-1.3b", 24, 32, 32, 64, 2048, 1_315_758_080, 2048, "facebook/opt-1.3b"),
-        _model("opt-2.7b", 32, 32, 32, 80, 2560, 2_651_596_800, 2048, "facebook/opt-2.7b"),
-        _model("opt-6.7b", 32, 32, 32, 128, 4096, 6_658_473_984, 2048, "facebook/opt-6.7b"),
-        _model("opt-13b", 40, 40, 40, 128, 5120, 12_853_473_280, 2048, "facebook/opt-13b"),
-        _model("opt-30b", 48, 56, 56, 128, 7168, 29_974_540_288, 2048, "facebook/opt-30b"),
-        _model("opt-66b", 64, 72, 72, 128, 9216, 65_719_701_504, 2048, "facebook/opt-66b"),
-        _model("opt-175b", 96, 96, 96, 128, 12288, 174_604_468_224, 2048, "Zhang et al., arXiv:2205.01068, table 1"),
-        _model("mpt-7b", 32, 32, 32, 128, 4096, 6_649_286_656, 2048, "mosaicml/mpt-7b"),
-        _model("mpt-30b", 48, 64, 64, 112, 7168, 29_957_200_896, 8192, "mosaicml/mpt-30b"),
-        _model("bloom-176b", 70, 112, 112, 128, 14336, 176_247_271_424, 2048, "bigscience/bloom"),
-        _model("gpt2", 12, 12, 12, 64, 768, 124_439_808, 1024, "openai-community/gpt2"),
-        _model("gpt2-xl", 48, 25, 25, 64, 1600, 1_557_611_200, 1024, "openai-community/gpt2-xl"),
-        _model("pythia-6.9b", 32, 32, 32, 128, 4096, 6_857_302_016, 2048, "EleutherAI/pythia-6.9b"),
-        # Multi-query and grouped-query attention.
-        _model("palm-8b", 32, 16, 1, 256, 4096, 8_630_000_000, 2048, _PALM),
-        _model("palm-62b", 64, 32, 1, 256, 8192, 62_500_000_000, 2048, _PALM),
-        _model("palm-540b", 118, 48, 1, 256, 18432, 540_350_000_000, 2048, _PALM),
-        _model("falcon-7b", 32, 71, 1, 64, 4544, 6_921_720_704, 2048, "tiiuae/falcon-7b"),
-        _model("falcon-40b", 60, 128, 8, 64, 8192, 41_303_293_952, 2048, "tiiuae/falcon-40b"),
-        _model("falcon-180b", 80, 232, 8, 64, 14848, 178_557_088_768, 2048, "tiiuae/falcon-180B"),
-        _model("starcoder", 40, 48, 1, 128, 6144, 15_517_456_384, 8192, "bigcode/starcoder"),
-        _model("llama-2-70b", 80, 64, 8, 128, 8192, 68_976_648_192, 4096, "meta-llama/Llama-2-70b-hf"),
-        _model("llama-3-8b", 32, 32, 8, 128, 4096, 8_030_261_248, 8192, "meta-llama/Meta-Llama-3-8B"),
-        _model("llama-3-70b", 80, 64, 8, 128, 8192, 70_553_706_496, 8192, "meta-llama/Meta-Llama-3-70B"),
-        _model("llama-3.1-8b", 32, 32, 8, 128, 4096, 8_030_261_248, 131072, "meta-llama/Llama-3.1-8B"),
-        _model("llama-3.1-70b", 80, 64, 8, 128, 8192, 70_553_706_496, 131072, "meta-llama/Llama-3.1-70B"),
-        _model("llama-3.1-405b", 126, 128, 8, 128, 16384, 405_853_388_800, 131072, "meta-llama/Llama-3.1-405B"),
-        _model("llama-3.2-1b", 16, 32, 8, 64, 2048, 1_235_814_400, 131072, "meta-llama/Llama-3.2-1B"),
-        _model("llama-3.2-3b", 28, 24, 8, 128, 3072, 3_212_749_824, 131072, "meta-llama/Llama-3.2-3B"),
-        _model("qwen2.5-7b", 28, 28, 4, 128, 3584, 7_615_616_512, 131072, "Qwen/Qwen2.5-7B"),
-        _model("qwen2.5-32b", 64, 40, 8, 128, 5120, 32_763_876_352, 131072, "Qwen/Qwen2.5-32B"),
-        _model("qwen2.5-72b", 80, 64, 8, 128, 8192, 72_706_203_648, 131072, "Qwen/Qwen2.5-72B"),
-        _model("qwen3-0.6b", 28, 16, 8, 128, 1024, 596_049_920, 40960, "Qwen/Qwen3-0.6B"),
-        _model("qwen3-8b", 36, 32, 8, 128, 4096, 8_190_735_360, 40960, "Qwen/Qwen3-8B"),
-        _model("qwen3-32b", 64, 64, 8, 128, 5120, 32_762_123_264, 40960, "Qwen/Qwen3-32B"),
-        # Windows.
-        _model("mistral-7b-v0.1", 32, 32, 8, 128, 4096, 7_241_732_096, 32768, "mistralai/Mistral-7B-v0.1", 4096),
-        _model("mistral-7b-v0.3", 32, 32, 8, 128, 4096, 7_248_023_552, 32768, "mistralai/Mistral-7B-v0.3"),
-        _model("mistral-nemo-12b", 40, 32, 8, 128, 5120, 12_247_782_400, 131072, "mistralai/Mistral-Nemo-Base-2407"),
-        _model("gemma-2-2b", 26, 8, 4, 256, 2304, 2_614_341_888, 8192, "google/gemma-2-2b", _every(2, 26, 4096)),
-        _model("gemma-2-9b", 42, 16, 8, 256, 3584, 9_241_705_984, 8192, "google/gemma-2-9b", _every(2, 42, 4096)),
-        _model("gemma-2-27b", 46, 32, 16, 128, 4608, 27_227_128_320, 8192, "google/gemma-2-27b", _every(2, 46, 4096)),
-        _model("gemma-3-1b", 26, 4, 1, 256, 1152, 999_885_952, 32768, "google/gemma-3-1b-pt", _every(6, 26, 512)),
-        _model("gemma-3-4b", 34, 8, 4, 256, 2560, 3_880_263_168, 131072, "google/gemma-3-4b-pt", _every(6, 34, 1024)),
-        _model(
-            "gemma-3-12b", 48, 16, 8, 256, 3840, 11_766_034_176, 131072, "google/gemma-3-12b-pt", _every(6, 48, 1024)
-        ),
-        _model(
-            "gemma-3-27b", 62, 32, 16, 128, 5376, 27_009_346_304, 131072, "google/gemma-3-27b-pt", _every(6, 62, 1024)
-        ),
-        # Experts.
-        _model("mixtral-8x7b", 32, 32, 8, 128, 4096, 46_702_792_704, 32768, "mistralai/Mixtral-8x7B-v0.1"),
-        _model("mixtral-8x22b", 56, 48, 8, 128, 6144, 140_630_071_296, 65536, "mistralai/Mixtral-8x22B-v0.1"),
-        _model("qwen3-30b-a3b", 48, 32, 4, 128, 2048, 30_532_122_624, 40960, "Qwen/Qwen3-30B-A3B"),
-        _model("qwen3-235b-a22b", 94, 64, 4, 128, 4096, 235_093_634_560, 40960, "Qwen/Qwen3-235B-A22B"),
-        _model("gpt-oss-20b", 24, 64, 8, 64, 2880, 20_914_757_184, 131072, "openai/gpt-oss-20b", _every(2, 24, 128)),
-        _model("gpt-oss-120b", 36, 64, 8, 64, 2880, 116_829_156_672, 131072, "openai/gpt-oss-120b", _every(2, 36, 128)),
-    ],
+    [_model(row) for row in _ROWS],
     {
         "llama2-7b": "llama-2-7b",
         "llama2-13b": "llama-2-13b",

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from kvattn import _checks
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError
+from kvattn.families.settings import Value
 from kvattn.memory.caches import Kinds, total
 from kvattn.memory.devices import DEVICES
 from kvattn.memory.dtypes import name_of
@@ -105,7 +106,7 @@ class Plan(Time, Memory, Scenario):
         """The plan with other arguments of `plan`."""
         return plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Scenario)} | changes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Value]:
         """Everything as JSON has it; policies and codecs as they print."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {"model": dataclasses.asdict(self.model), "device": dataclasses.asdict(self.device)}

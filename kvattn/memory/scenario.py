@@ -2,7 +2,6 @@
 
 import dataclasses
 import numbers
-from typing import Any
 
 from kvattn import _checks
 from kvattn.codecs import Codec
@@ -51,7 +50,7 @@ class Scenario:
         object.__setattr__(self, "by", by)
 
 
-def _share(name: str, value: Any) -> float:
+def _share(name: str, value: object) -> float:
     """Checks a number above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DTypeError(f"{name} must be a number, got {value!r}.")

@@ -10,19 +10,6 @@ from kvattn.models.text import TextStream, continuation
 from kvattn.models.tokenizer import load_tokenizer
 
 __all__ = [
-    "FAMILIES",
-    "Blueprint",
-    "Decoder",
-    "DecoderConfig",
-    "Family",
-    "TextStream",
-    "continuation",
-    "convert_to_gqa",
-    "describe",
-    "from_pretrained",
-    "generate",
-    "load",
-    "load_tokenizer",
-    "register",
-    "save",
-]
+    "FAMILIES", "Blueprint", "Decoder", "DecoderConfig", "Family", "TextStream", "continuation", "convert_to_gqa",
+    "describe", "from_pretrained", "generate", "load", "load_tokenizer", "register", "save",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, MissingFileError
 from kvattn.families.config import DecoderConfig
+from kvattn.families.rules import Numbers
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import filled, floating, parameters_of
 from kvattn.models.tensors import Tensors, read_json
@@ -117,7 +118,7 @@ def _read_settings(path: Path) -> DecoderConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path) -> dict[str, Numbers]:
     tensors = Tensors([path])
     try:
         return {name: tensors.read(name) for name in tensors.entries}

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
@@ -26,6 +27,7 @@ from kvattn.layers import placement
 from kvattn.layers.originals import NNXAttention
 
 Path = tuple[str, ...]
+Leaf = np.ndarray | jax.Array | jax.ShapeDtypeStruct
 
 KERNELS = (("query", "kernel"), ("key", "kernel"), ("value", "kernel"), ("out", "kernel"))
 CACHE_NAMES = ("cached_key", "cached_value", "cache_index")
@@ -114,7 +116,7 @@ def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
     return model
 
 
-def _convert_tree(tree: Any, num_kv_heads: int) -> Any:
+def _convert_tree[T: PyTree](tree: T, num_kv_heads: int) -> T:
     flat, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_box)
     if structure == jax.tree.structure(0):
         raise DTypeError(
@@ -130,7 +132,7 @@ def _convert_tree(tree: Any, num_kv_heads: int) -> Any:
         raise _no_attention(tree)
     changes = {path for prefix, layer in layers.items() for path in _changes(prefix, layer, num_kv_heads)}
 
-    def converted(keys: Any, leaf: Any) -> Any:
+    def converted(keys: Iterable[object], leaf: object) -> object:
         return _rewrap(leaf, _pool(_unwrap(leaf), num_kv_heads)) if _path(keys) in changes else leaf
 
     return jax.tree.unflatten(structure, [converted(keys, leaf) for keys, leaf in flat])
@@ -139,27 +141,27 @@ def _convert_tree(tree: Any, num_kv_heads: int) -> Any:
 # Finding attention layers and refusing those that cannot be converted. ------------------------------
 
 
-def _leaves(tree: Any) -> dict[Path, Any]:
+def _leaves(tree: PyTree) -> dict[Path, object]:
     """The arrays by path, without the boxes Flax puts around them."""
     flat, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_box)
     return {_path(keys): _unwrap(leaf) for keys, leaf in flat}
 
 
-def _path(keys: tuple[Any, ...]) -> Path:
+def _path(keys: Iterable[object]) -> Path:
     """A pytree path as names; names that were joined (``a/b``, ``a.b``, tuples) are taken apart."""
     return _names(next(getattr(k, kind) for kind in ("key", "name", "idx") if hasattr(k, kind)) for k in keys)
 
 
-def _names(keys: Iterable[Any]) -> Path:
+def _names(keys: Iterable[object]) -> Path:
     parts = (part for key in keys for part in (key if isinstance(key, tuple) else (key,)))
     return tuple(name for part in parts for name in re.split(r"[./]", str(part)))
 
 
-def _attention_layers(leaves: Mapping[Path, Any]) -> dict[Path, dict[Path, Any]]:
+def _attention_layers(leaves: Mapping[Path, object]) -> dict[Path, dict[Path, object]]:
     """By path, the leaves of every subtree that has the four kernels of an attention layer."""
     candidates = {path[:-2] for path in leaves if path[-2:] == KERNELS[0]}
     found = {prefix for prefix in candidates if all((*prefix, *kernel) in leaves for kernel in KERNELS)}
-    layers: dict[Path, dict[Path, Any]] = {prefix: {} for prefix in sorted(found)}
+    layers: dict[Path, dict[Path, object]] = {prefix: {} for prefix in sorted(found)}
     for path, leaf in leaves.items():
         for end in range(len(path)):
             if path[:end] in layers:
@@ -167,7 +169,7 @@ def _attention_layers(leaves: Mapping[Path, Any]) -> dict[Path, dict[Path, Any]]
     return layers
 
 
-def _changes(prefix: Path, layer: Mapping[Path, Any], num_kv_heads: int) -> list[Path]:
+def _changes(prefix: Path, layer: Mapping[Path, object], num_kv_heads: int) -> list[Path]:
     """The paths of what has to be pooled in one layer, nothing if it has `num_kv_heads` already.
 
     Args:
@@ -188,13 +190,13 @@ def _changes(prefix: Path, layer: Mapping[Path, Any], num_kv_heads: int) -> list
             "merge them into the kernels first."
         )
     pooled = [(name, kind) for name in ("key", "value") for kind in ("kernel", "bias") if (name, kind) in layer]
+    shapes: dict[Path, tuple[int, ...]] = {}
     for path in [*KERNELS, *pooled]:
         array = layer.get(path)
-        known = isinstance(array, np.ndarray | jax.Array | jax.ShapeDtypeStruct)
-        if not known or not jnp.issubdtype(array.dtype, jnp.floating):
-            given = array.dtype if known else type(array).__name__
+        if not isinstance(array, Leaf) or not jnp.issubdtype(array.dtype, jnp.floating):
+            given = array.dtype if isinstance(array, Leaf) else type(array).__name__
             raise DTypeError(f"{where}: {'.'.join(path)} must be an array of floats, got {given}.")
-    shapes = {path: tuple(layer[path].shape) for path in [*KERNELS, *pooled]}
+        shapes[path] = tuple(array.shape)
     if not _fit(shapes):
         listed = ", ".join(f"{'.'.join(path)} {shape}" for path, shape in shapes.items())
         raise ShapeError(
@@ -212,7 +214,7 @@ def _changes(prefix: Path, layer: Mapping[Path, Any], num_kv_heads: int) -> list
     return [] if count == num_kv_heads else [(*prefix, *path) for path in pooled]
 
 
-def _fit(shapes: Mapping[Path, Any]) -> bool:
+def _fit(shapes: Mapping[Path, tuple[int, ...]]) -> bool:
     """Whether kernels, and biases of keys and values where there are some, are those of one attention layer."""
     query, key, value, out = (shapes[path] for path in KERNELS)
     ranks = {len(query), len(key), len(value), len(out)}
@@ -233,7 +235,7 @@ def _where(path: Path) -> str:
     return f"the attention layer {'.'.join(path)!r}" if path else "the attention layer"
 
 
-def _no_attention(given: Any) -> ConfigError:
+def _no_attention(given: object) -> ConfigError:
     return ConfigError(
         f"there is no attention layer in this {type(given).__name__}: none of its subtrees has query, key, value and "
         "out with a kernel each."
@@ -251,24 +253,24 @@ def _holds_cache(path: Path) -> ConfigError:
 # Averaging. -----------------------------------------------------------------------------------------
 
 
-def _is_box(x: Any) -> bool:
+def _is_box(x: object) -> bool:
     return isinstance(x, nnx.Variable | AxisMetadata)
 
 
-def _unwrap(leaf: Any) -> Any:
+def _unwrap(leaf: object) -> Any:
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
     return leaf.unbox() if isinstance(leaf, AxisMetadata) else leaf
 
 
-def _rewrap(leaf: Any, array: Any) -> Any:
+def _rewrap(leaf: object, array: Leaf) -> object:
     """Puts an array into a box of the same kind."""
     if isinstance(leaf, nnx.Variable):
         return _settle(leaf.replace(array))
     return leaf.replace_boxed(array) if isinstance(leaf, AxisMetadata) else array
 
 
-def _settle(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+def _settle[V: nnx.Variable[Any]](variable: V) -> V:
     """Makes a variable say that its heads are whole, where it says that a mesh splits them and they do not divide."""
     metadata, shape = variable.get_metadata(), variable.get_value().shape
     mesh, spec = metadata.get("mesh"), metadata.get("out_sharding")
@@ -277,7 +279,7 @@ def _settle(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
     return variable
 
 
-def _pool(x: Any, num_kv_heads: int) -> Any:
+def _pool(x: Leaf, num_kv_heads: int) -> Any:
     """[..., K, H] -> [..., num_kv_heads, H], the means of blocks of K / num_kv_heads heads."""
     *lead, count, size = x.shape
     if count == num_kv_heads:
@@ -289,12 +291,12 @@ def _pool(x: Any, num_kv_heads: int) -> Any:
     wide = np.float64 if x.dtype == np.float64 else np.float32
     if isinstance(x, np.ndarray):
         return x.astype(wide).reshape(blocks).mean(axis=-2).astype(x.dtype)
-    x = x if whole is None else jax.device_put(x, whole)
-    pooled = jnp.mean(x.astype(wide).reshape(blocks), axis=-2).astype(x.dtype)
+    spread = x if whole is None else jax.device_put(x, whole)
+    pooled = jnp.mean(spread.astype(wide).reshape(blocks), axis=-2).astype(x.dtype)
     return pooled if after is None else jax.device_put(pooled, after)
 
 
-def _shardings(x: Any, num_kv_heads: int) -> tuple[NamedSharding | None, NamedSharding | None]:
+def _shardings(x: Leaf, num_kv_heads: int) -> tuple[NamedSharding | None, NamedSharding | None]:
     """Where a mesh splits the heads of [..., K, H]: how to lay them out to be averaged, and the means after that."""
     explicit = placement.explicit_spec(x) is not None if isinstance(x, Tracer) else False
     sharding = jax.typeof(x).sharding if explicit else getattr(x, "sharding", None)
@@ -308,7 +310,7 @@ def _shardings(x: Any, num_kv_heads: int) -> tuple[NamedSharding | None, NamedSh
     return NamedSharding(mesh, whole), NamedSharding(mesh, after)
 
 
-def _split(spec: Any, mesh: Any, shape: Sequence[int | None]) -> PartitionSpec:
+def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh, shape: Sequence[int | None]) -> PartitionSpec:
     """`spec` for an array [..., K, H], its heads whole where the mesh does not divide them or K is None."""
     axes = (*spec, *(None,) * (len(shape) - len(spec)))
     names = axes[-2] if isinstance(axes[-2], tuple) else (axes[-2],)

@@ -34,11 +34,8 @@ class Block(nnx.Module):
     """Attention and MLP, each with its norms, added to what came in."""
 
     def __init__(self, config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any):
-        def norm() -> Norm:
-            return Norm(config, split, param_dtype=options["param_dtype"])
-
-        def norm_if(wanted: bool) -> Any:
-            return norm() if wanted else nnx.data(None)
+        def norm(wanted: bool = True) -> Any:
+            return Norm(config, split, param_dtype=options["param_dtype"]) if wanted else nnx.data(None)
 
         self.norm_position = config.norm_position
         self.parallel = config.parallel
@@ -61,13 +58,15 @@ class Block(nnx.Module):
             attention_fn=attention_fn,
             use_bias=config.qkv_bias,
             use_out_bias=config.out_bias,
-            **split.of_layer,
+            mesh=split.mesh,
+            by=split.by,
+            axis=split.axis,
             **options,
         )
-        self.attention_post_norm = norm_if(config.norm_position == "sandwich")
-        self.mlp_norm = norm_if(not config.shared_norm)
+        self.attention_post_norm = norm(config.norm_position == "sandwich")
+        self.mlp_norm = norm(not config.shared_norm)
         self.mlp = Experts(config, split, **options) if config.num_experts else MLP(config, split, **options)
-        self.mlp_post_norm = norm_if(config.norm_position == "sandwich")
+        self.mlp_post_norm = norm(config.norm_position == "sandwich")
 
     def __call__(
         self,
@@ -94,7 +93,7 @@ class Block(nnx.Module):
         return self._added(x, inner, self.mlp(inner), self.mlp_norm, self.mlp_post_norm), cache
 
     def _added(self, x: Array, inner: Array, y: Array, norm: Norm, post_norm: Norm | None) -> Array:
-        """What attention or MLP made of `inner`, added to the residual."""
+        """What attention or MLP made of `inner`, added to the residual, all [B, T, D]."""
         if post_norm is not None:
             y = post_norm(y)
         x = (inner if self.residual_after_norm else x) + y
@@ -250,6 +249,7 @@ class Decoder(nnx.Module):
         return tuple(value)
 
     def _tokens(self, tokens: ArrayLike) -> Int[Array, "B T"]:
+        """Tokens [B, T] as int32, checked."""
         tokens = jnp.asarray(tokens)
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise DTypeError(f"tokens must be integers, got {tokens.dtype}.")
@@ -281,7 +281,7 @@ class Decoder(nnx.Module):
         return rope is not None and dict(rope.scaling or ()).get("rope_type") == "dynamic"
 
     def _own_positions(self, length: int, num_new: ArrayLike) -> Int[Array, "B T"]:
-        """Of what follows nothing; 0 for tokens that are not real."""
+        """Of what follows nothing, where `num_new` [B] tokens are real; 0 for the others."""
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         return jnp.where(positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, 0)
 
@@ -303,6 +303,7 @@ class Decoder(nnx.Module):
         return positions
 
     def _logits(self, x: Array) -> Array:
+        """[B, T, D] -> float32 [B, T, V]."""
         if self.norm is not None:
             x = self.norm(x)
         if self.embed_out is not None:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Int32
 
 from kvattn import _checks
-from kvattn._typing import Array
+from kvattn._typing import Array, Rows
 from kvattn.cache import Cache
 from kvattn.codecs import Codec
 from kvattn.errors import DTypeError, MissingLibraryError, RangeError
@@ -213,20 +214,20 @@ class _Rows(NamedTuple):
     """Where the rows of a batch are.
 
     Attributes:
-        new: int32 [B], the tokens of the last step, `_NOTHING` or `_UNSOUND`.
-        running: bool [B], rows that have not ended.
-        num_drawn: int32 [], tokens that every running row drew before that.
+        new: the tokens of the last step, `_NOTHING` or `_UNSOUND`.
+        running: rows that have not ended.
+        num_drawn: tokens that every running row drew before that.
     """
 
-    new: Array
-    running: Array
-    num_drawn: Array
+    new: Int32[Array, " B"]
+    running: Rows
+    num_drawn: Int32[Array, ""]
 
 
 class _Decoding:
     """A batch on the device: weights, caches and where its rows are."""
 
-    def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: np.ndarray):
+    def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: Bool[np.ndarray, " V"]):
         graph, state = nnx.split(model)
         self.weights, treedef = jax.tree.flatten(state)
         self.append, self.step = _programs(model, (graph, treedef))
@@ -237,11 +238,13 @@ class _Decoding:
         self.place = model.split.place
         self.rows = self.placed(np.full(batch, _NOTHING, np.int32), np.zeros(batch, bool))
 
-    def placed(self, new: np.ndarray, running: np.ndarray) -> "_Rows":
+    def placed(self, new: Int32[np.ndarray, " B"], running: Bool[np.ndarray, " B"]) -> "_Rows":
         """Rows that lie where the steps leave them: the next call is the same program."""
         return _Rows(*self.place((new, running, np.zeros((), np.int32))))
 
-    def append_prompts(self, rows: Sequence[np.ndarray], lengths: np.ndarray, chunk: int) -> None:
+    def append_prompts(
+        self, rows: Sequence[Int32[np.ndarray, " _"]], lengths: Int32[np.ndarray, " B"], chunk: int
+    ) -> None:
         """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""
         num_chunks = -(-int(lengths.max()) // chunk)
         tokens = given.padded(rows, num_chunks * chunk)
@@ -252,8 +255,8 @@ class _Decoding:
                 self.weights, part, num_new, self.cache, self.rows, self.sampler, self.stop
             )
 
-    def steps(self, count: int) -> Iterator[np.ndarray]:
-        """int32 [B] for each of `count` steps, the first of which the prompts brought: the new tokens."""
+    def steps(self, count: int) -> Iterator[Int32[np.ndarray, " B"]]:
+        """The new tokens of each of `count` steps, the first of which the prompts brought."""
         in_flight: collections.deque[Array] = collections.deque()
         for number in range(count):
             if number > 0:
@@ -265,8 +268,8 @@ class _Decoding:
         while in_flight:
             yield np.asarray(in_flight.popleft())
 
-    def append_last(self, tokens: np.ndarray) -> None:
-        """Appends int32 [B], the last token of every row, which no step has: one more step, and nothing is drawn."""
+    def append_last(self, tokens: Int32[np.ndarray, " B"]) -> None:
+        """Appends the last token of every row, which no step has: one more step, and nothing is drawn."""
         rows = self.placed(tokens, np.ones(len(tokens), bool))
         _, self.cache = self.step(self.weights, self.cache, rows, self.sampler, self.stop)
 
@@ -322,12 +325,12 @@ def _compiled(graph: nnx.GraphDef[Decoder], treedef: _Treedef) -> _Programs:
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def append(weights, tokens, num_new, cache, rows, sampler, stop):
-        """A chunk of the prompts. A row's token is that of its last chunk."""
+        """Appends tokens [B, T], a chunk of the prompts. A row's token is that of its last chunk."""
         return advance(weights, tokens, num_new, cache, rows, sampler, stop)
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(weights, cache, rows, sampler, stop):
-        """Appends the tokens that the last call chose. Rows that have ended append nothing."""
+        """Appends the tokens [B] that the last call chose. Rows that have ended append nothing."""
         tokens, num_new = jnp.maximum(rows.new, 0)[:, None], rows.running.astype(jnp.int32)
         rows = _Rows(jnp.full_like(rows.new, _NOTHING), rows.running, rows.num_drawn + 1)
         return advance(weights, tokens, num_new, cache, rows, sampler, stop)
@@ -336,7 +339,7 @@ def _compiled(graph: nnx.GraphDef[Decoder], treedef: _Treedef) -> _Programs:
 
 
 def _new_tokens(
-    decoding: _Decoding, count: int, stop: np.ndarray, report: Callable[[int], object]
+    decoding: _Decoding, count: int, stop: Bool[np.ndarray, " V"], report: Callable[[int], object]
 ) -> Iterator[tuple[int, int]]:
     """Row and token of every new token, in `count` steps or until all rows have ended; reports after every step.
 

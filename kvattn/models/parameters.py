@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from kvattn._typing import Array
 from kvattn.errors import DTypeError
@@ -21,14 +23,14 @@ def parameters_of(model: nnx.Module) -> dict[str, Any]:
     return {name_of(keys): leaf.get_value() for keys, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def filled[M: nnx.Module](model: M, parameters: Mapping[str, Array]) -> M:
+def filled[M: nnx.Module](model: M, parameters: Mapping[str, Shaped[Array, "..."]]) -> M:
     """A model, perhaps one from `nnx.eval_shape`, with these parameters in place of its own."""
     graph, state = nnx.split(model)
     flat = [(keys, leaf.replace(parameters[name_of(keys)])) for keys, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def floating(dtype: Any) -> np.dtype:
+def floating(dtype: DTypeLike) -> np.dtype:
     """A dtype that parameters can have.
 
     Raises:

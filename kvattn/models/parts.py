@@ -47,7 +47,7 @@ class Norm(nnx.Module):
 
 
 def dense(linear: nnx.Linear, x: Array) -> Array:
-    """``linear(x)``, on an Explicit mesh split as its kernel says."""
+    """``linear(x)`` of [..., D], on an Explicit mesh split as its kernel says."""
     return linear(x, out_sharding=product_spec(x, linear.kernel[...], 1))
 
 
@@ -125,17 +125,9 @@ class Experts(nnx.Module):
         )
         return apply(x, scores, *kernels)
 
-    def _apply(
-        self,
-        x: Array,
-        scores: Array,
-        gate: Array,
-        up: Array,
-        down: Array,
-        gate_bias: Array,
-        up_bias: Array,
-        down_bias: Array,
-    ) -> Array:
+    def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:
+        """[B, T, D] -> [B, T, D], by scores [B, T, E], kernels [E, D, F] or [E, F, D], and biases [E, F] or [E, D]."""
+        gate, up, down, gate_bias, up_bias, down_bias = parameters
         batch, length, features = x.shape
         tokens = x.reshape(batch * length, features)
         scores, chosen = jax.lax.top_k(scores.reshape(batch * length, -1), self.per_token)
@@ -147,6 +139,7 @@ class Experts(nnx.Module):
         given = tokens[order // self.per_token]
 
         def project(x: Array, kernel: Array, bias: Array) -> Array:
+            """Rows of x [..., D], each by its expert's kernel [E, D, F] -> [..., F]."""
             return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes) + bias.astype(x.dtype)[expert]
 
         gated = jnp.minimum(project(given, gate, gate_bias), self.limit)

@@ -1,17 +1,26 @@
 """Where the parameters of a decoder lie on a mesh: by heads, and by the hidden size of the MLP."""
 
 import dataclasses
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree, Shaped
 
+from kvattn._typing import Array
 from kvattn.layers.arguments import scheme
 from kvattn.layers.placement import axis_size, explicit_spec
 from kvattn.models.parameters import name_of
 from kvattn.sharding.split import split_over
+
+
+class Metadata(TypedDict, total=False):
+    """What Flax keeps beside a parameter: where it lies."""
+
+    out_sharding: PartitionSpec
+    mesh: Mesh | AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +42,8 @@ class Split:
         if self.mesh is not None:
             axis_size(self.mesh, self.axis)
 
-    @property
-    def of_layer(self) -> dict[str, Any]:
-        """The arguments of an attention layer."""
-        return {"mesh": self.mesh, "by": self.by, "axis": self.axis}
-
-    def rows(self, x: jax.Array, cached: bool) -> jax.Array:
-        """[B, ...] on the mesh, if its axes are Explicit: with a cache over "data" as its rows are, else as it was.
+    def rows(self, x: Shaped[Array, "B ..."], cached: bool) -> Shaped[Array, "B ..."]:
+        """`x` on the mesh, if its axes are Explicit: with a cache over "data" as its rows are, else as it was.
 
         Whatever the current mesh is, its type then names this one, which the transposes of products go by.
         """
@@ -51,7 +55,7 @@ class Split:
             rows = "data"
         return jax.reshard(x, NamedSharding(self.mesh, PartitionSpec(rows)))
 
-    def whole(self, x: jax.Array) -> jax.Array:
+    def whole(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """`x` on every device of the mesh: what a host reads must be whole in each of several processes."""
         if self.mesh is None:
             return x
@@ -60,14 +64,14 @@ class Split:
             return jax.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def place(self, tree: Any) -> Any:
+    def place(self, tree: PyTree) -> PyTree:
         """Arrays of the host on every device of the mesh, with the sharding that `whole` gives."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         place = split_over(self.mesh, self.axis, None)
         return jax.tree.map(lambda x: jax.device_put(x, place.named(PartitionSpec(), x.ndim)), tree)
 
-    def along(self, shape: tuple[int, ...], place: int | None) -> dict[str, Any]:
+    def along(self, shape: tuple[int, ...], place: int | None) -> Metadata:
         """The metadata of a parameter that is split along one of its axes, where that divides; None: whole."""
         if self.mesh is None:
             return {}

@@ -11,10 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
+from kvattn._typing import Array
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
 from kvattn.families import FAMILIES, Blueprint, Fields, Rule
-from kvattn.families.rules import HEAD, Index, Shape
+from kvattn.families.rules import HEAD, Index, Numbers, Shape
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import filled, floating, parameters_of
@@ -89,7 +91,7 @@ def from_pretrained(
     skeleton = nnx.eval_shape(lambda: Decoder(blueprint.config, dtype=dtype, param_dtype=dtype, **on, rngs=nnx.Rngs(0)))
     shardings = placement.shardings(skeleton, mesh)
     _check_blueprint(blueprint, {name: x.shape for name, x in parameters_of(skeleton).items()}, folder)
-    parameters: dict[str, jax.Array] = {}
+    parameters: dict[str, Array] = {}
     try:
         for rule in _largest_first(blueprint.rules):
             reader = _Reader(rule, names, tensors, jnp.float32 if rule.exact else dtype)
@@ -105,16 +107,16 @@ class _Reader:
 
     def __init__(self, rule: Rule, names: dict[str, str], tensors: Tensors, dtype: DTypeLike):
         self._rule, self._names, self._tensors, self._dtype = rule, names, tensors, jnp.dtype(dtype)
-        self._parts: dict[tuple[tuple[int, int], ...], dict[str, np.ndarray]] = {}
+        self._parts: dict[tuple[tuple[int, int], ...], dict[str, Numbers]] = {}
 
-    def placed(self, name: str, sharding: Sharding | None) -> jax.Array:
+    def placed(self, name: str, sharding: Sharding | None) -> Shaped[Array, "..."]:
         """A parameter; each device is given its part of it."""
         shape = self._rule.makes[name].shape
         if sharding is None:
             return jax.device_put(self.part(name, None))
         return jax.make_array_from_callback(shape, sharding, lambda index: self.part(name, index))
 
-    def part(self, name: str, index: Index | None) -> np.ndarray:
+    def part(self, name: str, index: Index | None) -> Numbers:
         """A part of a parameter, None: all of it. Several devices may hold it, and are given the same."""
         shape = self._rule.makes[name].shape
         index = (slice(None),) * len(shape) if index is None else index

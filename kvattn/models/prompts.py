@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from kvattn import _checks
 from kvattn.cache import Cache
@@ -14,8 +15,8 @@ from kvattn.models.decoder import Caches, Decoder
 from kvattn.policies import Context
 
 
-def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    """Every prompt as int32 [length], length >= 1.
+def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[Int32[np.ndarray, " _"]]:
+    """Every prompt, of at least one token.
 
     Raises:
         ShapeError: an empty prompt, or something that is no sequence.
@@ -29,8 +30,8 @@ def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[np.ndarra
     return [_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
 
 
-def stop_mask(stop_tokens: object, vocab_size: int) -> np.ndarray:
-    """bool [V]: which tokens end a row.
+def stop_mask(stop_tokens: object, vocab_size: int) -> Bool[np.ndarray, " V"]:
+    """Which tokens end a row.
 
     Raises:
         DTypeError: what is no int, nor a collection of them.
@@ -56,8 +57,10 @@ def stop_mask(stop_tokens: object, vocab_size: int) -> np.ndarray:
     return mask
 
 
-def continued(cache: object, model: Decoder, num_rows: int, **settings: object) -> tuple[Caches, np.ndarray]:
-    """The caches of an earlier call, one per layer, and int32 [B], the tokens they hold.
+def continued(
+    cache: object, model: Decoder, num_rows: int, **settings: object
+) -> tuple[Caches, Int32[np.ndarray, " B"]]:
+    """The caches of an earlier call, one per layer, and how many tokens their rows hold.
 
     Args:
         cache: what was given as such.
@@ -113,13 +116,19 @@ def continued(cache: object, model: Decoder, num_rows: int, **settings: object) 
     return tuple(cache), lengths[0]
 
 
-def reached(config: DecoderConfig, held: np.ndarray, lengths: np.ndarray, max_new_tokens: int, appended: int) -> int:
+def reached(
+    config: DecoderConfig,
+    held: Int32[np.ndarray, " B"],
+    lengths: Int32[np.ndarray, " B"],
+    max_new_tokens: int,
+    appended: int,
+) -> int:
     """The tokens of the longest row once the prompts are in.
 
     Args:
         config: of the model.
-        held: int32 [B], tokens that the caches hold before.
-        lengths: int32 [B], of the prompts.
+        held: tokens that the caches hold before.
+        lengths: of the prompts.
         max_new_tokens: most new tokens.
         appended: those of them that are appended.
 
@@ -139,8 +148,8 @@ def reached(config: DecoderConfig, held: np.ndarray, lengths: np.ndarray, max_ne
     return most
 
 
-def fitting(cache: Caches, needed: np.ndarray) -> None:
-    """Checks that int32 [B] more tokens can be appended.
+def fitting(cache: Caches, needed: Int32[np.ndarray, " B"]) -> None:
+    """Checks that so many more tokens can be appended.
 
     Raises:
         CapacityError: they cannot; it says how many are missing.
@@ -159,15 +168,15 @@ def fitting(cache: Caches, needed: np.ndarray) -> None:
             )
 
 
-def padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """int32 [B, length]: the rows, zeros after them."""
+def padded(rows: Sequence[Int32[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B T"]:
+    """The rows, zeros after them up to `length`."""
     tokens = np.zeros((len(rows), length), np.int32)
     for to, row in zip(tokens, rows, strict=True):
         to[: len(row)] = row
     return tokens
 
 
-def _prompt(index: int, prompt: object, vocab_size: int) -> np.ndarray:
+def _prompt(index: int, prompt: object, vocab_size: int) -> Int32[np.ndarray, " _"]:
     if isinstance(prompt, str):
         raise DTypeError(
             f"prompt {index} is text, not token ids: pass tokenizer.encode(text).ids (kvattn.models.load_tokenizer), "

@@ -129,9 +129,11 @@ def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
     target = jnp.maximum(target, FLOAT32_TINY)
 
     def weight(taken: Array) -> Array:
+        """Of tokens [B, V] that are taken: [B, 1]."""
         return jnp.sum(jnp.where(taken, weights, 0), axis=-1, keepdims=True)
 
     def refine(i: Array, lowest: Array) -> Array:
+        """The i-th bit of uint32 [B, 1], from the top."""
         higher = lowest | (sign >> i)
         return jnp.where(weight(order >= higher) >= target, higher, lowest)
 

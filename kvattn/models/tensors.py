@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from kvattn.errors import CacheCorruptionError, ConfigError, DTypeError, MissingFileError
+from kvattn.families.rules import Indices, Numbers
+from kvattn.families.settings import Value
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 INDEX = "model.safetensors.index.json"
@@ -58,7 +60,7 @@ class Tensors:
         # What has been read of a mapped file counts as memory of this process until the file is closed.
         self._allowance = max(sum(entry.nbytes for entry in self.entries.values()) // 32, 1 << 20)
 
-    def read(self, name: str, where: Sequence[np.ndarray] = ()) -> np.ndarray:
+    def read(self, name: str, where: Sequence[Indices] = ()) -> Numbers:
         """The numbers of one tensor, or of a part of it, copied.
 
         Args:
@@ -126,13 +128,14 @@ def in_folder(folder: Path, on_read: Callable[[str, int], object] | None = None)
         tensors = sorted(name for name, file in placed.items() if file in missing)
         raise MissingFileError(f"{folder} lacks {', '.join(missing)}, where {INDEX} has: {', '.join(tensors)}.")
     found = Tensors((folder / name for name in names), on_read)
-    wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if found_in(found, name) != file]
+    files = {name: entry.file.name for name, entry in found.entries.items()}
+    wrong = [f"{name} in {file}" for name, file in sorted(placed.items()) if files.get(name) != file]
     if wrong:
         raise CacheCorruptionError(f"{index} has tensors that are not where it says:\n  " + "\n  ".join(wrong))
     return found
 
 
-def folder_of(path: Any) -> Path:
+def folder_of(path: object) -> Path:
     """The folder of a checkpoint.
 
     Raises:
@@ -153,13 +156,7 @@ def folder_of(path: Any) -> Path:
     return folder
 
 
-def found_in(tensors: Tensors, name: str) -> str | None:
-    """The name of the file that holds a tensor."""
-    entry = tensors.entries.get(name)
-    return None if entry is None else entry.file.name
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Value]:
     """A file that holds a JSON object.
 
     Raises:
@@ -178,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _runs(part: Any, where: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _runs(part: Any, where: Sequence[Indices]) -> list[Numbers]:
     """Runs of rows, and of each row the range that holds what is wanted: a disk does not read less than that."""
     rows, *others = where
     ranges = [slice(int(along[0]), int(along[-1]) + 1) for along in others]

@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvattn.errors import CacheCorruptionError, ConfigError, MissingFileError, MissingLibraryError
+from kvattn.families.settings import Value
 from kvattn.models.tensors import folder_of, read_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ CONFIG = "tokenizer_config.json"
 OLDER = "special_tokens_map.json"
 """Where older checkpoints name the tokens."""
 
-type Part = dict[str, Any]
+type Part = dict[str, Value]
 """An object of tokenizer.json: a processor, or a piece of its template."""
 
 _TEMPLATE = "TemplateProcessing"
@@ -84,7 +85,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> "Tokenizer":
     return tokenizer
 
 
-def _obey(tokenizer: "Tokenizer", settings: dict[str, Any], source: Path) -> None:
+def _obey(tokenizer: "Tokenizer", settings: dict[str, Value], source: Path) -> None:
     """Makes a tokenizer do what its settings ask for and tokenizer.json does not do."""
     if _flag(settings, "split_special_tokens", source):
         tokenizer.encode_special_tokens = True
@@ -106,14 +107,14 @@ def _obey(tokenizer: "Tokenizer", settings: dict[str, Any], source: Path) -> Non
                 _settle(tokenizer, end, str(token), number, wanted)
 
 
-def _flag(settings: dict[str, Any], option: str, source: Path) -> bool | None:
+def _flag(settings: dict[str, Value], option: str, source: Path) -> bool | None:
     value = settings.get(option)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"{source}: {option} must be true or false, got {value!r}.")
     return value
 
 
-def _named(settings: dict[str, Any], option: str, source: Path) -> Any:
+def _named(settings: dict[str, Value], option: str, source: Path) -> Value:
     """A token as the settings name it, by its text or as an object; older checkpoints do so in a file of its own."""
     older = source.with_name(OLDER)
     if settings.get(option) is None and older.is_file():

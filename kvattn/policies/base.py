@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int32, PyTree
 
 from kvattn import _checks
-from kvattn._typing import Array, Rows
+from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY, Mask
 
@@ -191,19 +191,19 @@ class Policy:
         """
         return state, self.place(state, step)
 
-    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B *K C"]:
+    def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B *K C"]:
         """The position of the token each slot holds, EMPTY if none."""
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         return jnp.where(slot < lengths[:, None], slot, EMPTY)
 
-    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B *K"]:
+    def kept(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B *K"]:
         """Tokens kept."""
         return jnp.sum(self.positions(state, lengths, num_slots) >= 0, axis=-1, dtype=jnp.int32)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Whether the last `num_tokens` can be taken back as if they had never come."""
         return jnp.ones_like(lengths, bool) & (num_tokens >= 0)
 
-    def trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> State:
+    def trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> State:
         """The state after the last `num_tokens` are taken back."""
         return state

@@ -210,6 +210,7 @@ class FastGen(scored.ScoredPolicy):
         common = punctuation | frequent
 
         def share(kept: Array, amount: Array) -> Array:
+            """Of the attention [B, K, S], what falls on tokens that are kept: [B, K]."""
             return jnp.sum(jnp.where(kept & there, amount, 0), axis=-1) / total
 
         kept = jnp.stack(

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Int32
 
-from kvattn._typing import Array
+from kvattn._typing import Array, Lengths
 from kvattn.policies.base import Policy, State
 from kvattn.policies.registry import register
 
@@ -21,7 +21,7 @@ class Full(Policy):
 
     in_order: ClassVar[bool] = True
 
-    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, " B"]:
+    def kept(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, " B"]:
         """Tokens kept, all that were seen."""
         return jnp.asarray(lengths)
 

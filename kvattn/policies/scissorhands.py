@@ -113,6 +113,7 @@ class Scissorhands(scored.BudgetPolicy):
         over = count > self.budget
 
         def shrink(positions: Array, before: Array | None) -> tuple[Array, Array | None]:
+            """Positions [B, K, C], and those in the cache, of the tokens that stay."""
             keep = self._survivors(positions, low, step)
             positions = jnp.where(over & ~keep, EMPTY, positions)
             return positions, None if before is None else scored.cache_positions(positions)
@@ -177,7 +178,7 @@ class Scissorhands(scored.BudgetPolicy):
     def _counts(low: UInt8[Array, "B K Y S"]) -> Int32[Array, "B K S"]:
         """The bits of every record. Byte by byte: a sum over all would widen the records first."""
 
-        def bits(byte):
+        def bits(byte: Int32[Array, ""] | int) -> Int32[Array, "B K S"]:
             return jax.lax.population_count(jax.lax.dynamic_index_in_dim(low, byte, 2, keepdims=False)).astype(
                 jnp.int32
             )
@@ -186,6 +187,7 @@ class Scissorhands(scored.BudgetPolicy):
 
     @staticmethod
     def _record(low: Array, over_written: Array, new: Array) -> Array:
+        """Records uint8 [B, K, S, Y] without the bits of queries that are forgotten, and with new ones."""
         return (low & ~over_written) | new.astype(jnp.uint8)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn import _checks
 from kvattn._trees import Tree
-from kvattn._typing import Array, Rows
+from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY
 from kvattn.policies.base import NOWHERE, Context, Policy
@@ -34,7 +34,7 @@ class ScoredState(Tree):
     cache_positions: Array | None
 
     def replace[S: ScoredState](self: S, **changes: Array | None) -> S:
-        """The state with other arrays."""
+        """The state with other arrays [B, K, ...]."""
         return dataclasses.replace(self, **changes)
 
 
@@ -52,7 +52,7 @@ class ScoredPolicy(Policy):
         """As remembered."""
         return state.cache_positions
 
-    def positions(self, state: ScoredState, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B K C"]:
+    def positions(self, state: ScoredState, lengths: Lengths, num_slots: int) -> Int32[Array, "B K C"]:
         """As remembered."""
         return state.positions
 
@@ -67,7 +67,7 @@ class ScoredPolicy(Policy):
             cache_positions=None if state.cache_positions is None else enter_last(state.cache_positions, slots),
         )
 
-    def can_trim(self, state: ScoredState, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: ScoredState, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only by nothing: what attention has left behind cannot be taken back."""
         return num_tokens == 0
 
@@ -195,7 +195,7 @@ def above(
 
 
 def _earlier(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Of two (score, position) the one that goes first."""
+    """Of two (score, position), each [B, K, ...], the one that goes first."""
     goes = (one[0] < other[0]) | ((one[0] == other[0]) & (one[1] <= other[1]))
     return jnp.where(goes, one[0], other[0]), jnp.where(goes, one[1], other[1])
 
@@ -237,6 +237,7 @@ def settle(keep: Bool[Array, "B K S"], num_slots: int) -> tuple[Callable[..., Ar
     target = jnp.where(slots < 0, num_slots, slots)  # past the end: dropped
 
     def settled(values: Array, empty: Array | int) -> Array:
+        """[B, K, S, ...] -> [B, K, C, ...]."""
         old = jnp.where(stays.reshape(stays.shape + (1,) * (values.ndim - 3)), values[:, :, :num_slots], empty)
         return old.at[b, k, target].set(values[:, :, num_slots:], mode="drop")
 

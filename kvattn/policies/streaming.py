@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Int32
 
 from kvattn import _checks
-from kvattn._typing import Array, Rows
+from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Context, Policy, State
@@ -70,7 +70,7 @@ class StreamingLLM(Policy):
         slot = jnp.where(position < num_sinks, position, num_sinks + (position - num_sinks) % window)
         return jnp.where((position >= 0) & stays, slot, NOWHERE)
 
-    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B C"]:
+    def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
         """Position s in slot s < num_sinks; behind them the last position that maps to the slot."""
         num_sinks, window = self._counted
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
@@ -79,7 +79,7 @@ class StreamingLLM(Policy):
         position = jnp.where(slot < num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
         return jnp.where(position >= jnp.minimum(slot, num_sinks), position, EMPTY)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only while nothing was overwritten."""
         return (lengths <= num_slots) | (num_tokens == 0)
 

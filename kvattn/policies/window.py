@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Int32
 
 from kvattn import _checks
-from kvattn._typing import Array, Rows
+from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
 from kvattn.policies.base import NOWHERE, Context, Policy, State
@@ -56,18 +56,18 @@ class SlidingWindow(Policy):
         stays = (step.positions >= 0) & (step.positions > (step.last - step.num_slots)[:, None])
         return jnp.where(stays, step.positions % step.num_slots, NOWHERE)
 
-    def positions(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, "B C"]:
+    def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
         """Slot s holds the last position below `lengths` that equals s modulo C."""
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         last = lengths[:, None] - 1
         position = last - (last - slot) % num_slots
         return jnp.where(position >= 0, position, EMPTY)
 
-    def kept(self, state: State, lengths: Int32[Array, " B"], num_slots: int) -> Int32[Array, " B"]:
+    def kept(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, " B"]:
         """min(tokens seen, C)."""
         return jnp.minimum(lengths, num_slots)
 
-    def can_trim(self, state: State, lengths: Int32[Array, " B"], num_tokens: Array, num_slots: int) -> Rows:
+    def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
         return (lengths <= num_slots) | (num_tokens == 0)
 

@@ -846,7 +846,7 @@ FAULTS: list[Fault] = [
         ("Settings.get", "self._given.get(name, default)", "self._given.get(name)"),
     ),
     *group(
-        "families/family.py",
+        "families/registry.py",
         "test_extending_family.py",
         ("register", "name in names or find(name) is not None", "name in names"),
         ("register", "name in names or find(name) is not None", "find(name) is not None"),
@@ -861,7 +861,7 @@ FAULTS: list[Fault] = [
         "families/fields.py",
         "test_extending_family.py",
         ("Fields.finish", "n not in known and not is_harmless(n, x)", "False"),
-        ("Fields.get", 'name not in self.family.defaults and name != "quantization_config"', "False"),
+        ("Fields.get", 'name not in self.format.defaults and name != "quantization_config"', "False"),
     ),
     *group("memory/hf_config.py", "test_extending_family.py", ("_refuse", "not is_known and _ENCODERS", "_ENCODERS")),
     *group("models/pretrained.py", "test_extending_family.py", ("_check_blueprint", "made != parameters", "False")),

@@ -1,7 +1,13 @@
 """BLOOM and MPT: ALiBi, layer norms, no gate."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import Blueprint, DecoderConfig, Family, Fields, Sizes, params, register, rules
+from kvattn.families import params, rules
+from kvattn.families.config import DecoderConfig
+from kvattn.families.family import Family, Sizes
+from kvattn.families.fields import Fields
+from kvattn.families.registry import register
+from kvattn.families.rules import Blueprint
+from kvattn.families.settings import Format
 
 
 def _bloom(fields: Fields) -> Blueprint:
@@ -137,7 +143,7 @@ MPT = Family(
     kv_heads=_mpt_kv_heads,
     params=_mpt_params,
 )  # fmt: skip
-_ATTENTION = Family(
+_ATTENTION = Format(
     model_type="mpt",
     defaults={
         "attn_type": "multihead_attention", "alibi": True, "prefix_lm": False, "qk_ln": False,

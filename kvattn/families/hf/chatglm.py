@@ -1,6 +1,8 @@
 """ChatGLM: groups of query heads by a flag; the first one, of 6B, has neither them nor a gate."""
 
-from kvattn.families import Estimate, Family, Sizes, params, register
+from kvattn.families import params
+from kvattn.families.family import Estimate, Family, Sizes
+from kvattn.families.registry import register
 
 
 def _kv_heads(f: Sizes, heads: int) -> int:

@@ -1,7 +1,13 @@
 """Falcon: 7B (one key/value head, one norm), 40B (groups, two norms), 11B (groups, one norm), RW (ALiBi)."""
 
-from kvattn.families import Blueprint, DecoderConfig, Family, Fields, Settings, Sizes, Value, params, register, rules
+from kvattn.families import params, rules
+from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import ROPE, usual
+from kvattn.families.family import Family, Sizes
+from kvattn.families.fields import Fields
+from kvattn.families.registry import register
+from kvattn.families.rules import Blueprint
+from kvattn.families.settings import Settings, Value
 from kvattn.positions import alibi_slopes
 
 

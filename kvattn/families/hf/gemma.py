@@ -3,10 +3,15 @@
 import math
 
 from kvattn.errors import ConfigError
-from kvattn.families import DecoderConfig, Estimate, Family, Fields, Sizes, Value, layers, params, register, rules
+from kvattn.families import layers, params, rules
+from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import ROPE, usual
+from kvattn.families.family import Estimate, Family, Sizes
+from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
 from kvattn.families.kinds import NONE, WINDOW, Kind, every
+from kvattn.families.registry import register
+from kvattn.families.settings import Value
 
 _every_second = layers.windowed_but(at=1, period=2)
 

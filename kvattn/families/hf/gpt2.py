@@ -2,8 +2,13 @@
 
 from collections.abc import Callable
 
-from kvattn.families import DecoderConfig, Family, Fields, Settings, Sizes, Value, params, register, rules
+from kvattn.families import params, rules
+from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import usual
+from kvattn.families.family import Family, Sizes
+from kvattn.families.fields import Fields
+from kvattn.families.registry import register
+from kvattn.families.settings import Settings, Value
 
 _BUFFERS = (r"\.attn\.(masked_)?bias$",)
 """Masks that older files carry."""

@@ -1,10 +1,12 @@
 """GPT-Neo, GPT-NeoX, GPT-J and their relatives."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import Estimate, Family, Sizes, params, register
+from kvattn.families import params
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Family, Sizes
 from kvattn.families.hf import gpt2
 from kvattn.families.kinds import FULL, WINDOW, Kind
+from kvattn.families.registry import register
 
 
 def _gpt_neo(f: Sizes, num_layers: int) -> list[Kind]:

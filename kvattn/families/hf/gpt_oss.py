@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvattn.families import DecoderConfig, Experts, Family, Fields, Sizes, layers, params, register, rules
+from kvattn.families import layers, params, rules
+from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import ROPE, usual
+from kvattn.families.family import Experts, Family, Sizes
+from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
+from kvattn.families.registry import register
 
 # The sixteen values of a 4-bit float with two bits of exponent and one of fraction.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

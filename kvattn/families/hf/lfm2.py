@@ -1,11 +1,12 @@
 """LFM2: short convolutions in most layers, attention in some."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import Estimate, Family, Sizes, register
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Family, Sizes
 from kvattn.families.kinds import Kind
 from kvattn.families.layers import attending, full
 from kvattn.families.params import mlp, mlp_size
+from kvattn.families.registry import register
 
 
 def _lfm2(f: Sizes, num_layers: int) -> list[Kind]:

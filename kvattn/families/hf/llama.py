@@ -1,8 +1,13 @@
 """Llama, Mistral, Mixtral and Phi-3: RMS norms, rotary positions, SwiGLU."""
 
-from kvattn.families import Blueprint, DecoderConfig, Family, Fields, Value, layers, params, register, rules
+from kvattn.families import layers, params, rules
+from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import ROPE, usual
-from kvattn.families.fields import MAX_HEADS
+from kvattn.families.family import Family
+from kvattn.families.fields import MAX_HEADS, Fields
+from kvattn.families.registry import register
+from kvattn.families.rules import Blueprint
+from kvattn.families.settings import Value
 
 BUFFERS = (r"rotary_emb\.inv_freq$",)
 PARTS = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}

@@ -1,9 +1,12 @@
 """Llama 4: layers with rotary positions keep their chunk only, and SmolLM3, whose layers follow the same list."""
 
-from kvattn.families import Estimate, Experts, Family, Sizes, Value, params, register
+from kvattn.families import params
 from kvattn.families.defaults import usual
 from kvattn.families.experts import expert_weights, layer_numbers
+from kvattn.families.family import Estimate, Experts, Family, Sizes
 from kvattn.families.kinds import CHUNK, FULL, WINDOW, Kind
+from kvattn.families.registry import register
+from kvattn.families.settings import Value
 
 
 def _turned(f: Sizes, num_layers: int) -> list[Value]:

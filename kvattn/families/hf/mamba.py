@@ -1,10 +1,12 @@
 """Hybrids of attention and Mamba: Jamba, Bamba, Falcon-H1, Granite 4, Zamba 2, Nemotron-H."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import Estimate, Experts, Family, Sizes, params, register
+from kvattn.families import params
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Experts, Family, Sizes
 from kvattn.families.kinds import NONE, Kind, every
 from kvattn.families.layers import attending, full
+from kvattn.families.registry import register
 
 
 def _jamba(f: Sizes, num_layers: int) -> list[Kind]:

@@ -1,9 +1,10 @@
 """MiniMax: linear ("lightning") attention in most layers, softmax in some; M2 has softmax in all."""
 
 from kvattn.errors import ConfigError
-from kvattn.families import Estimate, Family, Sizes, register
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Family, Sizes
 from kvattn.families.kinds import FULL, NONE, Kind, every
+from kvattn.families.registry import register
 
 
 def _listed(f: Sizes, num_layers: int) -> list[Kind] | None:

@@ -1,11 +1,13 @@
 """Families that are planned only, and differ from the usual by a handful of defaults."""
 
 from kvattn import _checks
-from kvattn.families import Estimate, Experts, Family, Sizes, Value, register
+from kvattn.families.family import Estimate, Experts, Family, Sizes
 from kvattn.families.hf import bloom
 from kvattn.families.kinds import Kind
 from kvattn.families.layers import PATTERNS, full, windowed, windowed_but, windowed_by_pattern, windowed_from
 from kvattn.families.params import two_matrices
+from kvattn.families.registry import register
+from kvattn.families.settings import Value
 
 _TIED = {"tie_word_embeddings": True}
 _SHARING = {"use_cla": False, "cla_share_factor": 1}
@@ -138,7 +140,8 @@ STARCODER2 = Family(
     estimate=_TWO,
 )
 
-register(AFMOE, COHERE2, CWM, DBRX, DOTS1, ERNIE, EXAONE4, OLMO3, STARCODER2)
+register(AFMOE, COHERE2, CWM, EXAONE4, OLMO3, STARCODER2)
+register(DBRX, DOTS1, ERNIE)  # with experts
 register(*(Family(model_type=kind, defaults=defaults) for kind, defaults in _ALIKE.items()))
 register(*(Family(model_type=kind, defaults=defaults, estimate=_TWO) for kind, defaults in _PLAIN_MLP.items()))
 register(*(Family(model_type=kind, defaults=x, nullable=_KV_HEADS) for kind, x in _AS_MANY_AS_QUERIES.items()))

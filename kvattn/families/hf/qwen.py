@@ -1,9 +1,13 @@
 """Qwen: the first, 2, 2.5 and 3, dense and with experts."""
 
-from kvattn.families import Blueprint, Estimate, Family, Fields, Sizes, layers, params, register
+from kvattn.families import layers, params
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Family, Sizes
+from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
 from kvattn.families.kinds import FULL, WINDOW, Kind
+from kvattn.families.registry import register
+from kvattn.families.rules import Blueprint
 
 _windows = layers.windowed_from("max_window_layers", "use_sliding_window")
 

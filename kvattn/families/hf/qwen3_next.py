@@ -1,8 +1,9 @@
 """Qwen3-Next, Qwen 3.5 and OLMo hybrid: a gated delta net in most layers, attention in some."""
 
-from kvattn.families import Estimate, Family, Sizes, register
 from kvattn.families.defaults import usual
+from kvattn.families.family import Estimate, Family, Sizes
 from kvattn.families.kinds import FULL, NONE, Kind, every
+from kvattn.families.registry import register
 
 
 def _interval(f: Sizes, num_layers: int) -> list[Kind]:
