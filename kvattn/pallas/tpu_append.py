@@ -68,7 +68,8 @@ class InPlace:
         return kernel(array, x)
 
 
-Blocks.register(InPlace)  # what `__getattr__` hands on, `isinstance` does not see
+# What `__getattr__` hands on, `isinstance` does not see.
+Blocks.register(InPlace)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _takes(store: Store, array: Stored, x: Shaped[Array, "B K T F"], transposed: bool) -> bool:
