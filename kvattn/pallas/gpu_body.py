@@ -1,6 +1,6 @@
 """The body of `"mosaic_gpu"`: one warpgroup that fetches, one that computes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,7 +15,7 @@ from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread
 from kvattn.pallas.shares import Counts
 
 
-def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> list[Array]:
+def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> Sequence[Array]:
     """Partial states, and scores if wanted.
 
     Args:

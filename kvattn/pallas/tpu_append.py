@@ -19,7 +19,7 @@ from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages, Store
-from kvattn.codecs.blocks import Stored
+from kvattn.codecs.blocks import Blocks, Stored
 from kvattn.pallas import tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tpu_decode import INTERPRETER, params
@@ -66,6 +66,10 @@ class InPlace:
             )
         )
         return kernel(array, x)
+
+
+# What `__getattr__` hands on, `isinstance` does not see.
+Blocks.register(InPlace)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _takes(store: Store, array: Stored, x: Shaped[Array, "B K T F"], transposed: bool) -> bool:
