@@ -8,8 +8,9 @@ by these names, and need not know which cache, codec or policy is behind an arra
 rows      B: sequences
 heads     K: key/value heads
 blocks    of slots, of a contiguous cache
-slots     R: of a block or a page
+slots     R: of a block
 pages     P: of a pool
+offsets   R: slots of a page
 columns   of the page table
 recent    tokens that a codec keeps beside the slots, as they came
 features  what is stored of a token

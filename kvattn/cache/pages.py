@@ -37,7 +37,7 @@ class Pages:
     @staticmethod
     def axes(page: str) -> str:
         """The names of the axes of an array whose pages have these (`kvattn.cache.axes`)."""
-        return f"heads pages {page}"
+        return f"heads pages {page.replace('slots', 'offsets')}"
 
     @property
     def num_slots(self) -> int:
