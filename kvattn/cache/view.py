@@ -109,8 +109,15 @@ def token_view(
     """
     keys = codec.lay_out(layout, "keys", key.swapaxes(1, 2))
     values = codec.lay_out(layout, "values", value.swapaxes(1, 2))
-    counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    where = block_positions(layout, positions)
-    view = View(keys, values, where, counts, layout, codec, key.shape[-1], value.shape[-1])
+    view = View(
+        keys=keys,
+        values=values,
+        positions=block_positions(layout, positions),
+        counts=jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
+        layout=layout,
+        codec=codec,
+        key_head_dim=key.shape[-1],
+        value_head_dim=value.shape[-1],
+    )
     slots = jnp.where(positions >= 0, jnp.arange(positions.shape[1], dtype=jnp.int32)[None], -1)
     return dataclasses.replace(view, fresh=(slots, key, value)) if codec.rounds else view

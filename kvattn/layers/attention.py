@@ -18,6 +18,7 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import PrecisionLike
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -422,7 +423,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         dtype = _checks.inexact("dtype", self.settings.storage_dtype if dtype is None else dtype)
         sharding = placement.cache_metadata(self.cache_sharding, self.key.kernel[...], len(batch) + 3)
 
-        def empty(size: int) -> nnx.Cache[Array]:
+        def empty(size: int) -> nnx.Cache[Array]:  # [..., L, K, size]
             shape = (*batch, length, self.num_kv_heads, size)
             return nnx.Cache(jnp.zeros(shape, dtype), **sharding)
 
@@ -482,7 +483,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         return key, projections.to_heads(self.value, inputs_v, clip=self.qkv_clip, sharding=sharding)
 
     @property
-    def _sinks(self) -> Array | None:
+    def _sinks(self) -> Float[Array, " N"] | None:
         return None if self.sinks is None else self.sinks[...]
 
     def _append(
@@ -494,7 +495,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         mask: ArrayLike | None,
         input_positions: ArrayLike | None,
     ) -> decode_protocol.Step:
-        """Adds tokens to Flax's cache."""
+        """Adds tokens [..., T, heads, H] to Flax's cache."""
         if self.cached_key is None or self.cached_value is None or self.cache_index is None:
             raise ConfigError("Autoregressive cache not initialized, call ``init_cache`` first.")
         cached = decode_protocol.Cached(self.cached_key[...], self.cached_value[...], self.cache_index[...])

@@ -201,7 +201,7 @@ def call(
 def dropout_key(
     settings: AttentionSettings, deterministic: bool | None, rngs: nnx.Rngs | nnx.RngStream | None
 ) -> Array | None:
-    """A key for the dropout of an NNX layer, or None where nothing is dropped.
+    """A key [] for the dropout of an NNX layer, or None where nothing is dropped.
 
     Raises:
         ConfigError: nothing says whether to drop, or where to draw from.

@@ -149,7 +149,8 @@ def check_cross(settings: AttentionSettings) -> None:
 def is_cross(settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
     """Whether a call of Flax's decode protocol brings an encoder's tokens instead of new ones of its own sequence.
 
-    Keys of another length than the queries can only be an encoder's. One token with one key is appended, as in Flax.
+    Inputs are [..., T, D]. Keys of another length than the queries can only be an encoder's. One token with one key is
+    appended, as in Flax.
 
     Raises:
         ConfigError: several keys for as many queries, which may be either; or an encoder where positions matter.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Int
+from jaxtyping import Int, Int32, Num
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -147,7 +147,7 @@ def positions(index: Int[Array, ""], num_tokens: int) -> Int[Array, " T"]:
     return index.astype(jnp.int32) + jnp.arange(num_tokens, dtype=jnp.int32)
 
 
-def refuse_overflow(index: Array, num_tokens: int, length: int) -> None:
+def refuse_overflow(index: Int32[Array, ""], num_tokens: int, length: int) -> None:
     """Raises where it can be seen that `num_tokens` more do not fit into a cache of `length`.
 
     Raises:
@@ -162,14 +162,14 @@ def refuse_overflow(index: Array, num_tokens: int, length: int) -> None:
         )
 
 
-def readable(cached: Array, index: Array) -> Array:
+def readable(cached: Num[Array, "*B L K H"], index: Int32[Array, ""]) -> Num[Array, "*B L K H"]:
     """`cached` with zeros in the slots that hold no token: what lies there must not reach a product."""
     filled = jnp.arange(cached.shape[-3], dtype=jnp.int32) < index
     return jnp.where(filled.reshape((1,) * (cached.ndim - 3) + (-1, 1, 1)), cached, 0)
 
 
 def _write(cached: Array, new: Array, start: Array, fits: Array) -> Array:
-    """Puts `new` at `start` of the length axis where it fits, else leaves `cached` as it is."""
+    """Puts `new` [..., T, K, H] at `start` of the length axis where it fits, else leaves `cached` as it is."""
     axis = cached.ndim - 3
     old = lax.dynamic_slice_in_dim(cached, start, new.shape[-3], axis)
     new = placement.like(new.astype(cached.dtype), old)

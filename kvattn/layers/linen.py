@@ -239,7 +239,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         return AttentionSettings.checked(given, in_features)
 
     def _settings_of_encoder(self, encoder_out: Array) -> AttentionSettings:
-        """An encoder's features say nothing about the size of a head: there the parameters do."""
+        """An encoder's features [..., S, D] say nothing about the size of a head: there the parameters do."""
         settings = self._settings()
         if settings.head_dim is None and self.has_variable("params", "key"):
             size = nn.meta.unbox(self.get_variable("params", "key"))["kernel"].shape[-1]
@@ -247,13 +247,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         return self._settings(encoder_out.shape[-1])
 
     def _is_cross(self, settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
-        """Whether this decode call brings an encoder's tokens; a call that creates the cache is none."""
+        """Whether this decode call brings an encoder's tokens [..., S, D]; a call that creates the cache is none."""
         if not self.decode or not self.has_variable("cache", "cached_key"):
             return False
         return caching.is_cross(settings, inputs_q, inputs_k)
 
     def _dropout_rng(self, deterministic: bool | None, rng: Array | None) -> Array | None:
-        """A key for dropout, or None where nothing is dropped."""
+        """A key [] for dropout, or None where nothing is dropped."""
         if self.dropout_rate == 0.0 or nn.merge_param("deterministic", self.deterministic, deterministic):
             return None
         return self.make_rng("dropout") if rng is None else rng
@@ -272,7 +272,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         dropout_rng: Array | None,
         sow_weights: bool,
     ) -> Array:
-        """Attends with `attention_fn`, or with kvattn's own where that is Flax's default."""
+        """Attends to [..., S, K, H] with `attention_fn`, or with kvattn's own where that is Flax's default."""
         einsums = linen_parts.einsums(self)
         rules = {
             "bias": bias,
@@ -322,7 +322,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         return masking.spoil(x, spoiled)
 
     def _forced(self, x: Array) -> Array:
-        """`x`, as wide as Flax's weights are with `force_fp32_for_softmax`."""
+        """`x` [...], as wide as Flax's weights are with `force_fp32_for_softmax`."""
         narrow = self.force_fp32_for_softmax and x.dtype in (jnp.bfloat16, jnp.float16)
         return x.astype(jnp.float32) if narrow else x
 
@@ -344,7 +344,7 @@ class SelfAttention(MultiHeadDotProductAttention):
         sow_weights: bool = False,
         **additions: Any,
     ) -> Any:
-        """As `MultiHeadDotProductAttention` with `inputs_q` only."""
+        """As `MultiHeadDotProductAttention` with `inputs_q` [..., T, D] only."""
         warnings.warn(
             "SelfAttention will be deprecated soon. Use `MultiHeadDotProductAttention.__call__(inputs_q)` instead.",
             DeprecationWarning,

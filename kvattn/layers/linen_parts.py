@@ -23,7 +23,7 @@ Initializer = Callable[..., Array]
 def key_value_inputs(
     inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None, inputs_kv: Array | None
 ) -> tuple[Array, Array]:
-    """The inputs of keys and values, filled in from what was given, with Flax's warnings.
+    """The inputs [..., S, D] of keys and values, filled in from what was given, with Flax's warnings.
 
     Raises:
         ConfigError: inputs that exclude each other.
@@ -111,7 +111,7 @@ class Projections:
         return projections.clipped(x, self.settings.qkv_clip)
 
     def _norm(self, name: str, x: Array) -> Array:
-        """Normalises each head, where the layer has a norm."""
+        """Normalises each head of [..., T, heads, H], where the layer has a norm."""
         settings = self.settings
         if settings.qk_norm is None:
             return x
@@ -122,7 +122,7 @@ class Projections:
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """`jax.lax.dot_general` that says how its result is split where an Explicit mesh needs to be told."""
+    """`jax.lax.dot_general` of [..., *in] and [*in, *out] that says how its result is split on an Explicit mesh."""
     lhs = placement.typed(lhs, rhs)
     spec = placement.product_spec(lhs, rhs, len(dimension_numbers[0][0]))
     if spec is not None:
@@ -139,7 +139,7 @@ def decode_step(
     mask: ArrayLike | None,
     input_positions: ArrayLike | None,
 ) -> decode.Step | None:
-    """Adds tokens to the collection `cache`; None in the call that creates it."""
+    """Adds tokens [..., T, K, H] to the collection `cache`; None in the call that creates it."""
     exists = layer.has_variable("cache", "cached_key")
     variables = (
         layer.variable("cache", "cached_key", _empty(layer, key)),
@@ -190,7 +190,9 @@ def call_foreign(
     flax: dict[str, Any],
     additions: dict[str, Any],
 ) -> Array:
-    """Calls an `attention_fn` of the user with those of Flax's arguments that it takes, and the additions that are set.
+    """Calls an `attention_fn` of the user on [..., T, N, H] with those of Flax's arguments that it takes.
+
+    The additions that are set come along.
 
     Raises:
         ConfigError: it has no argument for an addition that is set. (Causality and windows become a mask.)
@@ -209,9 +211,9 @@ def call_foreign(
 
 
 def _empty(layer: nn.Module, like: Array) -> Callable[[], Any]:
-    """Makes an empty cache in the shape, dtype and placement of the keys or values of a whole sequence."""
+    """Makes an empty cache [..., L, K, H] as the keys or values of a whole sequence are shaped, typed and placed."""
 
-    def zeros() -> Array:
+    def zeros() -> Array:  # [..., L, K, H]
         return jnp.zeros(like.shape, like.dtype, out_sharding=placement.explicit_spec(like))
 
     names = layer.cache_sharding

@@ -24,7 +24,7 @@ from kvattn.errors import ShardingError
 
 
 def explicit_spec(x: Array) -> PartitionSpec | None:
-    """How `x` is split over Explicit mesh axes, one entry per axis of `x`; None outside such a mesh."""
+    """How `x` [...] is split over Explicit mesh axes, one entry per axis of `x`; None outside such a mesh."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
         return None
@@ -32,12 +32,12 @@ def explicit_spec(x: Array) -> PartitionSpec | None:
 
 
 def on_mesh_of(x: Array, *entries: object) -> NamedSharding:
-    """A placement on the mesh that `x` is typed with, which need not be the current one."""
+    """A placement on the mesh that `x` [...] is typed with, which need not be the current one."""
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries))
 
 
 def typed(x: Array, kernel: Array) -> Array:
-    """`x` with a type that names the Explicit mesh of `kernel`, which need not be the current one; whole there.
+    """`x` [...] with a type that names the Explicit mesh of `kernel`, which need not be the current one; whole there.
 
     The transposes of products go by types, so the gradient of `x` needs it. Outside a trace there are none.
     """
@@ -176,7 +176,7 @@ def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     shards = math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in _names(heads))
     repeats = math.lcm(key.shape[-2], shards) // key.shape[-2]
 
-    def moved(x: Array) -> Array:
+    def moved(x: Array) -> Array:  # [..., S, K, H]
         own = explicit_spec(x)
         if own is None:
             return x
@@ -221,7 +221,7 @@ def cache_metadata(given: Any, kernel: Array, rank: int) -> dict[str, Any]:
 
 
 def like(x: Array, reference: Array) -> Array:
-    """Moves `x` to the split of `reference` (same rank); does nothing outside an Explicit mesh."""
+    """Moves `x` [...] to the split of `reference` (same rank); does nothing outside an Explicit mesh."""
     spec = explicit_spec(reference)
     if spec is None or spec == explicit_spec(x):
         return x
@@ -229,7 +229,7 @@ def like(x: Array, reference: Array) -> Array:
 
 
 def like_rows(x: Array, reference: Array) -> Array:
-    """Moves the rows of `x` to where those of `reference` are on an Explicit mesh; the rest of it is whole."""
+    """Moves the rows of `x` [B, ...] to where those of `reference` are on an Explicit mesh; the rest of it is whole."""
     if explicit_spec(x) is None:
         return x
     spec = explicit_spec(reference)
@@ -237,7 +237,7 @@ def like_rows(x: Array, reference: Array) -> Array:
 
 
 def like_batch(x: Array, reference: Array) -> Array:
-    """Moves the batch axes of `x` (each 1 or that of `reference`) to where those of `reference` are; the rest is whole.
+    """Moves the axes of `x` [...] (each 1 or that of `reference`) to where those of `reference` are; the rest is whole.
 
     Does nothing outside an Explicit mesh.
     """

@@ -17,7 +17,7 @@ Sharding = NamedSharding | PartitionSpec | None
 
 
 def filled_in(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array, Array]:
-    """The inputs of queries, keys and values: keys are those of queries, values those of keys where left out.
+    """The inputs [..., T, D] of queries, keys and values. Keys left out are those of queries, values those of keys.
 
     Raises:
         ConfigError: values without keys.
@@ -63,7 +63,7 @@ def checked_inputs(
 
 
 def clipped(x: Array, limit: float | None) -> Array:
-    """`x` within [-limit, limit]; as it is if None."""
+    """`x` [...] within [-limit, limit]; as it is if None."""
     return x if limit is None else jnp.clip(x, -limit, limit)
 
 
@@ -75,7 +75,7 @@ def to_heads(
     clip: float | None,
     sharding: Sharding = None,
 ) -> Num[Array, "*B T heads size"]:
-    """Projects features to heads, which are clipped, then normalised."""
+    """Projects features [..., T, D] to heads, which are clipped, then normalised."""
     kernel = projection.kernel[...]
     inputs = placement.typed(inputs, kernel)
     if sharding is None:
