@@ -14,8 +14,7 @@ P     pages of a pool
 R     rows (tokens) of a page or block
 ====  =====================================================================
 
-Activations are ``[B, T, N, H]``. How a cache lays out its arrays is its own business
-(`kvattn.cache.layout`).
+Activations are ``[B, T, N, H]``. Caches lay out their arrays as `kvattn.cache.layout` says.
 """
 
 from collections.abc import Mapping

@@ -32,7 +32,7 @@ class Request:
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
         want_mass: whether the attention per slot is wanted.
-        key_rope: rotates the keys of the view by their positions; None: they are as they shall be.
+        key_rope: rotates the keys of the view by their positions. None: they are stored rotated.
     """
 
     query: Float[Array, "B T N H"]
@@ -57,7 +57,7 @@ class Request:
 
 
 def rotated(keys: Float[Array, "B K R H"], rope: RoPE, kv_positions: Int32[Array, "B K1 R"]) -> Float[Array, "B K R H"]:
-    """Keys turned to their positions (of one head or all); those of empty slots anyhow."""
+    """Keys turned to their positions (of one head or all); keys of empty slots to anywhere."""
     batch, heads, rows, features = keys.shape
     where = jnp.broadcast_to(jnp.maximum(kv_positions, 0), (batch, heads, rows)).reshape(batch * heads, rows)
     return rope(keys.reshape(batch * heads, rows, 1, features), where).reshape(keys.shape)

@@ -238,7 +238,7 @@ def _measured(step: Step, requests: list[Request], lse: Float[Array, "B T N"], c
     def of_block(
         probs: Float[Array, "B K T R"], q_positions: Int32[Array, "B T"], kv_positions: Int32[Array, "B K1 R"]
     ) -> PyTree:
-        # Sums may be averaged over the heads of a group at last; whatever else is measured is of the average.
+        # Sums can be averaged over the heads of a group afterwards; anything else is measured of the average.
         probs = probs if policy.measures_sums else average(probs)
         return policy.measure(cache.state, probs, original(q_positions), original(kv_positions), told)
 

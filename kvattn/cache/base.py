@@ -217,7 +217,7 @@ class Cache(Tree):
         return rows
 
     def vouched(self, num_new: Int32[Array, " B"], window: int | None = None) -> tuple[Self, Int32[Array, " B"]]:
-        """The cache, and how many of the new tokens may be appended, as far as where they would go is known.
+        """Checks where the new tokens would go. Returns the cache, and how many of them may be appended.
 
         Args:
             num_new: new tokens of each row.

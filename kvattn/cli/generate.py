@@ -62,7 +62,7 @@ def generate(
     prompt: Annotated[list[str], parse.option("TEXT", "Text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[str, typer.Option(metavar="INT")] = "128",
     temperature: Annotated[str, parse.option("NUMBER", "0 takes the most probable token.")] = "0",
-    top_k: Annotated[str | None, parse.option("INT", "Draw from the so many most probable.")] = None,
+    top_k: Annotated[str | None, parse.option("INT", "Draw from this many most probable tokens.")] = None,
     top_p: Annotated[str | None, parse.option("SHARE", "Draw from the nucleus.")] = None,
     seed: Annotated[str, typer.Option(metavar="INT")] = "0",
     policy: Annotated[str | None, parse.option("POLICY", "As for `kvattn memory`.")] = None,

@@ -122,7 +122,7 @@ class Codec:
         return num_tokens >= 0
 
     def for_chunk(self, dtype: DTypeLike) -> "Codec":
-        """How the new tokens of a chunk see each other: as the next chunk will see them, so that chunking is no matter.
+        """How the new tokens of a chunk see each other: as the next chunk will, so that chunks do not matter.
 
         Args:
             dtype: of the new tokens.

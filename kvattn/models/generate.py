@@ -114,7 +114,7 @@ def generate(
         policy: which tokens the caches keep; as in `Decoder.make_cache`.
         codec: in how many bits.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
-        top_k: draw from the so many most probable tokens only. Of equal logits those of lower id stay. None: all.
+        top_k: draw from the `top_k` most probable tokens only; ties go to lower ids. None: from all.
         top_p: draw from the nucleus only (Holtzman et al., arXiv:1904.09751): the smallest set of most probable tokens
             whose probability, after temperature and `top_k`, reaches it. None, or 1: all.
         seed: of the draws, below 2**32. A draw depends on the seed, the row and how many tokens this call drew before,

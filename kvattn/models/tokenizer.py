@@ -54,7 +54,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> "Tokenizer":
     Raises:
         MissingFileError: there is no such folder, it is a file, or it has no such file.
         CacheCorruptionError: a file that is damaged or holds something else.
-        ConfigError: a token that shall be added and has no name, or none that is in the vocabulary; settings that are
+        ConfigError: a token to be added that has no name, or none that is in the vocabulary; settings that are
             neither true nor false.
         DTypeError: something that is no path.
         MissingLibraryError: `tokenizers` is not installed.

@@ -57,7 +57,7 @@ def mqa(
         start_idx: int32 [B] or scalar: slots before it are not attended to. None: 0.
         kv_seq_len: int32 [B] or scalar: nor those from it on. None: S.
         sm_scale: factor of the scores. None: 1/sqrt(H).
-        block_h: of no meaning here; so the next seven.
+        block_h: ignored, as are the seven arguments below.
         block_k: see block_h.
         k_splits: see block_h.
         num_warps: see block_h.
@@ -160,7 +160,7 @@ def gpu_paged_attention(
         lengths: int32 [B]. None: W R each.
         k_scales_pages: [K, P, R], with pages of int8 or float8_e4m3fn.
         v_scales_pages: likewise.
-        block_h: of no meaning here; so the next seven.
+        block_h: ignored, as are the seven arguments below.
         pages_per_compute_block: see block_h.
         k_splits: see block_h.
         num_warps: see block_h.
@@ -206,9 +206,9 @@ def tpu_paged_attention(
         v_pages: likewise.
         lengths: int32 [B].
         page_indices: int32 [B, W].
-        mask_value: of no meaning here.
+        mask_value: ignored.
         attn_logits_soft_cap: scores become cap * tanh(scores / cap).
-        pages_per_compute_block: of no meaning here; so the last two.
+        pages_per_compute_block: ignored, as are the two arguments below.
         megacore_mode: see pages_per_compute_block.
         inline_seq_dim: see pages_per_compute_block.
 
