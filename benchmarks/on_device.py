@@ -7,7 +7,7 @@
     python benchmarks/on_device.py --build                   lowers every program for a GPU, on a CPU
     python benchmarks/on_device.py --show DIR                the table of an earlier run, and a picture
 
-Needs Python 3.12, jax, numpy, einops and jaxtyping, and the repository around it; nothing has to be installed of it.
+Needs Python 3.12, jax, numpy and jaxtyping, and the repository around it; nothing has to be installed of it.
 Peers that are not installed are named as such. Every task is a process with a timeout of its own (`runner.py`), every
 result is in ``results.jsonl`` as soon as it is there. ``log.txt`` has what the processes said, ``table.txt`` the table
 that is printed last, ``sizes.json`` the fastest sizes for `kvattn.pallas.tuning.use`.

@@ -25,7 +25,7 @@ For ``Mask(window=3, num_sinks=1)`` and six tokens, queries downwards::
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -131,24 +131,3 @@ class Mask:
         if self.window is None or window <= self.window:
             return dataclasses.replace(self, window=window, num_sinks=0)
         return dataclasses.replace(self, reach=window) if self.num_sinks else self
-
-
-def row_positions(
-    num_tokens: int, lengths: Int[Array, " B"] | None = None, starts: Int[Array, " B"] | None = None
-) -> Int32[Array, "#B S"]:
-    """Positions of the tokens of padded rows.
-
-    Args:
-        num_tokens: length of the padded rows, S.
-        lengths: real tokens per row. None: all of them.
-        starts: index of the first real token (left padding). None: 0.
-
-    Returns:
-        the position of each real token, EMPTY for pads.
-    """
-    index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-    position = index if starts is None else index - starts[:, None]
-    ok = position >= 0
-    if lengths is not None:
-        ok &= position < lengths[:, None]
-    return jnp.where(ok, position, EMPTY)

@@ -260,7 +260,7 @@ def test_what_travels_is_small():
 
 
 def test_nothing_needs_to_be_installed(tmp_path):
-    """The process that starts the others has no JAX, and those need jax, numpy, einops and jaxtyping only."""
+    """The process that starts the others has no JAX, and those need jax, numpy and jaxtyping only."""
     code = f"""
 import runpy, sys
 absent = "flax matplotlib optax orbax pytest rich safetensors scipy tokenizers torch tqdm typer hypothesis".split()

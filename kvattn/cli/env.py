@@ -17,7 +17,7 @@ from kvattn.errors import KVAttnError
 from kvattn.families.settings import Value
 
 PACKAGES = (
-    "kvattn", "jax", "jaxlib", "flax", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "typer", "rich",
+    "kvattn", "jax", "jaxlib", "flax", "numpy", "jaxtyping", "safetensors", "tokenizers", "typer", "rich",
 )  # fmt: skip
 """Whose versions are told."""
 
