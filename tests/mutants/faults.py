@@ -175,8 +175,8 @@ FAULTS: list[Fault] = [
         ("block_positions", "fill=-1", "fill=0", "test_blocks.py::test_blocks_of_queries"),
         (
             "token_view",
-            "counts = jnp.sum(positions >= 0",
-            "counts = jnp.sum(positions > 0",
+            "counts=jnp.sum(positions >= 0",
+            "counts=jnp.sum(positions > 0",
             "",
             "only KIVI reads counts, and no chunk is stored by it",
         ),
