@@ -1,10 +1,60 @@
-"""Tables of the policies and of the codecs: the package's own and a user's are entered in the same way."""
+"""Tables of what can be named: the package's own and a user's are entered in the same way."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
 from kvattn.errors import ConfigError
+
+
+class Table[T]:
+    """Objects by their names: the ways to attend, the ways to split a cache.
+
+    Args:
+        what: what they are, with an article, for messages.
+        argument: which argument names them.
+        also: further values of that argument, for messages, each as it is written.
+    """
+
+    def __init__(self, what: str, argument: str, also: Sequence[str]):
+        self._what, self._argument, self._also = what, argument, tuple(also)
+        self._known: dict[str, T] = {}
+
+    def add(self, name: str, one: T) -> None:
+        """Makes it known.
+
+        Raises:
+            ConfigError: a name that is no identifier, or is taken.
+        """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"the name of {self._what} must be an identifier, got {name!r}.")
+        if name in self._known or repr(name) in self._also:
+            raise ConfigError(f"there is {self._what} {name!r} already: give yours another name.")
+        self._known[name] = one
+
+    def remove(self, name: str) -> None:
+        """Forgets it.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        self.named(name)
+        del self._known[name]
+
+    def named(self, name: str) -> T:
+        """The one of a name.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        if not isinstance(name, str) or name not in self._known:
+            known = ", ".join((*map(repr, self._known), *self._also))
+            raise ConfigError(f"unknown {self._argument} {name!r}; the known ones are {known}.")
+        return self._known[name]
+
+    def all(self) -> dict[str, T]:
+        """All of them by name, in the order they came."""
+        return dict(self._known)
 
 
 @dataclasses.dataclass(frozen=True)

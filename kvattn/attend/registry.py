@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Float
 
+from kvattn._registry import Table
 from kvattn._typing import Array
 from kvattn.attend.request import Request
 from kvattn.errors import ConfigError
@@ -77,7 +78,9 @@ class Implementation:
     tuning: Tuning | None = None
 
 
-_KNOWN: dict[str, Implementation] = {}
+_TABLE = Table[Implementation](
+    "an implementation", "implementation", ("None for the best that works", "or a sequence of names to try in order")
+)
 
 
 def register(implementation: Implementation) -> None:
@@ -102,11 +105,7 @@ def register(implementation: Implementation) -> None:
     """
     if not isinstance(implementation, Implementation):
         raise ConfigError(f"implementation must be a kvattn.attend.Implementation, got {implementation!r}.")
-    if not isinstance(implementation.name, str) or not implementation.name.isidentifier():
-        raise ConfigError(f"the name of an implementation must be an identifier, got {implementation.name!r}.")
-    if implementation.name in _KNOWN:
-        raise ConfigError(f"there is an implementation {implementation.name!r} already: give yours another name.")
-    _KNOWN[implementation.name] = implementation
+    _TABLE.add(implementation.name, implementation)
 
 
 def unregister(name: str) -> None:
@@ -115,13 +114,12 @@ def unregister(name: str) -> None:
     Raises:
         ConfigError: an unknown name.
     """
-    named(name)
-    del _KNOWN[name]
+    _TABLE.remove(name)
 
 
 def names() -> tuple[str, ...]:
     """The names `implementation` may take, in the order in which they were registered."""
-    return tuple(_KNOWN)
+    return tuple(_TABLE.all())
 
 
 def named(name: str) -> Implementation:
@@ -130,15 +128,10 @@ def named(name: str) -> Implementation:
     Raises:
         ConfigError: an unknown name.
     """
-    if not isinstance(name, str) or name not in _KNOWN:
-        raise ConfigError(
-            f"unknown implementation {name!r}; the known ones are "
-            f"{', '.join(map(repr, _KNOWN))}, None for the best that works, or a sequence of names to try in order."
-        )
-    return _KNOWN[name]
+    return _TABLE.named(name)
 
 
 def made_for(platform: str | None = None) -> tuple[str, ...]:
     """The implementations made for a backend; None: for the default one."""
     platform = platform or jax.default_backend()
-    return tuple(name for name, one in _KNOWN.items() if one.platform == platform)
+    return tuple(name for name, one in _TABLE.all().items() if one.platform == platform)

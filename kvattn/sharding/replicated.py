@@ -15,8 +15,8 @@ from kvattn.attend.step import Step, Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ShardingError
-from kvattn.sharding.heads import SomeOfGroup
-from kvattn.sharding.pages import check_pool, with_own_pages
+from kvattn.sharding.heads import Heads
+from kvattn.sharding.pages import check_pool
 from kvattn.sharding.scheme import DeviceStep, Scheme, TokenSpecs
 from kvattn.sharding.split import Split, specs_of
 
@@ -61,8 +61,7 @@ class Replicated(Scheme):
 
     def local(self, split: Split, step: Step, num_heads: int, copies: int) -> DeviceStep:
         """Its query heads against the one key/value head; heads that fill up give 0."""
-        step = step.over(SomeOfGroup(split.axis, split.size, copies)) if copies > 1 else step
-        own = with_own_pages(step, split.data)
+        own = Heads().local(split, step, num_heads, copies)
 
         def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
             out, cache = own(new, per_head, cache)

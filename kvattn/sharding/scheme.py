@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Shaped
 
+from kvattn._registry import Table
 from kvattn._typing import Array
 from kvattn.attend.step import Step
 from kvattn.attend.tokens import NewTokens, PerHead
@@ -125,7 +126,7 @@ class Scheme(abc.ABC):
         return x
 
 
-_KNOWN: dict[str, Scheme] = {}
+_TABLE = Table[Scheme]("a scheme", "by", ("'auto'",))
 
 
 def register(scheme: Scheme) -> None:
@@ -139,9 +140,7 @@ def register(scheme: Scheme) -> None:
     """
     if not isinstance(scheme, Scheme):
         raise ConfigError(f"scheme must be an instance of a kvattn.sharding.Scheme, got {scheme!r}.")
-    if scheme.name in _KNOWN or scheme.name == "auto":
-        raise ConfigError(f"there is a scheme {scheme.name!r} already: give yours another name.")
-    _KNOWN[scheme.name] = scheme
+    _TABLE.add(scheme.name, scheme)
 
 
 def unregister(name: str) -> None:
@@ -150,13 +149,12 @@ def unregister(name: str) -> None:
     Raises:
         ConfigError: an unknown name.
     """
-    named(name)
-    del _KNOWN[name]
+    _TABLE.remove(name)
 
 
 def names() -> tuple[str, ...]:
     """The names `by` may take, besides "auto"."""
-    return tuple(_KNOWN)
+    return tuple(_TABLE.all())
 
 
 def named(name: str) -> Scheme:
@@ -165,11 +163,9 @@ def named(name: str) -> Scheme:
     Raises:
         ConfigError: an unknown name.
     """
-    if not isinstance(name, str) or name not in _KNOWN:
-        raise ConfigError(f"unknown by {name!r}; the known ones are {', '.join(map(repr, (*_KNOWN, 'auto')))}.")
-    return _KNOWN[name]
+    return _TABLE.named(name)
 
 
 def known() -> tuple[Scheme, ...]:
     """All schemes."""
-    return tuple(_KNOWN.values())
+    return tuple(_TABLE.all().values())
