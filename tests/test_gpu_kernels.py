@@ -265,24 +265,27 @@ def shared_out(lengths, slots, heads, programs, mask=None):
     rows = shares.survey(request, positions, 64)
     index = jnp.arange(rows.count.shape[0], dtype=jnp.int32)
     counts = shares.Counts(rows.count, index, B, heads, programs)
-    read, states = {}, {}
-    memory = {"hole": rows.hole, "after": rows.after, "count": rows.count}
+    read, first, last = {}, {}, {}
+    spec = types.SimpleNamespace(batch=B, in_order=False)
     for program in range(programs):
-        walk = gpu_body.Walk(types.SimpleNamespace(batch=B), memory, {"share": counts.of_program(jnp.int32(program))})
+        walk = gpu_body.Walk(spec, rows.arrays(), {"share": counts.of_program(jnp.int32(program))})
         before = []
 
-        def visit(segment, row, head, first, end, tile_of, tiles, visited):
-            assert (int(tiles), int(visited)) == (sum(before), len(before))  # noqa: B023
-            read[program, int(head), int(row)] = [int(tile_of(j)) for j in range(int(first), int(end))]  # noqa: B023
-            before.append(int(end - first))  # noqa: B023
+        def visit(here):
+            assert (int(here.tiles), int(here.visited)) == (sum(before), len(before))  # noqa: B023
+            head, row = int(here.head), int(here.row)
+            read[program, head, row] = [int(here.tile(j)) for j in range(int(here.first), int(here.end))]  # noqa: B023
+            if here.is_first:
+                first[head, row] = program  # noqa: B023
+            if here.is_last:
+                last[head, row] = program  # noqa: B023
+            before.append(int(here.end - here.first))  # noqa: B023
 
         with jax.disable_jit():
             tiles, visited = walk.each(visit)
         assert (int(tiles), int(visited)) == (sum(before), len(before))
-    for head, row in itertools.product(range(heads), range(B)):
-        first, count = (int(x) for x in counts.of_segment(jnp.int32(row), jnp.int32(head)))
-        states[head, row] = list(range(first, first + count))
-    return read, states
+    assert first.keys() == last.keys()
+    return read, {where: list(range(first[where], last[where] + 1)) for where in first}
 
 
 @pytest.mark.parametrize("programs", [1, 4, 7, 50])
@@ -296,6 +299,7 @@ def test_work_is_shared_out_evenly(lengths, programs):
     assert sorted(found) == sorted(needed)
     per_program = [sum(len(t) for (p, _, _), t in read.items() if p == program) for program in range(programs)]
     assert max(per_program) <= -(-len(needed) // programs)
+    assert states.keys() == {(h, r) for h, r, _ in needed}
     for (head, row), programs_of in states.items():
         assert programs_of == sorted(p for p, h, r in read if (h, r) == (head, row))
 
@@ -303,6 +307,41 @@ def test_work_is_shared_out_evenly(lengths, programs):
 def test_a_window_costs_a_window():
     read, _ = shared_out([700, 0, 65], 704, 1, 1, Mask(window=100, num_sinks=1))
     assert read == {(0, 0, 0): [0, 9, 10], (0, 0, 2): [0, 1]}
+
+
+MASKS = [
+    Mask(),
+    Mask(causal=False),
+    Mask(window=1),
+    Mask(window=100, num_sinks=70),
+    Mask(window=64, num_sinks=1),
+    Mask(window=100, num_sinks=3, reach=120),
+    Mask(window=30, begin=65, end=256),
+    Mask(begin=64, end=64),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_rows_in_order_need_not_be_looked_at(mask):
+    """The closed form lists every tile that a look at the positions lists, and says "whole" of no other."""
+    lengths = [0, 1, 63, 64, 65, 127, 128, 129, 200, 256, 300, 320]
+    # The last token asks, and, as users may, an earlier one, one that is to come, and nobody.
+    asked = [(n, at) for n in lengths for at in (n - 1, n // 2, n + 70, -1)]
+    count, at = (jnp.asarray(x, jnp.int32) for x in zip(*asked, strict=True))
+    slot = jnp.arange(320, dtype=jnp.int32)[None]
+    positions = jnp.where(slot < count[:, None], slot, -1)[:, None]
+    seen = mask.allowed(at[:, None], positions)[:, 0, 0].reshape(len(asked), 5, 64)
+    rows = shares.in_order(mask, 64, count, at)
+    for i, (row, case) in enumerate(zip(np.asarray(seen), asked, strict=True)):
+        hole, after, number, run, run_end = (
+            int(getattr(rows, name)[i]) for name in ("hole", "after", "count", "run", "run_end")
+        )
+        listed = [*range(hole), *range(after, after + number - hole)]
+        assert len(set(listed)) == len(listed) and set(listed) <= set(range(5)), case
+        assert set(listed) >= set(np.nonzero(row.any(axis=1))[0]), case
+        # Not one more where there is no `reach`, whose sinks are read all the same.
+        assert mask.reach or len(listed) == row.any(axis=1).sum(), case
+        assert all(row[t].all() for t in listed if run <= t < run_end), case
 
 
 @pytest.mark.parametrize(("batch", "new"), [(0, 1), (2, 0)])
@@ -543,34 +582,38 @@ def test_values_are_masked_where_tiles_are_not_whole(size, codec, monkeypatch):
     """Values that are written once more are masked on the edges only: an edge said to be whole lets NaN in."""
     request = request_for(filled([100, 0, 37], 104, 1, size, dtype=BF16, codec=codec), 2, dtype=BF16)
     check(request)
-    survey = shares.survey
-    every = lambda *a: dataclasses.replace(rows := survey(*a), run=rows.run * 0, run_end=rows.run_end + 9)
-    monkeypatch.setattr(gpu_decode, "survey", every)
-    with pytest.raises(AssertionError, match="not finite"):
-        check(request)
+    for module, name in ((gpu_decode, "survey"), (gpu_body, "in_order")):
+        rows_of = getattr(shares, name)
+        every = lambda *a: dataclasses.replace(rows := rows_of(*a), run=rows.run * 0, run_end=rows.run_end + 9)  # noqa: B023
+        looked_at = dataclasses.replace(request, view=dataclasses.replace(request.view, in_order=name == "in_order"))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, every)
+            with pytest.raises(AssertionError, match="not finite"):
+                check(looked_at)
 
 
 def test_planted_faults(monkeypatch):
     """A tile said to be whole lets NaN in; a lost tile, a lost state and a wrong split are seen."""
     cache = filled([200, 0, 101], 200, 2, 64, dtype=BF16)
     request = request_for(cache, 4, dtype=F32)
-    survey, of_segment = shares.survey, shares.Counts.of_segment
 
     def rows_with(**changes):
         def faulty(*args):
-            rows = survey(*args)
+            rows = shares.in_order(*args)
             return dataclasses.replace(rows, **{n: f(getattr(rows, n)) for n, f in changes.items()})
 
         return faulty
 
-    def lost_state(self, *args):
-        first, count = of_segment(self, *args)
-        return first, count - 1
+    def another_column(*args):
+        segment, column = place(*args)
+        return segment, 1 - column
 
+    place = gpu_merge.place
     for target, name, fault in (
-        (gpu_decode, "survey", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
-        (gpu_decode, "survey", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
-        (gpu_merge.Counts, "of_segment", lost_state),
+        (gpu_body, "in_order", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
+        (gpu_body, "in_order", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
+        (gpu_merge, "place", another_column),
+        (gpu_body.Segment, "is_last", property(lambda here: here.end >= 0)),
         (gpu_tile, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
     ):
         with monkeypatch.context() as patch:

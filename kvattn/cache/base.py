@@ -134,6 +134,7 @@ class Cache(Tree):
             value_head_dim=cache.value_head_dim,
             page_table=cache.page_table,
             page_size=cache.page_size,
+            in_order=positions is None and cache.policy.in_order,
         )
 
     @property

@@ -31,6 +31,7 @@ class View:
         value_head_dim: Hv.
         page_table: whose pages hold the slots; None: the arrays lie in blocks.
         page_size: slots per page.
+        in_order: whether slot s holds the token of position s, for all s below `counts`.
         fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
             has derivatives itself.
     """
@@ -45,6 +46,7 @@ class View:
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     page_table: Int32[Array, "B columns"] | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
     fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]] | None = None
 
     @property
@@ -59,7 +61,11 @@ class View:
         positions, counts = self.store.positions_in_share(self.positions, part, parts)
         layout = self.layout if self.page_table is not None else self.layout.share(parts)
         return dataclasses.replace(
-            self, positions=positions, counts=self.counts if counts is None else counts, layout=layout
+            self,
+            positions=positions,
+            counts=self.counts if counts is None else counts,
+            layout=layout,
+            in_order=False,
         )
 
     @property

@@ -9,24 +9,23 @@ parts, and so do probabilities. int8 goes to bfloat16 and float8 to float16, bot
 into scores and probabilities; four-bit values are decoded in registers.
 """
 
-import math
 import os
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.registry import Result
-from kvattn.attend.request import Request, grouped, ungrouped
+from kvattn.attend.request import Request, grouped
 from kvattn.cache.view import View
 from kvattn.pallas import common
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
+from kvattn.pallas.gpu_queries import columns, position_columns, queries
 from kvattn.pallas.gpu_spec import Spec, Stream, byte_runs, shared_bytes
-from kvattn.pallas.gpu_tile import FLOAT16_UNIT
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
@@ -38,7 +37,6 @@ SHARED_BYTES = 227 << 10
 """Of one block on Hopper."""
 SHORTEST_COPY = 128
 """Bytes, and alignment, of what a copy writes into shared memory."""
-FLOAT16_EXPONENT = int(math.log2(FLOAT16_UNIT))
 
 
 def unsupported(request: Request) -> str | None:
@@ -102,62 +100,45 @@ def attend(request: Request, config: GpuConfig | None = None) -> Result:
     if request.query.size == 0:
         return _nothing(request)
     spec = _spec(request, config or config_for(request))
-    batch, length, tile = spec.batch, request.query.shape[1], spec.config.tile
-    heads, chunks, cols = view.num_kv_heads, spec.chunks, spec.cols
-    query = grouped(request.query, heads)
-    group = query.shape[2]
-    count = group * length
+    interpret = INTERPRETER if interpreted() else None
+    table = {} if view.page_table is None else {"table": view.page_table}
+    rows = _rows(request, spec)
+    states = decode(spec, interpret, {**rows, **queries(request, spec), **_streams(view, spec), **table})
+    scores = states.pop("scores", None)
+    out, lse = merge(spec, interpret, {name: x for name, x in rows.items() if name != "positions"}, states)
+    out = out if spec.padded == spec.value_features else out[..., : spec.value_features]
+    return out, lse, None if scores is None else _mass(scores, lse, rows, spec)[..., : view.layout.num_slots]
 
-    def columns(x: Array, fill: float) -> Array:
-        """[..., M, rest] to [..., chunks, cols, rest]."""
-        axis = x.ndim - 2
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, chunks * cols - count)
-        x = jnp.pad(x, padding, constant_values=fill)
-        return x.reshape(*x.shape[:axis], chunks, cols, x.shape[-1])
 
-    query = columns(query.reshape(batch, heads, count, -1), 0).reshape(batch, spec.heads, cols, -1)
-    query, factor = _split(query, spec)
-    at = columns(common.query_positions(request)[..., None], -1)[..., 0]
-    slopes = common.query_slopes(request)
-    if slopes is not None:
-        slopes = columns(slopes[..., None], 0).reshape(spec.heads, cols)
-    sums = _sums(query, spec) if spec.format.is_grouped else None
-
+def _rows(request: Request, spec: Spec) -> dict[str, Array]:
+    """What says which tiles to read, and which tokens are in them."""
+    at = request.positions[:, 0] if spec.is_single else position_columns(request, spec)
+    if spec.in_order:
+        return {"at": at, "counts": request.view.counts}
     positions = common.slot_positions(request, spec.slots)
-    rows = survey(request, positions, tile)
-    stored = {
+    return {"at": at, "positions": positions, **survey(request, positions, spec.config.tile).arrays()}
+
+
+def _streams(view: View, spec: Spec) -> dict[str, Array]:
+    """The arrays of the cache, in dtypes that the kernel knows."""
+    return {
         stream.name: x if x.dtype == stream.dtype else jax.lax.bitcast_convert_type(x, stream.dtype)
         for x, stream in zip(_stored(view), spec.streams, strict=True)
     }
-    vectors = {
-        name: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, spec.lanes - cols),))
-        for name, x in (("at", at), ("factor", factor), ("slopes", slopes), ("sums", sums))
-        if x is not None
-    }
-    table = {} if view.page_table is None else {"table": view.page_table}
-    arrays = {**rows.arrays(), "query": query, "positions": positions, **stored, **table, **vectors}
-    interpret = INTERPRETER if interpreted() else None
-    partial, top, total, *scores = decode(spec, interpret, arrays)
-    out, lse = merge(partial, top, total, rows.count, batch, spec.programs, interpret)
 
-    def split(x: Array) -> Array:
-        """[B, heads, cols, ...] to [B, T, N, ...]."""
-        x = x.reshape(batch, heads, chunks * cols, *x.shape[3:])[:, :, :count]
-        return ungrouped(x.reshape(batch, heads, group, length, *x.shape[3:]))
 
-    out = out.reshape(spec.heads, batch, -1, cols).transpose(1, 0, 3, 2)[..., : view.value_head_dim]
-    by_column = lse.reshape(spec.heads, batch, cols).swapaxes(0, 1)
-    out, lse = split(out), split(by_column[..., None])[..., 0]
-    if not request.want_mass:
-        return out, lse, None
-    tiles = jnp.arange(spec.slots, dtype=jnp.int32)[None] // tile
-    hole, after, number = (x[:batch, None] for x in (rows.hole, rows.after, rows.count))
+def _mass(
+    scores: Float32[Array, "B heads S cols"], lse: Float32[Array, "B T N"], rows: dict[str, Array], spec: Spec
+) -> Float32[Array, "B K S"]:
+    """The attention each slot received."""
+    tiles = jnp.arange(spec.slots, dtype=jnp.int32)[None] // spec.config.tile
+    hole, after, number = (rows[name][: spec.batch, None] for name in ("hole", "after", "count"))
+    # Scores of other tiles were never written.
     seen = (tiles < hole) | ((tiles >= after) & (tiles < after + number - hole))
-    shift = jnp.where(jnp.isneginf(by_column), jnp.inf, by_column)[:, :, None]
-    probs = jnp.where(seen[:, None, :, None], jnp.exp(scores[0] - shift), 0)
-    mass = jnp.sum(probs.reshape(batch, heads, chunks, spec.slots, cols), axis=(2, 4)) / group
-    return out, lse, mass[..., : view.layout.num_slots]
+    lse = columns(grouped(lse[..., None], spec.heads // spec.chunks), spec, -jnp.inf)[..., 0]
+    shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)[:, :, None]
+    probs = jnp.where(seen[:, None, :, None], jnp.exp(scores - shift), 0)
+    return jnp.sum(probs.reshape(spec.batch, -1, spec.chunks, spec.slots, spec.cols), axis=(2, 4)) / spec.group
 
 
 def _nothing(request: Request) -> Result:
@@ -210,8 +191,13 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         # Eight-bit floats are bits on CPUs, and in the interpreter.
         dtype = jnp.dtype(x.dtype if name != "data" or form.dtype is None else form.dtype)
         streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
+    batch, length, query_heads, _ = request.query.shape
+    factor = wide == jnp.float16 and request.query.dtype != jnp.float16
+    is_plain = parts == 1 and not factor and request.alibi_slopes is None and not form.is_grouped
     return Spec(
-        batch=request.query.shape[0],
+        batch=batch,
+        length=length,
+        query_heads=query_heads,
         heads=view.num_kv_heads * chunks,
         chunks=chunks,
         cols=cols,
@@ -222,13 +208,15 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         format=form,
         wide=jnp.dtype(wide),
         parts=parts,
-        factor=wide == jnp.float16 and request.query.dtype != jnp.float16,
+        factor=factor,
         mask=request.mask,
         scale=request.scale,
         softcap=request.softcap,
         alibi=request.alibi_slopes is not None,
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
+        in_order=view.in_order and length == 1 and not request.want_mass,
+        as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted() else _multiprocessors()),
@@ -254,39 +242,14 @@ def _columns(count: int, features: int) -> tuple[int, int]:
     return chunks, -(-count // (8 * chunks)) * 8
 
 
+def _is_aligned(group: int, chunks: int, cols: int) -> bool:
+    """Whether eights of queries, as they lie one after the other, hold whole groups or only one."""
+    return 8 % group == 0 or chunks * cols == group
+
+
 def _numbers(request: Request) -> tuple[DTypeLike, int]:
     """In which dtype products are taken, and of how many parts float32 numbers consist in it."""
     view = request.view
     if common.format_of(view).dtype == jnp.float8_e4m3fn or view.keys["data"].dtype == jnp.float16:
         return jnp.float16, 2 if request.query.dtype == jnp.float32 else 1
     return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(request.query.dtype, 1)
-
-
-def _split(query: Array, spec: Spec) -> tuple[Array, Array | None]:
-    """[parts, ...] that sum up to the query, and, if there is one, the factor [B, heads, cols] taken out of it."""
-    factor, wide = None, spec.wide
-    if spec.factor:
-        # float16 has neither the range of bfloat16 nor of float32. A power of two changes no digit.
-        largest = jnp.max(jnp.abs(query.astype(jnp.float32)), axis=-1)
-        exponent = jnp.clip(jnp.frexp(largest)[1] - FLOAT16_EXPONENT, -126, 127)
-        factor = jnp.ldexp(jnp.float32(1), jnp.where(jnp.isfinite(largest) & (largest > 0), exponent, 0))
-        query = query.astype(jnp.float32) / factor[..., None]
-    if spec.parts == 1:
-        return query.astype(wide)[None], factor
-    rest, found = query.astype(jnp.float32), []
-    for _ in range(spec.parts):
-        # `reduce_precision` is never optimised away, two casts in a row may be.
-        info = jnp.finfo(wide)
-        piece = jax.lax.reduce_precision(rest, info.nexp, info.nmant)
-        found.append(piece.astype(wide))
-        rest = rest - piece
-    return jnp.stack(found), factor
-
-
-def _sums(query: Array, spec: Spec) -> Array:
-    """float32 [B, heads, groups, cols]: sums of the query over the groups of channels, to go with the minima."""
-    size = spec.format.group_size
-    total = jnp.sum(query.astype(jnp.float32), axis=0)
-    groups = math.ceil(spec.key_features / size)
-    total = jnp.pad(total, ((0, 0), (0, 0), (0, 0), (0, groups * size - spec.key_features)))
-    return jnp.sum(total.reshape(*total.shape[:3], groups, size), axis=-1).swapaxes(2, 3)

@@ -1,5 +1,6 @@
-"""Merges the partial states that programs left behind, one block per row and head."""
+"""Merges the partial states that programs left behind, one block per query."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -8,82 +9,92 @@ from jax import lax
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, spread, store
-from kvattn.pallas.shares import Counts
+from kvattn.pallas.gpu_body import rows_at
+from kvattn.pallas.gpu_spec import F32, Spec
+from kvattn.pallas.gpu_tile import TOKENS, store
 
-AT_ONCE = 4
+AT_ONCE = 8
 """States fetched at a time: their loads overlap."""
 
 
-def merge(
-    partial: Array, top: Array, total: Array, count: Array, batch: int, programs: int, interpret: Any
-) -> tuple[Array, Array]:
+def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mapping[str, Array]) -> tuple[Array, Array]:
     """Merges states.
 
     Args:
-        partial: float32 [states, H, cols], outputs times their sums.
-        top: float32 [states, cols], maxima of the scores.
-        total: float32 [states, cols], sums of exp(score - maximum).
-        count: int32 [B'], tiles of every row (`Rows`).
-        batch: B.
-        programs: how many shared out the tiles.
+        spec: the sizes.
         interpret: of `plgpu.kernel`.
+        arrays: "count" of `Rows`, or "counts" and "at", as `gpu_body.decode` has them.
+        states: "out", "top", "total", "first" and "last" as it returns them.
 
     Returns:
-        out float32 [heads * B, H, cols] and lse float32 [heads * B, cols]; 0 and -inf where there was nothing.
+        out float32 [B, T, N, Hv padded] and lse float32 [B, T, N]; 0 and -inf where there was nothing.
     """
-    segments = partial.shape[0] - programs
-    _, features, cols = partial.shape
+    named = {**arrays, **states}
+    shape = (spec.batch, spec.length, spec.query_heads)
 
-    def kvattn_gpu_merge(states, tops, totals, counts, out, lse):
-        """One segment: refs of [states, H, M], [states, M], [states, M], [B'], [segments, H, M], [segments, M]."""
-        s = lax.axis_index("segment")
-        layout = plgpu.Layout.WG_STRIDED(counts.shape, vec_size=1)
-        index = plgpu.broadcasted_iota(jnp.int32, counts.shape, 0, layout=layout)
-        tiles = plgpu.load(counts, layout=layout, optimized=False)
-        shares = Counts(tiles, index, batch, segments // batch, programs)
-        first, count = shares.of_segment(lax.rem(s, batch), lax.div(s, batch))
-        flat = lambda value: plgpu.layout_cast(jnp.full((cols,), value, jnp.float32), COLUMNS)
+    def kvattn_gpu_merge(*refs):
+        """One query: refs of `arrays`, `states`, and the results."""
+        memory = dict(zip((*named, "merged", "lse"), refs, strict=True))
+        row, t, n = query_of(spec, lax.axis_index("query"))
+        segment, column = place(spec, row, t, n)
+        # Of a segment without tiles nobody wrote anything.
+        some = rows_at(spec, memory, row).count > 0
+        first = jnp.where(some, memory["first"][segment], 0)
+        count = jnp.where(some, memory["last"][segment] - first + 1, 0)
 
         def step(i, carry):
-            """Some more states into maximum [M], sum [M] and output [H, M]."""
+            """Some more states into maximum [], sum [] and output [Hv padded]."""
             m, l, acc = carry
             loaded = []
-            for n in range(AT_ONCE):
-                index = i * AT_ONCE + n
-                slot = s + first + lax.min(index, count - 1)
-                load = lambda ref, layout, slot=slot: plgpu.load(ref.at[slot], layout=layout, optimized=False)
+            for k in range(AT_ONCE):
+                index = i * AT_ONCE + k
+                state = segment + first + lax.min(index, count - 1)
                 # Past the last state the last one is loaded again, and weighs nothing.
-                here = load(tops, COLUMNS) + jnp.where(index < count, 0.0, -jnp.inf)
-                loaded.append((here, load(totals, COLUMNS), load(states, WGMMA)))
+                top = memory["top"][state, column] + jnp.where(index < count, 0.0, -jnp.inf)
+                out = plgpu.load(memory["out"].at[state, column], layout=TOKENS, optimized=False)
+                loaded.append((top, memory["total"][state, column], out))
             new = m
-            for here, _, _ in loaded:
-                new = jnp.maximum(new, here)
+            for top, _, _ in loaded:
+                new = jnp.maximum(new, top)
             shift = jnp.where(new == -jnp.inf, 0.0, new)
             keep = jnp.exp(m - shift)
-            l, acc = l * keep, acc * spread(keep, acc.shape)
-            for here, sums, state in loaded:
-                weight = jnp.exp(here - shift)
-                l = l + sums * weight
-                acc = acc + state * spread(weight, acc.shape)
+            l, acc = l * keep, acc * keep
+            for top, total, out in loaded:
+                weight = jnp.exp(top - shift)
+                l, acc = l + total * weight, acc + out * weight
             return new, l, acc
 
-        zeros = plgpu.layout_cast(jnp.zeros((features, cols), jnp.float32), WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((spec.padded,), F32), TOKENS)
         rounds = lax.div(count + (AT_ONCE - 1), AT_ONCE)
-        m, l, acc = lax.fori_loop(0, rounds, step, (flat(-jnp.inf), flat(0.0), zeros))
+        m, l, acc = lax.fori_loop(0, rounds, step, (jnp.float32(-jnp.inf), jnp.float32(0), zeros))
         empty = l == 0.0
         safe = jnp.where(empty, 1.0, l)
-        store(out.at[s], acc / spread(safe, acc.shape))
-        store(lse.at[s], jnp.where(empty, -jnp.inf, jnp.log(safe) + m))
+        store(memory["merged"].at[row, t, n], acc / safe)
+        memory["lse"][row, t, n] = jnp.where(empty, -jnp.inf, jnp.log(safe) + m)
 
     kernel = plgpu.kernel(
         kvattn_gpu_merge,
-        out_type=(
-            _manual.result((segments, features, cols), jnp.float32, (partial, top, total, count)),
-            _manual.result((segments, cols), jnp.float32, (partial, top, total, count)),
-        ),
-        grid=(segments,),
-        grid_names=("segment",),
+        out_type=(_manual.result((*shape, spec.padded), F32, named), _manual.result(shape, F32, named)),
+        grid=(spec.batch * spec.length * spec.query_heads,),
+        grid_names=("query",),
         interpret=interpret,
     )
-    return kernel(partial, top, total, count)
+    return kernel(*named.values())
+
+
+def query_of(spec: Spec, i: Array) -> tuple[Array, Array, Array]:
+    """Row, new token and head of query i of [B, T, N]; all int32 []."""
+    rest, n = lax.div(i, spec.query_heads), lax.rem(i, spec.query_heads)
+    return lax.div(rest, spec.length), lax.rem(rest, spec.length), n
+
+
+def place(spec: Spec, row: Array, t: Array, n: Array) -> tuple[Array, Array]:
+    """The segment of a query, and its column there; all int32 []."""
+    kv_head, in_group = lax.div(n, spec.group), lax.rem(n, spec.group)
+    column = in_group * spec.length + t
+    chunk = lax.div(column, spec.cols)
+    head = kv_head * spec.chunks + chunk
+    column = column - chunk * spec.cols
+    if spec.as_it_lies:
+        column = row * spec.query_heads + n - spec.first_query(row, head)
+    return head * spec.batch + row, column

@@ -8,8 +8,10 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
+from kvattn._typing import Array
 from kvattn.codecs import Format
 from kvattn.codecs.grouped import segments
 from kvattn.masks import Mask
@@ -46,6 +48,8 @@ class Spec:
 
     Attributes:
         batch: B.
+        length: T.
+        query_heads: N.
         heads: how often each row is walked along: K times `chunks`.
         chunks: into how many the columns of a key/value head are cut.
         cols: columns of a chunk, a multiple of 8.
@@ -63,6 +67,9 @@ class Spec:
         alibi: whether there are slopes.
         slots: of a row, whole tiles.
         page_size: 0 for a contiguous cache.
+        in_order: whether slot s holds the token of position s: then positions are reckoned, not read. Only for T = 1.
+        as_it_lies: whether queries are read as they lie, [B N, H], with what is next to a group as columns that
+            nobody asks for. Only for T = 1.
         want_scores: whether scores are wanted too.
         config: sizes to be tuned.
         programs: how many share the work.
@@ -70,6 +77,8 @@ class Spec:
     """
 
     batch: int
+    length: int
+    query_heads: int
     heads: int
     chunks: int
     cols: int
@@ -87,10 +96,30 @@ class Spec:
     alibi: bool
     slots: int
     page_size: int
+    in_order: bool
+    as_it_lies: bool
     want_scores: bool
     config: GpuConfig
     programs: int
     interpreted: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.query_heads // (self.heads // self.chunks)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether all columns of a row have one position."""
+        return self.length == 1
+
+    def first_query(self, row: Array, head: Array) -> Array:
+        """Of queries as they lie [B N, H], the one that is column 0 of a segment; all int32 [].
+
+        A copy begins at a multiple of 8, so the columns of a smaller group may begin with those of others.
+        """
+        kv_head, chunk = lax.div(head, self.chunks), lax.rem(head, self.chunks)
+        return lax.div(row * self.query_heads + kv_head * self.group + chunk * self.cols, 8) * 8
 
     @property
     def padded(self) -> int:
@@ -129,7 +158,7 @@ class Spec:
 
     def _step(self, features: int, size: int) -> int:
         """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
-        cuts = [features]
+        cuts = [features, 64] if size == 1 else [features]
         if self.format.is_grouped:
             cuts = [x for run in byte_runs(features, self.format.group_size) for x in run] + [-(-features // 2)]
         return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
@@ -151,17 +180,14 @@ def scratch(spec: Spec) -> dict[str, Any]:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
             found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
-    copies = sum(spec.pages for _ in spec.streams) + 1
+    copies = sum(spec.pages for _ in spec.streams) + (not spec.in_order)
+    vectors = (not spec.is_single) + spec.factor + spec.alibi + spec.format.is_grouped
     found |= {
-        "positions": plgpu.SMEM((stages, tile), jnp.int32),
         "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
-        "at": plgpu.SMEM((2, spec.lanes), jnp.int32),
         "probs": swizzled((parts, cols, tile), spec.wide, 64),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
-        "query_full": plgpu.Barrier(
-            num_arrivals=parts + 1 + spec.factor + spec.alibi + spec.format.is_grouped, num_barriers=2
-        ),
+        "query_full": plgpu.Barrier(num_arrivals=parts + vectors, num_barriers=2),
         "query_free": plgpu.Barrier(num_barriers=2),
         "share": plgpu.SMEM((4,), jnp.int32),
         "shared_out": plgpu.Barrier(),
@@ -171,6 +197,10 @@ def scratch(spec: Spec) -> dict[str, Any]:
         found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
     if spec.decoded and spec.interpreted:
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
+    if not spec.in_order:
+        found["positions"] = plgpu.SMEM((stages, tile), jnp.int32)
+    if not spec.is_single:
+        found["at"] = plgpu.SMEM((2, spec.lanes), jnp.int32)
     if spec.factor:
         found["factor"] = plgpu.SMEM((2, spec.lanes), F32)
     if spec.alibi:

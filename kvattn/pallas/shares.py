@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request
+from kvattn.masks import Mask
 from kvattn.pallas.tiles import near_and_filled
 
 LANES = 128
@@ -34,18 +35,18 @@ class Rows:
     A window and sinks, or a ring, leave one hole; where there are more, those after the first are read as well.
 
     Attributes:
-        count: tiles; `rows` is B rounded up to `LANES`.
+        count: tiles; `rows` is B rounded up to `LANES`, or nothing for a single row.
         hole: the first tile that is not needed.
         after: the next one that is.
         run: the first tile whose every slot holds a token, for every head,
         run_end: and the next one of which this is not true.
     """
 
-    count: Int32[Array, " rows"]
-    hole: Int32[Array, " rows"]
-    after: Int32[Array, " rows"]
-    run: Int32[Array, " rows"]
-    run_end: Int32[Array, " rows"]
+    count: Int32[Array, "*rows"]
+    hole: Int32[Array, "*rows"]
+    after: Int32[Array, "*rows"]
+    run: Int32[Array, "*rows"]
+    run_end: Int32[Array, "*rows"]
 
     def arrays(self) -> dict[str, Int32[Array, " rows"]]:
         """All five, by name."""
@@ -70,6 +71,35 @@ def survey(request: Request, positions: Int32[Array, "B K1 S"], tile: int) -> Ro
     hole = jnp.minimum(first(~near), end)
     after = jnp.minimum(first((t > 0) & near & ~before(near)), end)
     return Rows(hole + end - after, hole, after, first(whole), first(~whole & before(whole)))
+
+
+def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
+    """`survey` without looking: of rows whose slot s holds the token of position s. Inside kernels, too.
+
+    Args:
+        mask: who attends to whom.
+        tile: slots per tile.
+        count: slots that hold a token.
+        at: the position of the only query, -1 if there is none.
+    """
+    end = jnp.where(at >= 0, count, 0)
+    if mask.causal:
+        end = jnp.minimum(end, at + 1)
+    if mask.end is not None:
+        end = jnp.minimum(end, mask.end)
+    begin = jnp.zeros_like(end) + mask.begin
+    if mask.reach is not None:
+        begin = jnp.maximum(begin, at - (mask.reach - 1))
+    hole, near = jnp.zeros_like(end), begin
+    if mask.window is not None:
+        near = jnp.maximum(begin, at - (mask.window - 1))
+        if mask.num_sinks:
+            sinks = jnp.minimum(end, mask.num_sinks)
+            hole = jnp.where(begin < sinks, lax.div(sinks + (tile - 1), tile), 0)
+    whole_end = lax.div(end, tile)
+    end = jnp.maximum(jnp.where(near < end, lax.div(end + (tile - 1), tile), 0), hole)
+    after = jnp.minimum(jnp.maximum(lax.div(near, tile), hole), end)
+    return Rows(hole + end - after, hole, after, lax.div(near + (tile - 1), tile), whole_end)
 
 
 class Counts:
@@ -120,10 +150,3 @@ class Counts:
         segment, start = self.locate(lax.min(low, lax.max(self.work - 1, 0)))
         last, stop = self.locate(lax.max(high - 1, 0))
         return jnp.where(low < high, segment, last + 1), start, last, stop + 1
-
-    def of_segment(self, row: Int32[Array, ""], head: Int32[Array, ""]) -> tuple[Int32[Array, ""], Int32[Array, ""]]:
-        """The first program that reads a segment, and how many do."""
-        begin = head * self.total + self.before(row)
-        own = self.before(row + 1) - self.before(row)
-        first = lax.div(begin, self.share)
-        return first, jnp.where(own > 0, lax.div(begin + own - 1, self.share) - first + 1, 0)
