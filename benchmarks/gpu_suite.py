@@ -43,7 +43,7 @@ def stages(options: dict[str, Any]) -> list[Stage]:
     # Nothing of the peers is lowered.
     peers = () if options["mode"] == "lower" else tuple(options["peers"])
     beside = [task(f"peers: {c.name}", 10 + 4 * len(peers), 90, peers, needs_of(c)) for c in CASES if c.peers]
-    sizes = [task(f"sizes: {c.name}", 60, 45, tuple(gpu_cases.SIZES), needs_of(c)) for c in CASES if c.tuned]
+    sizes = [task(f"sizes: {c.name}", 40, 45, tuple(gpu_cases.SIZES), needs_of(c)) for c in CASES if c.tuned]
     return [
         Stage("first", (task(first, 12, 75),)),
         Stage("values", tuple(values), lanes),

@@ -13,7 +13,7 @@ from kvattn.pallas.gpu_body import rows_at
 from kvattn.pallas.gpu_spec import F32, Spec
 from kvattn.pallas.gpu_tile import TOKENS, store
 
-AT_ONCE = 8
+AT_ONCE = 4
 """States fetched at a time: their loads overlap."""
 
 

@@ -158,7 +158,7 @@ class Spec:
 
     def _step(self, features: int, size: int) -> int:
         """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
-        cuts = [features, 64] if size == 1 else [features]
+        cuts = [features]
         if self.format.is_grouped:
             cuts = [x for run in byte_runs(features, self.format.group_size) for x in run] + [-(-features // 2)]
         return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)

@@ -110,7 +110,7 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
 def runs(features: int) -> list[tuple[int, int]]:
     """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
-    return [(first, min(64, features - first)) for first in range(0, features, 64)]
+    return [(first, min(128, features - first)) for first in range(0, features, 128)]
 
 
 def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
