@@ -13,6 +13,8 @@ TOKEN_BYTES = array("i").itemsize
 
 def integer(name: str, value: object, minimum: int, error: type[KVAttnError] = RangeError) -> int:
     """Checks an integer; bools and floats are refused."""
+    if type(value) is int and value >= minimum:  # nearly always
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise DTypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
     if value < minimum:
