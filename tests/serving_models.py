@@ -1,7 +1,7 @@
 """Plain models of the memory manager: lists, sets and dictionaries that are searched from end to end.
 
-`PoolMachine` and `TreeMachine` do one operation on the real thing and on its model, and hold the two to each other after
-each. Tests draw the operations, at random or with hypothesis.
+`PoolMachine` and `TreeMachine` do one operation on the real thing and on its model, and hold the two to each other
+after each. Tests draw the operations, at random or with hypothesis.
 """
 
 import collections
