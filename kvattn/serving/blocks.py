@@ -205,7 +205,7 @@ class BlockPool:
         table, new = self.allocatable(seq, num_tokens, prefix=prefix, forgotten=forgotten)
         first, length, counts = table.count(NO_BLOCK), int(num_tokens), self._counts
         fresh = counts.next_free(new)
-        self._sequences[seq] = _Sequence(table, length, first)  # a name whose hash raises changes nothing
+        self._sequences[seq] = _Sequence(table, length, first)  # a hash that raises changes nothing
         for block in table[first:]:
             counts.refs[block] += 1
         table.extend(fresh)
