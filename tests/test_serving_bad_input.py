@@ -206,16 +206,19 @@ def _():
 @defined(92, "an exception within a call")
 def _():
     class Name(str):
-        left = 2  # the second look-up is that of the table that is written
+        left = 0
 
         def __hash__(self):
             self.left -= 1
-            if self.left < 0:
+            if self.left == 0:
                 raise KeyboardInterrupt
             return str.__hash__(self)
 
-    for call in (lambda p: p.allocate(Name("b"), 8, prefix=[0]), lambda p: p.fork("a", Name("b"))):
-        unchanged(pool(a=4), KeyboardInterrupt, call)
+    for call in (lambda p, name: p.allocate(name, 8, prefix=[0]), lambda p, name: p.fork("a", name)):
+        for left in (1, 2):  # the first look-up, and the table that is written
+            name = Name("b")
+            name.left = left
+            unchanged(pool(a=4), KeyboardInterrupt, lambda p, call=call, name=name: call(p, name))
 
 
 # Prefixes -------------------------------------------------------------------------------------------------------------

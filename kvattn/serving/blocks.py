@@ -203,7 +203,7 @@ class BlockPool:
             DTypeError: a name that is not hashable, counts that are no ints.
         """
         table, new = self.allocatable(seq, num_tokens, prefix=prefix, forgotten=forgotten)
-        first, length, counts = table.count(NO_BLOCK), int(num_tokens), self._counts
+        first, length, counts = table.count(NO_BLOCK) if table else 0, int(num_tokens), self._counts
         fresh = counts.next_free(new)
         self._sequences[seq] = _Sequence(table, length, first)  # a hash that raises changes nothing
         for block in table[first:]:
@@ -215,7 +215,12 @@ class BlockPool:
         self, seq: Hashable, num_tokens: int, *, prefix: Sequence[int] = (), forgotten: int = 0
     ) -> tuple[array[int], int]:
         """The table that `allocate` would begin with, and how many blocks it would take; raises what it would."""
-        if checks.hashable("seq", seq) in self._sequences:
+        try:
+            is_known = seq in self._sequences
+        except TypeError:
+            checks.hashable("seq", seq)
+            raise
+        if is_known:
             raise DuplicateSequenceError(f"sequence {seq!r} is known already: free it first, or append to it.")
         table, new = self._planned(num_tokens, prefix, forgotten)
         if new > self.num_free:
@@ -404,6 +409,8 @@ class BlockPool:
     def _planned(self, num_tokens: int, prefix: Sequence[int], forgotten: int) -> tuple[array[int], int]:
         """The table so far of a sequence to come, and how many blocks it needs besides."""
         count = checks.integer("num_tokens", num_tokens, 0)
+        if not (forgotten or len(prefix)):  # nearly always
+            return array("i"), -(-count // self.block_size)
         first, rest = divmod(checks.integer("forgotten", forgotten, 0), self.block_size)
         if rest:
             raise RangeError(f"forgotten must be a multiple of block_size ({self.block_size}), got {forgotten}.")

@@ -64,13 +64,14 @@ class Counts:
         """Takes the next free blocks; the last of them ends at `length` tokens of its sequence."""
         if not blocks:
             return
-        del self.free[-len(blocks) :]
-        refs = self.refs
+        free, refs = self.free, self.refs
+        del free[-len(blocks) :]
         for block in blocks:
             refs[block] = 1
         if tail := length % self.block_size:
             self.partial[blocks[-1]] = tail
-        self.peak = max(self.peak, self.num_blocks - len(self.free))
+        if (taken := self.num_blocks - len(free)) > self.peak:
+            self.peak = taken
 
     def let_go(self, blocks: Iterable[int]) -> None:
         """One reference less of each; those that have none left are free."""
