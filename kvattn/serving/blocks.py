@@ -432,9 +432,9 @@ class BlockPool:
         return table, self._blocks(count) - len(table)
 
     def _forgettable(self, seq: Hashable, num_tokens: int) -> tuple[_Sequence, int]:
-        """A sequence, and the column before which its blocks would go; never one before which they are gone."""
+        """A sequence, and the column before which its blocks would go."""
         state = self._sequence(seq)
         count = checks.integer("num_tokens", num_tokens, 0)
         if count > state.length:
             raise RangeError(f"num_tokens must be <= {state.length}, the length of sequence {seq!r}, got {count}.")
-        return state, max(count // self.block_size, state.forgotten)
+        return state, count // self.block_size

@@ -951,7 +951,6 @@ FAULTS: list[Fault] = [
         ("BlockPool.forget", "NOTHING * len(gone)", "gone"),
         ("BlockPool._forgettable", "count // self.block_size", "-(-count // self.block_size)"),
         ("BlockPool._forgettable", "count > state.length", "count > state.length + 1"),
-        ("BlockPool._forgettable", "max(count // self.block_size, state.forgotten)", "count // self.block_size"),
         ("BlockPool.fork", "            self._counts.refs[block] += 1\n", "            pass\n"),
         ("BlockPool.fork", "state.table[:]", "state.table"),
         ("BlockPool.fork", "state.forgotten)\n", "0)\n"),
