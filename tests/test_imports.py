@@ -122,7 +122,8 @@ def test_the_package_never_imports_itself_as_a_whole():
 def test_host_side_serving_needs_no_jax():
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("kvattn", include_external_packages=True, cache_dir=None)
-    names = [name for name in ("blocks", "groups", "radix", "replay", "trace", "scheduler") if (PACKAGE / "serving" / f"{name}.py").exists()]
+    modules = ("blocks", "groups", "radix", "replay", "trace", "scheduler")
+    names = [name for name in modules if (PACKAGE / "serving" / f"{name}.py").exists()]
     for name in names:
         chain = graph.find_shortest_chain(f"kvattn.serving.{name}", "jax")
         assert chain is None, " -> ".join(chain)

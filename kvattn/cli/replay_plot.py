@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from kvattn.errors import ConfigError, MissingLibraryError
 from kvattn.serving.replay import Replay
 
@@ -69,7 +71,7 @@ def draw(
     axes.grid(alpha=0.3)
     if bytes_per_token is not None:
         scale = bytes_per_token * ideal.block_size / 1e9
-        above = axes.secondary_xaxis("top", functions=(lambda x: x * scale, lambda x: x / scale))
+        above = axes.secondary_xaxis("top", functions=(lambda x: np.multiply(x, scale), lambda x: np.divide(x, scale)))
         above.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
         above.set_xlabel("GB")
     figure.savefig(path, dpi=150)
