@@ -409,6 +409,9 @@ def test_usage():
     assert usage.waste == 1 - 6 / 8 and usage.saved == 1 / 2
     pool.append("b", 20)
     assert pool.usage().peak_blocks == 9 == 10 - pool.num_free
+    pool.free("b")
+    pool.allocate("d", 1)
+    assert pool.usage().peak_blocks == 9 > 10 - pool.num_free
 
 
 # A call that fails changes nothing ------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Node:
         upper = Node(
             self.edge[: pages * size], [c[:pages] for c in self.columns], self.start, self.parent, self.namespace
         )
-        upper.locks, upper.tick = self.locks, self.tick
+        upper.locks = self.locks  # its tick comes with the use that it is cut for
         self.parent.children[self.edge[:size]] = upper
         self.edge = self.edge[pages * size :]
         self.columns = [column[pages:] for column in self.columns]

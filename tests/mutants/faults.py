@@ -1061,7 +1061,12 @@ FAULTS: list[Fault] = [
             "False or",
             "test_serving_radix.py::test_a_match_whose_pages_were_evicted_cannot_be_locked",
         ),
-        ("RadixTree.lock", "node.end * self.page_size != match.length", "False"),
+        (
+            "RadixTree.lock",
+            "node.end * self.page_size != match.length",
+            "False",
+            "test_serving_radix.py::test_a_match_whose_pages_were_evicted_cannot_be_locked",
+        ),
         (
             "RadixTree.lock",
             "or self._lacks(node, match.pages)",
@@ -1110,8 +1115,7 @@ FAULTS: list[Fault] = [
         """
         test_serving_radix.py::test_random_operations
         """,
-        ("Node.split", "self.locks, self.tick\n", "0, self.tick\n"),
-        ("Node.split", "self.locks, self.tick\n", "self.locks, 0\n"),
+        ("Node.split", "upper.locks = self.locks", "upper.locks = 0"),
         ("Node.split", "        self.start += pages\n", ""),
         ("Oldest.pop", "elif node.tick != tick", "elif node.tick < tick"),
         (
