@@ -33,7 +33,7 @@ def test_gpt_oss_20b(length, one_table, groups):
     full = LayerGroup(num_blocks=length // 128, bytes_per_token=12 * layer)
     window = LayerGroup(num_blocks=2, window=128, bytes_per_token=12 * layer)
     pool = decoded(GroupedPool([full, window], 128, watermark=0), length)
-    assert pool.one_table_bytes(length) == one_table * MIB
+    assert pool.one_table_bytes(length) == pool.one_table_bytes(length - 1) == one_table * MIB
     assert pool.peak_bytes == groups * MIB
     assert pool.used_bytes <= pool.peak_bytes
 
@@ -90,6 +90,17 @@ def test_windows_give_blocks_back_and_reuse_them():
     assert pool.usage()[1].peak_blocks == 3
     assert pool.pages("a") == list(zip(full, window, strict=True))
     assert pool.windows == (None, 4) and "a" in pool and pool.length("a") == 16
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_window_leaves_behind_is_there_for_the_next_tokens(count):
+    """Also where no other block is free."""
+    pool = GroupedPool([LayerGroup(8), LayerGroup(2, window=3)], 2, watermark=0)
+    pool.allocate("a", 4)
+    while pool.length("a") + count <= 16:
+        pool.append("a", count)
+        pool.check()
+    assert pool.length("a") == 16 and pool.usage()[1].peak_blocks == 2
 
 
 def test_a_fork_is_one_in_every_group():
