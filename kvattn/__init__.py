@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvattn import layers as layers
     from kvattn import memory as memory
     from kvattn import models as models
+    from kvattn import serving as serving
     from kvattn.models import generate as generate
 
 __all__ = [
@@ -68,12 +69,13 @@ __all__ = [
     "pallas",
     "policies",
     "positions",
+    "serving",
     "sharding",
 ]
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = ("layers", "memory", "models")
+_ON_FIRST_USE = ("layers", "memory", "models", "serving")
 
 
 def __getattr__(name: str) -> Any:

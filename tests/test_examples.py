@@ -118,6 +118,20 @@ def test_uptraining(tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sharing_prefixes(trained):
+    """Tokens are those of caches of their own, every page comes back, and samples share the prompt's."""
+    words = ("--shots", 60, "--max-new-tokens", 4, "--samples", 3, "--beams", 2, "--pages", 40)
+    done = run("share_prefixes.py", "--weights", trained[0], *words)
+    assert done.returncode == 0, done.stderr
+    assert "generate alone: 4 of 4 prompts" in done.stdout and "pages that came back: 40 of 40" in done.stdout
+    questions, samples, beams = ([int(x) for x in line.split()[-5:]] for line in done.stdout.splitlines()[1:4])
+    assert questions[1] <= questions[0] / 2 and questions[2] < questions[3]
+    assert samples[1] <= 16 and samples[4] == 2  # the last of three writes where it is
+    assert beams[2:4] == [0, 0]
+    done = run("share_prefixes.py", "--weights", trained[0], *words[:-1], 4)
+    assert done.returncode != 0 and "pool is too small" in done.stderr
+
+
 def test_text_of_a_checkpoint():
     """Token ids where there is no tokenizer; the golden run of transformers begins with the same ones."""
     folder = EXAMPLES.parent / "tests" / "golden" / "hf" / "falcon7b"

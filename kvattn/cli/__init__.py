@@ -1,4 +1,4 @@
-"""The command ``kvattn``: plan, measure, tune, generate, and say what works here.
+"""The command ``kvattn``: plan, measure, tune, generate, replay a trace, and say what works here.
 
 It needs the extra `cli` (typer, rich, matplotlib): ``pip install "kvattn[cli]"``.
 """
@@ -15,8 +15,8 @@ def main() -> None:
             raise
         sys.stderr.write(f"kvattn: the command needs {error.name}: pip install 'kvattn[cli]'\n")
         raise SystemExit(2) from None
-    if sys.argv[1:2] == ["memory"]:
-        # Arithmetic on shapes: an accelerator would be started, and its memory taken, for nothing.
+    if sys.argv[1:2] in (["memory"], ["replay"]):
+        # Arithmetic: an accelerator would be started, and its memory taken, for nothing.
         import jax
 
         jax.config.update("jax_platforms", "cpu")

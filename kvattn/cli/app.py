@@ -6,6 +6,7 @@ from kvattn.cli.bench import bench, tune
 from kvattn.cli.env import env
 from kvattn.cli.generate import generate
 from kvattn.cli.memory import memory
+from kvattn.cli.replay import replay_trace
 
 app = typer.Typer(
     help="A key/value cache that is small, fast and correct: plan it, measure it, use it.",
@@ -18,4 +19,5 @@ app.command(short_help="What fits, how fast, which lever helps most.")(memory)
 app.command(short_help="Time the decode step on this machine.")(bench)
 app.command(short_help="Measure sizes of the decode kernel here.")(tune)
 app.command(short_help="Continue text with a checkpoint.")(generate)
+app.command("replay", short_help="How large a pool of pages must be, from a trace.")(replay_trace)
 app.command(short_help="Versions, devices, what works here.")(env)

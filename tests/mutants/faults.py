@@ -950,4 +950,263 @@ FAULTS: list[Fault] = [
         "test_positions.py::test_matches_transformers\ntest_positions.py::test_every_field_of_the_rope_dict_matters",
         ("_yarn", "math.floor(low), math.ceil(high)", "math.ceil(low), math.floor(high)"),
     ),
+    # Serving -----------------------------------------------------------------------------------------------------
+    *group(
+        "serving/blocks.py",
+        """
+        test_serving_blocks.py::test_random_operations
+        test_serving_bad_input.py::test_rows
+        """,
+        ("BlockPool.free", "self._sequences.pop(", "self._sequences.get("),
+        ("BlockPool.free", "reversed(state.table[state.forgotten :])", "reversed(state.table[state.forgotten : -1])"),
+        ("BlockPool.forget", "            state.forgotten = end\n", ""),
+        ("BlockPool.forget", "            self._counts.let_go(gone)\n", ""),
+        ("BlockPool.forget", "NOTHING * len(gone)", "gone"),
+        ("BlockPool._forgettable", "count // self.block_size", "-(-count // self.block_size)"),
+        ("BlockPool._forgettable", "count > state.length", "count > state.length + 1"),
+        ("BlockPool.fork", "            self._counts.refs[block] += 1\n", "            pass\n"),
+        ("BlockPool.fork", "state.table[:]", "state.table"),
+        ("BlockPool.fork", "state.forgotten)\n", "0)\n"),
+        ("BlockPool.append", "counts.refs[table[-1]] > 1", "counts.refs[table[-1]] > 2"),
+        ("BlockPool.append", "copied = tail and num_tokens", "copied = tail and num_tokens > 1"),
+        ("BlockPool.append", "            counts.refs[source] -= 1\n", ""),
+        ("BlockPool.append", "            table[-1] = target\n", ""),
+        ("BlockPool.append", "copies.append((source, target))", "copies.append((target, source))"),
+        ("BlockPool.append", "if missing + bool(copied) > self.num_free", "if missing > self.num_free"),
+        ("BlockPool.append", "min(tail + num_tokens, self.block_size)", "tail"),
+        (
+            "BlockPool.append_cost",
+            "len(state.table) + shared",
+            "len(state.table)",
+            "test_serving_blocks.py::test_costs_are_what_calls_take",
+        ),
+        ("BlockPool.forget_gain", "== 1", ">= 1"),
+        ("BlockPool.allocate", "            counts.refs[block] += 1\n", "            pass\n"),
+        (
+            "BlockPool.allocate",
+            "        self._sequences[seq] = _Sequence(table, length, first)  # a hash that raises changes nothing\n"
+            "        for block in table[first:]:\n            counts.refs[block] += 1\n        table.extend(fresh)\n"
+            "        counts.take(fresh, length)\n",
+            "        for block in table[first:]:\n            counts.refs[block] += 1\n        table.extend(fresh)\n"
+            "        counts.take(fresh, length)\n        self._sequences[seq] = _Sequence(table, length, first)\n",
+            "test_serving_blocks.py::test_an_interrupt_changes_nothing",
+        ),
+        ("BlockPool.allocatable", "new > self.num_free", "new > self.num_free + 1"),
+        ("BlockPool._planned", "tokens < self.block_size", "tokens < 0"),
+        ("BlockPool._planned", "len(set(blocks)) != len(blocks)", "False"),
+        ("BlockPool._planned", "* self.block_size > count", "* self.block_size > count + self.block_size"),
+        (
+            "BlockPool.can_allocate",
+            'else "never"',
+            'else "later"',
+            "test_serving_blocks.py::test_admission_is_the_formula",
+        ),
+        (
+            "BlockPool.can_allocate",
+            "self.num_free - new >= self._reserve",
+            "self.num_free - new > self._reserve",
+            "test_serving_blocks.py::test_admission_is_the_formula",
+        ),
+        (
+            "BlockPool.can_allocate",
+            " - table.count(NO_BLOCK)",
+            "",
+            "test_serving_blocks.py::test_a_prefix_needs_no_blocks_of_its_own",
+        ),
+        (
+            "BlockPool.__init__",
+            "math.floor(watermark",
+            "math.ceil(watermark",
+            "test_serving_blocks.py::test_a_small_pool_admits_a_request_of_its_own_size",
+        ),
+        (
+            "BlockPool.page_table",
+            "(NOTHING * width)",
+            '(array("i", [0]) * width)',
+            "test_serving_blocks.py::test_tables_of_a_batch",
+        ),
+        ("BlockPool.check", "self._counts.check(", "Counter(", "test_serving_blocks.py::test_check_finds"),
+        ("BlockPool.check", "fill != min", "fill < 0 and fill != min", "test_serving_blocks.py::test_check_finds"),
+        ("BlockPool.usage", "entries.total()", "len(entries)", "test_serving_blocks.py::test_usage"),
+    ),
+    *group(
+        "serving/counts.py",
+        """
+        test_serving_blocks.py::test_random_operations
+        test_serving_bad_input.py::test_rows
+        """,
+        ("Counts.let_go", "                self.partial.pop(block, None)\n", ""),
+        ("Counts.let_go", "if not self.refs[block]", "if self.refs[block] <= 1"),
+        ("Counts.take", "        del free[-len(blocks) :]\n", ""),
+        ("Counts.take", "self.partial[blocks[-1]] = tail", "self.partial[blocks[0]] = tail"),
+        ("Counts.take", "> self.peak", "> -1", "test_serving_blocks.py::test_usage"),
+        ("Counts.filled", "if tokens < self.block_size", "if tokens <= self.block_size"),
+        ("Counts.hold", "            self.refs[block] += 1\n", ""),
+        ("Counts.hold", "            self.held[block] += 1\n", ""),
+        ("Counts.holdable", "if not self.refs[block]", "if self.refs[block] < 0"),
+        ("Counts.release", "            self.held[block] -= 1\n", "            pass\n"),
+        ("Counts.releasable", "times > self.held[block]", "times > self.refs[block]"),
+        ("Counts.releasable", "Counter(found)", "dict.fromkeys(found, 1)"),
+        ("Counts.check", "refs != named[block] + held", "refs < 0", "test_serving_blocks.py::test_check_finds"),
+        (
+            "Counts.check",
+            "sorted(self.free) !=",
+            "sorted(set(self.free)) !=",
+            "test_serving_blocks.py::test_check_finds",
+        ),
+    ),
+    *group(
+        "serving/radix.py",
+        """
+        test_serving_radix.py::test_random_operations
+        test_serving_radix.py::test_check_finds
+        test_serving_bad_input.py::test_rows
+        """,
+        ("RadixTree.evict", "                wanted -= len(gone)\n            else", "            else"),
+        ("RadixTree.evict", "self._cut_end(node, wanted)", "self._cut_end(node, node.num_pages)"),
+        ("RadixTree.evict", "                self._prune(node)\n", ""),
+        ("RadixTree.evictable", " - self._locked[group]", ""),
+        ("RadixTree.match_prompt", "tokens[:-1]", "tokens"),
+        ("RadixTree.match", "            self._touch(last)\n", ""),
+        (
+            "RadixTree.lock",
+            "not node.alive or",
+            "False or",
+            "test_serving_radix.py::test_a_match_whose_pages_were_evicted_cannot_be_locked",
+        ),
+        (
+            "RadixTree.lock",
+            "node.end * self.page_size != match.length",
+            "False",
+            "test_serving_radix.py::test_a_match_whose_pages_were_evicted_cannot_be_locked",
+        ),
+        (
+            "RadixTree.lock",
+            "or self._lacks(node, match.pages)",
+            "",
+            "test_serving_radix.py::test_pages_of_a_locked_window_stay",
+        ),
+        ("RadixTree.lock", "each.locks == 1", "each.locks >= 1"),
+        ("RadixTree.unlock", "                self._queue(each)\n", ""),
+        ("RadixTree.unlock", "if not match._locks", "if match._locks < 0"),
+        ("RadixTree._walk", "if not text.startswith(child.edge, at)", "if len(text) < at + len(child.edge)"),
+        ("RadixTree._good", "if column[i] != NO_PAGE else 0", "if column[i] != NO_PAGE else runs[g]"),
+        ("RadixTree._good", "(w - 1) // self.page_size", "w // self.page_size"),
+        ("RadixTree._good", "min(need, at)", "need"),
+        ("RadixTree._pages", "(window - 1), 0)", "window, 0)"),
+        (
+            "RadixTree._split",
+            "        self._queue(upper)\n",
+            "",
+            "test_serving_radix.py::test_pages_of_a_locked_window_stay",
+        ),
+        ("RadixTree._touch", "for each in node.up()", "for each in [node]"),
+        ("RadixTree._store", "            self._revive(last, taken)\n", "            pass\n"),
+        ("RadixTree._store", "            self._touch(last)\n", "            pass\n"),
+        ("RadixTree._store", "                self._queue(node)\n", "                pass\n"),
+        ("RadixTree._takes", "NO_PAGE if had != NO_PAGE else page", "page"),
+        ("RadixTree._takes", "if page in self._owned[group]", "if page < -1"),
+        ("RadixTree._revive", "node.locks > 0", "0"),
+        ("RadixTree._cut_end", "        self._disown(gone)\n", ""),
+        ("RadixTree._cut_end", "column[::-1]", "column"),
+        ("RadixTree._cut_end", "            self._queue(leaf)\n", "            pass\n"),
+        ("RadixTree._cut_window", "        self._queue(node)\n", ""),
+        ("RadixTree._cut_window", "and len(gone) < count", ""),
+        ("RadixTree._remove", "            self._queue(above)\n", "            pass\n"),
+        ("RadixTree._remove", "        leaf.alive = False\n", ""),
+        (
+            "RadixTree._remove",
+            "            del self._roots[above.namespace]\n",
+            "            pass\n",
+            "test_serving_radix.py::test_nothing_piles_up",
+        ),
+        ("RadixTree._columns", "len(set(real)) != len(real)", "False"),
+        ("RadixTree.check", "owned != self._owned or locked != self._locked", "locked != self._locked"),
+    ),
+    *group(
+        "serving/nodes.py",
+        """
+        test_serving_radix.py::test_random_operations
+        """,
+        ("Node.split", "upper.locks = self.locks", "upper.locks = 0"),
+        ("Node.split", "        self.start += pages\n", ""),
+        ("Oldest.pop", "elif node.tick != tick", "elif node.tick < tick"),
+        (
+            "Oldest.push",
+            "                self._room = 64 + 2 * len(self._heap)\n",
+            "                self._room = 2 * self._room + 2 * len(self._heap)\n",
+            "test_serving_radix.py::test_nothing_piles_up",
+        ),
+        ("common_pages", "low = middle", "low = middle - 1 or 1"),
+    ),
+    *group(
+        "serving/checks.py",
+        """
+        test_serving_bad_input.py::test_rows
+        """,
+        ("namespace", "        return value\n", '        return "".join(value)\n'),
+        ("_ints", "<= {int}", "<= {int, bool}"),
+        ("integer", "isinstance(value, bool) or not", "not"),
+    ),
+    *group(
+        "serving/groups.py",
+        """
+        test_serving_groups.py::test_lives_of_requests
+        test_serving_groups.py::test_what_one_group_cannot_do_none_does
+        test_serving_groups.py::test_windows_give_blocks_back_and_reuse_them
+        test_serving_groups.py::test_gpt_oss_20b
+        """,
+        ("LayerGroup.unseen", "length - self.window + 1", "length - self.window + 2"),
+        ("LayerGroup.unseen", "length - self.window + 1", "length - 2 * self.window"),
+        ("GroupedPool.append", "            pool.forget(seq, group.unseen(pool.length(seq)))\n", "            pass\n"),
+        ("GroupedPool.append", "if cost > gain + pool.num_free", "if cost > gain + pool.num_free + 1"),
+        (
+            "GroupedPool.append",
+            "if cost > gain + pool.num_free",
+            "if cost > pool.num_free",
+            "test_serving_groups.py::test_what_a_window_leaves_behind_is_there_for_the_next_tokens",
+        ),
+        (
+            "GroupedPool.allocate",
+            "            pool.allocatable(seq, count, prefix=blocks, forgotten=forgotten)\n",
+            "            pass\n",
+        ),
+        ("GroupedPool.hold", "            pool.holdable(each)\n", "            pass\n"),
+        ("GroupedPool.release", "            pool.releasable(each)\n", "            pass\n"),
+        (
+            "GroupedPool.can_allocate",
+            'return "never" if "never" in answers',
+            'return "never" if "never" == answers[0]',
+            "test_serving_groups.py::test_admission_asks_every_group",
+        ),
+        ("GroupedPool._split", "first * self.block_size", "0"),
+        ("GroupedPool.one_table_bytes", "-(-checks", "(checks", "test_serving_groups.py::test_gpt_oss_20b"),
+    ),
+    *group(
+        "serving/replay.py",
+        """
+        test_serving_replay.py::test_a_replay_is_the_rule
+        test_serving_replay.py::test_the_last_block_may_be_short
+        test_serving_replay.py::test_a_request_larger_than_the_pool_passes_through
+        """,
+        ("Replay.hit_rate", "/ self.prompt_tokens if", "/ max(self.ideal_tokens, 1) if"),
+        ("replay", "_known(ids, held) * size, request.input_length", "_known(ids, held) * size, 10**9"),
+        ("replay", "in reversed(ids)", "in ids"),
+        ("replay", "            held.move_to_end(i)  # the", "            pass  # the"),
+        ("replay", "ids = ids[-room:]", "ids = ids[:room]"),
+        ("replay", "while room is not None and len(held) > room", "while room is not None and len(held) > room + 1"),
+        ("replay", "evicted += before + new - len(held)", "evicted += before - len(held)"),
+        ("_known", "            break\n", "            continue\n"),
+        ("knee", "slope * point[0]", "0", "test_serving_replay.py::test_the_knee_of_two_lines_is_where_they_meet"),
+    ),
+    *group(
+        "serving/trace.py",
+        """
+        test_serving_replay.py::test_a_malformed_line_is_an_error_with_its_number
+        """,
+        ("read_trace", "enumerate(lines, 1)", "enumerate(lines)"),
+        ("_request", "len(set(ids)) != len(ids)", "False"),
+        ("_request", "bool(ids) != ", "bool(ids) > "),
+        ("_request", "type(i) is not int for i", "not isinstance(i, int) for i"),
+    ),
 ]

@@ -1,0 +1,5 @@
+"""``python -m kvattn``: the command."""
+
+from kvattn.cli import main
+
+main()

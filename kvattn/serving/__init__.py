@@ -1,0 +1,27 @@
+"""The memory manager: who holds which page, which pages hold which text, and how large a pool must be."""
+
+from kvattn.serving.blocks import BlockPool as BlockPool
+from kvattn.serving.groups import GroupedPool as GroupedPool
+from kvattn.serving.groups import LayerGroup as LayerGroup
+from kvattn.serving.radix import Match as Match
+from kvattn.serving.radix import RadixTree as RadixTree
+from kvattn.serving.replay import Replay as Replay
+from kvattn.serving.replay import knee as knee
+from kvattn.serving.replay import replay as replay
+from kvattn.serving.trace import TraceRequest as TraceRequest
+from kvattn.serving.trace import read_trace as read_trace
+from kvattn.serving.usage import Usage as Usage
+
+__all__ = [
+    "BlockPool",
+    "GroupedPool",
+    "LayerGroup",
+    "Match",
+    "RadixTree",
+    "Replay",
+    "TraceRequest",
+    "Usage",
+    "knee",
+    "read_trace",
+    "replay",
+]
