@@ -1,7 +1,7 @@
 """Attention with a key/value cache that is small, fast and correct, for Flax on TPU, GPU and CPU.
 
-`import kvattn` needs JAX only. `kvattn.layers`, `kvattn.models` and `kvattn.generate` bring Flax in on first use;
-``from kvattn import *``, which takes all there is, does so at once.
+`import kvattn` needs JAX only. `kvattn.layers`, `kvattn.models`, `kvattn.generate` and `kvattn.score` bring Flax in on
+first use; ``from kvattn import *``, which takes all there is, does so at once.
 """
 
 import importlib
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvattn import memory as memory
     from kvattn import models as models
     from kvattn.models import generate as generate
+    from kvattn.models import score as score
 
 __all__ = [
     "H2O",
@@ -68,6 +69,7 @@ __all__ = [
     "pallas",
     "policies",
     "positions",
+    "score",
     "sharding",
 ]
 
@@ -79,8 +81,8 @@ _ON_FIRST_USE = ("layers", "memory", "models")
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"kvattn.{name}")
-    if name == "generate":
-        return importlib.import_module("kvattn.models").generate
+    if name in ("generate", "score"):
+        return getattr(importlib.import_module("kvattn.models"), name)
     raise AttributeError(f"module 'kvattn' has no attribute {name!r}")
 
 
