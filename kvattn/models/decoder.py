@@ -352,13 +352,12 @@ class Decoder(nnx.Module):
 
 def _at(x: Float[Array, "B T D"], index: ArrayLike) -> Float[Array, "B M D"]:
     """The tokens [B, M] of every row; NaN where there is no such token."""
-    index = _checks.integers("logits_at", index)
-    length = x.shape[1]
-    if index.ndim != 2 or index.shape[0] != x.shape[0]:
-        raise ShapeError(f"logits_at must be [{x.shape[0]}, M], got shape {index.shape}.")
-    if index.size and _checks.is_concrete(index):
-        low, high = int(np.min(np.asarray(index))), int(np.max(np.asarray(index)))
+    at, length = _checks.integers("logits_at", index), x.shape[1]
+    if at.ndim != 2 or at.shape[0] != x.shape[0]:
+        raise ShapeError(f"logits_at must be [{x.shape[0]}, M], got shape {at.shape}.")
+    if at.size and _checks.is_concrete(at):
+        low, high = int(np.min(np.asarray(at))), int(np.max(np.asarray(at)))
         if low < 0 or high >= length:
             raise RangeError(f"logits_at must lie in [0, {length}), got {low} to {high}.")
-    index = placement.like_rows(jnp.where(index < 0, length, _checks.int32("logits_at", index)), x)
-    return jnp.take_along_axis(x, index[:, :, None], axis=1, mode="fill")
+    at = placement.like_rows(jnp.where(at < 0, length, _checks.int32("logits_at", at)), x)
+    return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="fill")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -200,7 +200,7 @@ def generate(
     results: list[list[int]] = [[] for _ in rows]
     logprobs: list[list[float]] = [[] for _ in rows]
 
-    def result(caches: Caches | None):
+    def result(caches: Caches | None) -> Any:  # as the overloads say
         arrays = [np.array(row, np.float32) for row in logprobs]
         parts = (results, *([arrays] if return_logprobs else []), *([caches] if return_cache else []))
         return parts if len(parts) > 1 else results

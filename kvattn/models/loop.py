@@ -21,7 +21,7 @@ from kvattn._typing import Array
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.models.programs import ProgramsOf, Weights
-from kvattn.models.sampling import Sampler, choose, log_probability
+from kvattn.models.sampling import HostOrDevice, Sampler, choose, log_probability
 
 AHEAD = 2
 """Steps handed to the device before the host looks at the tokens of one: it reads while the device works. What comes
@@ -47,8 +47,8 @@ class Settings:
     """
 
     sampler: Sampler
-    stop: Array
-    limit: Array
+    stop: HostOrDevice
+    limit: HostOrDevice
 
     @classmethod
     def alike(cls, batch_size: int, sampler: Sampler, stop: Bool[np.ndarray, " V"], limit: int) -> "Settings":
@@ -70,10 +70,10 @@ class Rows:
         num_drawn: int32 [B], how many tokens came.
     """
 
-    new: Array
-    logprob: Array
-    running: Array
-    num_drawn: Array
+    new: HostOrDevice
+    logprob: HostOrDevice
+    running: HostOrDevice
+    num_drawn: HostOrDevice
 
     @classmethod
     def ended(cls, batch_size: int) -> "Rows":
@@ -222,8 +222,7 @@ class Decoding:
         for number in range(count):
             if number > 0:
                 self.step()
-            for x in (self.rows.new, self.rows.logprob):
-                x.copy_to_host_async()
+            jax.copy_to_host_async((self.rows.new, self.rows.logprob))
             in_flight.append(self.rows)
             if len(in_flight) > AHEAD:
                 yield _on_host(in_flight.popleft())

@@ -14,7 +14,6 @@ from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.policies import Context
 
-
 _ROUND = 64
 """Prompt lengths and default capacities are rounded up to this, so that fewer programs are compiled."""
 
@@ -22,9 +21,7 @@ _ACTIVATIONS = 2**27
 """Most numbers of the widest activation of a chunk of prompts unless told otherwise: 512 MiB of float32."""
 
 
-def checked(
-    prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompt"
-) -> list[Int32[np.ndarray, " _"]]:
+def checked(prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompt") -> list[Int32[np.ndarray, " _"]]:
     """Every prompt, or what else the `name` says, of at least one token.
 
     Raises:
@@ -230,7 +227,5 @@ def _tokens(name: str, prompt: object, vocab_size: int) -> Int32[np.ndarray, " _
     if not (whole or np.issubdtype(values.dtype, np.integer)):
         raise DTypeError(f"{name} must hold integers, got {values.dtype}.")
     if values.min() < 0 or values.max() >= vocab_size:
-        raise RangeError(
-            f"{name}: token ids must lie in [0, {vocab_size}), got {values.min()} to {values.max()}."
-        )
+        raise RangeError(f"{name}: token ids must lie in [0, {vocab_size}), got {values.min()} to {values.max()}.")
     return values.astype(np.int32)

@@ -19,6 +19,9 @@ from kvattn._checks import FLOAT32_MAX, FLOAT32_TINY
 from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, DTypeError, RangeError
 
+HostOrDevice = Array | np.ndarray
+"""What programs are given [...]: the host makes it, the device hands it on."""
+
 _MAX_SEED = 2**32 - 1
 """JAX takes the lower 32 bits of a seed: larger ones would silently be the same as smaller ones."""
 
@@ -39,11 +42,11 @@ class Sampler:
         stream: uint32 [B], which of the seed's draws: rows of one seed that differ in it draw independently.
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    seed: Array
-    stream: Array
+    temperature: HostOrDevice
+    top_k: HostOrDevice
+    top_p: HostOrDevice
+    seed: HostOrDevice
+    stream: HostOrDevice
 
     @classmethod
     def create(
@@ -73,11 +76,11 @@ class Sampler:
                 f"> 0 (1.0 for the model's own probabilities), or leave them out; got {top_k=}, {top_p=}."
             )
         return cls(
-            np.float32(temperature),
-            np.int32(vocab_size if top_k is None else top_k),
-            np.float32(1 if top_p is None else max(top_p, FLOAT32_TINY)),
-            np.uint32(seed),
-            np.uint32(stream),
+            np.array(temperature, np.float32),
+            np.array(vocab_size if top_k is None else top_k, np.int32),
+            np.array(1 if top_p is None else max(top_p, FLOAT32_TINY), np.float32),
+            np.array(seed, np.uint32),
+            np.array(stream, np.uint32),
         )
 
     def repeated(self, batch_size: int) -> "Sampler":
