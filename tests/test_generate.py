@@ -195,8 +195,8 @@ def test_prompts_whose_activations_would_be_large_come_in_chunks(model, monkeypa
     """But not by themselves where chunks make a difference."""
     given = []
 
-    def append(weights, tokens, num_new, ends, cache, rows, settings, forced):
-        given.append(tokens.shape)
+    def append(weights, chunk, cache, rows, settings, forced):
+        given.append(chunk.tokens.shape)
         return rows, cache
 
     monkeypatch.setattr(loop.PROGRAMS, "of", lambda model: ([], loop.Programs(append, None)))
@@ -895,7 +895,7 @@ def test_planted_faults_in_chunks(model, greedy, monkeypatch, right, wrong):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("running.astype(jnp.int32), running", "jnp.ones_like(rows.new), running"),  # ended rows go on
+        ("rows.running.astype(jnp.int32)", "jnp.ones_like(rows.new)"),  # ended rows go on
         ("~_holds(settings.stop, token)", "sound"),
         ("~_holds(settings.stop, token)", "~_holds(settings.stop, token) & (rows.num_drawn < 4)"),
         ("token[:, None] // _WORD", "token[:, None] * 0"),

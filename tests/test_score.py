@@ -90,7 +90,8 @@ def test_few_logits_at_once(model, expected, drawn, monkeypatch):
     """Slices of 5 tokens, the last of them not full."""
     monkeypatch.setattr(module, "_LOGITS", 3 * V * 5 + 1)
     monkeypatch.setattr(module, "PROGRAMS", module.ProgramsOf(module._compiled))
-    check_scores(score, model, drawn[2], expected)
+    for tokens, got in zip(drawn[2], score(model, drawn[2]), strict=True):
+        np.testing.assert_allclose(got, expected(tokens), atol=1e-5)
 
 
 def test_little_to_score(model):
@@ -113,7 +114,7 @@ def check_decoding(generate, score, model, **options):
         np.testing.assert_allclose(got[len(prompt) - 1 :], numbers, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, DRAWN, dict(prefill_chunk=7), dict(codec=kvattn.Int8())], ids=str)
+@pytest.mark.parametrize("options", [{}, DRAWN, dict(prefill_chunk=7)], ids=str)
 def test_decoding_and_scoring_agree(model, options):
     check_decoding(generate, score, model, **options)
 
@@ -122,6 +123,7 @@ def test_decoding_and_scoring_agree(model, options):
 @pytest.mark.parametrize(
     "options",
     [
+        dict(codec=kvattn.Int8()),
         dict(policy=kvattn.SlidingWindow(5)),
         dict(policy=kvattn.StreamingLLM(2, 5), prefill_chunk=7),
         dict(policy=kvattn.StreamingLLM(2, 5), codec=kvattn.Int4(8)),
@@ -161,7 +163,7 @@ EXACT = {
     "kivi": dict(codec=kvattn.KIVI(group_size=8, residual=8)),
     "token by token": dict(prefill_chunk=1),
 }
-QUICK = ("greedy", "drawn in chunks", "heavy hitters")
+QUICK = ("greedy", "drawn in chunks")
 
 
 def check_bits(score, model, options, stops=()):
@@ -315,7 +317,8 @@ def test_a_row_is_replaced_while_the_others_go_on(model):
     for part, ends in ((prompt[:3], False), (prompt[3:], True)):
         chunk = np.zeros((3, 16), np.int32)
         chunk[1, : len(part)] = part
-        decoding.append(chunk, np.where(where, len(part), none).astype(np.int32), where & ends)
+        num_new = np.where(where, len(part), none).astype(np.int32)
+        decoding.append(loop.Chunk(chunk, num_new, where & ends))
         assert bool(decoding.rows.running[1]) is ends
         if ends:
             tokens[1].append(int(decoding.rows.new[1]))
@@ -376,8 +379,8 @@ def temporary_bytes(vocab_size, run, length=4096):
     tokens, one = shape(1, length), shape(1)
     if run == "prompt":
         weights, programs = loop.PROGRAMS.of(model)
-        given = tokens, one, shape(1, dtype=bool), cache, loop.Rows.ended(1), settings, one
-        lowered = programs.append.lower(weights, *given)
+        chunk = loop.Chunk(tokens, one, shape(1, dtype=bool))
+        lowered = programs.append.lower(weights, chunk, cache, loop.Rows.ended(1), settings, one)
     elif run == "score":
         weights, append = module.PROGRAMS.of(model)
         lowered = append.lower(weights, tokens, tokens, one, cache)
@@ -389,11 +392,10 @@ def temporary_bytes(vocab_size, run, length=4096):
 
 
 def test_memory_of_a_prompts_logits():
-    """What 128,000 tokens take beyond what 128 take. Before, all logits of a prompt were there: 2 GB."""
-    large, small = 128_000, 128
-    assert temporary_bytes(large, "all") - temporary_bytes(small, "all") > 4 * 4096 * (large - small)
-    assert temporary_bytes(large, "prompt") - temporary_bytes(small, "prompt") < 10e6
-    assert temporary_bytes(large, "score") - temporary_bytes(small, "score") < 2.5 * 4 * module._LOGITS
+    """At a vocabulary of 128,000, with all activations. All logits of a prompt, which it took before, are 2 GB."""
+    assert temporary_bytes(128_000, "all") > 2e9
+    assert temporary_bytes(128_000, "prompt") < 10e6
+    assert temporary_bytes(128_000, "score") < 10e6 + 2 * 4 * module._LOGITS
 
 
 # Planted faults -----------------------------------------------------------------------------------
@@ -425,6 +427,7 @@ def test_planted_faults_in_repeating(model, right, wrong):
         check_bits(planted(module, right, wrong).score, model, EXACT["drawn in chunks"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

@@ -220,7 +220,7 @@ class Decoder(nnx.Module):
         *,
         padding: str = "right",
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
-        """What the last layer makes of `tokens`, and the caches: all of a call but the `logits`.
+        """What the last layer makes of `tokens` [B, T], and the caches: all of a call but the `logits`.
 
         Arguments and errors are those of a call.
         """

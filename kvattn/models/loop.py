@@ -105,6 +105,20 @@ def _holds(sets: UInt32[Array, "B W"], token: Int32[Array, " B"]) -> Bool[Array,
     return ((words >> (token % _WORD).astype(jnp.uint32)) & 1) == 1
 
 
+class Chunk(NamedTuple):
+    """A part of the prompts of a batch.
+
+    Attributes:
+        tokens: of every row.
+        num_new: how many of them are real, the first ones; 0 where a row has none.
+        ends: rows whose prompt ends with it.
+    """
+
+    tokens: Int32[HostOrDevice, "B T"]
+    num_new: Int32[HostOrDevice, " B"]
+    ends: Bool[HostOrDevice, " B"]
+
+
 class Programs(NamedTuple):
     """The compiled programs of a model, to which its weights go as a flat list. Both take the caches over.
 
@@ -120,9 +134,9 @@ class Programs(NamedTuple):
 def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
     """Programs that compile once per shapes, whatever the settings."""
 
-    def advance(weights, tokens, num_new, ends, cache, rows, settings, forced):
-        """Appends tokens [B, T] and chooses the next of every row that has any and ends; others stay as they are."""
-        model = model_of(weights)
+    def advance(weights, chunk, cache, rows, settings, forced):
+        """Appends a chunk [B, T] and chooses the next token of rows that have any in it and end; others stay."""
+        model, (tokens, num_new, ends) = model_of(weights), chunk
         last = jnp.maximum(num_new - 1, 0)
         logits, cache = model(tokens, cache, num_new, logits_at=last[:, None])
         logits = logits[:, 0]
@@ -140,16 +154,16 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         return jax.tree.map(model.split.whole, rows), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def append(weights, tokens, num_new, ends, cache, rows, settings, forced):
-        """Appends tokens [B, T], a chunk of prompts; rows whose prompt `ends` with it get their first token."""
-        return advance(weights, tokens, num_new, ends, cache, rows, settings, forced)
+    def append(weights, chunk, cache, rows, settings, forced):
+        """Appends a chunk [B, T] of prompts; rows whose prompt ends with it get their first token."""
+        return advance(weights, chunk, cache, rows, settings, forced)
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(weights, cache, rows, settings, forced):
         """Appends the tokens [B] that came last, of the rows that are running."""
-        tokens, running = jnp.maximum(rows.new, 0)[:, None], rows.running
+        chunk = Chunk(jnp.maximum(rows.new, 0)[:, None], rows.running.astype(jnp.int32), rows.running)
         rows = dataclasses.replace(rows, new=jnp.full_like(rows.new, NOTHING))
-        return advance(weights, tokens, running.astype(jnp.int32), running, cache, rows, settings, forced)
+        return advance(weights, chunk, cache, rows, settings, forced)
 
     return Programs(append, step)
 
@@ -176,23 +190,15 @@ class Decoding:
         self.settings, self.rows = self.place(settings), self.place(Rows.ended(batch))
         self._free = self.place(np.full((batch,), NOTHING, np.int32))
 
-    def append(
-        self,
-        tokens: Int32[np.ndarray, "B T"],
-        num_new: Int32[np.ndarray, " B"],
-        ends: Bool[np.ndarray, " B"],
-        forced: Int32[np.ndarray, " B"] | None = None,
-    ) -> None:
-        """Appends a chunk of prompts.
+    def append(self, chunk: Chunk, forced: Int32[np.ndarray, " B"] | None = None) -> None:
+        """Appends a chunk of prompts. Rows whose prompt ends with it get their next token, and run.
 
         Args:
-            tokens: the chunk.
-            num_new: how many of them are real, the first ones of each row.
-            ends: rows whose prompt ends with it: their next token is chosen, and they run.
+            chunk: of every row.
             forced: the next tokens, for rows where they are not to be chosen; negative: chosen.
         """
         self.rows, self.cache = self.programs.append(
-            self.weights, tokens, num_new, ends, self.cache, self.rows, self.settings, self._forced(forced)
+            self.weights, chunk, self.cache, self.rows, self.settings, self._forced(forced)
         )
 
     def step(self, forced: Int32[np.ndarray, " B"] | None = None) -> None:
@@ -214,7 +220,7 @@ class Decoding:
         tokens = given.padded(prompts, num_chunks * chunk)
         for start in range(0, num_chunks * chunk, chunk):
             num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-            self.append(tokens[:, start : start + chunk], num_new, lengths <= start + chunk, forced)
+            self.append(Chunk(tokens[:, start : start + chunk], num_new, lengths <= start + chunk), forced)
 
     def steps(self, count: int) -> Iterator[Rows]:
         """What each of `count` steps brings, on the host; the first of them, the prompts brought."""

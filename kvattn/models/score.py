@@ -125,7 +125,7 @@ PROGRAMS = ProgramsOf(_compiled)
 def _in_slices(
     of: Callable[[Array, Array], Array], size: int, x: Float[Array, "B T D"], tokens: Int32[Array, "B T"]
 ) -> Float32[Array, "B T"]:
-    """``of(x, tokens)``, so many tokens of each row at a time."""
+    """``of(x, tokens)`` [B, T], so many tokens of each row at a time."""
     length = tokens.shape[1]
     if length <= size:
         return of(x, tokens)
