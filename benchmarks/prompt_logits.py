@@ -25,7 +25,7 @@ from kvattn.layers import stateless
 from kvattn.models import Decoder, DecoderConfig
 
 LENGTH, CUT = 4096, 1024
-CONFIG = DecoderConfig(vocab_size=128_000, model_dim=256, num_layers=4, num_heads=8, num_kv_heads=2, mlp_dim=704)
+CONFIG = DecoderConfig(vocab_size=128_000, model_dim=128, num_layers=2, num_heads=8, num_kv_heads=2, mlp_dim=352)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 

@@ -95,10 +95,12 @@ def test_ragged_rows_are_as_alone():
         chex.assert_trees_all_close(got, expected[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_pads_on_either_side(positions):
+@pytest.mark.parametrize(
+    "changes", [dict(positions="learned", max_positions=16), pytest.param({}, marks=pytest.mark.slow)]
+)
+def test_pads_on_either_side(changes):
     """With pads on the left, the same: logits of what is real, and the caches; without a cache too."""
-    model = decoder(dataclasses.replace(CONFIGS["windows"], positions=positions, max_positions=16))
+    model = decoder(dataclasses.replace(TINY, num_layers=1, windows=5, **changes))
     lengths, turns = jnp.asarray([5, 1, 3], jnp.int32), jnp.asarray([0, 2, 1], jnp.int32)
     apply, weights = stateless(model)
     step = jax.jit(apply, static_argnames="padding")

@@ -43,7 +43,7 @@ class Settings:
     Attributes:
         sampler: how tokens are chosen.
         stop: uint32 [B, ceil(V / 32)], the tokens that end a row, as bits: token t is bit t % 32 of word t // 32.
-        limit: int32 [B], a row ends with its so-manieth token.
+        limit: int32 [B], how many new tokens a row gets at most: it ends with the last of them.
     """
 
     sampler: Sampler

@@ -865,7 +865,7 @@ FAULTS: list[Fault] = [
         "test_models.py::test_pads_on_either_side\ntest_models.py::test_logits_of_some_tokens",
         ("Decoder.hidden", "tokens.shape[1] - num_new", "num_new"),
         ("Decoder.hidden", "-placement.like_rows(late, x)", "placement.like_rows(late, x)"),
-        ("_at", "index < 0, length", "index < 0, 0"),
+        ("_at", "at < 0, length", "at < 0, 0"),
         ("_at", 'mode="fill"', 'mode="clip"'),
     ),
     *group(
