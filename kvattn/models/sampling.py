@@ -147,14 +147,14 @@ def _drawn(
     scores = _manual.cond(jnp.any(draws & (sampler.top_k < logits.shape[1])), most_probable, same, scores)
     scores = _manual.cond(jnp.any(draws & (sampler.top_p < 1)), nucleus, same, scores)
 
-    def one(seed: Array, stream: Array, number: Array, scores: Array) -> Array:
+    def one(seed: HostOrDevice, stream: HostOrDevice, number: Array, scores: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)
         return jax.random.categorical(key, scores)
 
     return jax.vmap(one)(sampler.seed, sampler.stream, num_drawn, scores).astype(jnp.int32)
 
 
-def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
+def best_reaching(scores: Array, weights: Array, target: HostOrDevice) -> Array:
     """The smallest set of best scores whose weights add up to `target`; all, if no set does.
 
     Equal scores are taken in order, lower indices first. The lowest score taken is found bit by bit, in 32 passes:

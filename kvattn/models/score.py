@@ -18,7 +18,7 @@ from kvattn.models import loop
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.models.programs import ProgramsOf, Weights
-from kvattn.models.sampling import Sampler, log_probability
+from kvattn.models.sampling import HostOrDevice, Sampler, log_probability
 from kvattn.policies import Policy
 
 _LOGITS = 2**24
@@ -187,7 +187,7 @@ def _repeated(
 
 
 def _on_host(
-    parts: list[Float32[Array, "B _"]], counts: Int32[np.ndarray, " B"], cache: Caches
+    parts: Sequence[Float32[HostOrDevice, "B _"]], counts: Int32[np.ndarray, " B"], cache: Caches
 ) -> list[Float32[np.ndarray, " _"]]:
     """The first numbers of each row.
 
