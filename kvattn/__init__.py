@@ -1,7 +1,7 @@
 """Attention with a key/value cache that is small, fast and correct, for Flax on TPU, GPU and CPU.
 
-`import kvattn` needs JAX only. `kvattn.layers`, `kvattn.models` and `kvattn.generate` bring Flax in on first use;
-``from kvattn import *``, which takes all there is, does so at once.
+`import kvattn` needs JAX only. `kvattn.layers`, `kvattn.models`, `kvattn.generate` and `kvattn.score` bring Flax in on
+first use; ``from kvattn import *``, which takes all there is, does so at once.
 """
 
 import importlib
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kvattn import models as models
     from kvattn import serving as serving
     from kvattn.models import generate as generate
+    from kvattn.models import score as score
 
 __all__ = [
     "H2O",
@@ -69,6 +70,7 @@ __all__ = [
     "pallas",
     "policies",
     "positions",
+    "score",
     "serving",
     "sharding",
 ]
@@ -81,8 +83,8 @@ _ON_FIRST_USE = ("layers", "memory", "models", "serving")
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"kvattn.{name}")
-    if name == "generate":
-        return importlib.import_module("kvattn.models").generate
+    if name in ("generate", "score"):
+        return getattr(importlib.import_module("kvattn.models"), name)
     raise AttributeError(f"module 'kvattn' has no attribute {name!r}")
 
 

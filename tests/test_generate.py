@@ -28,7 +28,8 @@ from kvattn.errors import (
     StaleCacheError,
 )
 from kvattn.layers import stateless
-from kvattn.models import Decoder, DecoderConfig, from_pretrained, generate, sampling
+from kvattn.models import Decoder, DecoderConfig, from_pretrained, generate, loop, sampling
+from kvattn.models import prompts as given_prompts
 from kvattn.models.sampling import Sampler, best_reaching, choose
 
 module = sys.modules[generate.__module__]
@@ -99,8 +100,8 @@ def cut(tokens, stops):
 @pytest.fixture
 def caches(monkeypatch):
     """The caches that generations end with."""
-    seen, check = [], module._Decoding.check
-    monkeypatch.setattr(module._Decoding, "check", lambda self: (seen.append(self.cache), check(self))[1])
+    seen, check = [], loop.Decoding.check
+    monkeypatch.setattr(loop.Decoding, "check", lambda self: (seen.append(self.cache), check(self))[1])
     return seen
 
 
@@ -190,19 +191,16 @@ def test_policies_that_go_by_attention_see_chunks(model, greedy):
     ],
     ids=str,
 )
-def test_prompts_whose_logits_would_be_large_come_in_chunks(model, monkeypatch, options, shapes):
+def test_prompts_whose_activations_would_be_large_come_in_chunks(model, monkeypatch, options, shapes):
     """But not by themselves where chunks make a difference."""
     given = []
 
-    def programs(model, structure):
-        def append(weights, tokens, num_new, cache, rows, sampler, stop):
-            given.append(tokens.shape)
-            return rows, cache
+    def append(weights, chunk, cache, rows, settings, forced):
+        given.append(chunk.tokens.shape)
+        return rows, cache
 
-        return append, None
-
-    monkeypatch.setattr(module, "_programs", programs)
-    monkeypatch.setattr(module, "_LOGITS", 2 * V * 100)
+    monkeypatch.setattr(loop.PROGRAMS, "of", lambda model: ([], loop.Programs(append, None)))
+    monkeypatch.setattr(given_prompts, "_ACTIVATIONS", 2 * (2 * TINY.mlp_dim) * 100)
     generate(model, [[1] * 100, [2]], 1, **options)
     assert given == shapes
 
@@ -250,7 +248,7 @@ def test_stop_tokens_in_chunks_and_draws(model):
 
 @pytest.mark.parametrize("ahead", [0, 1, 5, 100])
 def test_how_far_the_device_is_ahead_does_not_matter(model, greedy, monkeypatch, ahead):
-    monkeypatch.setattr(module, "_AHEAD", ahead)
+    monkeypatch.setattr(loop, "AHEAD", ahead)
     streamed = [[] for _ in PROMPTS]
     stops = greedy[0][2], greedy[2][5]
     got = generate(model, PROMPTS, NEW, stop_tokens=stops, on_token=lambda row, token: streamed[row].append(token))
@@ -259,15 +257,10 @@ def test_how_far_the_device_is_ahead_does_not_matter(model, greedy, monkeypatch,
 
 
 def test_the_loop_ends_with_the_last_row(model, greedy, monkeypatch):
-    programs, count = module._programs, []
-
-    def counting(model, structure):
-        append, step = programs(model, structure)
-        return append, lambda *arguments: (count.append(1), step(*arguments))[1]
-
-    monkeypatch.setattr(module, "_programs", counting)
+    count, step = [], loop.Decoding.step
+    monkeypatch.setattr(loop.Decoding, "step", lambda self: (count.append(1), step(self))[1])
     generate(model, PROMPTS, 100, capacity=128, stop_tokens=[row[2] for row in greedy])
-    assert 2 <= len(count) <= 2 + module._AHEAD
+    assert 2 <= len(count) <= 2 + loop.AHEAD
 
 
 def test_rows_that_ended_do_not_fill_the_cache(model, greedy, caches):
@@ -473,14 +466,14 @@ def test_learned_positions_count_those_in_the_cache():
 def test_draws_are_those_of_full_passes(model, last_logits):
     """Draw n of row i is `choose` on the logits of a full pass, with i and n: not of chunks, nor of the other rows."""
     options = DRAWN
-    sampler = Sampler.create(V, **options)
+    sampler = Sampler.create(V, **options).repeated(len(PROMPTS))
     one = jax.jit(choose)
     expected = []
     for i, prompt in enumerate(PROMPTS):
         tokens = list(prompt)
         for n in range(NEW):
             rows = jnp.broadcast_to(last_logits(tokens), (len(PROMPTS), V))
-            tokens.append(int(one(sampler, rows, jnp.int32(n))[0][i]))
+            tokens.append(int(one(sampler, rows, jnp.full(len(PROMPTS), n))[0][i]))
         expected.append(tokens[len(prompt) :])
     assert generate(model, PROMPTS, NEW, **options) == expected
     assert generate(model, PROMPTS, NEW, prefill_chunk=7, **options) == expected
@@ -532,7 +525,8 @@ def check_frequencies(choose, settings, draws=20_000):
     """Chi-square of many rows with the same logits; what the filters leave out never comes."""
     expected = filtered(LOGITS, **settings)
     sampler = Sampler.create(len(LOGITS), **{"top_k": None, "top_p": None, "seed": 0, **settings})
-    token, sound = choose(sampler, jnp.broadcast_to(LOGITS, (draws, len(LOGITS))), jnp.int32(3))
+    numbers = jnp.full(draws, 3)
+    token, sound = choose(sampler.repeated(draws), jnp.broadcast_to(LOGITS, (draws, len(LOGITS))), numbers)
     assert bool(jnp.all(sound)) and token.dtype == jnp.int32
     counts = np.bincount(token, minlength=len(LOGITS))
     assert np.array_equal(counts > 0, expected > 0)
@@ -547,8 +541,9 @@ def test_draws_follow_the_filtered_probabilities(settings):
 
 
 def test_drawn_numbers_and_rows_differ():
-    sampler = Sampler.create(V, temperature=1.0, top_k=None, top_p=None, seed=0)
-    tokens = np.stack([choose(sampler, jnp.zeros((50, V)), jnp.int32(n))[0] for n in range(50)])
+    sampler = Sampler.create(V, temperature=1.0, top_k=None, top_p=None, seed=0).repeated(50)
+    one = jax.jit(choose)
+    tokens = np.stack([one(sampler, jnp.zeros((50, V)), jnp.full(50, n))[0] for n in range(50)])
     agree = [np.mean(tokens[:, a] == tokens[:, b]) for a, b in itertools.combinations(range(50), 2)]
     agree += [np.mean(tokens[a] == tokens[b]) for a, b in itertools.combinations(range(50), 2)]
     assert abs(np.mean(agree) - 1 / V) < 0.005  # independent draws agree by chance only
@@ -566,7 +561,7 @@ def test_one_candidate_is_the_greedy_choice(model, greedy):
     for temperature in (1e-37, 1.0, 3e38):
         options = dict(temperature=temperature, top_k=1, top_p=0.9)
         assert generate(model, PROMPTS, NEW, **options) == greedy
-        assert one(Sampler.create(4, seed=0, **options), ties, jnp.int32(0))[0].tolist() == [0, 1]
+        assert one(Sampler.create(4, seed=0, **options).repeated(2), ties, jnp.zeros(2, int))[0].tolist() == [0, 1]
     assert jnp.argmax(ties, axis=-1).tolist() == [0, 1]
     assert generate(model, PROMPTS, NEW, temperature=1.0, top_k=30, top_p=1e-9) == greedy
 
@@ -617,7 +612,7 @@ def test_the_smallest_set_that_reaches_a_weight():
 
 def compiled(model):
     """How often each program of a model was compiled."""
-    _, programs = module.PROGRAMS[model]
+    _, programs = loop.PROGRAMS[model]
     return [program._cache_size() for program in programs]
 
 
@@ -628,13 +623,13 @@ def test_programs_go_with_their_models_and_serve_those_alike():
     for model in (first, second, other):
         generate(model, [[1, 2, 3]], 3)
     assert compiled(first) == compiled(second) == compiled(other) == [1, 1]
-    assert module.PROGRAMS[first] is module.PROGRAMS[second] is not module.PROGRAMS[other]
+    assert loop.PROGRAMS[first] is loop.PROGRAMS[second] is not loop.PROGRAMS[other]
     models = [weakref.ref(model) for model in (first, second, other)]
-    programs = [weakref.ref(module.PROGRAMS[model][1].step) for model in (second, other)]
-    alive = len(module.PROGRAMS)
+    programs = [weakref.ref(loop.PROGRAMS[model][1].step) for model in (second, other)]
+    alive = len(loop.PROGRAMS)
     del first, other, model
     gc.collect()
-    assert [ref() is None for ref in models] == [True, False, True] and len(module.PROGRAMS) == alive - 2
+    assert [ref() is None for ref in models] == [True, False, True] and len(loop.PROGRAMS) == alive - 2
     assert [ref() is None for ref in programs] == [False, True]
     del second
     gc.collect()
@@ -644,15 +639,15 @@ def test_programs_go_with_their_models_and_serve_those_alike():
 def test_a_model_that_changed_has_other_programs():
     model = decoder(dataclasses.replace(TINY, norm_epsilon=4e-5))
     before = generate(model, [[1, 2, 3]], 8)
-    old = module.PROGRAMS[model]
+    old = loop.PROGRAMS[model]
     model.layers[0].attention.rope = kvattn.RoPE(model.layers[0].attention.head_dim, theta=3.0)
     assert generate(model, [[1, 2, 3]], 8) != before
-    assert module.PROGRAMS[model] is not old
+    assert loop.PROGRAMS[model] is not old
 
 
 def test_one_program_for_the_prompts_and_one_for_the_step():
     model = decoder(dataclasses.replace(TINY, norm_epsilon=1e-5))
-    known = len({id(programs) for programs in module.PROGRAMS.values()})
+    known = len({id(programs) for programs in loop.PROGRAMS.values()})
     generate(model, [[1, 2, 3]], 30, capacity=128)
     generate(model, [[4] * 20], 9, capacity=128, stop_tokens=3)
     generate(model, [[5]], 1, capacity=128, stop_tokens=(1, 2, 3), on_token=lambda row, token: None, seed=3)
@@ -660,11 +655,11 @@ def test_one_program_for_the_prompts_and_one_for_the_step():
     drawn = dict(temperature=1.0, top_k=5, top_p=0.7)
     for change in (dict(top_p=0.5), dict(top_k=1), dict(top_k=20), dict(temperature=2.0, seed=4), dict(stop_tokens=7)):
         generate(model, [[1, 2, 3]], 3, capacity=128, **{**drawn, **change})
-    assert compiled(model) == [2, 2]  # another kind of choice
+    assert compiled(model) == [1, 1]  # whatever the choice
     for length in (1, 16, 17, 60, 100):
         generate(model, [[1] * length], 3, capacity=128, prefill_chunk=16)
-    assert compiled(model) == [3, 2]  # one for chunks, however many
-    assert len({id(programs) for programs in module.PROGRAMS.values()}) == known + 1
+    assert compiled(model) == [2, 1]  # one for chunks, however many
+    assert len({id(programs) for programs in loop.PROGRAMS.values()}) == known + 1
 
 
 def test_split_over_devices():
@@ -841,7 +836,7 @@ def test_logits_that_are_no_distribution_are_an_error(model):
 def test_unsound_logits_are_found(settings):
     sampler = Sampler.create(4, **{"top_k": None, "top_p": None, "seed": 0, **settings})
     rows = [[0, 1, NAN, 0], [0, 1, INF, 0], [-INF] * 4, [-INF, 1, -INF, -INF], [0, -3e38, 3e38, 0]]
-    token, sound = choose(sampler, jnp.asarray(rows, jnp.float32), jnp.int32(0))
+    token, sound = choose(sampler.repeated(5), jnp.asarray(rows, jnp.float32), jnp.zeros(5, int))
     assert sound.tolist() == [False, False, False, True, True]
     assert token[3:].tolist() == [1, 2]
 
@@ -857,10 +852,10 @@ def test_unsound_logits_are_found(settings):
         ("np.ones(len(tokens), bool)", "np.arange(len(tokens)) == 0"),
     ],
 )
-def test_planted_faults_in_turns(model, by_hand, right, wrong):
-    faulty = planted(module, right, wrong)
+def test_planted_faults_in_turns(model, by_hand, monkeypatch, right, wrong):
+    faulty = generating(monkeypatch, right, wrong)
     with pytest.raises(AssertionError):
-        check_turns(faulty.generate, model, by_hand, "full")
+        check_turns(faulty, model, by_hand, "full")
 
 
 def planted(module, right, wrong):
@@ -873,43 +868,54 @@ def planted(module, right, wrong):
     return faulty
 
 
+def generating(monkeypatch, right, wrong):
+    """`generate` with a part of its source, or of the loop's, replaced."""
+    if right in inspect.getsource(module):
+        return planted(module, right, wrong).generate
+    monkeypatch.setattr(module, "loop", planted(loop, right, wrong))
+    return generate
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("last = jnp.maximum(num_new - 1, 0)", "last = jnp.full_like(num_new, tokens.shape[1] - 1)"),
-        ("came = num_new > 0", "came = num_new >= 0"),
+        ("came = ends & (num_new > 0)", "came = ends"),
+        ("came = ends & (num_new > 0)", "came = num_new > 0"),
         ("np.clip(lengths - start, 0, chunk)", "np.clip(lengths, 0, chunk)"),
         ("tokens[:, start : start + chunk]", "tokens[:, :chunk]"),
     ],
 )
-def test_planted_faults_in_chunks(model, greedy, right, wrong):
-    faulty = planted(module, right, wrong)
+def test_planted_faults_in_chunks(model, greedy, monkeypatch, right, wrong):
+    faulty = generating(monkeypatch, right, wrong)
     with pytest.raises((AssertionError, CapacityError)):
-        check_chunks(faulty.generate, model, greedy, chunks=(7,))
+        check_chunks(faulty, model, greedy, chunks=(7,))
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("rows.running.astype(jnp.int32)", "jnp.ones_like(rows.new)"),  # ended rows go on
-        ("jnp.where(came, ~stop[token]", "jnp.where(came, sound"),
-        ("jnp.where(came, ~stop[token]", "jnp.where(came, ~stop[token] & (rows.num_drawn < 4)"),
+        ("~_holds(settings.stop, token)", "sound"),
+        ("~_holds(settings.stop, token)", "~_holds(settings.stop, token) & (rows.num_drawn < 4)"),
+        ("token[:, None] // _WORD", "token[:, None] * 0"),
+        ("words << np.arange", "words[:, ::-1] << np.arange"),
         ("if num_running == 0:", "if num_running < 3:"),
         ("num_running -= int(stop[token])", "num_running -= 1"),
     ],
 )
 def test_planted_faults_in_stopping(model, greedy, monkeypatch, right, wrong):
-    faulty = planted(module, right, wrong)
-    caches, check = [], faulty._Decoding.check
-    monkeypatch.setattr(faulty._Decoding, "check", lambda self: (caches.append(self.cache), check(self))[1])
+    faulty = generating(monkeypatch, right, wrong)
+    caches, check = [], module.loop.Decoding.check
+    monkeypatch.setattr(module.loop.Decoding, "check", lambda self: (caches.append(self.cache), check(self))[1])
     with pytest.raises((AssertionError, KVAttnError)):
-        check_stops(faulty.generate, model, greedy, caches)
+        check_stops(faulty, model, greedy, caches)
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("(logits - best) / temperature", "(logits - best) * temperature"),
+        ("(logits - best) / jnp.where(draws", "(logits - best) * jnp.where(draws"),
         ("weight(above) + tied_before * weights < target", "weight(above) <= 2 * target"),
         ("weight(order >= higher) >= target", "weight(order > higher) >= target"),
         ("jax.nn.softmax(scores, axis=-1)", "jax.nn.softmax(logits, axis=-1)"),  # neither temperature nor top_k
@@ -942,7 +948,7 @@ def test_planted_faults_in_sets(right, wrong):
 
 def test_steps_take_the_caches_over(model, monkeypatch):
     """Every chunk of the prompts and every step is given the caches for good: what went in is gone afterwards."""
-    gone, programs = [], module._programs
+    gone, of = [], loop.PROGRAMS.of
 
     def watched(program):
         def call(weights, *given):
@@ -953,6 +959,10 @@ def test_steps_take_the_caches_over(model, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(module, "_programs", lambda *given: tuple(map(watched, programs(*given))))
+    def programs(model):
+        weights, programs = of(model)
+        return weights, loop.Programs(*map(watched, programs))
+
+    monkeypatch.setattr(loop.PROGRAMS, "of", programs)
     generate(model, PROMPTS, NEW)
     assert gone == [True] * NEW  # the prompts bring the first token

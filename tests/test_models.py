@@ -95,6 +95,63 @@ def test_ragged_rows_are_as_alone():
         chex.assert_trees_all_close(got, expected[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(positions="learned", max_positions=16), pytest.param({}, marks=pytest.mark.slow)]
+)
+def test_pads_on_either_side(changes):
+    """With pads on the left, the same: logits of what is real, and the caches; without a cache too."""
+    model = decoder(dataclasses.replace(TINY, num_layers=1, windows=5, **changes))
+    lengths, turns = jnp.asarray([5, 1, 3], jnp.int32), jnp.asarray([0, 2, 1], jnp.int32)
+    apply, weights = stateless(model)
+    step = jax.jit(apply, static_argnames="padding")
+    right, left = (model.make_cache(3, 16) for _ in range(2))
+    for num_new in (lengths, turns):
+        late = 5 - num_new
+        tokens = random_tokens(3, 5, seed=int(num_new[0]))
+        turned = jnp.stack([jnp.roll(row, int(by)) for row, by in zip(tokens, late, strict=True)])
+        expected, right = step(weights, tokens, right, num_new, padding="right")
+        got, left = step(weights, turned, left, num_new, padding="left")
+        whole, _ = step(weights, turned, None, num_new, padding="left")
+        alone, _ = step(weights, tokens, None, num_new, padding="right")
+        for row, count in enumerate(num_new.tolist()):
+            chex.assert_trees_all_close(got[row, 5 - count :], expected[row, :count], atol=1e-5, rtol=1e-5)
+            chex.assert_trees_all_close(whole[row, 5 - count :], alone[row, :count], atol=1e-5, rtol=1e-5)
+        chex.assert_trees_all_close(left, right, atol=1e-5, rtol=1e-5)
+    assert left[0].lengths.tolist() == [5, 3, 4]
+
+
+def test_pads_are_checked():
+    model, tokens = decoder(), random_tokens(2, 3)
+    for num_new, error in (([4, 1], RangeError), ([1, -1], RangeError), ([1], ShapeError), ([1.0, 1.0], DTypeError)):
+        with pytest.raises(error, match="num_new"):
+            model(tokens, None, np.asarray(num_new), padding="left")
+    with pytest.raises(ConfigError, match="padding"):
+        model(tokens, padding="both")
+    chex.assert_trees_all_equal(model(tokens, padding="left")[0], model(tokens)[0])  # all are real
+
+
+def test_logits_of_some_tokens():
+    model, tokens = decoder(CONFIGS["caps, own head"]), random_tokens(2, 4)
+    full, _ = model(tokens)
+    index = np.array([[3, 0, 3], [1, 2, 0]])
+    some, _ = model(tokens, logits_at=index)
+    assert some.shape == (2, 3, TINY.vocab_size)
+    chex.assert_trees_all_close(some, full[np.arange(2)[:, None], index], atol=1e-5, rtol=1e-5)
+    assert model(tokens, logits_at=np.zeros((2, 0), int))[0].shape == (2, 0, TINY.vocab_size)
+    apply, weights = stateless(model)
+    (outside, _) = jax.jit(apply)(weights, tokens, logits_at=jnp.asarray([[4, 3], [-1, 2]]))
+    assert np.isnan(outside[:, 0]).all() and not np.isnan(outside[:, 1]).any()
+    for wrong, error in (
+        ([[4], [0]], RangeError),
+        ([[-1], [0]], RangeError),
+        ([3, 0], ShapeError),
+        ([[3]], ShapeError),
+        ([[1.0], [0.0]], DTypeError),
+    ):
+        with pytest.raises(error, match="logits_at"):
+            model(tokens, logits_at=np.asarray(wrong))
+
+
 def test_layers_with_a_window_keep_a_small_cache():
     cache = decoder(CONFIGS["windows"]).make_cache(2, 32)
     assert [layer.num_slots for layer in cache] == [5, 32]

@@ -241,6 +241,6 @@ def test_generation_is_two_programs(kind):
     model = Decoder(LLAMA, mesh=mesh_of(kind, (2, 4)), rngs=nnx.Rngs(0))
     prompts = tokens()[:, :7].tolist()
     chunked = kvattn.generate(model, prompts, 4, prefill_chunk=3)
-    _, programs = importlib.import_module("kvattn.models.generate").PROGRAMS[model]
+    _, programs = importlib.import_module("kvattn.models.loop").PROGRAMS[model]
     assert [program._cache_size() for program in programs] == [1, 1]
     assert chunked == kvattn.generate(Decoder(LLAMA, rngs=nnx.Rngs(0)), prompts, 4)

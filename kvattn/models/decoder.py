@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.attend.tokens import rotated_left
 from kvattn.cache import Cache
 from kvattn.codecs import Codec
 from kvattn.errors import DTypeError, RangeError, ShapeError
@@ -172,7 +173,13 @@ class Decoder(nnx.Module):
             placement.put(self, mesh)
 
     def __call__(
-        self, tokens: Array, cache: Sequence[Cache] | None = None, num_new: Array | None = None
+        self,
+        tokens: Array,
+        cache: Sequence[Cache] | None = None,
+        num_new: Array | None = None,
+        *,
+        padding: str = "right",
+        logits_at: Array | None = None,
     ) -> tuple[Array, Caches | None]:
         """Logits of the next token after each of `tokens`.
 
@@ -180,27 +187,54 @@ class Decoder(nnx.Module):
             tokens: int32 [B, T].
             cache: one per layer (`make_cache`), holding what came before; donate it. None: nothing came before
                 and nothing is kept.
-            num_new: int32 [B], how many of the T tokens are real, the others following them. None: all. What
-                comes out at the others means nothing. Without a cache it tells "dynamic" RoPE how long a row is; else
+            num_new: int32 [B], how many of the T tokens are real. None: all. What comes out at the others means
+                nothing. Without a cache and with pads on the right it tells "dynamic" RoPE how long a row is; else
                 nothing depends on it there: a token never sees those after it.
+            padding: on which side of the real tokens the others lie, "right" or "left". The caches are the same.
+            logits_at: int32 [B, M], at which of the T tokens logits are wanted. None: at all of them, which takes
+                4·B·T·V bytes. After a prompt only the last ones matter: ``num_new[:, None] - 1``.
 
         With "dynamic" RoPE what comes out depends on how a prompt is cut into calls, see `kvattn.RoPE`.
 
         Returns:
-            logits float32 [B, T, V], and the caches (None without).
+            logits float32 [B, T, V], or [B, M, V], and the caches (None without).
 
         Raises:
-            ShapeError: tokens that are not [B, T], or a wrong number of caches.
-            DTypeError: tokens that are not integers.
-            RangeError: a token id outside the vocabulary, or more tokens than there are learned positions. (Under jit
-                its row's logits are NaN.)
+            ShapeError: tokens that are not [B, T], `logits_at` that is not [B, M], or a wrong number of caches.
+            DTypeError: tokens or `logits_at` that are not integers.
+            ConfigError: a `padding` that is neither.
+            RangeError: a token id outside the vocabulary, an index outside [0, T), or more tokens than there are
+                learned positions. (Under jit its logits are NaN.)
             CapacityError: more tokens than a cache holds. (Under jit see `kvattn.KVCache.check`.)
+        """
+        x, caches = self.hidden(tokens, cache, num_new, padding=padding)
+        if logits_at is not None:
+            x = _at(x, logits_at)
+        return placement.like_rows(self.logits(x), jnp.asarray(tokens)), caches
+
+    def hidden(
+        self,
+        tokens: Array,
+        cache: Sequence[Cache] | None = None,
+        num_new: Array | None = None,
+        *,
+        padding: str = "right",
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """What the last layer makes of `tokens` [B, T], and the caches: all of a call but the `logits`.
+
+        Arguments and errors are those of a call.
         """
         tokens = self._tokens(tokens)
         if cache is not None and len(cache) != len(self.layers):
             raise ShapeError(
                 f"the model has {len(self.layers)} layers but was given {len(cache)} caches: one for each."
             )
+        _checks.one_of("padding", padding, ("right", "left"))
+        late = None
+        if padding == "left" and num_new is not None:
+            num_new = _checks.counts("num_new", num_new, tokens.shape[0], 0, tokens.shape[1])
+            late = tokens.shape[1] - num_new
+            tokens = rotated_left(tokens, placement.like_rows(late, tokens))
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
         x = self.split.rows(x, cache is not None)
         positions = None
@@ -210,7 +244,9 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens, positions)
             caches.append(layer_cache)
-        return placement.like_rows(self._logits(x), tokens), None if cache is None else tuple(caches)
+        if late is not None:
+            x = rotated_left(x, -placement.like_rows(late, x))
+        return x, None if cache is None else tuple(caches)
 
     def make_cache(
         self,
@@ -302,8 +338,8 @@ class Decoder(nnx.Module):
             )
         return positions
 
-    def _logits(self, x: Array) -> Array:
-        """[B, T, D] -> float32 [B, T, V]."""
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """float32, from what `hidden` returns."""
         if self.norm is not None:
             x = self.norm(x)
         if self.embed_out is not None:
@@ -312,3 +348,16 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+def _at(x: Float[Array, "B T D"], index: ArrayLike) -> Float[Array, "B M D"]:
+    """The tokens [B, M] of every row; NaN where there is no such token."""
+    at, length = _checks.integers("logits_at", index), x.shape[1]
+    if at.ndim != 2 or at.shape[0] != x.shape[0]:
+        raise ShapeError(f"logits_at must be [{x.shape[0]}, M], got shape {at.shape}.")
+    if at.size and _checks.is_concrete(at):
+        low, high = int(np.min(np.asarray(at))), int(np.max(np.asarray(at)))
+        if low < 0 or high >= length:
+            raise RangeError(f"logits_at must lie in [0, {length}), got {low} to {high}.")
+    at = placement.like_rows(jnp.where(at < 0, length, _checks.int32("logits_at", at)), x)
+    return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="fill")

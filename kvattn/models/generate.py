@@ -1,89 +1,94 @@
 """Generation: the prompts go in, whole or in chunks, then one token of every sequence per step."""
 
-import collections
 import contextlib
-import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32
 
 from kvattn import _checks
-from kvattn._typing import Array, Rows
 from kvattn.cache import Cache
 from kvattn.codecs import Codec
 from kvattn.errors import DTypeError, MissingLibraryError, RangeError
+from kvattn.models import loop
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Caches, Decoder
-from kvattn.models.sampling import Sampler, choose
+from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 
-_ROUND = 64
-"""Prompt lengths and default capacities are rounded up to this, so that fewer programs are compiled."""
+Prompts = Sequence[Sequence[int]]
+Logprobs = list[Float32[np.ndarray, " _"]]
 
-_LOGITS = 2**27
-"""Most logits of a chunk of prompts unless told otherwise: 512 MiB of float32."""
 
-_AHEAD = 2
-"""Steps handed to the device before the host looks at the tokens of one: it reads while the device works. What comes
-out does not depend on it; when all rows have ended, so many steps were in vain."""
+class _Options(TypedDict, total=False):
+    """The arguments of `generate` on which the type of its result does not depend."""
 
-_NOTHING, _UNSOUND = -1, -2
-"""In place of a token: the row had ended before; its logits were no distribution."""
+    capacity: int | None
+    policy: Policy | Sequence[Policy | None] | None
+    codec: Codec | Sequence[Codec | None] | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    stop_tokens: int | Iterable[int] | None
+    prefill_chunk: int | None
+    on_token: Callable[[int, int], object] | None
+    progress: bool | Callable[[int, int], object]
+    cache: Sequence[Cache] | None
 
 
 @overload
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
-    capacity: int | None = ...,
-    policy: Policy | Sequence[Policy | None] | None = ...,
-    codec: Codec | Sequence[Codec | None] | None = ...,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    stop_tokens: int | Iterable[int] | None = ...,
-    prefill_chunk: int | None = ...,
-    on_token: Callable[[int, int], object] | None = ...,
-    progress: bool | Callable[[int, int], object] = ...,
-    cache: Sequence[Cache] | None = ...,
     return_cache: Literal[False] = ...,
+    return_logprobs: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> list[list[int]]: ...
 
 
 @overload
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
-    capacity: int | None = ...,
-    policy: Policy | Sequence[Policy | None] | None = ...,
-    codec: Codec | Sequence[Codec | None] | None = ...,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    seed: int = ...,
-    stop_tokens: int | Iterable[int] | None = ...,
-    prefill_chunk: int | None = ...,
-    on_token: Callable[[int, int], object] | None = ...,
-    progress: bool | Callable[[int, int], object] = ...,
-    cache: Sequence[Cache] | None = ...,
     return_cache: Literal[True],
+    return_logprobs: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> tuple[list[list[int]], Caches]: ...
+
+
+@overload
+def generate(
+    model: Decoder,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    return_cache: Literal[False] = ...,
+    return_logprobs: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[list[list[int]], Logprobs]: ...
+
+
+@overload
+def generate(
+    model: Decoder,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    return_cache: Literal[True],
+    return_logprobs: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[list[list[int]], Logprobs, Caches]: ...
 
 
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     capacity: int | None = None,
@@ -99,7 +104,13 @@ def generate(
     progress: bool | Callable[[int, int], object] = False,
     cache: Sequence[Cache] | None = None,
     return_cache: bool = False,
-) -> list[list[int]] | tuple[list[list[int]], Caches]:
+    return_logprobs: bool = False,
+) -> (
+    list[list[int]]
+    | tuple[list[list[int]], Caches]
+    | tuple[list[list[int]], Logprobs]
+    | tuple[list[list[int]], Logprobs, Caches]
+):
     """Continues every prompt by up to `max_new_tokens` tokens.
 
     Temperature, `top_k`, `top_p`, seed and stop tokens may change from call to call without compiling anew. The caches
@@ -121,10 +132,11 @@ def generate(
             not on the other prompts. The turns of a conversation should have different ones.
         stop_tokens: a token id or several. A row ends with the first of them that it comes to, which is part of the
             result; the other rows go on.
-        prefill_chunk: the prompts are appended so many tokens at a time. None: whole, unless their logits would take
-            more than 512 MiB and cutting them changes nothing but rounding; then in chunks that take no more (of 64
-            tokens at least). Policies that go by attention (`H2O`, `Scissorhands`, `FastGen`) judge every chunk by
-            itself, and with `KIVI` a chunk sees those before it encoded: there the result depends on this.
+        prefill_chunk: the prompts are appended so many tokens at a time. None: whole, unless their widest activation
+            (of the MLP, or of the heads) would have more than 2**27 numbers, 512 MiB in float32, and cutting them
+            changes nothing but rounding; then in chunks that have no more (of 64 tokens at least). Policies that go by
+            attention (`H2O`, `Scissorhands`, `FastGen`) judge every chunk by itself, and with `KIVI` a chunk sees those
+            before it encoded: there the result depends on this.
         on_token: called as ``on_token(row, token)`` for every new token, a stop token too, as soon as it is known: what
             was passed for a row is at any time the beginning of its result. What it raises ends the generation.
         progress: True shows a bar (tqdm); a function is called as ``progress(done, total)`` after every step, in
@@ -136,9 +148,12 @@ def generate(
         return_cache: the caches are returned too. Row by row they hold all that was said: what they held before, the
             prompt, and every new token with the last one, a stop token too. The next call's prompts are only what is
             new.
+        return_logprobs: the natural log-probability of every new token is returned too: the model's own, at temperature
+            1 and before `top_k` and `top_p`, whatever was drawn from. `kvattn.score` gives the same.
 
     Returns:
-        the new tokens of each prompt; with `return_cache` these and the caches, one per layer.
+        the new tokens of each prompt; with `return_logprobs` beside them float32 arrays of as many numbers, one per
+        prompt; with `return_cache` last the caches, one per layer.
 
     Raises:
         ShapeError: an empty prompt; caches of another model, or of another number of rows.
@@ -172,8 +187,9 @@ def generate(
         _checks.integer("prefill_chunk", prefill_chunk, 1, RangeError)
     if on_token is not None and not callable(on_token):
         raise DTypeError(f"on_token must be a function of a row and a token, got {on_token!r}.")
-    if not isinstance(return_cache, bool):
-        raise DTypeError(f"return_cache must be a bool, got {return_cache!r}.")
+    for name, flag in (("return_cache", return_cache), ("return_logprobs", return_logprobs)):
+        if not isinstance(flag, bool):
+            raise DTypeError(f"{name} must be a bool, got {flag!r}.")
     sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     stop = given.stop_mask(stop_tokens, vocab_size)
     reporting = _reporting(progress)
@@ -182,166 +198,46 @@ def generate(
     if cache is not None:
         caches, held = given.continued(cache, model, len(rows), capacity=capacity, policy=policy, codec=codec)
     results: list[list[int]] = [[] for _ in rows]
+    logprobs: list[list[float]] = [[] for _ in rows]
+
+    def result(caches: Caches | None) -> Any:  # as the overloads say
+        arrays = [np.array(row, np.float32) for row in logprobs]
+        parts = (results, *([arrays] if return_logprobs else []), *([caches] if return_cache else []))
+        return parts if len(parts) > 1 else results
+
     if not return_cache and (not rows or max_new_tokens == 0):
-        return results
+        return result(None)
     lengths = np.array([len(row) for row in rows], np.int32)
-    longest = int(lengths.max(initial=1))
     # The last token is appended only if something may come after it.
     more = max_new_tokens if return_cache else max_new_tokens - 1
     reached = given.reached(model.config, held, lengths, max_new_tokens, more)
     if caches is None:
-        capacity = _rounded(reached + more) if capacity is None else capacity
+        capacity = given.rounded(reached + more) if capacity is None else capacity
         caches = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
     given.fitting(caches, lengths + np.int32(more))
     if not rows:
-        return results, caches
-    chunk = _default_chunk(caches, vocab_size, longest) if prefill_chunk is None else prefill_chunk
+        return result(caches)
 
-    decoding = _Decoding(model, caches, sampler, stop)
-    decoding.append_prompts(rows, lengths, min(_rounded(longest), chunk))
+    decoding = loop.Decoding(model, caches, loop.Settings.alike(len(rows), sampler, stop, max_new_tokens))
+    decoding.append_prompts(rows, prefill_chunk)
     with reporting(len(rows) * max_new_tokens) as report:
-        for row, token in _new_tokens(decoding, max_new_tokens, stop, report):
+        for row, token, logprob in _new_tokens(decoding, max_new_tokens, stop, report):
             results[row].append(token)
+            logprobs[row].append(logprob)
             if on_token is not None:
                 on_token(row, token)
     if return_cache and max_new_tokens > 0:
         decoding.append_last(np.array([new[-1] for new in results], np.int32))
     decoding.check()
-    return (results, decoding.cache) if return_cache else results
-
-
-class _Rows(NamedTuple):
-    """Where the rows of a batch are.
-
-    Attributes:
-        new: the tokens of the last step, `_NOTHING` or `_UNSOUND`.
-        running: rows that have not ended.
-        num_drawn: tokens that every running row drew before that.
-    """
-
-    new: Int32[Array, " B"]
-    running: Rows
-    num_drawn: Int32[Array, ""]
-
-
-class _Decoding:
-    """A batch on the device: weights, caches and where its rows are."""
-
-    def __init__(self, model: Decoder, cache: Caches, sampler: Sampler, stop: Bool[np.ndarray, " V"]):
-        graph, state = nnx.split(model)
-        self.weights, treedef = jax.tree.flatten(state)
-        self.append, self.step = _programs(model, (graph, treedef))
-        self.cache = cache
-        self.sampler = sampler
-        self.stop = jnp.asarray(stop)
-        batch = cache[0].batch_size
-        self.place = model.split.place
-        self.rows = self.placed(np.full(batch, _NOTHING, np.int32), np.zeros(batch, bool))
-
-    def placed(self, new: Int32[np.ndarray, " B"], running: Bool[np.ndarray, " B"]) -> "_Rows":
-        """Rows that lie where the steps leave them: the next call is the same program."""
-        return _Rows(*self.place((new, running, np.zeros((), np.int32))))
-
-    def append_prompts(
-        self, rows: Sequence[Int32[np.ndarray, " _"]], lengths: Int32[np.ndarray, " B"], chunk: int
-    ) -> None:
-        """Appends the prompts, `chunk` tokens of each at a time, and chooses the first new tokens."""
-        num_chunks = -(-int(lengths.max()) // chunk)
-        tokens = given.padded(rows, num_chunks * chunk)
-        for start in range(0, num_chunks * chunk, chunk):
-            num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
-            part = tokens[:, start : start + chunk]
-            self.rows, self.cache = self.append(
-                self.weights, part, num_new, self.cache, self.rows, self.sampler, self.stop
-            )
-
-    def steps(self, count: int) -> Iterator[Int32[np.ndarray, " B"]]:
-        """The new tokens of each of `count` steps, the first of which the prompts brought."""
-        in_flight: collections.deque[Array] = collections.deque()
-        for number in range(count):
-            if number > 0:
-                self.rows, self.cache = self.step(self.weights, self.cache, self.rows, self.sampler, self.stop)
-            self.rows.new.copy_to_host_async()
-            in_flight.append(self.rows.new)
-            if len(in_flight) > _AHEAD:
-                yield np.asarray(in_flight.popleft())
-        while in_flight:
-            yield np.asarray(in_flight.popleft())
-
-    def append_last(self, tokens: Int32[np.ndarray, " B"]) -> None:
-        """Appends the last token of every row, which no step has: one more step, and nothing is drawn."""
-        rows = self.placed(tokens, np.ones(len(tokens), bool))
-        _, self.cache = self.step(self.weights, self.cache, rows, self.sampler, self.stop)
-
-    def check(self) -> None:
-        """Raises what the steps could only record."""
-        for layer in self.cache:
-            layer.check()
-
-
-class _Programs(NamedTuple):
-    """The compiled programs of a model, to which its weights go as a flat list.
-
-    Attributes:
-        append: takes a chunk of the prompts.
-        step: takes the tokens that were chosen last.
-    """
-
-    append: Callable[..., tuple[_Rows, Caches]]
-    step: Callable[..., tuple[_Rows, Caches]]
-
-
-type _Treedef = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
-type _Structure = tuple[nnx.GraphDef[Decoder], _Treedef]
-"""All of a model but its weights: programs are the same where it is."""
-
-PROGRAMS: weakref.WeakKeyDictionary[Decoder, tuple[_Structure, _Programs]] = weakref.WeakKeyDictionary()
-"""The programs of the models that have generated, as long as these live."""
-
-
-def _programs(model: Decoder, structure: _Structure) -> _Programs:
-    """Those of an earlier call with this model, or with another that has its structure and still lives."""
-    known = (PROGRAMS.get(model), *PROGRAMS.values())
-    same = next((entry for entry in known if entry is not None and entry[0] == structure), None)
-    PROGRAMS[model] = same or (structure, _compiled(*structure))
-    return PROGRAMS[model][1]
-
-
-def _compiled(graph: nnx.GraphDef[Decoder], treedef: _Treedef) -> _Programs:
-    """Programs that compile once per shapes and per kind of sampling (which parts a `Sampler` has)."""
-
-    def advance(weights, tokens, num_new, cache, rows, sampler, stop):
-        """Appends tokens [B, T] and chooses the next of every row that has any; other rows stay as they are."""
-        model = nnx.merge(graph, jax.tree.unflatten(treedef, weights))
-        logits, cache = model(tokens, cache, num_new)
-        last = jnp.maximum(num_new - 1, 0)
-        logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-        token, sound = choose(sampler, logits, rows.num_drawn)
-        came = num_new > 0
-        new = jnp.where(came, jnp.where(sound, token, _UNSOUND), rows.new)
-        running = jnp.where(came, ~stop[token], rows.running)
-        whole = model.split.whole
-        return _Rows(whole(new), whole(running), whole(rows.num_drawn)), cache
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def append(weights, tokens, num_new, cache, rows, sampler, stop):
-        """Appends tokens [B, T], a chunk of the prompts. A row's token is that of its last chunk."""
-        return advance(weights, tokens, num_new, cache, rows, sampler, stop)
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def step(weights, cache, rows, sampler, stop):
-        """Appends the tokens [B] that the last call chose. Rows that have ended append nothing."""
-        tokens, num_new = jnp.maximum(rows.new, 0)[:, None], rows.running.astype(jnp.int32)
-        rows = _Rows(jnp.full_like(rows.new, _NOTHING), rows.running, rows.num_drawn + 1)
-        return advance(weights, tokens, num_new, cache, rows, sampler, stop)
-
-    return _Programs(append, step)
+    return result(decoding.cache)
 
 
 def _new_tokens(
-    decoding: _Decoding, count: int, stop: Bool[np.ndarray, " V"], report: Callable[[int], object]
-) -> Iterator[tuple[int, int]]:
-    """Row and token of every new token, in `count` steps or until all rows have ended; reports after every step.
+    decoding: loop.Decoding, count: int, stop: Bool[np.ndarray, " V"], report: Callable[[int], object]
+) -> Iterator[tuple[int, int, float]]:
+    """Row, token and its log-probability of every new token, in `count` steps or until all rows have ended.
+
+    Reports after every step.
 
     Raises:
         RangeError: logits that are no distribution.
@@ -349,30 +245,22 @@ def _new_tokens(
     """
     num_new = np.zeros(decoding.cache[0].batch_size, np.int64)
     num_running = len(num_new)
-    for new in decoding.steps(count):
-        if np.any(new == _UNSOUND):
+    for came in decoding.steps(count):
+        if np.any(came.new == loop.UNSOUND):
             decoding.check()  # the caches may know more
             raise RangeError(
-                f"the logits of rows {np.nonzero(new == _UNSOUND)[0].tolist()} are NaN or infinite after {num_new[0]} "
-                "new tokens: a weight is not finite, or something overflowed. Look at the checkpoint, or compute in a "
-                "wider dtype."
+                f"the logits of rows {np.nonzero(came.new == loop.UNSOUND)[0].tolist()} are NaN or infinite after "
+                f"{num_new[0]} new tokens: a weight is not finite, or something overflowed. Look at the checkpoint, or "
+                "compute in a wider dtype."
             )
-        for row in np.nonzero(new >= 0)[0].tolist():
-            token = int(new[row])
+        for row in np.nonzero(came.new >= 0)[0].tolist():
+            token = int(came.new[row])
             num_running -= int(stop[token])
             num_new[row] += 1
-            yield row, token
+            yield row, token, float(came.logprob[row])
         report(int(num_new.sum()))
         if num_running == 0:
             break
-
-
-def _default_chunk(cache: Caches, vocab_size: int, longest: int) -> int:
-    """Tokens appended at once: all, unless there would be too many logits and chunks make no difference."""
-    for layer in cache:
-        if layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec:
-            return _rounded(longest)
-    return max(_LOGITS // (cache[0].batch_size * vocab_size * _ROUND), 1) * _ROUND
 
 
 def _reporting(progress: object) -> Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]:
@@ -397,7 +285,3 @@ def _reporting(progress: object) -> Callable[[int], contextlib.AbstractContextMa
             yield lambda done: shown.update(done - shown.n)
 
     return bar
-
-
-def _rounded(count: int) -> int:
-    return -(-count // _ROUND) * _ROUND

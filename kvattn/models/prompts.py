@@ -1,4 +1,4 @@
-"""What `kvattn.generate` is given: prompts, stop tokens and caches, checked and brought into the form it works on."""
+"""What `kvattn.generate` and `kvattn.score` are given, checked and brought into the form that they work on."""
 
 import numbers
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,15 @@ from kvattn.families.config import DecoderConfig
 from kvattn.models.decoder import Caches, Decoder
 from kvattn.policies import Context
 
+_ROUND = 64
+"""Prompt lengths and default capacities are rounded up to this, so that fewer programs are compiled."""
 
-def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[Int32[np.ndarray, " _"]]:
-    """Every prompt, of at least one token.
+_ACTIVATIONS = 2**27
+"""Most numbers of the widest activation of a chunk of prompts unless told otherwise: 512 MiB of float32."""
+
+
+def checked(prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompt") -> list[Int32[np.ndarray, " _"]]:
+    """Every prompt, or what else the `name` says, of at least one token.
 
     Raises:
         ShapeError: an empty prompt, or something that is no sequence.
@@ -24,10 +30,10 @@ def checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[Int32[np.
         RangeError: a token id outside the vocabulary.
     """
     if isinstance(prompts, str | bytes | bytearray):
-        raise ShapeError(f"prompts must be a sequence of prompts, got one {type(prompts).__name__}: put it in a list.")
+        raise ShapeError(f"{name}s must be a sequence of {name}s, got one {type(prompts).__name__}: put it in a list.")
     if not isinstance(prompts, Iterable):
-        raise DTypeError(f"prompts must be a sequence of prompts, got {type(prompts).__name__}.")
-    return [_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
+        raise DTypeError(f"{name}s must be a sequence of {name}s, got {type(prompts).__name__}.")
+    return [_tokens(f"{name} {i}", prompt, vocab_size) for i, prompt in enumerate(prompts)]
 
 
 def stop_mask(stop_tokens: object, vocab_size: int) -> Bool[np.ndarray, " V"]:
@@ -168,6 +174,28 @@ def fitting(cache: Caches, needed: Int32[np.ndarray, " B"]) -> None:
             )
 
 
+def rounded(count: int) -> int:
+    """Up to where shapes are shared."""
+    return -(-count // _ROUND) * _ROUND
+
+
+def chunk_size(model: Decoder, cache: Caches, longest: int, prefill_chunk: int | None) -> int:
+    """How many tokens of each prompt are appended at once, up to `longest`.
+
+    Unless told otherwise all of them, or as many as keep activations small if chunks make no difference.
+    """
+    whole = rounded(longest)
+    if prefill_chunk is not None:
+        return min(whole, prefill_chunk)
+    if any(layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in cache):
+        return whole
+    config, attention = model.config, model.layers[0].attention
+    mlp = config.mlp_dim * (2 if config.gated or config.num_experts else 1) * max(config.experts_per_token, 1)
+    heads = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+    width = max(config.model_dim, mlp, heads)
+    return min(whole, max(_ACTIVATIONS // (cache[0].batch_size * width * _ROUND), 1) * _ROUND)
+
+
 def padded(rows: Sequence[Int32[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B T"]:
     """The rows, zeros after them up to `length`."""
     tokens = np.zeros((len(rows), length), np.int32)
@@ -176,30 +204,28 @@ def padded(rows: Sequence[Int32[np.ndarray, " _"]], length: int) -> Int32[np.nda
     return tokens
 
 
-def _prompt(index: int, prompt: object, vocab_size: int) -> Int32[np.ndarray, " _"]:
+def _tokens(name: str, prompt: object, vocab_size: int) -> Int32[np.ndarray, " _"]:
     if isinstance(prompt, str):
         raise DTypeError(
-            f"prompt {index} is text, not token ids: pass tokenizer.encode(text).ids (kvattn.models.load_tokenizer), "
+            f"{name} is text, not token ids: pass tokenizer.encode(text).ids (kvattn.models.load_tokenizer), "
             "or text.encode() for a model of bytes."
         )
     values = list(prompt) if isinstance(prompt, bytes | bytearray) else prompt
     # NumPy would make [1, True] ints.
     if isinstance(values, list | tuple) and any(isinstance(x, bool | np.bool_) for x in values):
-        raise DTypeError(f"prompt {index} must hold integers, got a bool among them.")
+        raise DTypeError(f"{name} must hold integers, got a bool among them.")
     try:
         values = np.asarray(values)
     except (ValueError, TypeError) as error:
-        raise ShapeError(f"prompt {index} must be a sequence of token ids: {error}.") from error
+        raise ShapeError(f"{name} must be a sequence of token ids: {error}.") from error
     if values.ndim != 1 or values.size == 0:
         raise ShapeError(
-            f"prompt {index} must be a sequence of at least one token id, its shape is {values.shape}. Prompts are a "
-            "list of such sequences, also where there is only one."
+            f"{name} must be a sequence of at least one token id, its shape is {values.shape}. Give a list of such "
+            "sequences, also where there is only one."
         )
     whole = values.dtype == object and all(isinstance(x, numbers.Integral) for x in values)  # beyond 64 bits
     if not (whole or np.issubdtype(values.dtype, np.integer)):
-        raise DTypeError(f"prompt {index} must hold integers, got {values.dtype}.")
+        raise DTypeError(f"{name} must hold integers, got {values.dtype}.")
     if values.min() < 0 or values.max() >= vocab_size:
-        raise RangeError(
-            f"prompt {index}: token ids must lie in [0, {vocab_size}), got {values.min()} to {values.max()}."
-        )
+        raise RangeError(f"{name}: token ids must lie in [0, {vocab_size}), got {values.min()} to {values.max()}.")
     return values.astype(np.int32)

@@ -11,11 +11,16 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int32
 
 from kvattn import _checks, _manual
 from kvattn._checks import FLOAT32_MAX, FLOAT32_TINY
-from kvattn._typing import Array
+from kvattn._typing import Array, Rows
 from kvattn.errors import ConfigError, DTypeError, RangeError
+
+HostOrDevice = Array | np.ndarray
+"""What programs are given [...]: the host makes it, the device hands it on."""
 
 _MAX_SEED = 2**32 - 1
 """JAX takes the lower 32 bits of a seed: larger ones would silently be the same as smaller ones."""
@@ -25,25 +30,29 @@ _MAX_SEED = 2**32 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What a choice goes by. All are traced, so other values need no other program; None leaves a part of it out.
+    """How the next token of every row is chosen: one number per row, or none for one sequence alone.
+
+    All are traced: one program serves whatever mixture of rows. What no row asks for is not computed.
 
     Attributes:
-        key: of all draws. None, as the rest: the most probable token is taken.
-        temperature: float32 [], > 0.
-        top_k: float32 [], a whole number of tokens. None: all.
-        top_p: float32 [], in (0, 1). None: all.
+        temperature: float32 [B]; 0 takes the most probable token.
+        top_k: int32 [B], how many most probable tokens may be drawn, at most.
+        top_p: float32 [B], in (0, 1], the probability of the nucleus. 1: all.
+        seed: uint32 [B], of the draws.
+        stream: uint32 [B], which of the seed's draws: rows of one seed that differ in it draw independently.
     """
 
-    key: Array | None = None
-    temperature: Array | None = None
-    top_k: Array | None = None
-    top_p: Array | None = None
+    temperature: HostOrDevice
+    top_k: HostOrDevice
+    top_p: HostOrDevice
+    seed: HostOrDevice
+    stream: HostOrDevice
 
     @classmethod
     def create(
-        cls, vocab_size: int, *, temperature: float, top_k: int | None, top_p: float | None, seed: int
+        cls, vocab_size: int, *, temperature: float, top_k: int | None, top_p: float | None, seed: int, stream: int = 0
     ) -> "Sampler":
-        """Checks the settings of `kvattn.generate`, whose meaning and errors are told there."""
+        """Of one sequence. Checks the settings of `kvattn.generate`, whose meaning and errors are told there."""
         if _checks.integer("seed", seed, 0, RangeError) > _MAX_SEED:
             raise RangeError(f"seed must lie in [0, 2**32), got {seed}.")
         _number("temperature", temperature)
@@ -61,53 +70,91 @@ class Sampler:
                     f"top_p must lie in (0, 1], got {top_p}. For the most probable token leave it out and give "
                     "temperature=0."
                 )
-        if temperature == 0:
-            if top_k is not None or top_p is not None:
-                raise ConfigError(
-                    "top_k and top_p say what may be drawn, but at temperature 0 nothing is drawn: give a temperature "
-                    f"> 0 (1.0 for the model's own probabilities), or leave them out; got {top_k=}, {top_p=}."
-                )
-            return cls()
-        # What would leave every token is left out: not even a rounding error may make a difference.
-        top_k = None if top_k == vocab_size else top_k
-        top_p = None if top_p is None or jnp.float32(top_p) == 1 else top_p
-        scalar = lambda x: None if x is None else jnp.asarray(float(x), jnp.float32)
-        return cls(jax.random.key(seed), scalar(temperature), scalar(top_k), scalar(top_p))
+        if temperature == 0 and (top_k is not None or top_p is not None):
+            raise ConfigError(
+                "top_k and top_p say what may be drawn, but at temperature 0 nothing is drawn: give a temperature "
+                f"> 0 (1.0 for the model's own probabilities), or leave them out; got {top_k=}, {top_p=}."
+            )
+        return cls(
+            np.array(temperature, np.float32),
+            np.array(vocab_size if top_k is None else top_k, np.int32),
+            np.array(1 if top_p is None else max(top_p, FLOAT32_TINY), np.float32),
+            np.array(seed, np.uint32),
+            np.array(stream, np.uint32),
+        )
+
+    def repeated(self, batch_size: int) -> "Sampler":
+        """For B rows: those of one sequence, each row with a stream of its own, from this one's on."""
+        rows = jax.tree.map(lambda x: np.full((batch_size,), x), self)
+        return dataclasses.replace(rows, stream=rows.stream + np.arange(batch_size, dtype=np.uint32))
 
 
-def choose(sampler: Sampler, logits: Array, num_drawn: Array) -> tuple[Array, Array]:
+def choose(
+    sampler: Sampler, logits: Float32[Array, "B V"], num_drawn: Int32[Array, " B"]
+) -> tuple[Int32[Array, " B"], Rows]:
     """One token per row.
 
     Args:
         sampler: what to go by.
-        logits: float32 [B, V]; -inf for tokens that are never chosen.
-        num_drawn: int32 [], how many tokens every row drew before. A draw depends on the key, the row's number, this,
-            and the row's logits.
+        logits: -inf for tokens that are never chosen.
+        num_drawn: how many tokens every row drew before. A draw depends on the row's seed and stream, this, and the
+            row's logits.
 
     Returns:
-        int32 [B], the tokens; and bool [B], False where logits are no distribution (NaN, +inf, or all of them -inf)
-        and the token means nothing.
+        the tokens; and False where logits are no distribution (NaN, +inf, or all of them -inf) and the token means
+        nothing.
     """
     best = jnp.max(logits, axis=-1, keepdims=True)
-    sound = jnp.isfinite(best[:, 0])
-    key, temperature = sampler.key, sampler.temperature
-    if key is None or temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), sound
+    most_probable = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = sampler.temperature > 0
+    token = _manual.cond(
+        jnp.any(draws),
+        lambda *given: jnp.where(draws, _drawn(*given), most_probable),
+        lambda *given: most_probable,
+        *(sampler, logits, best, num_drawn),
+    )
+    return token, jnp.isfinite(best[:, 0])
+
+
+def log_probability(logits: Float32[Array, "*B V"], token: Int32[Array, "*B"]) -> Float32[Array, "*B"]:
+    """Of one token by the logits themselves, whatever is drawn; NaN where they are no distribution."""
+    best = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - best[..., None]), axis=-1)
+    own = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.isfinite(best), own - best - jnp.log(total), jnp.nan)
+
+
+def _drawn(
+    sampler: Sampler, logits: Float32[Array, "B V"], best: Float32[Array, "B 1"], num_drawn: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """A draw of every row from what its filters leave; rows at temperature 0 draw at 1."""
+    draws = sampler.temperature > 0
     # Relative to the best one nothing overflows, however low the temperature.
-    scores = (logits - best) / temperature
-    if sampler.top_k is not None:
-        # By the logits: at high temperatures scores are rounded together. Temperature changes no order.
-        keep = best_reaching(logits, jnp.ones_like(logits), sampler.top_k)
-        scores = jnp.where(keep, scores, -jnp.inf)
-    if sampler.top_p is not None:
-        keep = best_reaching(scores, jax.nn.softmax(scores, axis=-1), sampler.top_p)
-        scores = jnp.where(keep, scores, -jnp.inf)
-    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), num_drawn))(rows)
-    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32), sound
+    scores = (logits - best) / jnp.where(draws, sampler.temperature, 1.0)[:, None]
+    top_k, top_p = sampler.top_k[:, None], sampler.top_p[:, None]
+
+    def most_probable(scores: Array) -> Array:
+        """By the logits: at high temperatures scores [B, V] are rounded together. Temperature changes no order."""
+        keep = best_reaching(logits, jnp.ones_like(logits), top_k.astype(jnp.float32))
+        return jnp.where(keep, scores, -jnp.inf)
+
+    def nucleus(scores: Array) -> Array:
+        """Of scores [B, V]; where all is left not even a rounding error makes a difference."""
+        keep = best_reaching(scores, jax.nn.softmax(scores, axis=-1), top_p)
+        return jnp.where(keep | (top_p == 1), scores, -jnp.inf)
+
+    same = lambda scores: scores
+    scores = _manual.cond(jnp.any(draws & (sampler.top_k < logits.shape[1])), most_probable, same, scores)
+    scores = _manual.cond(jnp.any(draws & (sampler.top_p < 1)), nucleus, same, scores)
+
+    def one(seed: HostOrDevice, stream: HostOrDevice, number: Array, scores: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)
+        return jax.random.categorical(key, scores)
+
+    return jax.vmap(one)(sampler.seed, sampler.stream, num_drawn, scores).astype(jnp.int32)
 
 
-def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
+def best_reaching(scores: Array, weights: Array, target: HostOrDevice) -> Array:
     """The smallest set of best scores whose weights add up to `target`; all, if no set does.
 
     Equal scores are taken in order, lower indices first. The lowest score taken is found bit by bit, in 32 passes:
@@ -116,7 +163,7 @@ def best_reaching(scores: Array, weights: Array, target: Array) -> Array:
     Args:
         scores: float32 [B, V], no NaN.
         weights: float32 [B, V], >= 0, the same for equal scores.
-        target: float32 [], > 0.
+        target: float32 [] or [B, 1], > 0.
 
     Returns:
         bool [B, V].
