@@ -392,6 +392,48 @@ def test_kivi_at_and_around_whole_residuals():
             assert np.mean(got[:count] != given[:count]) > 0.9, f"of {n}, {count} are to be coded"
 
 
+def kivi_block(rows_of_groups, seed):
+    """One block of any bits, its last 4 tokens as they came, and its tokens; what is not to be read is NaN."""
+    rng, size = np.random.default_rng(seed), KIVI.residual
+    codes = rng.integers(0, 4, (B, 1, size, H))
+    scale, minimum = rng.random((2, B, 1, *rows_of_groups)).astype(np.float16)  # no sign bit: they are float16
+    residual = rng.normal(size=codes.shape).astype(np.float32)
+    exact = np.arange(size) >= size - 4
+    axis = rows_of_groups.index(min(rows_of_groups)) - 2
+    each = lambda x: np.repeat(x.astype(np.float64), KIVI.group_size, axis).swapaxes(-1, -2)
+    tokens = np.where(exact[:, None], residual, each(minimum) + each(scale) * codes)
+    scale[..., scale.shape[-1] // 2 :] = np.nan
+    residual[..., ~exact, :] = np.nan
+    planes = codes.reshape(*codes.shape[:-1], 4, H // 4) << np.array([[0], [2], [4], [6]])
+    pair = {"scale": scale.view(np.uint16), "minimum": minimum.view(np.uint16)}
+    block = {"data": planes.sum(-2, dtype=np.uint8), **pair, "residual": residual, "exact": np.stack([exact] * B)}
+    return jax.tree.map(jnp.asarray, block), tokens
+
+
+def test_kivi_reads_codes_and_what_came_last():
+    """Scores and mixtures of one block, decoded in NumPy."""
+    (keys, key), (values, value) = kivi_block((H, 2), 0), kivi_block((4, KIVI.residual), 1)
+    query, probs = normal(B, 1, 2, H), np.random.default_rng(2).random((B, 1, 2, KIVI.residual)).astype(np.float32)
+    filled = np.arange(KIVI.residual) % 4 != 1
+    probs *= filled
+    scores, mixed = jax.jit(lambda q, k, p, v, f: (KIVI.scores(q, k, False), KIVI.mix(p, v, f)))(
+        query, keys, probs, values, np.stack([filled[None]] * B)
+    )
+    np.testing.assert_allclose(scores, query @ key.swapaxes(-1, -2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mixed[..., :H], probs @ value, rtol=1e-5, atol=1e-5)
+
+
+def test_kivi_keeps_the_last_of_a_long_chunk():
+    """As many as the residual holds, and one more: all but the first are there as they came."""
+    x = normal(2, 1, KIVI.residual + 1, H)
+    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI, dtype=jnp.float32)
+    slots = np.stack([np.r_[: KIVI.residual, -1], np.r_[: KIVI.residual + 1]]).astype(np.int32)
+    written = jax.jit(lambda c, s, x: KIVI.write(c.values, c.store, "values", s, x))(cache, slots, x)
+    ring = np.asarray(written["residual"])[0]
+    assert_same_bits(ring[0], x[0, :, : KIVI.residual], "as many as it holds")
+    assert_same_bits(ring[1], x[1][:, np.r_[KIVI.residual, 1 : KIVI.residual]], "one more")
+
+
 @pytest.mark.slow
 def test_kivi_of_a_large_residual_is_exact():
     cache = kvattn.KVCache.create(B, 2, H, capacity=24, codec=kvattn.KIVI(2, 4, 16), dtype=jnp.float32)
@@ -437,6 +479,17 @@ def test_kivi_trims_only_what_it_has_as_it_was():
         jax.jit(lambda cache: cache.trim(1))(cache).check()
     trimmed = cache.trim(jnp.asarray([0, 2], jnp.int32))
     assert np.asarray(trimmed.lengths).tolist() == [9, 4]
+
+
+def test_trim_asks_the_codec_too():
+    """Of 9 tokens 8 are encoded: the 9th cannot be taken back. Of 6 none is."""
+    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI).replace(lengths=jnp.asarray([9, 6], jnp.int32))
+    with pytest.raises(errors.UnsupportedError, match=r"rows \[0\].*codec"):
+        cache.trim(1)
+    trimmed = jax.jit(lambda cache: cache.trim(1))(cache)
+    assert np.asarray(trimmed.lengths).tolist() == [9, 5]
+    with pytest.raises(errors.UnsupportedError, match="codec"):
+        trimmed.check()
 
 
 # Bad values, sizes ----------------------------------------------------------------------------------------------------
