@@ -23,7 +23,7 @@ from oracles import assert_same_bits
 
 import kvattn
 from kvattn import errors
-from kvattn.codecs import base, grouped, scaled
+from kvattn.codecs import base, grouped, plain, scaled
 from kvattn.codecs import float8 as float8_file
 from kvattn.codecs import int8 as int8_file
 
@@ -118,6 +118,20 @@ def test_float8_bits_are_widened_exactly():
     real = (bits & 0x7F) != 0x7F
     expected = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.float8_e4m3fn).astype(jnp.float32))
     assert_same_bits(np.asarray(float8_file.widen(jnp.asarray(bits)))[real], expected[real])
+
+
+def test_float16_bits_are_widened_exactly():
+    """All of them, infinities and NaN included."""
+    bits = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(plain.widen_float16(jnp.asarray(bits)), bits.astype(np.float32))
+
+
+def test_unused_float8_is_not_read_whatever_its_bits():
+    """Where it is a type of its own, as on accelerators, NaN is NaN."""
+    data = jnp.full((1, 1, 3, 4), jnp.nan, jnp.float8_e4m3fn).at[:, :, 0].set(2)
+    values = {"data": data.astype(jnp.float32), "scale": jnp.asarray([[[[1.0, jnp.nan, jnp.inf]]]])}
+    probs, filled = jnp.asarray([[[[0.5, 0, 0]]]], jnp.float32), jnp.asarray([[[True, False, False]]])
+    np.testing.assert_array_equal(scaled.mix_scaled(probs, values, filled), np.ones((1, 1, 1, 4)))
 
 
 @pytest.mark.parametrize("bits", (2, 4, 8))
