@@ -384,6 +384,7 @@ FAULTS: list[Fault] = [
     *group(
         "policies/scissorhands.py",
         """
+        test_policies.py::test_scissorhands_alone
         test_policies.py::test_scissorhands_by_places_in_the_cache
         test_policies.py::test_scissorhands_keeps_what_brute_force_keeps
         test_policies.py::test_of_equal_scores_the_lowest_position_leaves
