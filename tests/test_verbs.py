@@ -359,6 +359,7 @@ def test_cross_attention_over_nothing():
     assert out.shape == (2, 3, 4, 5) and not np.asarray(out).any()
 
 
+@pytest.mark.wrong_types
 def test_static_cache_refuses():
     key, value = encoder()
     cache = kvattn.KVCache.from_encoder(key, value)
