@@ -554,6 +554,7 @@ def test_dropout_of_grouped_heads_keeps_the_mean():
 # Settings that cannot work.
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     "options, error, message",
     [

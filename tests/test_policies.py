@@ -572,6 +572,7 @@ BAD = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("make", "error", "text"), BAD)
 def test_bad_settings(make, error, text):
     with pytest.raises(error, match=text):

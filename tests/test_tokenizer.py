@@ -258,6 +258,7 @@ def test_bytes_that_only_are_text_together():
     assert [stream.push(token) for token in ids] == [""] * 5 and stream.finish() == "\ufffd" * 5
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("ids", "error"),
     [("text", DTypeError), (3, DTypeError), ([1.0], DTypeError), ([True], DTypeError), ([-1], RangeError)],
@@ -403,6 +404,7 @@ BAD_SETTINGS = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("settings", "error", "part"), BAD_SETTINGS, ids=lambda x: str(x)[:40])
 def test_settings_that_are_refused(tmp_path, settings, error, part):
     with_ends("nothing").save(str(tmp_path / "tokenizer.json"))
