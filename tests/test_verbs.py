@@ -244,6 +244,14 @@ def test_a_row_that_is_not_there_has_the_state_of_an_empty_one(policy):
         np.testing.assert_array_equal(got, np.stack([given[2], fresh[1], given[0]]))
 
 
+def test_positions_end_where_int32_does():
+    """A ring never fills up; the count of its tokens does."""
+    ring = kvattn.KVCache.create(2, 1, 2, policy=kvattn.SlidingWindow(4), dtype=jnp.float32)
+    ring = ring.replace(lengths=jnp.asarray([2**31 - 3, 2**31 - 4], jnp.int32))
+    with pytest.raises(errors.CapacityError, match=r"rows \[0\]"):
+        kvattn.cached_attention(*[jnp.ones((2, 3, 1, 2))] * 3, ring)
+
+
 @pytest.mark.parametrize("case", [FULL, RING], ids=lambda c: c.id)
 def test_reset(case):
     cache, lists = start(case, [3, 4, 5, 12, 7, 9])

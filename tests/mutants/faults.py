@@ -569,7 +569,12 @@ FAULTS: list[Fault] = [
     *group(
         "attend/prepare.py",
         "test_bad_input.py\ntest_meanings.py::test_overflow",
-        ("_fits", "cache.lengths <= _checks.INT32_MAX - num_new", "cache.lengths >= 0"),
+        (
+            "_fits",
+            "cache.lengths <= _checks.INT32_MAX - num_new",
+            "cache.lengths >= 0",
+            "test_verbs.py::test_positions_end_where_int32_does",
+        ),
         ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
         ("_real_tokens", "jnp.where(bad, 0, given)", "given"),
     ),
