@@ -203,6 +203,7 @@ GOOD = [
 """What Flax takes."""
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("settings", GOOD, ids=lambda s: ",".join(s))
 def test_what_flax_takes_means_the_same(settings):
     x = jnp.ones((1, 3, 8))
@@ -222,6 +223,7 @@ def test_what_flax_takes_means_the_same(settings):
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.wrong_types
 def test_linen_layers_are_checked_wherever_they_are_made():
     """In setup, in a compact call, as a clone, bound."""
 
@@ -356,6 +358,7 @@ def test_a_bad_setting_of_a_decoder_is_named(field):
         refused(lambda changes=changes: config(**changes), error, field, value)
 
 
+@pytest.mark.wrong_types
 def test_numbers_of_numpy_make_the_same_decoder():
     import json
 

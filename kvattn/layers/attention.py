@@ -54,7 +54,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         num_heads: N.
         in_features: D of the queries.
         qkv_features: N * H; `in_features` if None.
-        out_features: D of the output; `in_features` if None.
+        out_features: D of the output, or the sizes of several output axes; `in_features` if None.
         num_kv_heads: K; must divide N.
         in_kv_features: D of the keys and values, for cross-attention.
         head_dim: H, where it is not qkv_features / N.
@@ -106,7 +106,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         num_heads: int,
         in_features: int,
         qkv_features: int | None = None,
-        out_features: int | None = None,
+        out_features: int | Sequence[int] | None = None,
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
