@@ -21,9 +21,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+"""Where a function takes NumPy's arrays too."""
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]

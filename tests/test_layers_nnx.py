@@ -583,6 +583,7 @@ def test_settings_that_cannot_work(options, error, message):
         MultiHeadAttention(4, D, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.wrong_types
 def test_calls_that_cannot_work():
     layer, x = make("mha"), inputs()
     cache = layer.make_cache(B, L)
