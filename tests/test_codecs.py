@@ -437,6 +437,16 @@ def test_kivi_reads_codes_and_what_came_last():
     np.testing.assert_allclose(mixed[..., :H], probs @ value, rtol=1e-5, atol=1e-5)
 
 
+def test_kivi_reads_the_residual_where_nothing_is_encoded():
+    """Of 9 tokens 8 keys and 1 value are encoded, of 3 none; a block says which of its tokens are read as they came."""
+    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI, dtype=jnp.float32)
+    view = cache.replace(lengths=jnp.asarray([9, 3], jnp.int32)).view()
+    blocks = [[read(jnp.int32(i))["exact"] for i in range(2)] for read in (view.key_block, view.value_block)]
+    keys, values = (np.concatenate(b, axis=1) for b in blocks)
+    assert [np.nonzero(row)[0].tolist() for row in keys] == [[8], [0, 1, 2]]
+    assert [np.nonzero(row)[0].tolist() for row in values] == [[1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2]]
+
+
 def test_kivi_keeps_the_last_of_a_long_chunk():
     """As many as the residual holds, and one more: all but the first are there as they came."""
     x = normal(2, 1, KIVI.residual + 1, H)
@@ -496,12 +506,12 @@ def test_kivi_trims_only_what_it_has_as_it_was():
 
 
 def test_trim_asks_the_codec_too():
-    """Of 9 tokens 8 are encoded: the 9th cannot be taken back. Of 6 none is."""
-    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI).replace(lengths=jnp.asarray([9, 6], jnp.int32))
-    with pytest.raises(errors.UnsupportedError, match=r"rows \[0\].*codec"):
+    """Of 8 and 9 tokens 8 are encoded: the last one cannot be taken back. Of 6 none is."""
+    cache = kvattn.KVCache.create(3, 1, H, capacity=16, codec=KIVI).replace(lengths=jnp.asarray([9, 6, 8], jnp.int32))
+    with pytest.raises(errors.UnsupportedError, match=r"rows \[0, 2\].*codec"):
         cache.trim(1)
     trimmed = jax.jit(lambda cache: cache.trim(1))(cache)
-    assert np.asarray(trimmed.lengths).tolist() == [9, 5]
+    assert np.asarray(trimmed.lengths).tolist() == [9, 5, 8]
     with pytest.raises(errors.UnsupportedError, match="codec"):
         trimmed.check()
 

@@ -242,7 +242,7 @@ def test_copies_that_cannot_be_are_left_out_under_jit():
     """From and to pages that are not there: no page changes, the first and the last neither."""
     cache = with_any_content(make().with_tables(scattered(), [0] * B))
     copied = jax.jit(lambda cache, *pages: cache.copy_pages(*pages))(
-        cache, jnp.asarray([PAGES, 3, 1, -1, 3]), jnp.asarray([4, PAGES, -1, 5, 2])
+        cache, jnp.asarray([-1, PAGES, 1, 3, 3]), jnp.asarray([5, 4, -1, PAGES, 2])
     )
     for before, after in ((cache.keys, copied.keys), (cache.values, copied.values)):
         expected = np.asarray(before["data"]).copy()

@@ -85,11 +85,11 @@ RAGGED = [[6, 4, 5], [1, 1, 0], [2, 6, 3], *[[1, 1, 1], [1, 0, 1]] * 9, [4, 6, 2
 
 
 def drawn(seed=0):
-    """Attention of all of them by two heads: some tokens are heavy for a while, and light again."""
+    """Attention of all of them by two heads: some tokens are heavy for a while, and light or in between again."""
     total = np.sum(RAGGED, axis=0)
     rng, most = np.random.default_rng(seed), max(total)
-    heavy = np.repeat(rng.random((3, 2, -(-most // 6), most)) < 0.4, 6, axis=2)[:, :, :most]
-    return total, (1 + 30 * heavy) * rng.uniform(0.5, 1, (3, 2, most, most))
+    weight = rng.choice([1, 5, 12], (3, 2, -(-most // 6), most))
+    return total, np.repeat(weight, 6, axis=2)[:, :, :most] * rng.uniform(0.4, 1, (3, 2, most, most))
 
 
 def check_alone(policy, oracle, **how):
