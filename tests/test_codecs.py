@@ -447,6 +447,16 @@ def test_kivi_reads_the_residual_where_nothing_is_encoded():
     assert [np.nonzero(row)[0].tolist() for row in values] == [[1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2]]
 
 
+def test_kivi_says_which_tokens_its_residual_holds():
+    """Row r holds the last token whose position is r modulo the residual, if there is one."""
+    size, counts = KIVI.residual, [0, 3, 8, 9, 23]
+    residual = normal(1, len(counts), 1, size, H)
+    ((positions, tokens),) = KIVI.as_they_came({"residual": jnp.asarray(residual)}, jnp.asarray(counts, jnp.int32))
+    held = [[max([p for p in range(n) if p % size == row], default=-1) for row in range(size)] for n in counts]
+    assert positions.tolist() == held
+    assert_same_bits(tokens, residual[0])
+
+
 def test_kivi_keeps_the_last_of_a_long_chunk():
     """As many as the residual holds, and one more: all but the first are there as they came."""
     x = normal(2, 1, KIVI.residual + 1, H)

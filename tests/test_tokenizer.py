@@ -281,6 +281,7 @@ def test_prompts_of_any_kind_of_ids(tokenizer):
     assert continuation(tokenizer, np.array(ids), np.array(ids)) == continuation(tokenizer, ids, ids)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("token", "error"), [(True, DTypeError), (1.0, DTypeError), ("a", DTypeError), (-1, RangeError)]
 )
@@ -432,6 +433,7 @@ def test_settings_that_ask_for_nothing_need_no_tokens(tmp_path):
         assert load_tokenizer(tmp_path).encode("a b").ids == [3, 4]
 
 
+@pytest.mark.wrong_types
 def test_a_file_instead_of_a_folder(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MissingFileError) as caught:

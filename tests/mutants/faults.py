@@ -932,7 +932,11 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "codecs/kivi.py",
-        "test_straight_through.py::test_kivi_on_both_sides_of_its_flush\ntest_straight_through.py::test_the_call_of_one_token",
+        """
+        test_codecs.py::test_kivi_says_which_tokens_its_residual_holds
+        test_straight_through.py::test_kivi_on_both_sides_of_its_flush
+        test_straight_through.py::test_the_call_of_one_token
+        """,
         ("KIVI.as_they_came", "last - (last - row) % self.residual", "last - (last - row - 1) % self.residual"),
     ),
     # Positions ---------------------------------------------------------------------------------------------------
