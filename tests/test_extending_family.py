@@ -169,5 +169,5 @@ def test_a_family_that_is_only_planned(registry, tmp_path):
 
 def test_every_file_of_families_has_its_line():
     files = {path.stem for path in pathlib.Path(hf.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == {name for name in vars(hf) if not name.startswith("_")}
+    assert files == {name for name in vars(hf) if not name.startswith("_")} - {"jaxtyping"}  # of `--shapes`
     assert kvattn.models.FAMILIES is FAMILIES
