@@ -417,7 +417,13 @@ FAULTS: list[Fault] = [
         ("first", "jnp.where(jnp.isnan(scores), -jnp.inf", "jnp.where(jnp.isnan(scores), jnp.inf"),
         ("best", "jnp.where(candidates, positions, EMPTY)", "jnp.where(candidates, -positions, EMPTY)"),
         ("settle", "jnp.argsort(stays, axis=-1, stable=True)", "jnp.argsort(~stays, axis=-1, stable=True)"),
-        ("close_up", "before > gap, before - 1", "before >= gap, before - 1"),
+        (
+            "close_up",
+            "before > gap, before - 1",
+            "before >= gap, before - 1",
+            "",
+            "only the token that leaves stands at the gap",
+        ),
         ("enter_last", "axis=-1) + 1", "axis=-1)"),
         ("ScoredPolicy.enter", "enter_last(state.cache_positions, slots)", "state.cache_positions"),
         (
