@@ -46,7 +46,7 @@ def cached_attention[C: Cache](
     softcap: float | None = None,
     sinks: Float[ArrayLike, " heads"] | None = None,
     alibi_slopes: Float[ArrayLike, " heads"] | None = None,
-    token_ids: Int[ArrayLike, "B T"] | None = None,
+    token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
     """`kvattn.cached_attention` over a cache that is split over a mesh axis, with the same results.

@@ -42,7 +42,7 @@ def cached_attention[C: Cache](
     softcap: float | None = None,
     sinks: Float[ArrayLike, " N"] | None = None,
     alibi_slopes: Float[ArrayLike, " N"] | None = None,
-    token_ids: Int[ArrayLike, "B T"] | None = None,
+    token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
     """Appends T new tokens to a cache and attends: T = 1 is decoding, T > 1 a prompt or a chunk of one.
