@@ -13,6 +13,7 @@ not exist is an error, or an empty row under jit.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -136,7 +137,7 @@ def gpu_paged_attention(
     k_pages: Array,
     v_pages: Array,
     block_tables: ArrayLike,
-    lengths: ArrayLike | None,
+    lengths: ArrayLike | Sequence[int] | None,
     k_scales_pages: Array | None = None,
     v_scales_pages: Array | None = None,
     *,
@@ -188,7 +189,7 @@ def tpu_paged_attention(
     q: Array,
     k_pages: Any,
     v_pages: Any,
-    lengths: ArrayLike,
+    lengths: ArrayLike | Sequence[int],
     page_indices: ArrayLike,
     *,
     mask_value: float = 0.0,
