@@ -21,15 +21,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+"""Where a function takes NumPy's arrays too."""
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 Values = Float[Array, "B T K Hv"]
 Outputs = Float[Array, "B T N Hv"]
-LogSumExp = Float[Array, "B T N"]
 Lengths = Int[Array, " B"]
 Rows = Bool[Array, " B"]
 Positions = Int[Array, "B T"]

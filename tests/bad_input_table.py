@@ -91,13 +91,13 @@ class Table:
         return row
 
     def parameters(self, slow: Collection[str] = ()):
-        """The rows for `pytest.mark.parametrize`; those whose words are in `slow` are marked slow."""
+        """The rows for `pytest.mark.parametrize`, marked: slow ones, and those that give what is refused."""
         unknown = set(slow) - {row.what for row in self.rows}
         assert not unknown, f"no such rows: {unknown}"
-        return [
-            pytest.param(row, marks=pytest.mark.slow if row.what in slow else (), id=f"{row.number}-{row.what}")
-            for row in self.rows
-        ]
+        marks = lambda row: (
+            [pytest.mark.slow] * (row.what in slow) + [pytest.mark.wrong_types] * (row.error is not None)
+        )
+        return [pytest.param(row, marks=marks(row), id=f"{row.number}-{row.what}") for row in self.rows]
 
 
 def run(row):

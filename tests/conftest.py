@@ -95,6 +95,19 @@ def collected(request):
     return request.config.stash.get(COLLECTED, frozenset())
 
 
+@pytest.fixture(autouse=True)
+def _given_on_purpose(request):
+    """`--shapes` does not look at tests that give what annotations exclude: there kvattn's own errors are tried."""
+    if not (request.config.getoption("--shapes") and request.node.get_closest_marker("wrong_types")):
+        yield
+        return
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _drop_compiled_programs():
     """Each compiled program takes memory maps, and a process has 65530: none outlives its module."""

@@ -1,8 +1,9 @@
 """List-of-tokens brute force for the policies that let tokens go, one sequence at a time, float64 NumPy.
 
 Written from the papers' descriptions, not from the code: Python lists and dicts, no slots, no masks. Each function
-takes q [T, N, H], k and v [T, K, H] and the length of a prompt that is appended at once; what follows comes token by
-token. Each returns the outputs [T, N, H] and, per key/value head, the set of positions kept at the end.
+takes q [T, N, H], k and v [T, K, H] (for q also `Drawn` attention) and the length of a prompt that is appended at once;
+what follows comes token by token. Each returns the outputs [T, N, H] and, per key/value head, the set of positions kept
+at the end.
 """
 
 import numpy as np
@@ -45,6 +46,28 @@ class Attention:
         return mean
 
 
+class Drawn:
+    """Attention that is drawn, for policies alone: weights [K, T, T] of a query and a position, to be normalised."""
+
+    out = None
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def __len__(self):
+        return self.weights.shape[1]
+
+    def __call__(self, t, head, tokens):
+        """What `Attention` returns."""
+        chosen = self.weights[head, t, tokens]
+        return chosen / chosen.sum()
+
+
+def attention(q, k, v, *how):
+    """(attention, number of key/value heads) of arrays, or drawn."""
+    return (q, len(q.weights)) if isinstance(q, Drawn) else (Attention(q, k, v, *how), k.shape[1])
+
+
 def streaming(q, k, v, num_sinks, window, *, in_cache=True, slopes=None, rotated=True, sees=None):
     """StreamingLLM, with keys cached before rotation and rotated by their rank in the cache.
 
@@ -79,8 +102,8 @@ def h2o(q, k, v, chunks, num_heavy, num_recent, in_cache=False, slopes=None):
     """
     chunks = [chunks] if isinstance(chunks, int) else list(chunks)
     chunks += [1] * (len(q) - sum(chunks))
-    attend, kept = Attention(q, k, v, in_cache, slopes), []
-    for head in range(k.shape[1]):
+    (attend, heads), kept = attention(q, k, v, in_cache, slopes), []
+    for head in range(heads):
         tokens, score, start, t = [], {}, 0, -1
         for size in chunks:
             for t in range(start, start + size):
@@ -103,9 +126,9 @@ def scissorhands(q, k, v, chunks, budget, num_recent, history, drop, in_cache=Fa
     """
     chunks = [chunks] if isinstance(chunks, int) else list(chunks)
     chunks += [1] * (len(q) - sum(chunks))
-    attend, kept = Attention(q, k, v, in_cache), []
+    (attend, heads), kept = attention(q, k, v, in_cache), []
     num_recent = min(num_recent, budget + 1 - drop)
-    for head in range(k.shape[1]):
+    for head in range(heads):
         low = {}
 
         def look(t, tokens, head=head, low=low):
@@ -133,10 +156,10 @@ def scissorhands(q, k, v, chunks, budget, num_recent, history, drop, in_cache=Fa
 
 def fastgen(q, k, v, prompt, ids, recovery, special, punctuation, frequent, local):
     """FastGen: brute force over the five ways for the prompt, then token by token. Also returns the choices."""
-    attend, kept, choices = Attention(q, k, v), [], []
+    (attend, heads), kept, choices = attention(q, k, v), [], []
     num_frequent, num_local = int(frequent * prompt + 1e-6), int(local * prompt + 1e-6)
     kind = lambda j: 2 if ids[j] in special else 1 if ids[j] in punctuation else 0
-    for head in range(k.shape[1]):
+    for head in range(heads):
         probs = np.zeros((prompt, prompt))
         for t in range(prompt):
             probs[t, : t + 1] = attend(t, head, list(range(t + 1)))

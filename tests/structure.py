@@ -19,7 +19,7 @@ BLIND = ("attend", "pallas", "sharding")
 """Sub-packages that should ask an object what it can do, not which class it is."""
 FAMILIES = ("Codec", "Policy", "Cache")
 """Base classes of what they should not ask for."""
-ARRAYS = {"Array", "ArrayLike", "ndarray"}
+ARRAYS = {"Array", "AnyArray", "ArrayLike", "ndarray"}
 KINDS = {"Float", "Int", "Bool", "UInt", "Num", "Shaped", "Inexact", "Real", "Integer", "Complex", "Key"}
 SHAPED = KINDS | {f"{kind}{bits}" for kind in ("Float", "BFloat", "Int", "UInt") for bits in (2, 4, 8, 16, 32, 64)}
 """What jaxtyping writes before an array and its shape."""

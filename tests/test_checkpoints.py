@@ -308,6 +308,7 @@ def test_packed_experts(folder):
     assert_same(from_pretrained(path), expected)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh(kind):
     """Kernels are split by heads where they divide; numbers stay what they are."""
@@ -551,6 +552,7 @@ def test_files_that_are_not_there(folder, tmp_path):
     refused(MissingFileError, path, "model-00002-of-00003.safetensors", *lost)
 
 
+@pytest.mark.wrong_types
 def test_paths_that_are_no_folders(folder, tmp_path):
     path = folder()
     for file in ("config.json", WEIGHTS):
@@ -572,6 +574,7 @@ def test_paths_that_are_no_folders(folder, tmp_path):
     refused(MissingFileError, path, "config.json")
 
 
+@pytest.mark.wrong_types
 def test_a_folder_given_to_load(folder, tmp_path):
     """The other way round: what `save` wrote is a file."""
     path = folder()

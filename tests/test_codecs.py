@@ -23,7 +23,7 @@ from oracles import assert_same_bits
 
 import kvattn
 from kvattn import errors
-from kvattn.codecs import base, grouped, scaled
+from kvattn.codecs import base, grouped, plain, scaled
 from kvattn.codecs import float8 as float8_file
 from kvattn.codecs import int8 as int8_file
 
@@ -118,6 +118,20 @@ def test_float8_bits_are_widened_exactly():
     real = (bits & 0x7F) != 0x7F
     expected = np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.float8_e4m3fn).astype(jnp.float32))
     assert_same_bits(np.asarray(float8_file.widen(jnp.asarray(bits)))[real], expected[real])
+
+
+def test_float16_bits_are_widened_exactly():
+    """All of them, infinities and NaN included."""
+    bits = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(plain.widen_float16(jnp.asarray(bits)), bits.astype(np.float32))
+
+
+def test_unused_float8_is_not_read_whatever_its_bits():
+    """Where it is a type of its own, as on accelerators, NaN is NaN."""
+    data = jnp.full((1, 1, 3, 4), jnp.nan, jnp.float8_e4m3fn).at[:, :, 0].set(2)
+    values = {"data": data.astype(jnp.float32), "scale": jnp.asarray([[[[1.0, jnp.nan, jnp.inf]]]])}
+    probs, filled = jnp.asarray([[[[0.5, 0, 0]]]], jnp.float32), jnp.asarray([[[True, False, False]]])
+    np.testing.assert_array_equal(scaled.mix_scaled(probs, values, filled), np.ones((1, 1, 1, 4)))
 
 
 @pytest.mark.parametrize("bits", (2, 4, 8))
@@ -392,6 +406,68 @@ def test_kivi_at_and_around_whole_residuals():
             assert np.mean(got[:count] != given[:count]) > 0.9, f"of {n}, {count} are to be coded"
 
 
+def kivi_block(rows_of_groups, seed):
+    """One block of any bits, its last 4 tokens as they came, and its tokens; what is not to be read is NaN."""
+    rng, size = np.random.default_rng(seed), KIVI.residual
+    codes = rng.integers(0, 4, (B, 1, size, H))
+    scale, minimum = rng.random((2, B, 1, *rows_of_groups)).astype(np.float16)  # no sign bit: they are float16
+    residual = rng.normal(size=codes.shape).astype(np.float32)
+    exact = np.arange(size) >= size - 4
+    axis = rows_of_groups.index(min(rows_of_groups)) - 2
+    each = lambda x: np.repeat(x.astype(np.float64), KIVI.group_size, axis).swapaxes(-1, -2)
+    tokens = np.where(exact[:, None], residual, each(minimum) + each(scale) * codes)
+    scale[..., scale.shape[-1] // 2 :] = np.nan
+    residual[..., ~exact, :] = np.nan
+    planes = codes.reshape(*codes.shape[:-1], 4, H // 4) << np.array([[0], [2], [4], [6]])
+    pair = {"scale": scale.view(np.uint16), "minimum": minimum.view(np.uint16)}
+    block = {"data": planes.sum(-2, dtype=np.uint8), **pair, "residual": residual, "exact": np.stack([exact] * B)}
+    return jax.tree.map(jnp.asarray, block), tokens
+
+
+def test_kivi_reads_codes_and_what_came_last():
+    """Scores and mixtures of one block, decoded in NumPy."""
+    (keys, key), (values, value) = kivi_block((H, 2), 0), kivi_block((4, KIVI.residual), 1)
+    query, probs = normal(B, 1, 2, H), np.random.default_rng(2).random((B, 1, 2, KIVI.residual)).astype(np.float32)
+    filled = np.arange(KIVI.residual) % 4 != 1
+    probs *= filled
+    scores, mixed = jax.jit(lambda q, k, p, v, f: (KIVI.scores(q, k, False), KIVI.mix(p, v, f)))(
+        query, keys, probs, values, np.stack([filled[None]] * B)
+    )
+    np.testing.assert_allclose(scores, query @ key.swapaxes(-1, -2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mixed[..., :H], probs @ value, rtol=1e-5, atol=1e-5)
+
+
+def test_kivi_reads_the_residual_where_nothing_is_encoded():
+    """Of 9 tokens 8 keys and 1 value are encoded, of 3 none; a block says which of its tokens are read as they came."""
+    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI, dtype=jnp.float32)
+    view = cache.replace(lengths=jnp.asarray([9, 3], jnp.int32)).view()
+    blocks = [[read(jnp.int32(i))["exact"] for i in range(2)] for read in (view.key_block, view.value_block)]
+    keys, values = (np.concatenate(b, axis=1) for b in blocks)
+    assert [np.nonzero(row)[0].tolist() for row in keys] == [[8], [0, 1, 2]]
+    assert [np.nonzero(row)[0].tolist() for row in values] == [[1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2]]
+
+
+def test_kivi_says_which_tokens_its_residual_holds():
+    """Row r holds the last token whose position is r modulo the residual, if there is one."""
+    size, counts = KIVI.residual, [0, 3, 8, 9, 23]
+    residual = normal(1, len(counts), 1, size, H)
+    ((positions, tokens),) = KIVI.as_they_came({"residual": jnp.asarray(residual)}, jnp.asarray(counts, jnp.int32))
+    held = [[max([p for p in range(n) if p % size == row], default=-1) for row in range(size)] for n in counts]
+    assert positions.tolist() == held
+    assert_same_bits(tokens, residual[0])
+
+
+def test_kivi_keeps_the_last_of_a_long_chunk():
+    """As many as the residual holds, and one more: all but the first are there as they came."""
+    x = normal(2, 1, KIVI.residual + 1, H)
+    cache = kvattn.KVCache.create(2, 1, H, capacity=16, codec=KIVI, dtype=jnp.float32)
+    slots = np.stack([np.r_[: KIVI.residual, -1], np.r_[: KIVI.residual + 1]]).astype(np.int32)
+    written = jax.jit(lambda c, s, x: KIVI.write(c.values, c.store, "values", s, x))(cache, slots, x)
+    ring = np.asarray(written["residual"])[0]
+    assert_same_bits(ring[0], x[0, :, : KIVI.residual], "as many as it holds")
+    assert_same_bits(ring[1], x[1][:, np.r_[KIVI.residual, 1 : KIVI.residual]], "one more")
+
+
 @pytest.mark.slow
 def test_kivi_of_a_large_residual_is_exact():
     cache = kvattn.KVCache.create(B, 2, H, capacity=24, codec=kvattn.KIVI(2, 4, 16), dtype=jnp.float32)
@@ -437,6 +513,17 @@ def test_kivi_trims_only_what_it_has_as_it_was():
         jax.jit(lambda cache: cache.trim(1))(cache).check()
     trimmed = cache.trim(jnp.asarray([0, 2], jnp.int32))
     assert np.asarray(trimmed.lengths).tolist() == [9, 4]
+
+
+def test_trim_asks_the_codec_too():
+    """Of 8 and 9 tokens 8 are encoded: the last one cannot be taken back. Of 6 none is."""
+    cache = kvattn.KVCache.create(3, 1, H, capacity=16, codec=KIVI).replace(lengths=jnp.asarray([9, 6, 8], jnp.int32))
+    with pytest.raises(errors.UnsupportedError, match=r"rows \[0, 2\].*codec"):
+        cache.trim(1)
+    trimmed = jax.jit(lambda cache: cache.trim(1))(cache)
+    assert np.asarray(trimmed.lengths).tolist() == [9, 5, 8]
+    with pytest.raises(errors.UnsupportedError, match="codec"):
+        trimmed.check()
 
 
 # Bad values, sizes ----------------------------------------------------------------------------------------------------

@@ -561,6 +561,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     build, num_kv_heads, error, message = REFUSED[name]

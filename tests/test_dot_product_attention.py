@@ -568,6 +568,7 @@ BAD = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("error", "words", "changed"), BAD, ids=[f"{w[:12]}-{i}" for i, (_, w, _) in enumerate(BAD)])
 def test_bad_input(error, words, changed):
     with pytest.raises(error, match=words) as raised:
@@ -592,6 +593,7 @@ def test_a_constant_bias_may_be_looked_at_inside_jit():
         call(jnp.full((T, S), jnp.inf))
 
 
+@pytest.mark.wrong_types
 def test_traced_settings_are_named():
     args = good()
     for name, words in (("softcap", "softcap"), ("is_causal", "is_causal"), ("local_window_size", "local_window_size")):

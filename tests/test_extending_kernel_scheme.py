@@ -93,6 +93,7 @@ def test_a_kernel_made_for_this_platform_is_tried_first():
     assert calls_of == [(1, 1, 1, 4)]
 
 
+@pytest.mark.wrong_types
 def test_records_that_are_refused(toy_kernel):
     for record, text in (
         (TOY, "must be a kvattn.attend.Implementation"),
@@ -155,6 +156,7 @@ def test_a_scheme_splits_caches_wherever_schemes_are_named(kind, name, toy_schem
     assert_same_bits(np.asarray(cache.lengths), np.asarray(whole.lengths), "lengths")
 
 
+@pytest.mark.wrong_types
 def test_schemes_that_are_refused(toy_scheme):
     for scheme, text in ((ByRows, "an instance"), (ByRows(), "'rows' already"), (sharding.Split, "an instance")):
         with pytest.raises(errors.ConfigError, match=text):

@@ -185,6 +185,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("settings", "text"), WRONG, ids=[text for _, text in WRONG])
 def test_what_cannot_be_registered(settings, text):
     before = kvattn.policies.registered()

@@ -742,6 +742,7 @@ def test_progress(model, greedy, capsys, monkeypatch):
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("arguments", "error", "part"),
     [

@@ -314,6 +314,7 @@ def test_the_cache_declares_how_it_is_split():
 # Settings and calls that cannot work.
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     "make, error, message",
     [

@@ -147,6 +147,7 @@ def test_more_batch_axes_are_judged_each():
     assert np.isnan(out).all(axis=(2, 3)).tolist() == [[False, True, False]] * 2
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("mask", ["no", np.ones((T, T), np.complex64), [["a"]], jax.random.key(0)])
 def test_what_is_no_mask(mask):
     for name in ("nnx", "nnx decode", "linen", "linen decode", "function"):

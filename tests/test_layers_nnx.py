@@ -554,6 +554,7 @@ def test_dropout_of_grouped_heads_keeps_the_mean():
 # Settings that cannot work.
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -582,6 +583,7 @@ def test_settings_that_cannot_work(options, error, message):
         MultiHeadAttention(4, D, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.wrong_types
 def test_calls_that_cannot_work():
     layer, x = make("mha"), inputs()
     cache = layer.make_cache(B, L)

@@ -145,6 +145,7 @@ def refused(call, error, name, value):
     return message
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_bad_argument_of_a_layer_is_named(name):
     for kind in (kind for kind in KINDS if name in arguments_of(kind)):
@@ -158,6 +159,7 @@ def test_every_argument_of_a_layer_has_bad_values():
     assert len(arguments_of(linen.SelfAttention)) > 40
 
 
+@pytest.mark.wrong_types
 def test_messages_say_what_was_given_and_which_argument_is_wrong():
     message = refused(lambda: make(layers.MultiHeadAttention, in_features="16"), errors.DTypeError, "in_features", "16")
     assert "'16'" in message
@@ -169,6 +171,7 @@ def test_messages_say_what_was_given_and_which_argument_is_wrong():
     assert "jnp.float32" in message
 
 
+@pytest.mark.wrong_types
 def test_traced_settings_are_refused():
     for name in ("num_heads", "dropout_rate", "use_bias", "softcap", "window"):
         for kind in (layers.MultiHeadAttention, linen.MultiHeadDotProductAttention):
@@ -200,6 +203,7 @@ GOOD = [
 """What Flax takes."""
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("settings", GOOD, ids=lambda s: ",".join(s))
 def test_what_flax_takes_means_the_same(settings):
     x = jnp.ones((1, 3, 8))
@@ -219,6 +223,7 @@ def test_what_flax_takes_means_the_same(settings):
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.wrong_types
 def test_linen_layers_are_checked_wherever_they_are_made():
     """In setup, in a compact call, as a clone, bound."""
 
@@ -266,6 +271,7 @@ CACHE_ARGUMENTS = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_a_bad_argument_of_make_cache_is_named(on_mesh):
     more = {"mesh": jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))} if on_mesh else {}
@@ -279,6 +285,7 @@ def test_a_bad_argument_of_make_cache_is_named(on_mesh):
     refused(lambda: unknown.make_cache(2, 8, in_features="16"), errors.DTypeError, "in_features", "16")
 
 
+@pytest.mark.wrong_types
 def test_a_bad_argument_of_init_cache_is_named():
     layer = make(layers.MultiHeadAttention)
     for value, error in (
@@ -342,6 +349,7 @@ def config(**changes):
     return DecoderConfig(**sizes | changes)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(DecoderConfig)])
 def test_a_bad_setting_of_a_decoder_is_named(field):
     positions = {"max_positions": "learned", "alibi_slopes": "alibi"}.get(field)
@@ -350,6 +358,7 @@ def test_a_bad_setting_of_a_decoder_is_named(field):
         refused(lambda changes=changes: config(**changes), error, field, value)
 
 
+@pytest.mark.wrong_types
 def test_numbers_of_numpy_make_the_same_decoder():
     import json
 
@@ -408,6 +417,7 @@ def bad_settings(kind):
     return PARTS.get(kind, numbers)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
 def test_a_bad_setting_of_a_policy_or_codec_is_named(example):
     bad = bad_settings(type(example))

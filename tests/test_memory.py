@@ -1142,6 +1142,7 @@ def test_encoders_are_refused(kind):
         from_config(sized(kind, 12, 12, 12, 768), num_params=1000)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what):
     kind, part, call = REFUSED[what]

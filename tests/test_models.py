@@ -190,6 +190,7 @@ def test_compute_and_parameter_dtypes(tmp_path):
             assert 0 < float(jnp.std(logits - other)) < 0.1 * float(jnp.std(full))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("tokens", "error"),
     [
@@ -214,6 +215,7 @@ def test_the_decoder_refuses_a_wrong_number_of_caches():
 # Settings and checkpoints -------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -238,6 +238,18 @@ def test_copies_and_selections_take_everything_along(codec):
         assert_same_bits(getattr(picked, name), np.asarray(getattr(cache, name))[rows], name)
 
 
+def test_copies_that_cannot_be_are_left_out_under_jit():
+    """From and to pages that are not there: no page changes, the first and the last neither."""
+    cache = with_any_content(make().with_tables(scattered(), [0] * B))
+    copied = jax.jit(lambda cache, *pages: cache.copy_pages(*pages))(
+        cache, jnp.asarray([-1, PAGES, 1, 3, 3]), jnp.asarray([5, 4, -1, PAGES, 2])
+    )
+    for before, after in ((cache.keys, copied.keys), (cache.values, copied.values)):
+        expected = np.asarray(before["data"]).copy()
+        expected[:, 2] = expected[:, 3]
+        assert_same_bits(after["data"], expected, "the pool")
+
+
 def test_layers_and_models_take_paged_caches():
     layer = kvattn.layers.GroupedQueryAttention(
         N, 16, num_kv_heads=K, head_dim=H, rope=kvattn.RoPE(H), rngs=nnx.Rngs(0)

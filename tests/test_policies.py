@@ -9,7 +9,7 @@ import numpy as np
 import policy_oracles as oracles
 import pytest
 import variants
-from policy_cases import B, H, K, N, T, kept, step, tokens
+from policy_cases import B, H, K, N, T, alone, kept, step, tokens
 
 import kvattn
 from kvattn.policies import scored
@@ -78,6 +78,40 @@ def test_scissorhands_keeps_what_brute_force_keeps(sizes, prompt, seed):
     cache = check_rows(policy, lambda *a: oracles.scissorhands(*a, budget, recent, history, drop), prompt, seed)
     assert np.all(np.asarray(cache.kept) <= budget)
     assert np.all(np.asarray(cache.kept) >= budget + 1 - drop)
+
+
+RAGGED = [[6, 4, 5], [1, 1, 0], [2, 6, 3], *[[1, 1, 1], [1, 0, 1]] * 9, [4, 6, 2], *[[1, 1, 1]] * 5, [2, 3, 5]]
+"""New tokens of three rows, step by step."""
+
+
+def drawn(seed=41):
+    """Attention of all of them by two heads: some tokens are heavy for a while, and light or in between again."""
+    total = np.sum(RAGGED, axis=0)
+    rng, most = np.random.default_rng(seed), max(total)
+    weight = rng.choice([1, 5, 12], (3, 2, -(-most // 6), most))
+    return total, np.repeat(weight, 6, axis=2)[:, :, :most] * rng.uniform(0.4, 1, (3, 2, most, most))
+
+
+def check_alone(policy, oracle, **how):
+    """A policy that is told of drawn attention, in chunks and steps of rows of different lengths, against a list."""
+    total, weights = drawn()
+    state = alone(policy, weights, RAGGED, **how)
+    for row, n in enumerate(total):
+        expected = oracle(row, oracles.Drawn(weights[row, :, :n, :n]), [x[row] for x in RAGGED])[1]
+        got = np.asarray(state.positions)[row]
+        assert [set(p[p >= 0].tolist()) for p in got] == expected, (policy, row)
+        if getattr(state, "cache_positions", None) is not None:
+            where = np.asarray(state.cache_positions)[row]
+            for positions, places in zip(got, where, strict=True):
+                expected = [sorted(positions[positions >= 0]).index(p) if p >= 0 else -1 for p in positions]
+                assert places.tolist() == expected
+
+
+def test_scissorhands_alone():
+    """Records are one byte and a bit long, so queries are forgotten soon."""
+    sizes = 8, 3, 9, 4
+    oracle = lambda row, attend, chunks: oracles.scissorhands(attend, None, None, chunks, *sizes)
+    check_alone(kvattn.Scissorhands(*sizes, positions_in="cache"), oracle)
 
 
 @pytest.mark.parametrize(
@@ -538,6 +572,7 @@ BAD = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("make", "error", "text"), BAD)
 def test_bad_settings(make, error, text):
     with pytest.raises(error, match=text):

@@ -304,6 +304,7 @@ def test_traced_negative_positions_turn_back_and_gradients_are_the_inverse():
 # Bad input ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("error", "words", "make"),
     [
@@ -342,6 +343,7 @@ def test_bad_settings(error, words, make):
         make()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("error", "words", "positions"),
     [
@@ -364,6 +366,7 @@ def test_bad_positions(error, words, positions):
         RoPE(8, max_positions=100)(heads((2, 3, 1, 8)), positions)
 
 
+@pytest.mark.wrong_types
 def test_bad_x():
     rope = RoPE(8)
     with pytest.raises(DTypeError, match="int32"):
@@ -403,6 +406,7 @@ def test_alibi_slopes_are_blooms(num_heads):
         assert abs(naive / slopes - 1).max() > 0.01
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("error", "num_heads"), [(ConfigError, 0), (DTypeError, 2.0), (DTypeError, True)])
 def test_alibi_bad_head_count(error, num_heads):
     with pytest.raises(error, match="num_heads"):

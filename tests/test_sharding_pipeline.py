@@ -121,6 +121,7 @@ def test_the_program():
     assert memory.temp_size_in_bytes < 3 * own / (L // 4 * M)
 
 
+@pytest.mark.wrong_types
 def test_refused():
     mesh, args = mesh_of("auto"), (weights(), jnp.zeros((M, ROWS, 1, D)), sharding.layer_caches(make("full"), L, M))
     call = functools.partial(sharding.pipeline, layer, extras=(jnp.ones((M, ROWS), jnp.int32),))

@@ -272,6 +272,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_what_to_do(name):
     call, message = REFUSED[name]
@@ -279,6 +280,7 @@ def test_refused_with_what_to_do(name):
         call()
 
 
+@pytest.mark.wrong_types
 def test_other_errors():
     with pytest.raises(errors.UnsupportedError, match=r"by=\"heads\" or by=\"batch\", or a codec of single tokens"):
         ready(GQA, "sequence", codec=kvattn.KIVI(bits=4, group_size=4, residual=8))

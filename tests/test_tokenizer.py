@@ -258,6 +258,7 @@ def test_bytes_that_only_are_text_together():
     assert [stream.push(token) for token in ids] == [""] * 5 and stream.finish() == "\ufffd" * 5
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("ids", "error"),
     [("text", DTypeError), (3, DTypeError), ([1.0], DTypeError), ([True], DTypeError), ([-1], RangeError)],
@@ -280,6 +281,7 @@ def test_prompts_of_any_kind_of_ids(tokenizer):
     assert continuation(tokenizer, np.array(ids), np.array(ids)) == continuation(tokenizer, ids, ids)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("token", "error"), [(True, DTypeError), (1.0, DTypeError), ("a", DTypeError), (-1, RangeError)]
 )
@@ -403,6 +405,7 @@ BAD_SETTINGS = [
 ]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("settings", "error", "part"), BAD_SETTINGS, ids=lambda x: str(x)[:40])
 def test_settings_that_are_refused(tmp_path, settings, error, part):
     with_ends("nothing").save(str(tmp_path / "tokenizer.json"))
@@ -430,6 +433,7 @@ def test_settings_that_ask_for_nothing_need_no_tokens(tmp_path):
         assert load_tokenizer(tmp_path).encode("a b").ids == [3, 4]
 
 
+@pytest.mark.wrong_types
 def test_a_file_instead_of_a_folder(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MissingFileError) as caught:

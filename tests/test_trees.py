@@ -305,6 +305,7 @@ def test_flax_refuses_another_cache(target, words):
         flax.serialization.from_bytes(target(), stored)
 
 
+@pytest.mark.wrong_types
 def test_flax_refuses_other_numbers_of_numpy():
     stored = flax.serialization.to_bytes(made(kvattn.H2O(np.int64(2), np.int64(3))))
     with pytest.raises(errors.CacheVersionError, match=r"policy H2O\(num_heavy=2, num_recent=3"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import suites
+import variants
 from oracles import TokenLists, assert_accurate, assert_same_bits, attend_token, cross
 from suites import CHUNK, HV, POLICIES, STEPS, B, by_id, make_cache, tokens
 
@@ -230,6 +231,27 @@ def test_select_of_unknown_rows_remembers_nothing(policy):
         assert_same_bits(out[1], expected[0], "a step on the row")
 
 
+@pytest.mark.parametrize("policy", list(variants.POLICIES.values()), ids=repr)
+def test_a_row_that_is_not_there_has_the_state_of_an_empty_one(policy):
+    """Other rows take along what the policy remembers of them: whatever it is."""
+    cache = kvattn.KVCache.create(3, 2, 2, policy=policy, capacity=8, dtype=jnp.float32)
+    empty = jax.tree.leaves(cache.state)
+    rng = np.random.default_rng(0)
+    state = [jnp.asarray(rng.integers(0, 2, x.shape) * 7).astype(x.dtype) for x in empty]
+    cache = cache.replace(state=jax.tree.unflatten(jax.tree.structure(cache.state), state))
+    after = jit_select(cache, np.asarray([2, 7, 0]))
+    for given, fresh, got in zip(state, empty, jax.tree.leaves(after.state), strict=True):
+        np.testing.assert_array_equal(got, np.stack([given[2], fresh[1], given[0]]))
+
+
+def test_positions_end_where_int32_does():
+    """A ring never fills up; the count of its tokens does."""
+    ring = kvattn.KVCache.create(2, 1, 2, policy=kvattn.SlidingWindow(4), dtype=jnp.float32)
+    ring = ring.replace(lengths=jnp.asarray([2**31 - 3, 2**31 - 4], jnp.int32))
+    with pytest.raises(errors.CapacityError, match=r"rows \[0\]"):
+        kvattn.cached_attention(*[jnp.ones((2, 3, 1, 2))] * 3, ring)
+
+
 @pytest.mark.parametrize("case", [FULL, RING], ids=lambda c: c.id)
 def test_reset(case):
     cache, lists = start(case, [3, 4, 5, 12, 7, 9])
@@ -345,6 +367,7 @@ def test_cross_attention_over_nothing():
     assert out.shape == (2, 3, 4, 5) and not np.asarray(out).any()
 
 
+@pytest.mark.wrong_types
 def test_static_cache_refuses():
     key, value = encoder()
     cache = kvattn.KVCache.from_encoder(key, value)
@@ -379,6 +402,7 @@ def test_bad_encoder_lengths_under_jit():
     key, value = encoder()
     cache = jax.jit(kvattn.KVCache.from_encoder)(key, value, jnp.asarray([9, 10, -1, 3, 0, 99], jnp.int32))
     assert (np.asarray(cache.status) != 0).tolist() == [False, True, True, False, False, True]
+    assert np.asarray(cache.lengths).tolist() == [9, 0, 0, 3, 0, 0]
     with pytest.raises(errors.RangeError, match=r"rows \[1, 2, 5\]"):
         cache.check()
 

@@ -258,7 +258,7 @@ class Cache(Tree):
     def check(self) -> Self:
         """Raises what a jitted step could only record; returns the cache if all is well.
 
-        In a program of several processes all must call it.
+        In a program of several processes, all of them must call it.
 
         Raises:
             CapacityError: an append did not fit.

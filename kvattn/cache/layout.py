@@ -98,7 +98,7 @@ class Layout:
 
     def positions_in_share(
         self, positions: Int32[Array, "blocks B K1 R"], part: Int32[Array, ""], parts: int
-    ) -> tuple[Int32[Array, "blocks B K1 R/parts"], Int32[Array, " B"] | None]:
+    ) -> tuple[Int32[Array, "blocks B K1 rows"], Int32[Array, " B"] | None]:
         """What share `part` holds, and from which slot on it is empty."""
         rows = self.rows // parts
         positions = jax.lax.dynamic_slice_in_dim(positions, part * rows, rows, axis=3)

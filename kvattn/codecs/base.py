@@ -38,7 +38,7 @@ class Codec:
     token_minor: ClassVar[tuple[str, ...]] = ()
 
     rounds: ClassVar[bool] = True
-    """Whether derivatives must be led past the codes: rounding has none that is of use. See `as_they_came`."""
+    """Whether derivatives must bypass the codes: rounding has no useful ones. See `as_they_came`."""
 
     @property
     def format(self) -> Format | None:

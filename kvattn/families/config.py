@@ -250,7 +250,8 @@ class DecoderConfig:
         missing = sorted(required - set(fields))
         if unknown or missing:
             raise ConfigError(f"the decoder's settings have unknown fields {unknown} and lack {missing}.")
-        return cls(**fields)
+        settings: dict[str, Value] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**settings)
 
     @classmethod
     def palm(cls, **sizes: Value) -> "DecoderConfig":

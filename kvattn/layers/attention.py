@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from kvattn import _checks
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
@@ -54,7 +54,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         num_heads: N.
         in_features: D of the queries.
         qkv_features: N * H; `in_features` if None.
-        out_features: D of the output; `in_features` if None.
+        out_features: D of the output, or the sizes of several output axes; `in_features` if None.
         num_kv_heads: K; must divide N.
         in_kv_features: D of the keys and values, for cross-attention.
         head_dim: H, where it is not qkv_features / N.
@@ -106,7 +106,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         num_heads: int,
         in_features: int,
         qkv_features: int | None = None,
-        out_features: int | None = None,
+        out_features: int | Sequence[int] | None = None,
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
@@ -242,9 +242,9 @@ class MultiHeadAttention(HasSettings, NNXAttention):
 
     def __call__(
         self,
-        inputs_q: Array,
-        inputs_k: Array | None = None,
-        inputs_v: Array | None = None,
+        inputs_q: AnyArray,
+        inputs_k: AnyArray | None = None,
+        inputs_v: AnyArray | None = None,
         *,
         mask: ArrayLike | None = None,
         deterministic: bool | None = None,
@@ -380,7 +380,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         """
         return caching.create(self.settings, batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype)
 
-    def make_cross_cache(self, encoder_out: Array, lengths: ArrayLike | None = None) -> KVCache:
+    def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
 
         Args:

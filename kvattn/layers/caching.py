@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from kvattn import _checks, sharding
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
@@ -116,7 +116,7 @@ def _scheme(settings: AttentionSettings, num_kv_heads: int, batch_size: int) -> 
     return sharding.choose(settings.num_heads, num_kv_heads, rows, parts)
 
 
-def check_call(settings: AttentionSettings, cache: Cache, inputs_q: Array, **refused: object) -> None:
+def check_call(settings: AttentionSettings, cache: Cache, inputs_q: AnyArray, **refused: object) -> None:
     """Checks a call with `cache=`: one batch axis, and nothing that the cache decides itself.
 
     Raises:
@@ -146,7 +146,7 @@ def check_cross(settings: AttentionSettings) -> None:
             )
 
 
-def is_cross(settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
+def is_cross(settings: AttentionSettings, inputs_q: AnyArray, inputs_k: AnyArray | None) -> bool:
     """Whether a call of Flax's decode protocol brings an encoder's tokens instead of new ones of its own sequence.
 
     Inputs are [..., T, D]. Keys of another length than the queries can only be an encoder's. One token with one key is

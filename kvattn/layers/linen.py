@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from kvattn import _checks
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.attend import full
 from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
@@ -37,6 +37,13 @@ __all__ = [
     "SelfAttention",
     "SlidingWindowAttention",
 ]
+
+
+class _Encode:
+    """Stands in for a cache that is to be made from an encoder's output."""
+
+    def __init__(self, lengths: Any):
+        self.lengths = lengths
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True):
@@ -101,18 +108,18 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     @nn.compact
     def __call__(
         self,
-        inputs_q: Array,
-        inputs_k: Array | None = None,
-        inputs_v: Array | None = None,
+        inputs_q: AnyArray,
+        inputs_k: AnyArray | None = None,
+        inputs_v: AnyArray | None = None,
         *,
-        inputs_kv: Array | None = None,
+        inputs_kv: AnyArray | None = None,
         mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
         is_causal: bool = False,
         input_positions: ArrayLike | None = None,
-        cache: Cache | None = None,
+        cache: Cache | _Encode | None = None,
         num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
         token_ids: ArrayLike | None = None,
@@ -214,7 +221,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             self._settings(in_features), batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype
         )
 
-    def make_cross_cache(self, encoder_out: Array, lengths: ArrayLike | None = None) -> KVCache:
+    def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once: ``layer.apply(variables, encoder_out, method="make_cross_cache")``.
 
         Args:
@@ -231,14 +238,14 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         caching.check_cross(self._settings())
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
-        return self(encoder_out, cache=_Encode(lengths))  # pyright: ignore[reportArgumentType]
+        return self(encoder_out, cache=_Encode(lengths))
 
     def _settings(self, in_features: int | None = None) -> AttentionSettings:
         """The fields, checked; with the size of a head that inputs of `in_features` give it."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         return AttentionSettings.checked(given, in_features)
 
-    def _settings_of_encoder(self, encoder_out: Array) -> AttentionSettings:
+    def _settings_of_encoder(self, encoder_out: AnyArray) -> AttentionSettings:
         """An encoder's features [..., S, D] say nothing about the size of a head: there the parameters do."""
         settings = self._settings()
         if settings.head_dim is None and self.has_variable("params", "key"):
@@ -246,7 +253,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             return dataclasses.replace(settings, head_dim=size, value_head_dim=self.value_head_dim or size)
         return self._settings(encoder_out.shape[-1])
 
-    def _is_cross(self, settings: AttentionSettings, inputs_q: Array, inputs_k: Array | None) -> bool:
+    def _is_cross(self, settings: AttentionSettings, inputs_q: AnyArray, inputs_k: AnyArray | None) -> bool:
         """Whether this decode call brings an encoder's tokens [..., S, D]; a call that creates the cache is none."""
         if not self.decode or not self.has_variable("cache", "cached_key"):
             return False
@@ -390,10 +397,3 @@ class SlidingWindowAttention(MultiHeadDotProductAttention):
         if self.window is None:
             raise ConfigError("SlidingWindowAttention needs a window: how many tokens a query sees, its own included.")
         super().__post_init__()
-
-
-class _Encode:
-    """Stands in for a cache that is to be made from an encoder's output."""
-
-    def __init__(self, lengths: Any):
-        self.lengths = lengths

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import ArrayLike
 
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.attend import full
 from kvattn.errors import ConfigError
 from kvattn.layers import decode, masking, originals, placement, projections
@@ -21,8 +21,8 @@ Initializer = Callable[..., Array]
 
 
 def key_value_inputs(
-    inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None, inputs_kv: Array | None
-) -> tuple[Array, Array]:
+    inputs_q: AnyArray, inputs_k: AnyArray | None, inputs_v: AnyArray | None, inputs_kv: AnyArray | None
+) -> tuple[AnyArray, AnyArray]:
     """The inputs [..., S, D] of keys and values, filled in from what was given, with Flax's warnings.
 
     Raises:
@@ -64,13 +64,13 @@ class Projections:
             "parent": layer,
         }
 
-    def queries(self, inputs: Array) -> Array:
+    def queries(self, inputs: AnyArray) -> Array:
         """[..., T, D] -> [..., T, N, H]."""
         layer, settings = self.layer, self.settings
         features = settings.num_heads, settings.head_dims[0]
         return self._norm("query_ln", self._heads("query", inputs, features, layer.kernel_init, layer.bias_init))
 
-    def keys_and_values(self, inputs_k: Array, inputs_v: Array) -> tuple[Array, Array]:
+    def keys_and_values(self, inputs_k: AnyArray, inputs_v: AnyArray) -> tuple[Array, Array]:
         """[..., S, D'] twice -> [..., S, K, H] and [..., S, K, Hv]."""
         layer, num_kv_heads = self.layer, self.settings.num_kv_heads
         inits = layer.kv_kernel_init or layer.kernel_init, layer.kv_bias_init or layer.bias_init
@@ -94,7 +94,7 @@ class Projections:
         )(x)
 
     def _heads(
-        self, name: str, inputs: Array, features: tuple[int, int], kernel_init: Initializer, bias_init: Initializer
+        self, name: str, inputs: AnyArray, features: tuple[int, int], kernel_init: Initializer, bias_init: Initializer
     ) -> Array:
         """Projects [..., T, D] to heads [..., T, *features]."""
         x = nn.DenseGeneral(

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Num
 
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import placement
 from kvattn.layers.placement import HeadMetadata, Metadata
@@ -16,7 +16,9 @@ from kvattn.layers.settings import AttentionSettings
 Sharding = NamedSharding | PartitionSpec | None
 
 
-def filled_in(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array, Array]:
+def filled_in(
+    inputs_q: AnyArray, inputs_k: AnyArray | None, inputs_v: AnyArray | None
+) -> tuple[AnyArray, AnyArray, AnyArray]:
     """The inputs [..., T, D] of queries, keys and values. Keys left out are those of queries, values those of keys.
 
     Raises:
@@ -33,9 +35,9 @@ def filled_in(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -
 
 
 def checked_inputs(
-    inputs_q: Array,
-    inputs_k: Array | None,
-    inputs_v: Array | None,
+    inputs_q: AnyArray,
+    inputs_k: AnyArray | None,
+    inputs_v: AnyArray | None,
     in_features: int,
     in_kv_features: int | None,
 ) -> tuple[Array, Array, Array]:

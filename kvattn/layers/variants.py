@@ -1,5 +1,6 @@
 """The usual kinds of attention: `MultiHeadAttention` with one argument required or fixed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvattn import _checks
@@ -24,7 +25,7 @@ class GroupedQueryAttention(MultiHeadAttention):
         num_heads: int,
         in_features: int,
         qkv_features: int | None = None,
-        out_features: int | None = None,
+        out_features: int | Sequence[int] | None = None,
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         **options: Any,
@@ -51,7 +52,7 @@ class MultiQueryAttention(MultiHeadAttention):
         num_heads: int,
         in_features: int,
         qkv_features: int | None = None,
-        out_features: int | None = None,
+        out_features: int | Sequence[int] | None = None,
         num_kv_heads: int = 1,
         in_kv_features: int | None = None,
         **options: Any,
@@ -80,7 +81,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         num_heads: int,
         in_features: int,
         qkv_features: int | None = None,
-        out_features: int | None = None,
+        out_features: int | Sequence[int] | None = None,
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,

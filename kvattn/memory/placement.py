@@ -5,7 +5,7 @@ import dataclasses
 from kvattn import _checks
 from kvattn.errors import ConfigError
 from kvattn.memory.specs import ModelSpec
-from kvattn.sharding.choose import SCHEMES, choose
+from kvattn.sharding.choose import SCHEMES, choose, held
 
 HEADS, BATCH, SEQUENCE = SCHEMES
 
@@ -33,29 +33,25 @@ class Placement:
     stages: int
     by: str
 
-    def _over(self, scheme: str) -> int:
-        """Devices over which this scheme divides what it divides."""
-        return self.num_devices if self.by == scheme else 1
-
     @property
     def num_kv_heads(self) -> int:
         """K on one device."""
-        return -(-self.model.num_kv_heads // self._over(HEADS))
+        return held(self.by, self.num_devices, self.model.num_kv_heads, 1, 1)[0]
 
     @property
     def num_rows(self) -> int:
         """B on one device."""
-        return -(-(self.batch_size or 1) // self._over(BATCH))
+        return held(self.by, self.num_devices, 1, self.batch_size or 1, 1)[1]
 
     @property
     def groups(self) -> int:
         """Groups of devices that hold different rows."""
-        return self._over(BATCH)
+        return self.num_devices if self.by == BATCH else 1
 
     @property
     def parts(self) -> int:
         """Devices that share the slots of a row."""
-        return self._over(SEQUENCE)
+        return self.num_devices if self.by == SEQUENCE else 1
 
     @property
     def stage_size(self) -> int:

@@ -73,7 +73,7 @@ class Block(nnx.Module):
         self,
         x: Array,
         cache: Cache | None,
-        num_new: Array | None,
+        num_new: ArrayLike | None,
         tokens: Array,
         positions: Array | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -174,12 +174,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Int[ArrayLike, "B T"],
         cache: Sequence[Cache] | None = None,
-        num_new: Array | None = None,
+        num_new: ArrayLike | None = None,
         *,
         padding: str = "right",
-        logits_at: Array | None = None,
+        logits_at: ArrayLike | None = None,
     ) -> tuple[Array, Caches | None]:
         """Logits of the next token after each of `tokens`.
 
@@ -298,7 +298,7 @@ class Decoder(nnx.Module):
                 raise RangeError(f"token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}.")
         return tokens.astype(jnp.int32)
 
-    def _embedded(self, tokens: Array, lengths: Array | None, num_new: Array | None) -> Array:
+    def _embedded(self, tokens: Array, lengths: Array | None, num_new: ArrayLike | None) -> Array:
         """[B, T] tokens that follow `lengths` others -> [B, T, D]."""
         x = self.embed(tokens)
         if self.config.embedding_scale is not None:
@@ -321,7 +321,7 @@ class Decoder(nnx.Module):
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         return jnp.where(positions < jnp.asarray(num_new, jnp.int32)[:, None], positions, 0)
 
-    def _positions(self, shape: tuple[int, ...], lengths: Array | None, num_new: Array | None) -> Array:
+    def _positions(self, shape: tuple[int, ...], lengths: Array | None, num_new: ArrayLike | None) -> Array:
         """int32 [B, T], or [1, T] where nothing came before; 0 for tokens that are not real."""
         positions = jnp.arange(shape[1], dtype=jnp.int32)[None]
         if lengths is not None:

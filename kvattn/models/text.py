@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from kvattn import _checks
 from kvattn.errors import DTypeError, RangeError
@@ -24,7 +24,11 @@ class Decodes(Protocol):
 
 
 def continuation(
-    tokenizer: Decodes, prompt: Iterable[int], tokens: Iterable[int], *, skip_special_tokens: bool = True
+    tokenizer: Decodes,
+    prompt: Iterable[SupportsIndex],
+    tokens: Iterable[SupportsIndex],
+    *,
+    skip_special_tokens: bool = True,
 ) -> str:
     """The text by which `tokens` go on from `prompt`: that of both together, without that of the prompt.
 
@@ -81,7 +85,7 @@ class TextStream:
         (['n', '', 'é', '.'], '')
     """
 
-    def __init__(self, tokenizer: Decodes, prompt: Iterable[int] = (), *, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Decodes, prompt: Iterable[SupportsIndex] = (), *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._name = _naming(tokenizer)

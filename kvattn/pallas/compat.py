@@ -13,6 +13,7 @@ not exist is an error, or an empty row under jit.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def mqa(
     v: Array,
     start_idx: ArrayLike | None = None,
     kv_seq_len: ArrayLike | None = None,
-    sm_scale: float | None = None,
+    sm_scale: ArrayLike | None = None,
     block_h: int = 16,
     block_k: int = 256,
     k_splits: int = 16,
@@ -91,7 +92,7 @@ def gqa(
     v: Array,
     start_idx: ArrayLike | None = None,
     kv_seq_len: ArrayLike | None = None,
-    sm_scale: float | None = None,
+    sm_scale: ArrayLike | None = None,
     block_h: int = 16,
     block_k: int = 128,
     k_splits: int = 16,
@@ -135,8 +136,8 @@ def gpu_paged_attention(
     q: Array,
     k_pages: Array,
     v_pages: Array,
-    block_tables: Array,
-    lengths: Array | None,
+    block_tables: ArrayLike,
+    lengths: ArrayLike | Sequence[int] | None,
     k_scales_pages: Array | None = None,
     v_scales_pages: Array | None = None,
     *,
@@ -188,8 +189,8 @@ def tpu_paged_attention(
     q: Array,
     k_pages: Any,
     v_pages: Any,
-    lengths: Array,
-    page_indices: Array,
+    lengths: ArrayLike | Sequence[int],
+    page_indices: ArrayLike,
     *,
     mask_value: float = 0.0,
     attn_logits_soft_cap: float | None = None,

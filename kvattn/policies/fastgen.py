@@ -52,12 +52,12 @@ class FastGen(scored.ScoredPolicy):
     the prompt's queries and the query heads of the group. (The L1 distance of a renormalised row is twice the attention
     lost, so this bounds the paper's criterion.) When nothing else reaches it, everything is kept.
 
-    Afterwards each new token attends to what is kept and to itself; then a head keeps by its way: the tokens of the
-    kinds it admits, the last ones of its `local` share, and of all its tokens, special ones included, the most attended
-    ones of its `frequent` share. Shares are those of the prompt's length, rounded down.
+    Afterwards each new token attends to what is kept and to itself; then a head keeps what its way says: the tokens of
+    the kinds it admits, the last ones of its `local` share, and of all its tokens, special ones included, the most
+    attended ones of its `frequent` share. Shares are those of the prompt's length, rounded down.
 
     Memory is set aside for `capacity` tokens per head; what a head does not keep is skipped, not returned. As any head
-    may keep everything, a sequence takes `capacity` tokens in all, let go ones included; then `CapacityError`.
+    may keep everything, a sequence takes `capacity` tokens in all, dropped ones included; then `CapacityError`.
 
     Args:
         recovery: share of the attention to keep, 0 < recovery <= 1; at 1 everything is kept.

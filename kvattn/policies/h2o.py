@@ -38,7 +38,7 @@ class H2O(scored.BudgetPolicy):
 
     One new token: it is appended and attends to all that is kept, num_heavy + num_recent + 1 tokens at most; every
     kept token's score grows by the attention it received (its own included); then the one of lowest score leaves, the
-    recent ones excepted. Of equal scores the lowest position leaves. Several new tokens attend densely, to what was
+    recent ones excepted. Among equal scores the lowest position leaves. Several new tokens attend densely, to what was
     kept and to each other, their attention is added up, and the best of all stay.
 
     Scores are float32 sums of probabilities, taken over the query heads of the group, per key/value head. Per layer and

@@ -39,12 +39,12 @@ class Scissorhands(scored.BudgetPolicy):
 
     A query finds a token unimportant if it gives it less than 1/n of its attention, n being the tokens it attends to.
     When more than `budget` tokens are kept, the `drop` tokens that were unimportant most often leave at once, the
-    `num_recent` last ones excepted; of equal counts the lowest position leaves first. So between budget + 1 - drop and
-    budget tokens are kept. Several new tokens attend densely, to what was kept and to each other; if they take the
+    `num_recent` last ones excepted; among equal counts the lowest position leaves first. So between budget + 1 - drop
+    and budget tokens are kept. Several new tokens attend densely, to what was kept and to each other; if they take the
     cache past its budget it shrinks to budget + 1 - drop.
 
     This is the variant that records importance while it generates (one bit per query and slot), not the one that
-    computes the attention of the last queries again; the two are the same while ``history <= drop``. The paper's
+    recomputes the attention of the last queries; the two are the same while ``history <= drop``. The paper's
     printed algorithm contradicts its own comments; this follows the comments. Attention is averaged over the query
     heads of a group.
 

@@ -23,7 +23,7 @@ class StreamingLLM(Policy):
 
     Positions are those in the cache, as in the paper: once tokens have left, a sink is seen from the distance it has in
     the cache, not in the text. Keys stay rotated at their true positions and the query is rotated twice, which is the
-    same by the relativity of RoPE; distances for ALiBi follow. ``positions_in="original"`` takes true positions.
+    same because RoPE is relative; distances for ALiBi follow. ``positions_in="original"`` takes true positions.
 
     It does not extend the context: what has left the cache is gone.
 

@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -28,9 +28,9 @@ from kvattn.sharding.split import Split, split_over
 
 
 def cached_attention[C: Cache](
-    query: Array,
-    key: Array | None,
-    value: Array | None,
+    query: Float[ArrayLike, "B T N H"],
+    key: Float[ArrayLike, "B T K H"] | None,
+    value: Float[ArrayLike, "B T K Hv"] | None,
     cache: C,
     *,
     mesh: Mesh | AbstractMesh,
@@ -42,13 +42,13 @@ def cached_attention[C: Cache](
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     softcap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    token_ids: Array | None = None,
+    sinks: Float[ArrayLike, " heads"] | None = None,
+    alibi_slopes: Float[ArrayLike, " heads"] | None = None,
+    token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
-) -> tuple[Array, C]:
+) -> tuple[Float[Array, "B T N Hv"], C]:
     """`kvattn.cached_attention` over a cache that is split over a mesh axis, with the same results.
 
     ======================  ==========================  =======================  ==================================
@@ -105,8 +105,9 @@ def cached_attention[C: Cache](
     split = split_over(mesh, axis, data_axis)
     cache = usable(cache)
     split.check_mesh("the cache", cache)
-    if getattr(query, "ndim", 0) == 4:
-        num_heads = query.shape[2] if num_heads is None else _real_heads(num_heads, query.shape[2])
+    shape = getattr(query, "shape", ())
+    if len(shape) == 4:
+        num_heads = shape[2] if num_heads is None else _real_heads(num_heads, shape[2])
     scheme = resolved(split, cache, by, num_heads)
     lies = placed_by(split, cache) if split.size > 1 else scheme
     if lies not in (None, scheme):
@@ -115,7 +116,8 @@ def cached_attention[C: Cache](
             f'by="{scheme.name}") moves it, once; a step never does.'
         )
     scheme.check(split, cache, num_heads)
-    given = cache.num_kv_heads if key is None or getattr(key, "ndim", 0) != 4 else key.shape[2]
+    shape = getattr(key, "shape", ())
+    given = shape[2] if len(shape) == 4 else cache.num_kv_heads
     copies = scheme.copies(split, cache, given)
     step, new, per_head, cache = prepared(
         query,

@@ -1,6 +1,7 @@
 """Which way to split a cache, and what each way costs."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -68,13 +69,9 @@ def explain(
 ) -> Explanation:
     """What `choose` chooses, why, and what every scheme costs.
 
-    Bytes are those of one layer's keys and values as they are: 2 H itemsize per slot and head, times, on each device,
-
-    - heads: B C max(K / n, 1), a head being copied n / K times where K < n;
-    - batch: B / n C K;
-    - sequence: B ceil(C / n) K.
-
-    `kvattn.sharding.bytes_per_device` tells them for a cache, with codec and policy.
+    Bytes are those of one layer's keys and values as they are: 2 H itemsize per slot and head, times K, B and C, one of
+    which is divided by n and rounded up. `kvattn.sharding.bytes_per_device` tells them for a cache, with codec and
+    policy.
 
     Args:
         num_heads: N.
@@ -91,12 +88,13 @@ def explain(
     n, token = axis_size, 2 * head_dim * jnp.dtype(dtype).itemsize
     padded = -(-num_heads // n) * n
     reasons: dict[str, str] = {}
-    size: dict[str, int | None] = {}
+    size: dict[str, int | None] = {
+        scheme: token * math.prod(held(scheme, n, num_kv_heads, batch_size, num_slots)) for scheme in SCHEMES
+    }
 
     against = against_heads(num_heads, num_kv_heads, n)
     copies = max(n // num_kv_heads, 1)
     if against is None:
-        size["heads"] = batch_size * num_slots * max(num_kv_heads // n, 1) * token
         reasons["heads"] = (
             "No head is stored twice." if copies == 1 else f"Each key/value head is stored {copies} times."
         )
@@ -105,14 +103,22 @@ def explain(
     if batch_size % n:
         size["batch"], reasons["batch"] = None, f"{batch_size} rows do not divide over {n} devices."
     else:
-        size["batch"] = batch_size // n * num_slots * num_kv_heads * token
         pads = "" if padded == num_heads else f" {num_heads} query heads are filled up to {padded} on the way."
         reasons["batch"] = f"Each device holds {batch_size // n} rows.{pads}"
-    size["sequence"] = batch_size * -(-num_slots // n) * num_kv_heads * token
     reasons["sequence"] = f"Each device holds {-(-num_slots // n)} slots of every row."
     reasons[by] = f"{reasons[by]} {why}"
     exchange = {"heads": "no collectives", "batch": "2 all-to-alls of a token", "sequence": "all-reduces of a token"}
     return Explanation(by, reasons, size, exchange if n > 1 else dict.fromkeys(exchange, "no collectives"))
+
+
+def held(by: str, axis_size: int, num_kv_heads: int, batch_size: int, num_slots: int) -> tuple[int, int, int]:
+    """Key/value heads, rows, and slots of each row that the fullest device holds: K, B and C, one of them divided.
+
+    With fewer heads than devices each holds one: it is copied n / K times.
+    """
+    counts = num_kv_heads, batch_size, num_slots
+    heads, rows, slots = (-(-x // axis_size) if by == s else x for s, x in zip(SCHEMES, counts, strict=True))
+    return heads, rows, slots
 
 
 def against_heads(num_heads: int | None, num_kv_heads: int, axis_size: int) -> str | None:

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend import api
@@ -29,22 +29,22 @@ from kvattn.sharding.split import MeshAxes, names, specs_of
 
 
 def cached_attention[C: Cache](
-    query: Array,
-    key: Array | None,
-    value: Array | None,
+    query: Float[ArrayLike, "B T N H"],
+    key: Float[ArrayLike, "B T K H"] | None,
+    value: Float[ArrayLike, "B T K Hv"] | None,
     cache: C,
     *,
     num_new: ArrayLike | Sequence[int] | None = None,
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     softcap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    token_ids: Array | None = None,
+    sinks: Float[ArrayLike, " N"] | None = None,
+    alibi_slopes: Float[ArrayLike, " N"] | None = None,
+    token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
-) -> tuple[Array, C]:
+) -> tuple[Float[Array, "B T N Hv"], C]:
     """Appends T new tokens to a cache and attends: T = 1 is decoding, T > 1 a prompt or a chunk of one.
 
     Every new token attends to the tokens the cache keeps and to those of the chunk up to itself, at their true

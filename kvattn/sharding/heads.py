@@ -11,6 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import PyTree, Shaped
 
 from kvattn._typing import Array
@@ -79,7 +80,7 @@ class Heads(Scheme):
             return 1
         return heads // num_kv_heads
 
-    def with_copies(self, x: Shaped[Array, "B T _ H"] | None, copies: int) -> Shaped[Array, "B T _ H"] | None:
+    def with_copies(self, x: Shaped[ArrayLike, "B T _ H"] | None, copies: int) -> Shaped[ArrayLike, "B T _ H"] | None:
         """Each head as often as the cache has it."""
         return x if x is None or copies == 1 else jnp.repeat(x, copies, axis=2)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from kvattn._registry import Table
@@ -121,7 +122,7 @@ class Scheme(abc.ABC):
         """On how many devices each of the new tokens' K heads is, with some of its query heads."""
         return 1
 
-    def with_copies(self, x: Shaped[Array, "B T _ H"] | None, copies: int) -> Shaped[Array, "B T _ H"] | None:
+    def with_copies(self, x: Shaped[ArrayLike, "B T _ H"] | None, copies: int) -> Shaped[ArrayLike, "B T _ H"] | None:
         """New keys or values with as many heads as the cache has."""
         return x
 

@@ -1,12 +1,14 @@
 """Plants the faults one by one in a copy of the package and runs the tests nearest to each.
 
 The quick tests first; where they see nothing, the slow ones of the same list. A test that fails, a crash and a test
-that does not end kill a fault. Results are kept in .cache/mutants and count until the fault, the changed file, or one
-of the test files named with it changes: a run that was interrupted goes on where it was.
+that does not end kill a fault. Results are kept in .cache/mutants: a run that was interrupted goes on where it was.
+They count until the fault changes, or the function it is planted in, or what was run: the quick test that saw it, and
+where none did all test files named with it.
 
     python -m mutants                      all
     python -m mutants --sample 30          30 of them, others every day (--seed 2026-01-31: those of that day)
     python -m mutants pallas/ kivi         those with one of these words in file, function or text
+    python -m mutants --quick              without the slow tests
 """
 
 import argparse
@@ -30,7 +32,7 @@ import time
 
 from tqdm import tqdm
 
-from mutants import ROOT, Fault, planted
+from mutants import ROOT, Fault, functions, planted
 from mutants.faults import FAULTS
 
 STATE = (ROOT / ".cache").resolve() / "mutants"
@@ -44,15 +46,19 @@ PASSED, FAILED, INTERRUPTED, NO_TESTS = 0, 1, 2, 5
 
 
 @functools.cache
-def digest(*paths: pathlib.Path) -> str:
-    """Of the contents of files."""
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+def text_of(path: pathlib.Path, function: str = "") -> str:
+    """The source of a function of a file, or of the whole file; "": it is not there."""
+    source = path.read_text() if path.exists() else ""
+    return "".join("".join(source.splitlines(keepends=True)[a:b]) for a, b in functions(source).get(function, []))
 
 
-def key(fault: Fault) -> str:
+def key(fault: Fault, result: dict[str, str]) -> str:
     """What a result depends on."""
-    files = [ROOT / "kvattn" / fault.file, *sorted({ROOT / test.split("::")[0] for test in fault.tests})]
-    return hashlib.sha256(f"{fault} {fault.tests} {digest(*files)}".encode()).hexdigest()[:24]
+    file, _, test = result["test"].partition("::") if result["stage"] == "quick" else ("", "", "")
+    run = {(file, test.split("[")[0])} if test else {(name.split("::")[0], "") for name in fault.tests}
+    texts = [str(fault), text_of(ROOT / "kvattn" / fault.file, fault.function), *(() if test else fault.tests)]
+    texts += [text_of(ROOT / name, function) for name, function in sorted(run)]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
 class Copy:
@@ -147,23 +153,30 @@ def _linked(source: str, target: str) -> str:
 
 
 class Results:
-    """What is known, by key of the fault; a line each."""
+    """What is known, a line each."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.known, self.lock = path, {}, threading.Lock()
         if path.exists():
             for line in path.read_text().splitlines():
-                result = json.loads(line)
-                self.known[result["key"]] = result
+                self._keep(json.loads(line))
+
+    def _keep(self, result: dict[str, str]) -> None:
+        self.known.setdefault(result["fault"], []).append(result)
+
+    def of(self, fault: Fault) -> dict[str, str]:
+        """What is known of a fault, the last result that counts; its stage is "" if there is none."""
+        found = (r for r in reversed(self.known.get(str(fault), [])) if r["key"] == key(fault, r))
+        return next(found, {"stage": "", "test": ""})
 
     def stage(self, fault: Fault) -> str:
-        """What is known of a fault: "quick", "slow", "survived", "not quick"; "": nothing."""
-        return self.known.get(key(fault), {"stage": ""})["stage"]
+        """Of what is known: "quick", "slow", "survived", "not quick"; "": nothing."""
+        return self.of(fault)["stage"]
 
     def add(self, fault: Fault, result: dict[str, str]) -> None:
-        result = {"key": key(fault), "fault": str(fault), **result}
+        result = {"key": key(fault, result), "fault": str(fault), **result}
         with self.lock:
-            self.known[result["key"]] = result
+            self._keep(result)
             with self.path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
@@ -213,7 +226,7 @@ def check_controls(faults: list[Fault], results: Results) -> None:
     """The tests that killed something must pass without it, or the result says nothing."""
     killers: dict[str, set[str]] = {"quick": set(), "slow": set()}
     for fault in faults:
-        result = results.known[key(fault)]
+        result = results.of(fault)
         if result["stage"] in killers and not result["test"].startswith("("):
             killers[result["stage"]].add(result["test"])
     with tempfile.TemporaryDirectory(dir=STATE, ignore_cleanup_errors=True) as folder:
@@ -225,7 +238,7 @@ def check_controls(faults: list[Fault], results: Results) -> None:
 
 def report(faults: list[Fault], results: Results) -> bool:
     """Prints what was killed and what survived; whether all is as it must be."""
-    stages = {fault: results.known[key(fault)] for fault in faults}
+    stages = {fault: results.of(fault) for fault in faults}
     for fault, result in stages.items():
         print(f"{result['stage']:>9}  {fault}\n          {result['test'] or fault.equivalent}")
     real = [fault for fault in faults if not fault.equivalent]

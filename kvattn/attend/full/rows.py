@@ -199,7 +199,7 @@ def by_group(x: Shaped[Array, "B N T S"], num_kv_heads: int) -> Shaped[Array, "B
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
 
-def _allowed(call: Call, t: Int[Array, "T 1"], s: Int[Array, "1 S"]) -> Bool[Array, "_ 1 1 T S"] | None:
+def _allowed(call: Call, t: Int[Array, "T 1"], s: Int[Array, "1 S"]) -> Bool[Array, "_ 1 1 #T #S"] | None:
     """Who may attend to whom by index and length; None: everyone."""
     parts = []
     if call.is_causal:
