@@ -289,6 +289,8 @@ class PagedKVCache(Cache):
         status = bits.mark(bits.mark(self.status, bad_count, bits.BAD_COUNT), other, bits.LOST)
         lengths = jnp.where(bad_count | other, 0, lengths)
         state = self.forgotten(lengths == 0, self.state)
+        # A copy: caches of several layers may be given one table, and each is to be donated.
+        table = _where(self.page_table, jnp.array(table, copy=True))
         cache = dataclasses.replace(self, page_table=table, lengths=lengths, state=state, status=status)
         return cache.vouched(Context(lengths, jnp.zeros_like(lengths), 0, self.num_slots), self.policy.mask())[0]
 
@@ -475,6 +477,12 @@ def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num
     alone = codec is not None and codec.rows is not None
     pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, -(-num_slots // page_size)))
     return Layout(num_slots, pages * page_size, False)
+
+
+def _where(old: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The new array where the old one lay on a mesh, so that the next step is the program that is compiled."""
+    there = _checks.is_concrete(old, new) and isinstance(getattr(old, "sharding", None), jax.NamedSharding)
+    return jax.device_put(new, old.sharding) if there else new
 
 
 def _num_slots(policy: Policy, page_size: int, max_pages: int) -> int:
