@@ -37,7 +37,7 @@ class Group:
         codec: in how many bits.
         num_kv_heads: K.
         page_size: R, tokens of a page.
-        num_pages: P, pages of each layer's pool. Where heads have tables of their own, also K P parts of pages.
+        num_pages: P, pages of each layer's pool. Where heads have tables of their own, also K P strips of pages.
         max_pages: W, columns of the tables.
         page_bytes: of one page of one layer: keys, values and scales of all heads.
     """

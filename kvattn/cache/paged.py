@@ -153,7 +153,7 @@ class PagedKVCache(Cache):
         table = jnp.full((batch_size, *heads, max_pages), -1, jnp.int32)
         if num_numbers(table, num_kv_heads, num_pages) > _checks.INT32_MAX:
             raise RangeError(
-                f"num_pages must be at most {_checks.INT32_MAX // (1 + num_kv_heads)}, so that int32 counts the parts "
+                f"num_pages must be at most {_checks.INT32_MAX // (1 + num_kv_heads)}, so that int32 counts the strips "
                 f"of {num_kv_heads} heads, got {num_pages}."
             )
         store = Pages(block_layout(page_size, max_pages, codec, num_slots), page_size, table, num_pages)
@@ -248,7 +248,7 @@ class PagedKVCache(Cache):
 
         Args:
             page_table: int [B, W], W <= max_pages: the pages of each sequence, in order. Where heads keep different
-                numbers of tokens int [B, K, W] (`kvattn.cache.pages`); there [B, W] gives each head its part of these
+                numbers of tokens int [B, K, W] (`kvattn.cache.pages`); there [B, W] gives each head its strip of these
                 pages. Entries of slots without a token mean nothing, but those that the next tokens will go to must be
                 there when they come.
             lengths: int [B]: tokens seen of each sequence, of which those that the policy keeps lie in those pages.
@@ -363,7 +363,7 @@ class PagedKVCache(Cache):
 
         Args:
             sources: int [M], pages; negative: nothing is copied. Where heads have tables of their own a number below
-                `num_pages` is a page with the parts of all heads, others are one head's.
+                `num_pages` is a page with the strips of all heads, others are one head's.
             targets: int [M], where to; distinct, and of the same kind.
 
         Raises:

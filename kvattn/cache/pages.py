@@ -4,9 +4,9 @@ Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wan
 tokens of a page of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F =
 1, are ``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
 
-A page has a part for each head. A table [B, W] is that of all heads: head k finds its tokens in its own part of each
+A page has a strip for each head. A table [B, W] is that of all heads: head k finds its tokens in its own strip of each
 page. Heads that keep different numbers of tokens have a table each, [B, K, W]. There a number p below P still is the
-head's own part of page p; the numbers from P on, P + k P + p, are the part of page p that is head k's, for whatever
+head's own strip of page p; the numbers from P on, P + k P + p, are the strip of page p that is head k's, for whatever
 head: so what one head has given back another can take.
 """
 
@@ -88,7 +88,7 @@ class Pages:
         count = self.rows // self.page_size
         column = i * count + jnp.arange(count, dtype=jnp.int32)
         pages = jnp.take(self.table, jnp.minimum(column, self.columns - 1), axis=-1)
-        return self._gather(pool, self._part(pool, pages) if self.is_by_head else pages, transposed)
+        return self._gather(pool, self._strip(pool, pages) if self.is_by_head else pages, transposed)
 
     def put(
         self, pool: Shaped[Array, "K P _ _"], index: Int32[Array, "B M"], new: Shaped[Array, "B K M _ _"]
@@ -101,7 +101,7 @@ class Pages:
         """The slots of every sequence in order; of blocks of the layout too."""
         if pool.ndim == 5:
             return self.layout.from_blocks(pool, transposed)
-        x = self._gather(pool, self._part(pool, self.table) if self.is_by_head else self.table, transposed)
+        x = self._gather(pool, self._strip(pool, self.table) if self.is_by_head else self.table, transposed)
         return (x.swapaxes(2, 3) if transposed else x)[:, :, : self.num_slots]
 
     def write(
@@ -118,10 +118,10 @@ class Pages:
         pages = self._page(pool, slots // self.page_size, (slots >= 0) & (slots < self.num_slots))
         row = slots % self.page_size
         if by_head:
-            parts, where = _parts(pool), self._part(pool, pages)
+            strips, where = _strips(pool), self._strip(pool, pages)
             row = jnp.broadcast_to(row, where.shape)
             index = (where, slice(None), row) if transposed else (where, row)
-            return parts.at[index].set(x.astype(pool.dtype), mode="drop").reshape(pool.shape)
+            return strips.at[index].set(x.astype(pool.dtype), mode="drop").reshape(pool.shape)
         if transposed:
             new = x.transpose(0, 2, 1, 3)  # the indices are split by a slice, so their axes come first
             return pool.at[:, pages, :, row].set(new.astype(pool.dtype), mode="drop")
@@ -130,14 +130,16 @@ class Pages:
     def copied(
         self, pool: Shaped[Array, "K P _ _"], sources: Int32[Array, " M"], targets: Int32[Array, " M"]
     ) -> Shaped[Array, "K P _ _"]:
-        """The pool with pages, or parts of pages, copied, by the numbers of tables of heads; those past all dropped."""
+        """The pool with pages, or strips, copied, by their numbers in tables of heads; targets past all are dropped."""
         heads, count = pool.shape[:2]
-        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
-        whole = targets < count  # all its parts; else one, which stands for itself in the first line
-        part = lambda x: jnp.where(whole, head * count + x, x - count)
-        into = jnp.where(whole | (head == 0), part(targets), heads * count)
-        parts = _parts(pool)
-        return parts.at[into].set(jnp.take(parts, part(sources), axis=0, mode="clip"), mode="drop").reshape(pool.shape)
+        head, sources, targets = jnp.arange(heads, dtype=jnp.int32)[:, None], sources[None], targets[None]
+        whole = targets < count  # all its strips; else one, which stands for itself in the first line
+        strip = lambda x: jnp.where(whole, head * count + x, x - count)
+        into = jnp.where(whole | (head == 0), strip(targets), heads * count)
+        strips = _strips(pool)
+        return (
+            strips.at[into].set(jnp.take(strips, strip(sources), axis=0, mode="clip"), mode="drop").reshape(pool.shape)
+        )
 
     def _page(
         self, pool: Shaped[Array, "K P _ _"], column: Int32[Array, "B *K M"], wanted: Bool[Array, "B *K M"]
@@ -147,12 +149,12 @@ class Pages:
         page = jnp.take_along_axis(table, jnp.clip(column, 0, self.columns - 1), axis=-1)
         return jnp.where(wanted & (page >= 0), page, num_numbers(self.table, *pool.shape[:2]))
 
-    def _part(self, pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B #K n"]) -> Int32[Array, "B K n"]:
-        """Which of the K P parts of a pool a head's page numbers mean; one past them where they mean none."""
+    def _strip(self, pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B #K n"]) -> Int32[Array, "B K n"]:
+        """Which of the K P strips of a pool a head's page numbers mean; one past them where they mean none."""
         heads, count = pool.shape[:2]
         own = pages + count * jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-        part = jnp.where(pages < count, own, pages - count)
-        return jnp.where((pages >= 0) & (pages < num_numbers(self.table, heads, count)), part, heads * count)
+        strip = jnp.where(pages < count, own, pages - count)
+        return jnp.where((pages >= 0) & (pages < num_numbers(self.table, heads, count)), strip, heads * count)
 
     # One share of the slots: a device's pages, from 0 to P - 1; the table has -1 for those that lie elsewhere.
 
@@ -192,9 +194,9 @@ class Pages:
     def _gather(
         pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B *K n"], transposed: bool
     ) -> Shaped[Array, "B K _ _"]:
-        """[B, K, n R, F] (transposed: [B, K, F, n R]) of n pages of each row, or n parts of pages of each head."""
+        """[B, K, n R, F] (transposed: [B, K, F, n R]) of n pages of each row, or n strips of pages of each head."""
         if pages.ndim == 3:
-            x = jnp.take(_parts(pool), pages, axis=0, mode="clip")
+            x = jnp.take(_strips(pool), pages, axis=0, mode="clip")
         else:
             x = jnp.take(pool, pages, axis=1, mode="clip").swapaxes(0, 1)
         batch, heads, count, *tail = x.shape  # [B, K, n, R, F] or [B, K, n, F, R]
@@ -204,12 +206,12 @@ class Pages:
 
 
 def num_numbers(table: Int32[Array, "B *K columns"], num_kv_heads: int, num_pages: int) -> int:
-    """How many numbers a table may hold: P for the pages, and K P more for their parts where heads have their own."""
+    """How many numbers a table may hold: P for the pages, and K P more for their strips where heads have their own."""
     return num_pages * (1 + num_kv_heads) if table.ndim == 3 else num_pages
 
 
-def _parts(pool: Shaped[Array, "K P _ _"]) -> Shaped[Array, "parts _ _"]:
-    """A pool as its pages' parts, head after head."""
+def _strips(pool: Shaped[Array, "K P _ _"]) -> Shaped[Array, "strips _ _"]:
+    """A pool as its pages' strips, head after head."""
     return pool.reshape(-1, *pool.shape[2:])
 
 

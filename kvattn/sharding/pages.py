@@ -43,7 +43,7 @@ def on_pages(
     first: Int32[Array, ""],
     allowed: tuple[Int32[Array, ""], Int32[Array, ""]],
 ) -> Stepped:
-    """The step on a pool that is the whole one from page `first` on; heads with tables of their own use their parts.
+    """The step on a pool that is the whole one from page `first` on; heads use their own strips.
 
     Rows whose tokens need a page outside [allowed[0], allowed[1]) are marked, and take no new ones.
     """
@@ -88,7 +88,7 @@ def check_tables(cache: Cache, step: Context, shards: int) -> None:
     if outside.any():
         entry = tuple(np.argwhere(outside)[0].tolist())
         row, start = entry[0], int(first[entry[0]].item())
-        heads = " On a mesh every head uses its own parts of pages." if table.ndim == 3 else ""
+        heads = " On a mesh every head uses its own strips of pages." if table.ndim == 3 else ""
         raise RangeError(
             f"row {row} lies on device {row // rows} of {shards}, which has the pages {start} to "
             f"{start + pages - 1}; its page_table names page {int(np.asarray(table)[entry])}: "
