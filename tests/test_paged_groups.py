@@ -185,7 +185,23 @@ def test_one_table_for_all():
         with_tables(caches, [table, table + 1], [16, 16])
 
 
-@pytest.mark.parametrize("policy", [kvattn.H2O(3, 2), pytest.param(kvattn.FastGen(0.7), marks=pytest.mark.slow)])
+def test_what_devices_measured_of_their_pages_adds_up():
+    """By sequence a slot is on one device; the others have 0 for it, and all go by the same."""
+    from kvattn.sharding.sequence import Share
+
+    sizes = {"batch_size": 1, "max_pages": 2, "policy": kvattn.H2O(4, 3), "dtype": jnp.float32}
+    cache = kvattn.PagedKVCache.create(8, 4, 1, 2, **sizes)
+    measured = np.zeros((8, 1, 1, 8), np.float32)
+    measured[np.arange(8), 0, 0, ::-1] = np.arange(8)
+    call = lambda x: Share("model", 8).all_slots(cache, x[0])[None]
+    mesh, spec = sharding_cases.mesh_of("auto"), jax.P("model")
+    whole = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec))(measured)
+    for x in np.asarray(whole):
+        assert_same_bits(x, measured.sum(0), "what every device goes by")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [kvattn.H2O(3, 2), kvattn.FastGen(0.7)])
 def test_models_and_layers_take_policies_in_pages(policy):
     options = {"policy": policy, "codec": kvattn.Int8()}
     caches = model().make_paged_cache(12, 4, batch_size=B, max_length=16, **options)
@@ -273,7 +289,7 @@ MESHES = [
 
 @pytest.mark.parametrize(
     ("by", "policy", "heads", "shape"),
-    [pytest.param(*case, marks=() if i == 2 else pytest.mark.slow) for i, case in enumerate(MESHES)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in MESHES],
 )
 def test_meshes(by, policy, heads, shape):
     on_a_mesh(by, policy, heads, shape)

@@ -10,7 +10,7 @@ Layers under a policy whose heads keep different numbers of tokens let go of dif
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -176,7 +176,7 @@ def with_tables(
     """
     groups = groups_of(caches)
     several = isinstance(tables, list | tuple) and len(tables) > 0 and np.ndim(tables[0]) > 1
-    by_group = [*tables] if several else [tables] * len(groups)
+    by_group: list[Any] = list(cast(Sequence[Any], tables)) if several else [tables] * len(groups)
     if len(by_group) != len(groups):
         raise ShapeError(
             f"the caches form {len(groups)} groups, got {len(by_group)} tables: one for all, or one for each."

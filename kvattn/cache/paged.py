@@ -345,8 +345,8 @@ class PagedKVCache(Cache):
         if pages.ndim == 3:
             heads = self.num_pages * np.arange(self.num_kv_heads)[None, :, None]
             pages = np.where(pages < self.num_pages, self.num_pages + heads + pages, pages)
-        columns = (np.asarray(self._columns(x)) for x in (slots & comes, seen))
-        refuse_shared(pages, *columns, self.page_size)
+        written, seen = (np.asarray(self._columns(x)) for x in (slots & comes, seen))
+        refuse_shared(pages, written, seen, self.page_size)
 
     def compact(self) -> "PagedKVCache":
         """Moves the tokens of heads that keep different numbers to their first slots, so that they fill whole pages.

@@ -103,7 +103,7 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "sharding/sequence.py",
-        "test_paged_groups.py::test_meshes",
+        "test_paged_groups.py::test_what_devices_measured_of_their_pages_adds_up",
         ("Share.all_slots", "jax.lax.psum(x, self.axis)", "x"),
     ),
     *group(
