@@ -396,8 +396,8 @@ def test_nan_in_a_row_marks_that_row():
 def test_reference_reads_tables_of_heads():
     cache = paged(POLICIES["fastgen"], page_size=4, dtype=jnp.float32)
     cache = poisoned(cache).with_tables(scattered(cache), [0] * B)
-    outs, _ = feed(cache, SCHEDULE[:2])
-    others, _ = feed(cache, SCHEDULE[:2], implementation="reference")
+    outs, _ = feed(cache, SCHEDULE[:1])
+    others, _ = feed(cache, SCHEDULE[:1], implementation="reference")
     for out, other in zip(outs, others, strict=True):
         np.testing.assert_allclose(out, other, atol=2e-5)
 
