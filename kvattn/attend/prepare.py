@@ -99,7 +99,7 @@ def prepared[C: Cache](
         run = step.cross
     else:
         key, value = _keys_and_values(key, value, query, cache)
-        cache, num_new = cache.vouched(num_new, rules.mask.window)
+        cache, num_new = cache.vouched(_context(cache, num_new, length), rules.mask)
         fits = _fits(cache, num_new, length)
         cache.refuse_overflow(fits, num_new)
         num_new, refused = jnp.where(fits, num_new, 0), ~fits
@@ -122,7 +122,11 @@ def usable[C: Cache](cache: C) -> C:
 def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array, " B"]:
     """Which rows can take their tokens; lengths are int32 and must not wrap."""
     room = cache.lengths <= _checks.INT32_MAX - num_new
-    return room & cache.policy.fits(cache.state, Context(cache.lengths, num_new, length, cache.num_slots))
+    return room & cache.policy.fits(cache.state, _context(cache, num_new, length))
+
+
+def _context(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Context:
+    return Context(cache.lengths, num_new, length, cache.num_slots)
 
 
 def _real_tokens(num_new: object, batch: int, length: int) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:

@@ -20,10 +20,11 @@ from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec
 from kvattn.codecs.blocks import Blocks
 from kvattn.errors import CapacityError, DTypeError, RangeError, ShapeError, UnsupportedError
-from kvattn.policies import Policy
+from kvattn.masks import Mask
+from kvattn.policies import Context, Policy
 
 Page = int | Int32[ArrayLike, "..."]
-"""The number of a page; or one of each row, [B, 1]."""
+"""The number of a page; or one of each row, [B, 1] or [B, 1, 1]."""
 
 
 class Cache(Tree):
@@ -44,7 +45,7 @@ class Cache(Tree):
     dtype: DTypeLike
     is_static: bool
     layout: Layout
-    page_table: Int32[Array, "B columns"] | None
+    page_table: Int32[Array, "B *K columns"] | None
     page_size: int
 
     def usable(self) -> Self:
@@ -217,27 +218,27 @@ class Cache(Tree):
             )
         return rows
 
-    def vouched(self, num_new: Int32[Array, " B"], window: int | None = None) -> tuple[Self, Int32[Array, " B"]]:
+    def vouched(self, step: Context, mask: Mask) -> tuple[Self, Int32[Array, " B"]]:
         """Checks where the new tokens would go. Returns the cache, and how many of them may be appended.
 
         Args:
-            num_new: new tokens of each row.
-            window: tokens that a query sees. None: all.
+            step: what is to be appended.
+            mask: who may attend to whom.
 
         Raises:
             RangeError: a page that does not exist. Under jit: status bit, and 0 for the row. A page that two rows would
                 write to, or one row twice. Under jit nobody looks.
             BlockStateError: a page that one row would write to and another reads. Under jit nobody looks.
         """
-        del window
-        return self, num_new
+        del mask
+        return self, step.num_new
 
     def advance(self, num_new: Int32[Array, " B"], too_many: Bool[Array, " B"], bad_count: Bool[Array, " B"]) -> Self:
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""
         status = bits.mark(bits.mark(self.status, too_many, bits.OVERFLOW), bad_count, bits.BAD_COUNT)
         return self.replace(lengths=self.lengths + num_new, status=status)
 
-    def pages_outside(self, num_new: Int32[Array, " B"], first: Page, end: Page) -> Bool[Array, "B columns"]:
+    def pages_outside(self, step: Context, first: Page, end: Page) -> Bool[Array, "B *K columns"]:
         """Entries of the page table, outside [first, end), that old or new tokens need."""
         raise NotImplementedError
 

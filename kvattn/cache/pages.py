@@ -3,6 +3,11 @@
 Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wanted along the last axis (scales): the R
 tokens of a page of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F =
 1, are ``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
+
+A page has a strip for each head. A table [B, W] is that of all heads: head k finds its tokens in its own strip of each
+page. Heads that keep different numbers of tokens have a table each, [B, K, W]. There a number p below P still is the
+head's own strip of page p; the numbers from P on, P + k P + p, are the strip of page p that is head k's, for whatever
+head: so what one head has given back another can take.
 """
 
 import dataclasses
@@ -22,14 +27,14 @@ class Pages:
     Attributes:
         layout: slots and blocks of one sequence, a block being one page or several.
         page_size: R, slots per page.
-        table: the pages of each sequence. Entries outside the pool are read as some page or other (whoever reads
-            masks what lies beyond a sequence's length) and never written.
+        table: the pages of each sequence, or of each of its heads. Entries outside the pool are read as some page or
+            other (whoever reads masks what lies in slots without a token) and never written.
         num_pages: P.
     """
 
     layout: Layout
     page_size: int
-    table: Int32[Array, "B columns"]
+    table: Int32[Array, "B *K columns"]
     num_pages: int
 
     transposed_keys = False
@@ -54,6 +59,16 @@ class Pages:
         """Blocks of a sequence."""
         return self.layout.num_blocks
 
+    @property
+    def columns(self) -> int:
+        """Entries of the table for a sequence, or for one of its heads."""
+        return self.table.shape[-1]
+
+    @property
+    def is_by_head(self) -> bool:
+        """Whether each head has a table of its own."""
+        return self.table.ndim == 3
+
     def zeros(
         self, batch_size: int, num_kv_heads: int, features: int, dtype: DTypeLike, transposed: bool
     ) -> Shaped[Array, "K P _ _"]:
@@ -72,44 +87,76 @@ class Pages:
         """Block i of every sequence."""
         count = self.rows // self.page_size
         column = i * count + jnp.arange(count, dtype=jnp.int32)
-        pages = jnp.take(self.table, jnp.minimum(column, self.table.shape[1] - 1), axis=1)
-        return self._gather(pool, pages, transposed)
+        pages = jnp.take(self.table, jnp.minimum(column, self.columns - 1), axis=-1)
+        return self._gather(pool, self._strip(pool, pages) if self.is_by_head else pages, transposed)
 
     def put(
         self, pool: Shaped[Array, "K P _ _"], index: Int32[Array, "B M"], new: Shaped[Array, "B K M _ _"]
     ) -> Shaped[Array, "K P _ _"]:
-        """Replaces whole pages: those that `index` names by their column."""
-        pages = self._page(pool, index, index < self.table.shape[1])
+        """Replaces whole pages: those that `index` names by their column, in a table of all heads."""
+        pages = self._page(pool, index, index < self.columns)
         return pool.at[:, pages].set(new.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
     def from_blocks(self, pool: Shaped[Array, "*pool _ _"], transposed: bool) -> Shaped[Array, "B K C F"]:
         """The slots of every sequence in order; of blocks of the layout too."""
         if pool.ndim == 5:
             return self.layout.from_blocks(pool, transposed)
-        x = self._gather(pool, self.table, transposed)
-        return x.swapaxes(2, 3) if transposed else x
+        x = self._gather(pool, self._strip(pool, self.table) if self.is_by_head else self.table, transposed)
+        return (x.swapaxes(2, 3) if transposed else x)[:, :, : self.num_slots]
 
     def write(
-        self, pool: Shaped[Array, "K P _ _"], slots: Int32[Array, "B T"], x: Shaped[Array, "B K T F"], transposed: bool
+        self,
+        pool: Shaped[Array, "K P _ _"],
+        slots: Int32[Array, "B *K T"],
+        x: Shaped[Array, "B K T F"],
+        transposed: bool,
     ) -> Shaped[Array, "K P _ _"]:
         """Writes tokens into the slots of their sequences; negative: not written."""
-        column = slots // self.page_size
-        pages = self._page(pool, column, (slots >= 0) & (slots < self.num_slots))
+        by_head = self.is_by_head or slots.ndim == 3
+        if by_head and slots.ndim == 2:
+            slots = slots[:, None]
+        pages = self._page(pool, slots // self.page_size, (slots >= 0) & (slots < self.num_slots))
         row = slots % self.page_size
+        if by_head:
+            strips, where = _strips(pool), self._strip(pool, pages)
+            row = jnp.broadcast_to(row, where.shape)
+            index = (where, slice(None), row) if transposed else (where, row)
+            return strips.at[index].set(x.astype(pool.dtype), mode="drop").reshape(pool.shape)
         if transposed:
             new = x.transpose(0, 2, 1, 3)  # the indices are split by a slice, so their axes come first
             return pool.at[:, pages, :, row].set(new.astype(pool.dtype), mode="drop")
         return pool.at[:, pages, row].set(x.swapaxes(0, 1).astype(pool.dtype), mode="drop")
 
-    def _page(
-        self, pool: Shaped[Array, "K P _ _"], column: Int32[Array, "B M"], wanted: Bool[Array, "B M"]
-    ) -> Int32[Array, "B M"]:
-        """The pages of columns; one past the pool, to be dropped, where they are not wanted."""
-        column = jnp.clip(column, 0, self.table.shape[1] - 1)
-        page = jnp.take_along_axis(self.table, column, axis=1)
-        return jnp.where(wanted & (page >= 0), page, pool.shape[1])
+    def copied(
+        self, pool: Shaped[Array, "K P _ _"], sources: Int32[Array, " M"], targets: Int32[Array, " M"]
+    ) -> Shaped[Array, "K P _ _"]:
+        """The pool with pages, or strips, copied, by their numbers in tables of heads; targets past all are dropped."""
+        heads, count = pool.shape[:2]
+        head, sources, targets = jnp.arange(heads, dtype=jnp.int32)[:, None], sources[None], targets[None]
+        whole = targets < count  # all its strips; else one, which stands for itself in the first line
+        strip = lambda x: jnp.where(whole, head * count + x, x - count)
+        into = jnp.where(whole | (head == 0), strip(targets), heads * count)
+        strips = _strips(pool)
+        return (
+            strips.at[into].set(jnp.take(strips, strip(sources), axis=0, mode="clip"), mode="drop").reshape(pool.shape)
+        )
 
-    # One share of the slots: a device's pages, from 0 to P - 1; the table names others by numbers outside the pool.
+    def _page(
+        self, pool: Shaped[Array, "K P _ _"], column: Int32[Array, "B *K M"], wanted: Bool[Array, "B *K M"]
+    ) -> Int32[Array, "B *K M"]:
+        """The numbers of columns; one past all there are, to be dropped, where they are not wanted."""
+        table = self.table[:, None] if self.table.ndim < column.ndim else self.table
+        page = jnp.take_along_axis(table, jnp.clip(column, 0, self.columns - 1), axis=-1)
+        return jnp.where(wanted & (page >= 0), page, num_numbers(self.table, *pool.shape[:2]))
+
+    def _strip(self, pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B #K n"]) -> Int32[Array, "B K n"]:
+        """Which of the K P strips of a pool a head's page numbers mean; one past them where they mean none."""
+        heads, count = pool.shape[:2]
+        own = pages + count * jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+        strip = jnp.where(pages < count, own, pages - count)
+        return jnp.where((pages >= 0) & (pages < num_numbers(self.table, heads, count)), strip, heads * count)
+
+    # One share of the slots: a device's pages, from 0 to P - 1; the table has -1 for those that lie elsewhere.
 
     def divided(self, parts: int, head_dim: int, backend: str | None = None) -> "Pages":
         """As it is: pages lie anywhere."""
@@ -126,7 +173,9 @@ class Pages:
         del parts
         return self
 
-    def slots_in_share(self, slots: Int32[Array, "B T"], part: Int32[Array, ""], parts: int) -> Int32[Array, "B T"]:
+    def slots_in_share(
+        self, slots: Int32[Array, "B *K T"], part: Int32[Array, ""], parts: int
+    ) -> Int32[Array, "B *K T"]:
         """The same numbers: what is in pages elsewhere is neither read nor written."""
         del part, parts
         return slots
@@ -136,20 +185,34 @@ class Pages:
     ) -> tuple[Int32[Array, "blocks B K1 R"], None]:
         """Those of the layout, -1 where a page lies elsewhere; counts stay."""
         del part, parts
-        here = jnp.repeat((self.table >= 0) & (self.table < self.num_pages), self.page_size, axis=1)
-        here = self.layout.to_blocks(here[:, None, :, None], False)[..., 0]
+        here = jnp.repeat((self.table >= 0) & (self.table < self.num_pages), self.page_size, axis=-1)
+        here = here[..., : self.num_slots] if self.is_by_head else here[:, None, : self.num_slots]
+        here = self.layout.to_blocks(here[..., None], False)[..., 0]
         return jnp.where(here, positions, -1), None
 
     @staticmethod
     def _gather(
-        pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B n"], transposed: bool
+        pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B *K n"], transposed: bool
     ) -> Shaped[Array, "B K _ _"]:
-        """[B, K, n R, F] (transposed: [B, K, F, n R]) of the n pages of each row."""
-        x = jnp.take(pool, pages, axis=1, mode="clip")  # [K, B, n, R, F] or [K, B, n, F, R]
-        heads, batch, count, *tail = x.shape
+        """[B, K, n R, F] (transposed: [B, K, F, n R]) of n pages of each row, or n strips of pages of each head."""
+        if pages.ndim == 3:
+            x = jnp.take(_strips(pool), pages, axis=0, mode="clip")
+        else:
+            x = jnp.take(pool, pages, axis=1, mode="clip").swapaxes(0, 1)
+        batch, heads, count, *tail = x.shape  # [B, K, n, R, F] or [B, K, n, F, R]
         if transposed:
-            return x.transpose(1, 0, 3, 2, 4).reshape(batch, heads, tail[0], count * tail[1])
-        return x.swapaxes(0, 1).reshape(batch, heads, count * tail[0], tail[1])
+            return x.swapaxes(2, 3).reshape(batch, heads, tail[0], count * tail[1])
+        return x.reshape(batch, heads, count * tail[0], tail[1])
+
+
+def num_numbers(table: Int32[Array, "B *K columns"], num_kv_heads: int, num_pages: int) -> int:
+    """How many numbers a table may hold: P for the pages, and K P more for their strips where heads have their own."""
+    return num_pages * (1 + num_kv_heads) if table.ndim == 3 else num_pages
+
+
+def _strips(pool: Shaped[Array, "K P _ _"]) -> Shaped[Array, "strips _ _"]:
+    """A pool as its pages' strips, head after head."""
+    return pool.reshape(-1, *pool.shape[2:])
 
 
 Store = Layout | Pages

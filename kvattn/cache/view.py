@@ -29,7 +29,8 @@ class View:
         codec: how to read them.
         key_head_dim: H.
         value_head_dim: Hv.
-        page_table: whose pages hold the slots; None: the arrays lie in blocks.
+        page_table: whose pages hold the slots, of each head where they have tables of their own (`Pages`); None: the
+            arrays lie in blocks.
         page_size: slots per page.
         in_order: whether slot s holds the token of position s, for all s below `counts`.
         fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
@@ -44,7 +45,7 @@ class View:
     codec: Codec = dataclasses.field(metadata={"static": True})
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
-    page_table: Int32[Array, "B columns"] | None = None
+    page_table: Int32[Array, "B *K columns"] | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
     fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]] | None = None

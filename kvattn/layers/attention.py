@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from kvattn import _checks
 from kvattn._typing import AnyArray, Array
-from kvattn.cache import Cache, KVCache
+from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import attention_fn as attention
@@ -379,6 +379,43 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             ((2, 1, 32), [6, 6])
         """
         return caching.create(self.settings, batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype)
+
+    def make_paged_cache(
+        self,
+        num_pages: int,
+        page_size: int | None = None,
+        *,
+        batch_size: int,
+        max_length: int,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> PagedKVCache:
+        """An empty pool of pages for ``y, cache = layer(x, cache=cache)``; tables come from the host.
+
+        Args:
+            num_pages: P, pages of the pool.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            batch_size: B, sequences of a step.
+            max_length: most tokens of a sequence.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,
+                which gives pages back and lets sequences share those of a prefix.
+            codec: in how many bits; the layer's own if None.
+            dtype: of what is stored without a codec; the layer's own if None.
+
+        Raises:
+            As `kvattn.PagedKVCache.create`.
+        """
+        return caching.create_paged(
+            self.settings,
+            num_pages,
+            page_size,
+            batch_size=batch_size,
+            max_length=max_length,
+            policy=policy,
+            codec=codec,
+            dtype=dtype,
+        )
 
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.

@@ -1,6 +1,6 @@
 """The cache as an argument and result of a layer: what the NNX and the Linen layers share. Nothing here knows Flax."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,17 @@ from jaxtyping import Float
 
 from kvattn import _checks, sharding
 from kvattn._typing import AnyArray, Array
-from kvattn.cache import Cache, KVCache
+from kvattn.cache import Cache, KVCache, PagedKVCache
+from kvattn.cache.groups import most_slots
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import placement
 from kvattn.layers.settings import AttentionSettings
-from kvattn.policies import Policy, SlidingWindow
+from kvattn.policies import Full, OrderedWindow, Policy, SlidingWindow
 from kvattn.sharding import explicit
+
+PAGE_SIZE = 16
+"""Tokens of a page where nobody says: few enough that the last page of a sequence wastes little."""
 
 
 def create(
@@ -30,9 +34,7 @@ def create(
     """An empty cache for a layer, whose settings fill in what is None."""
     batch_size = _checks.integer("batch_size", batch_size, 0)
     head_dim, value_head_dim = settings.head_dims
-    policy = settings.policy if policy is None else policy
-    if policy is None and settings.window is not None:
-        policy = SlidingWindow(settings.window)
+    policy = _policy(settings, policy, SlidingWindow)
 
     def empty() -> KVCache:
         return KVCache.create(
@@ -46,11 +48,60 @@ def create(
             value_head_dim=value_head_dim,
         )
 
+    return _placed(settings, empty, batch_size)
+
+
+def create_paged(
+    settings: AttentionSettings,
+    num_pages: int,
+    page_size: int | None,
+    *,
+    batch_size: int,
+    max_length: int,
+    policy: Policy | None,
+    codec: Codec | None,
+    dtype: DTypeLike | None,
+) -> PagedKVCache:
+    """An empty pool for a layer, with tables that name no page. What is None the settings fill in, or a rule."""
+    batch_size = _checks.integer("batch_size", batch_size, 0)
+    _checks.integer("max_length", max_length, 1)
+    head_dim, value_head_dim = settings.head_dims
+    policy = _policy(settings, policy, OrderedWindow) or Full()
+    codec = settings.codec if codec is None else codec
+    if page_size is None:
+        page_size = (codec and codec.rows) or PAGE_SIZE
+    slots = most_slots(policy, max_length)
+
+    def empty() -> PagedKVCache:
+        return PagedKVCache.create(
+            num_pages,
+            page_size,
+            settings.num_kv_heads,
+            head_dim,
+            batch_size=batch_size,
+            max_pages=-(-slots // _checks.integer("page_size", page_size, 1)),
+            policy=policy,
+            codec=codec,
+            dtype=settings.storage_dtype if dtype is None else dtype,
+            value_head_dim=value_head_dim,
+        )
+
+    return _placed(settings, empty, batch_size)
+
+
+def _policy(settings: AttentionSettings, policy: Policy | None, window: Callable[[int], Policy]) -> Policy | None:
+    """The policy asked for, or the layer's, or what keeps its window."""
+    policy = settings.policy if policy is None else policy
+    return window(settings.window) if policy is None and settings.window is not None else policy
+
+
+def _placed[C: Cache](settings: AttentionSettings, empty: Callable[[], C], batch_size: int) -> C:
+    """What `empty` makes, on the layer's mesh if it has one."""
     if settings.mesh is None:
         return empty()
     on = {"mesh": settings.mesh, "by": _scheme(settings, settings.num_kv_heads, batch_size), "axis": settings.axis}
 
-    def arranged() -> KVCache:
+    def arranged() -> C:
         return sharding.arrange(empty(), **on)
 
     # Compiled, so that no device ever holds more than its part.

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from kvattn import _checks
 from kvattn._typing import AnyArray, Array
 from kvattn.attend import full
-from kvattn.cache import Cache, KVCache
+from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import caching, linen_parts, masking, placement
@@ -219,6 +219,47 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             _checks.integer("in_features", in_features, 1)
         return caching.create(
             self._settings(in_features), batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype
+        )
+
+    def make_paged_cache(
+        self,
+        num_pages: int,
+        page_size: int | None = None,
+        *,
+        batch_size: int,
+        max_length: int,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        dtype: DTypeLike | None = None,
+        in_features: int | None = None,
+    ) -> PagedKVCache:
+        """An empty pool of pages for ``y, cache = layer.apply(variables, x, cache=cache)``; tables come from the host.
+
+        Args:
+            num_pages: P, pages of the pool.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            batch_size: B, sequences of a step.
+            max_length: most tokens of a sequence.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,
+                which gives pages back and lets sequences share those of a prefix.
+            codec: in how many bits; the layer's own if None.
+            dtype: of what is stored without a codec; the layer's own if None.
+            in_features: D, needed where neither `qkv_features` nor `head_dim` is set.
+
+        Raises:
+            As `kvattn.PagedKVCache.create`.
+        """
+        if in_features is not None:
+            _checks.integer("in_features", in_features, 1)
+        return caching.create_paged(
+            self._settings(in_features),
+            num_pages,
+            page_size,
+            batch_size=batch_size,
+            max_length=max_length,
+            policy=policy,
+            codec=codec,
+            dtype=dtype,
         )
 
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:

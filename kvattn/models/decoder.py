@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend.tokens import rotated_left
-from kvattn.cache import Cache
+from kvattn.cache import Cache, PagedKVCache
 from kvattn.codecs import Codec
 from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.families.config import DecoderConfig
@@ -274,6 +274,44 @@ class Decoder(nnx.Module):
         return tuple(
             layer.attention.make_cache(batch_size, capacity, policy=policy, codec=codec, dtype=dtype)
             for layer, policy, codec in choices
+        )
+
+    def make_paged_cache(
+        self,
+        num_pages: int | Sequence[int],
+        page_size: int | None = None,
+        *,
+        batch_size: int,
+        max_length: int,
+        policy: Policy | Sequence[Policy | None] | None = None,
+        codec: Codec | Sequence[Codec | None] | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> tuple[PagedKVCache, ...]:
+        """Empty pools of pages, one per layer.
+
+        Layers of equal window and shape share tables (`kvattn.cache.groups_of`), which the host decides and
+        `kvattn.cache.with_tables` gives to all of them.
+
+        Args:
+            num_pages: P, pages of each layer's pool. A list or tuple: one for each layer, so that those with a window
+                can have fewer (`kvattn.cache.pages_at_once`).
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            batch_size: B, sequences of a step.
+            max_length: most tokens of a sequence.
+            policy: which tokens are kept. None: all of them; in layers with a window those within it, whose pages can
+                be given back (`kvattn.policies.OrderedWindow`). A list or tuple: one for each layer.
+            codec: in how many bits. None: as they are. A list or tuple: one for each layer.
+            dtype: what is stored without a codec. None: the dtype the model computes in.
+
+        Raises:
+            ShapeError: a list with more or fewer entries than there are layers.
+            Else as `kvattn.PagedKVCache.create`.
+        """
+        options = (self._each("num_pages", num_pages), self._each("policy", policy), self._each("codec", codec))
+        sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
+        return tuple(
+            layer.attention.make_paged_cache(pages, page_size, policy=policy, codec=codec, **sizes)
+            for layer, pages, policy, codec in zip(self.layers, *options, strict=True)
         )
 
     def _each(self, name: str, value: Any) -> tuple[Any, ...]:

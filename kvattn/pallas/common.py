@@ -28,6 +28,8 @@ def refusal(request: Request) -> str | None:
         return f"it does not read {view.codec}"
     if jnp.dtype(jnp.float64) in (request.query.dtype, *(x.dtype for x in arrays(view))):
         return "it has no float64"
+    if view.page_table is not None and view.page_table.ndim == 3:
+        return "it follows one page table for all heads, here each key/value head has its own"
     if view.page_table is None and (view.layout.num_blocks != 1 or view.layout.transposed_keys):
         return "the cache lies in blocks, as CPUs like it; make it with Layout(capacity, capacity, False)"
     return None

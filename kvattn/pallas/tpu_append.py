@@ -42,7 +42,7 @@ class InPlace:
     ) -> Stored:
         """As `Layout.write` and `Pages.write`."""
         last = transposed or tpu_read.tokens_last(array.shape[-1])
-        if not _takes(self.store, array, x, transposed):
+        if not _takes(self.store, array, x, transposed, by_head=slots.ndim == 3):
             return self.store.write(array, slots, x, transposed)
 
         def kernel(array: Stored, x: Shaped[Array, "B K T F"]) -> Stored:
@@ -72,12 +72,14 @@ class InPlace:
 Blocks.register(InPlace)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _takes(store: Store, array: Stored, x: Shaped[Array, "B K T F"], transposed: bool) -> bool:
+def _takes(store: Store, array: Stored, x: Shaped[Array, "B K T F"], transposed: bool, by_head: bool) -> bool:
     """Whether it is one token, and the array lies as a kernel wants it."""
     if x.shape[2] != 1 or jnp.dtype(array.dtype) in (jnp.dtype(jnp.float16), jnp.dtype(jnp.float64)):
         return False
     if isinstance(store, Layout) and store.num_blocks != 1:
         return False
+    if isinstance(store, Pages) and (store.is_by_head or by_head):
+        return False  # a block of a pool is one page of all heads
     tokens, features = (array.shape[-1], array.shape[-2]) if transposed else (array.shape[-2], array.shape[-1])
     if not transposed and not tpu_read.tokens_last(features):
         return tokens % ROWS[-1] == 0

@@ -14,10 +14,11 @@ What it is told of the step is a `Context`.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int32, PyTree
+from jaxtyping import Bool, Float, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
@@ -79,6 +80,9 @@ class Policy:
 
     per_head: ClassVar[bool] = False
     """Whether key/value heads keep different tokens: slots and positions then carry a K axis."""
+
+    is_uneven: ClassVar[bool] = False
+    """Whether key/value heads keep different numbers of tokens: in pages each head then has a table of its own."""
 
     in_order: ClassVar[bool] = False
     """Whether slot s holds the token of position s for ever. Inherited as long as nothing is placed anew."""
@@ -191,6 +195,15 @@ class Policy:
         """
         return state, self.place(state, step)
 
+    def needed(self, state: State, step: Context) -> Bool[Array, "B *K C"]:
+        """The slots that hold tokens before the step, and those that its new tokens may take: they must have pages."""
+        held = self.positions(state, step.lengths, step.num_slots) >= 0
+        return held | taken(self.place(state, step), step.num_slots)
+
+    def moved(self, state: State, order: Int32[Array, "B K C"]) -> State:
+        """The state once slot s holds what slot ``order[..., s]`` held. Asked of policies that are `is_uneven`."""
+        raise NotImplementedError(f"{type(self).__name__} is uneven, so it must say what its state is once slots moved")
+
     def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B *K C"]:
         """The position of the token each slot holds, EMPTY if none."""
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
@@ -207,3 +220,14 @@ class Policy:
     def trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> State:
         """The state after the last `num_tokens` are taken back."""
         return state
+
+
+def taken(slots: Int32[Array, "B *K T"], num_slots: int) -> Bool[Array, "B *K C"]:
+    """Which slots are among these; negative ones are none."""
+    if slots.shape[-1] == 1:
+        return jnp.arange(num_slots, dtype=jnp.int32).reshape((1,) * (slots.ndim - 1) + (-1,)) == slots
+    flat = slots.reshape(math.prod(slots.shape[:-1]), slots.shape[-1])
+    row = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
+    flat = jnp.where(flat < 0, num_slots, flat)  # past the end: dropped
+    found = jnp.zeros((flat.shape[0], num_slots), bool).at[row, flat].set(True, mode="drop")
+    return found.reshape(*slots.shape[:-1], num_slots)

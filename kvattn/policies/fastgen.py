@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Iterable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,9 @@ class FastGen(scored.ScoredPolicy):
     the kinds it admits, the last ones of its `local` share, and of all its tokens, special ones included, the most
     attended ones of its `frequent` share. Shares are those of the prompt's length, rounded down.
 
-    Memory is set aside for `capacity` tokens per head; what a head does not keep is skipped, not returned. As any head
-    may keep everything, a sequence takes `capacity` tokens in all, dropped ones included; then `CapacityError`.
+    A contiguous cache sets memory aside for `capacity` tokens per head; what a head does not keep is skipped, not
+    returned. In pages (`kvattn.PagedKVCache`) every head has a table of its own, and gives pages back. As any head may
+    keep everything, a sequence takes `capacity` tokens in all, let go ones included; then `CapacityError`.
 
     Args:
         recovery: share of the attention to keep, 0 < recovery <= 1; at 1 everything is kept.
@@ -72,6 +74,8 @@ class FastGen(scored.ScoredPolicy):
     punctuation_tokens: tuple[int, ...] = ()
     frequent: float = 0.3
     local: float = 0.3
+
+    is_uneven: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("recovery", "frequent", "local"):
@@ -186,6 +190,11 @@ class FastGen(scored.ScoredPolicy):
             prompt=prompt,
         )
         return state, slots
+
+    def moved(self, state: Profile, order: Int32[Array, "B K C"]) -> Profile:
+        """Positions, scores and kinds go with their tokens."""
+        there = lambda x: jnp.take_along_axis(x, order, axis=-1)
+        return state.replace(positions=there(state.positions), scores=there(state.scores), kinds=there(state.kinds))
 
     def _starts(self, step: Context) -> Rows:
         """The rows whose prompt comes with this step."""

@@ -17,7 +17,7 @@ from kvattn._trees import Tree
 from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError
 from kvattn.masks import EMPTY
-from kvattn.policies.base import NOWHERE, Context, Policy
+from kvattn.policies.base import NOWHERE, Context, Policy, taken
 
 
 @typing.no_type_check
@@ -59,6 +59,13 @@ class ScoredPolicy(Policy):
     def place(self, state: ScoredState, step: Context) -> Int32[Array, "B K 1"]:
         """A free slot."""
         return first_free(state.positions, step.num_new)
+
+    def needed(self, state: ScoredState, step: Context) -> Bool[Array, "B K C"]:
+        """The slots taken, and as many of the first free ones as tokens come."""
+        free = state.positions < 0
+        if step.num_tokens == 1:
+            return ~free | taken(self.place(state, step), step.num_slots)
+        return ~free | (jnp.cumsum(free, axis=-1, dtype=jnp.int32) <= step.num_new[:, None, None])
 
     def enter[S: ScoredState](self, state: S, slots: Int32[Array, "B K 1"], step: Context) -> S:
         """The new token has its position, and stands behind all others."""

@@ -1,15 +1,16 @@
 """`SlidingWindow`: keep the last tokens in a ring (Mistral 7B, arXiv:2310.06825)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies.base import NOWHERE, Context, Policy, State
+from kvattn.policies.base import NOWHERE, Context, Policy, State, taken
 from kvattn.policies.registry import register
 
 
@@ -70,6 +71,51 @@ class SlidingWindow(Policy):
     def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
         return (lengths <= num_slots) | (num_tokens == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderedWindow(Policy):
+    """`SlidingWindow` whose slots are not used again: the token of position t lies in slot t for ever.
+
+    For pages: those that the window has left go back to the pool one by one, and sequences may share those of a prefix,
+    which a ring would overwrite. A contiguous cache has nothing to give back; there it is a `Full` that reads less.
+
+    Args:
+        window: tokens a query attends to, its own included; >= 1.
+    """
+
+    window: int
+
+    in_order: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _checks.integer("window", self.window, 1, RangeError)
+
+    def mask(self) -> Mask:
+        """Causal, within the window."""
+        return Mask(window=self._counted)
+
+    def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
+        """Slot t; of a chunk longer than the window only the last tokens are kept."""
+        stays = (step.positions >= 0) & (step.positions > (step.last - self._counted)[:, None])
+        return jnp.where(stays, step.positions, NOWHERE)
+
+    def needed(self, state: State, step: Context) -> Bool[Array, "B C"]:
+        """The slots of the new tokens, and of those that the first of them sees: one fewer than the window."""
+        slot, lengths = jnp.arange(step.num_slots, dtype=jnp.int32)[None], step.lengths[:, None]
+        seen = (slot < lengths) & (slot > lengths - self._counted)
+        return seen | taken(self.place(state, step), step.num_slots)
+
+    def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
+        """The last `window` tokens, each in its slot."""
+        slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
+        last = lengths[:, None] - 1
+        return jnp.where((slot <= last) & (slot > last - self._counted), slot, EMPTY)
+
+    @property
+    def _counted(self) -> int:
+        """The window, as far as int32 counts positions."""
+        return min(self.window, _checks.INT32_MAX)
 
 
 def _levers(length: int) -> list[tuple[str, SlidingWindow]]:

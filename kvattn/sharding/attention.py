@@ -19,6 +19,7 @@ from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
 from kvattn.pallas.interpreter import interpreted
+from kvattn.policies import Context
 from kvattn.positions import RoPE
 from kvattn.sharding.cache import placed_by, resolved
 from kvattn.sharding.filled import filled_up
@@ -138,7 +139,8 @@ def cached_attention[C: Cache](
     )
     if step.is_empty:
         return step(new, per_head, cache)
-    check_tables(cache, new.num_new, scheme.row_parts(split))
+    told = Context(cache.lengths, new.num_new, new.length, cache.num_slots)
+    check_tables(cache, told, scheme.row_parts(split))
     assert num_heads is not None
     given = new.query.shape[2]
     scheme = scheme.for_heads(split, cache, given)

@@ -24,6 +24,7 @@ from kvattn.cache import Cache
 from kvattn.cache.axes import axis_of
 from kvattn.errors import ShardingError
 from kvattn.positions import RoPE
+from kvattn.sharding.pages import with_own_pages
 from kvattn.sharding.scheme import TokenSpecs
 from kvattn.sharding.split import MeshAxes, names, specs_of
 
@@ -138,7 +139,9 @@ def by_shard[C: Cache](step: Step, new: NewTokens, per_head: PerHead, cache: C) 
     in_specs = (*specs.of(new, per_head), specs_of(cache, rows=rows, heads=kv_heads))
     args = jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), (new, per_head, cache), in_specs)
     # Unchecked: NaN in one head marks the rows of its device only (`kvattn.cache.status`), with no word to the others.
-    run = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs.query, in_specs[2]), check_vma=False)
+    run = jax.shard_map(
+        with_own_pages(step, None), mesh=mesh, in_specs=in_specs, out_specs=(specs.query, in_specs[2]), check_vma=False
+    )
     return run(*args)
 
 

@@ -176,7 +176,9 @@ class Share(Part):
         return out / safe[..., None], jnp.where(empty, -jnp.inf, jnp.log(safe) + top)
 
     def all_slots(self, cache: Cache, tree: PyTree) -> PyTree:
-        """Gathers what was measured of each slot."""
+        """Gathers what was measured of each slot; of pages, which lie anywhere, one device has, the others have 0."""
+        if cache.page_table is not None:
+            return jax.tree.map(lambda x: jax.lax.psum(x, self.axis), tree)
         layout, count = cache.layout, cache.num_slots
 
         def gathered(x: Shaped[Array, "B K _ *rest"]) -> Shaped[Array, "B K C *rest"]:

@@ -19,16 +19,16 @@ FAULTS: list[Fault] = [
         """,
         ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
         ("_copied", "cache, cache.axes)", "cache, cache.axes).replace(keys=cache.keys)"),
-        ("_selected", "jnp.where(known[:, None], cache.page_table, -1)", "cache.page_table"),
+        ("_selected", "cache.page_table, -1)", "cache.page_table, cache.page_table)"),
         ("_selected", "jnp.where(known, cache.lengths, 0)", "cache.lengths"),
         ("_selected", "cache, cache.axes)", "cache, cache.axes).replace(lengths=cache.lengths[rows[::-1]])"),
         ("_selected", "bits.BAD_COUNT", "0", "test_paged.py::test_copies_and_selections_take_everything_along"),
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
-        ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, self.num_pages", "jnp.where(skipped | bad, 0"),
-        ("PagedKVCache.with_tables", "room = width * self.page_size", "room = width * self.page_size + 1"),
-        ("PagedKVCache.vouched", "jnp.where(bad, 0, num_new)", "num_new"),
+        ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, numbers", "jnp.where(skipped | bad, 0"),
+        ("PagedKVCache._beyond", "used > room", "used > room + 1"),
+        ("PagedKVCache.vouched", "jnp.where(bad, 0, step.num_new)", "step.num_new"),
         ("PagedKVCache.pages_outside", "self.page_table >= end", "self.page_table > end"),
-        ("PagedKVCache._refuse_shared_writes", "lengths - window + 1", "lengths - window"),
+        ("PagedKVCache._refuse_shared_writes", "next_one, next_one)", "next_one - 1, next_one)"),
     ),
     *group(
         "cache/pages.py",
@@ -38,20 +38,74 @@ FAULTS: list[Fault] = [
         test_paged.py::test_rows
         """,
         ("Pages.take", "i * count", "i"),
-        ("Pages.take", "axis=1)", "axis=1).astype(jnp.int16)", "test_blocks.py::test_a_pool_of_40000_pages"),
+        ("Pages.take", "axis=-1)", "axis=-1).astype(jnp.int16)", "test_blocks.py::test_a_pool_of_40000_pages"),
         (
             "Pages._page",
-            "jnp.take_along_axis(self.table, column, axis=1)",
-            "jnp.take_along_axis(self.table, column, axis=1).astype(jnp.int16).astype(jnp.int32)",
+            "self.columns - 1), axis=-1)",
+            "self.columns - 1), axis=-1).astype(jnp.int16).astype(jnp.int32)",
             "test_blocks.py::test_a_pool_of_40000_pages",
         ),
         ("Pages._page", "page >= 0", "page > 0"),
-        ("Pages._page", "pool.shape[1])", "pool.shape[1] - 1)"),
-        ("Pages.put", "index < self.table.shape[1]", "index <= self.table.shape[1]"),
+        ("Pages._page", "*pool.shape[:2])", "*pool.shape[:2]) - 1"),
+        ("Pages.put", "index < self.columns", "index <= self.columns"),
         ("Pages.put", "new.swapaxes(0, 1)", "new.swapaxes(0, 1)[:, :, ::-1]"),
         ("Pages.write", "slots < self.num_slots", "slots <= self.num_slots"),
         ("Pages.write", "slots >= 0", "slots > 0"),
-        ("Pages._gather", "x.transpose(1, 0, 3, 2, 4)", "x.transpose(1, 0, 2, 3, 4)"),
+        ("Pages._gather", "x.swapaxes(2, 3).reshape", "x.reshape"),
+    ),
+    *group(
+        "cache/pages.py",
+        """
+        test_paged_policies.py::test_heads_give_back_the_pages_that_they_do_not_need
+        test_paged_policies.py::test_a_tail_of_a_head_is_copied_by_itself
+        """,
+        ("Pages._strip", "pages - count)", "pages - count + 1)"),
+        ("Pages.copied", "head * count + x", "x"),
+    ),
+    *group(
+        "cache/paged.py",
+        """
+        test_paged_policies.py::test_heads_give_back_the_pages_that_they_do_not_need
+        test_paged_policies.py::test_tables_of_heads_are_checked_head_by_head
+        test_paged_policies.py::test_rows_with_a_memory_take_over_nobodys_tokens
+        test_paged_policies.py::test_copy_on_write_takes_everything_along
+        test_paged_groups.py::test_one_table_for_all
+        """,
+        ("_compacted", "cache.policy.moved(cache.state, order)", "cache.state"),
+        ("PagedKVCache._refuse_shared_writes", "self.num_pages + heads + pages", "heads + pages"),
+        ("PagedKVCache.with_tables", "self.forgotten(lengths == 0, self.state)", "self.state"),
+        ("PagedKVCache.with_tables", "jnp.array(table, copy=True)", "table"),
+        ("_selected", "cache.forgotten(~known, cache.state)", "cache.forgotten(known, cache.state)"),
+    ),
+    *group(
+        "cache/groups.py",
+        """
+        test_paged_groups.py::test_pages_at_once_are_those_that_the_rule_needs
+        test_paged_groups.py::test_groups_of_every_kind
+        """,
+        ("pages_at_once", "window - 1 + chunk - 1", "window + chunk - 1"),
+        ("groups_of", "i if cache.policy.is_uneven else None", "None"),
+    ),
+    *group(
+        "policies/window.py",
+        "test_paged_policies.py::test_a_prefix_behind_a_window_is_shared",
+        ("OrderedWindow.needed", "slot > lengths - self._counted", "slot >= lengths - self._counted"),
+    ),
+    *group(
+        "policies/fastgen.py",
+        "test_paged_policies.py::test_heads_give_back_the_pages_that_they_do_not_need",
+        ("FastGen.moved", "scores=there(state.scores)", "scores=state.scores"),
+    ),
+    *group(
+        "sharding/pages.py",
+        "test_paged_groups.py::test_on_a_mesh_heads_have_their_own_strips",
+        ("with_own_pages", "(axes is None and cache.page_table.ndim == 2)", "axes is None"),
+        ("check_tables", "(shards == 1 and table.ndim == 2)", "shards == 1"),
+    ),
+    *group(
+        "sharding/sequence.py",
+        "test_paged_groups.py::test_what_devices_measured_of_their_pages_adds_up",
+        ("Share.all_slots", "jax.lax.psum(x, self.axis)", "x"),
     ),
     *group(
         "cache/layout.py",
