@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import ManualAxisType
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Int32, PyTree, Shaped
+from jaxtyping import Bool, Integer, PyTree, Shaped
 
 from kvattn._typing import Array
 
-Index = int | Int32[Array, ""]
+Index = int | Integer[Array, ""]
 
 
 def fori_loop[T](first: Index, end: Index, body: Callable[..., T], start: T, **options: Any) -> T:

@@ -323,6 +323,27 @@ def test_a_window_beyond_the_capacity_is_full_attention(policy):
         run(policy, q, k, v, [T, 1], capacity=T - 1)
 
 
+def test_streaming_says_where_each_token_lies():
+    """Sinks in their slots, the others in a ring behind them: against a list that is written token by token."""
+    policy, slots = kvattn.StreamingLLM(2, 3), [-1] * 5
+    for seen in range(14):
+        got = policy.positions((), jnp.asarray([seen], jnp.int32), 5)
+        assert got.tolist() == [slots], seen
+        slots[seen if seen < 2 else 2 + (seen - 2) % 3] = seen
+
+
+def test_a_window_of_the_call_bounds_sinks_too():
+    """By the positions they are seen from: a mask that reaches 4 tokens back, of a window of 6 and 2 sinks."""
+    q, kv = jnp.arange(12, dtype=jnp.int32)[None], jnp.arange(-1, 12, dtype=jnp.int32)[None, None]
+    mask = kvattn.StreamingLLM(2, 6).mask().narrowed(4)
+    assert (mask.window, mask.num_sinks) == (4, 0)
+    for reach in (1, 4, 9):
+        allowed = np.asarray(dataclasses.replace(kvattn.StreamingLLM(2, 6).mask(), reach=reach).allowed(q, kv))[0, 0]
+        for i, j in np.ndindex(12, 13):
+            p = j - 1
+            assert allowed[i, j] == (0 <= p <= i and (p > i - 6 or p < 2) and p > i - reach), (reach, i, p)
+
+
 def test_the_oracles_can_tell():
     """Positive control: the wrong variant of each method is further away than the tolerance."""
     q, k, v = (x[0] for x in tokens(5))

@@ -496,6 +496,7 @@ FAULTS: list[Fault] = [
     *group(
         "policies/streaming.py",
         """
+        test_policies.py::test_streaming_says_where_each_token_lies
         test_policies.py::test_streaming_within_a_window_of_the_call
         test_policies.py::test_streaming_sees_positions_in_the_cache
         test_smaller_caches.py::test_smaller_caches
@@ -547,7 +548,7 @@ FAULTS: list[Fault] = [
             "Mask.between",
             "kv > first - self.reach",
             "kv >= first - self.reach",
-            "test_policies.py::test_streaming_within_a_window_of_the_call",
+            "test_policies.py::test_a_window_of_the_call_bounds_sinks_too",
         ),
         (
             "Mask.between",
