@@ -1,5 +1,6 @@
 """The memory manager: who holds which page, which pages hold which text, and how large a pool must be."""
 
+from kvattn.cache import with_tables as with_tables
 from kvattn.serving.blocks import BlockPool as BlockPool
 from kvattn.serving.groups import GroupedPool as GroupedPool
 from kvattn.serving.groups import LayerGroup as LayerGroup
@@ -24,4 +25,5 @@ __all__ = [
     "knee",
     "read_trace",
     "replay",
+    "with_tables",
 ]
