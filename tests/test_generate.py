@@ -415,6 +415,7 @@ def test_a_cache_is_used_up(model):
     assert all(x.is_deleted() for x in jax.tree.leaves((cache[0].keys, cache[0].values)))
 
 
+@pytest.mark.wrong_types
 def test_caches_that_do_not_fit_are_refused(model):
     prompts = [[1], [2], [3]]
     cache = model.make_cache(3, 32)
