@@ -214,9 +214,9 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: Array,
+        tokens: Int[ArrayLike, "B T"],
         cache: Sequence[Cache] | None = None,
-        num_new: Array | None = None,
+        num_new: ArrayLike | None = None,
         *,
         padding: str = "right",
     ) -> tuple[Float[Array, "B T D"], Caches | None]:

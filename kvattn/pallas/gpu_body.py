@@ -337,7 +337,7 @@ class Columns:
     def positions_of(self, t: Array, slot: Array) -> Array:
         """The positions int32 [T] in tile t, which is in `slot` of the ring; EMPTY where no query may look."""
         spec = self.spec
-        if not spec.in_order:
+        if self.end is None:
             return plgpu.load(self.shared["positions"].at[slot], layout=TOKENS, optimized=False)
         tile = spec.config.tile
         kv_at = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=TOKENS) + t * tile
