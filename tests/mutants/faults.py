@@ -735,7 +735,12 @@ FAULTS: list[Fault] = [
         "test_gpu_kernels.py::test_work_is_shared_out_evenly\ntest_gpu_kernels.py::test_a_window_costs_a_window",
         ("survey", "hole + end - after", "hole + end - after - (end > 1)"),
         ("Counts.before", "self.index < row", "self.index <= row"),
-        ("in_order", "at - (mask.window - 1)", "at - mask.window", "test_gpu_kernels.py::test_rows_in_order_need_not_be_looked_at"),
+        (
+            "in_order",
+            "at - (mask.window - 1)",
+            "at - mask.window",
+            "test_gpu_kernels.py::test_rows_in_order_need_not_be_looked_at",
+        ),
         (
             "in_order",
             "lax.div(near, tile), hole), end)",
