@@ -74,7 +74,6 @@ FAULTS: list[Fault] = [
         ("_compacted", "cache.policy.moved(cache.state, order)", "cache.state"),
         ("PagedKVCache._refuse_shared_writes", "self.num_pages + heads + pages", "heads + pages"),
         ("PagedKVCache.with_tables", "self.forgotten(lengths == 0, self.state)", "self.state"),
-        ("PagedKVCache.with_tables", "jnp.array(table, copy=True)", "table"),
         ("_selected", "cache.forgotten(~known, cache.state)", "cache.forgotten(known, cache.state)"),
     ),
     *group(
