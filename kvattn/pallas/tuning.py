@@ -71,7 +71,7 @@ class TpuConfig:
 
 Config = GpuConfig | TpuConfig
 CANDIDATES: dict[str, tuple[Config, ...]] = {
-    "mosaic_gpu": tuple(GpuConfig(t, s, b) for t in (64, 128) for b in (1, 2, 3) for s in (2, 3, 4, 6)),
+    "mosaic_gpu": tuple(GpuConfig(t, s, b) for t in (64, 128) for b in (1, 2, 3) for s in (2, 4, 6)),
     "mosaic_tpu": tuple(TpuConfig(1 << n, rows) for n in (19, 20, 21, 22) for rows in (256, 512, 1024)),
 }
 """What `tune` tries."""
