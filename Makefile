@@ -67,7 +67,7 @@ kernels-aot: $(VENV)/.aot
 
 # With every annotation checked at run time, which costs no run of its own.
 test-oldest:
-	$(MAKE) test JAX_VERSION=$(OLDEST_JAX) TESTS="--shapes $(CORE)"
+	$(MAKE) test JAX_VERSION=$(OLDEST_JAX) TESTS="$(CORE)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
