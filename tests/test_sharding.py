@@ -100,6 +100,18 @@ def test_slots_of_several_blocks(transposed):
     np.testing.assert_array_equal(gathered, expected.dense()[0])
 
 
+def test_what_devices_measured_is_put_together():
+    """By sequence the new tokens of all devices, pads at the end cut off; by heads the mean over a group's copies."""
+    mesh, measured = mesh_of("auto"), jnp.arange(16, dtype=jnp.float32)
+    each = lambda call, x, out: jax.jit(jax.shard_map(call, mesh=mesh, in_specs=x, out_specs=out, check_vma=False))
+    share, part = sharding.sequence.Share("model", 8), sharding.heads.SomeOfGroup("model", 8, 2)
+    in_tokens = jax.P(None, None, "model")
+    gathered = each(lambda x: share.all_new(x, 13), in_tokens, jax.P())(measured[None, None])
+    np.testing.assert_array_equal(gathered[0, 0], measured[:13])
+    averaged = each(part.of_group, jax.P("model"), jax.P("model"))(measured[:8])
+    np.testing.assert_array_equal(averaged, np.repeat([0.5, 2.5, 4.5, 6.5], 2))
+
+
 # Beyond a jitted step -------------------------------------------------------------------------------------------------
 
 

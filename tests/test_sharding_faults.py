@@ -155,8 +155,9 @@ def test_caught_too(name, monkeypatch):
 
 def test_copies_lie_beside_each_other(monkeypatch):
     cache = kvattn.KVCache.create(2, 2, 4, capacity=4, dtype=jnp.float32)
-    key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 4)), jnp.float32)
-    cache = cache.write(jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (2, 3)), key, key)
+    new = [jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).normal(size=(2, 2, 3, 2, 4))]
+    cache = cache.write(jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (2, 3)), *new)
     for copies, right in ((heads.repeated, True), (tiled, False)):
-        stored = np.asarray(copies(cache, 2).dense()[0])[:, :, :3]
-        assert (stored == np.repeat(np.asarray(key), 2, axis=2).swapaxes(1, 2)).all() == right
+        for stored, given in zip(copies(cache, 2).dense(), new, strict=True):
+            expected = np.repeat(np.asarray(given), 2, axis=2).swapaxes(1, 2)
+            assert (np.asarray(stored)[:, :, :3] == expected).all() == right

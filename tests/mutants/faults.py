@@ -844,7 +844,12 @@ FAULTS: list[Fault] = [
         """,
         ("Share.all_slots", "axis=3, tiled=True", "axis=2, tiled=True"),
         ("Share.all_slots", "[:, :, :count]", "[:, :, -count:]", "test_sharding.py::test_equals_one_device"),
-        ("Share.all_new", "[:, :, :length]", "[:, :, -length:]", "test_sharding.py::test_equals_one_device"),
+        (
+            "Share.all_new",
+            "[:, :, :length]",
+            "[:, :, -length:]",
+            "test_sharding.py::test_what_devices_measured_is_put_together",
+        ),
         ("Share.of_chunk", "mine(positions, -1)", "mine(positions)", "test_sharding.py::test_equals_one_device"),
         (
             "Share.joined",
@@ -868,7 +873,12 @@ FAULTS: list[Fault] = [
         "sharding/heads.py",
         "test_sharding_faults.py::test_copies_lie_beside_each_other\ntest_sharding.py::test_equals_one_device",
         ("repeated", "jnp.repeat(x, copies, axis=axis)", "jnp.concatenate([x] * copies, axis=axis)"),
-        ("SomeOfGroup.of_group", "/ self.copies", "/ 1"),
+        (
+            "SomeOfGroup.of_group",
+            "/ self.copies",
+            "/ 1",
+            "test_sharding.py::test_what_devices_measured_is_put_together",
+        ),
         ("repeated", "cache, cache.axes)", "cache, cache.axes).replace(values=cache.values)"),
     ),
     *group(
