@@ -46,7 +46,7 @@ class LayerGroup:
 
 
 class GroupedPool:
-    """`BlockPool`s that move together: each call is one of every group, or changes nothing.
+    """A `BlockPool` for each group of layers, that move together: a call is made of all of them, or changes nothing.
 
     Args:
         groups: of layers.
