@@ -127,7 +127,7 @@ def test_decoding_and_scoring_agree(model, options):
         dict(policy=kvattn.SlidingWindow(5)),
         dict(policy=kvattn.StreamingLLM(2, 5), prefill_chunk=7),
         dict(policy=kvattn.StreamingLLM(2, 5), codec=kvattn.Int4(8)),
-        dict(policy=kvattn.H2O(40, 40)),
+        dict(policy=kvattn.H2O(31, 32)),
         dict(codec=kvattn.Float8()),
         dict(prefill_chunk=1),
     ],
