@@ -6,7 +6,6 @@ import inspect
 import itertools
 import pathlib
 import sys
-import types
 import weakref
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from faulty_modules import planted
 from flax import nnx
 
 import kvattn
@@ -858,16 +858,6 @@ def test_planted_faults_in_turns(model, by_hand, monkeypatch, right, wrong):
     faulty = generating(monkeypatch, right, wrong)
     with pytest.raises(AssertionError):
         check_turns(faulty, model, by_hand, "full")
-
-
-def planted(module, right, wrong):
-    """The module with a part of its source replaced."""
-    source = inspect.getsource(module)
-    assert source.count(right) == 1, f"{source.count(right)} times: {right}"
-    faulty = types.ModuleType(module.__name__ + "_with_fault")
-    faulty.__dict__.update(__name__=module.__name__, __file__=module.__file__)
-    exec(compile(source.replace(right, wrong), module.__file__, "exec"), faulty.__dict__)
-    return faulty
 
 
 def generating(monkeypatch, right, wrong):

@@ -605,14 +605,14 @@ def test_planted_faults(monkeypatch):
         return faulty
 
     def another_column(*args):
-        segment, column = place(*args)
+        segment, column = column_of(*args)
         return segment, 1 - column
 
-    place = gpu_merge.place
+    column_of = gpu_merge.column_of
     for target, name, fault in (
         (gpu_body, "in_order", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
         (gpu_body, "in_order", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
-        (gpu_merge, "place", another_column),
+        (gpu_merge, "column_of", another_column),
         (gpu_body.Segment, "is_last", property(lambda here: here.end >= 0)),
         (gpu_tile, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
     ):

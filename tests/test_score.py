@@ -1,15 +1,14 @@
 """Log-probabilities against full forward passes, those of decoding against scoring, and the loop that both stand on."""
 
 import dataclasses
-import inspect
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from faulty_modules import planted
 from flax import nnx
 
 import kvattn
@@ -399,16 +398,6 @@ def test_memory_of_a_prompts_logits():
 
 
 # Planted faults -----------------------------------------------------------------------------------
-
-
-def planted(module, right, wrong):
-    """The module with a part of its source replaced."""
-    source = inspect.getsource(module)
-    assert source.count(right) == 1, f"{source.count(right)} times: {right}"
-    faulty = types.ModuleType(module.__name__ + "_with_fault")
-    faulty.__dict__.update(__name__=module.__name__, __file__=module.__file__)
-    exec(compile(source.replace(right, wrong), module.__file__, "exec"), faulty.__dict__)
-    return faulty
 
 
 @pytest.mark.parametrize(

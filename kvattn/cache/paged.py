@@ -22,7 +22,7 @@ from kvattn.cache import status as bits
 from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
-from kvattn.cache.pages import Pages, num_numbers
+from kvattn.cache.pages import Pages, block_layout, num_numbers
 from kvattn.cache.placed import placed, shardings_of
 from kvattn.cache.writes import refuse_shared
 from kvattn.codecs import Codec, Plain
@@ -31,9 +31,6 @@ from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, Unsup
 from kvattn.masks import Mask
 from kvattn.policies import NOWHERE, Context, Full, Policy
 from kvattn.policies.base import taken
-
-BLOCK_SLOTS = 128
-"""Slots that `"xla"` gathers at once: whole pages, as many as fit."""
 
 
 @typing.no_type_check
@@ -469,14 +466,6 @@ def _compacted(cache: PagedKVCache) -> PagedKVCache:
 def _dense(cache: PagedKVCache) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
     """`dense`, wherever the arrays lie."""
     return cache.view().dense(cache.dtype)
-
-
-def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num_slots: int | None = None) -> Layout:
-    """Blocks of whole pages; of one where the codec asks for its size. None: all slots of the pages are used."""
-    num_slots = max_pages * page_size if num_slots is None else num_slots
-    alone = codec is not None and codec.rows is not None
-    pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, -(-num_slots // page_size)))
-    return Layout(num_slots, pages * page_size, False)
 
 
 def _where(old: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -18,6 +18,10 @@ from jaxtyping import Bool, Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
+from kvattn.codecs import Codec
+
+BLOCK_SLOTS = 128
+"""Slots that `"xla"` gathers at once: whole pages, as many as fit."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,6 +207,14 @@ class Pages:
         if transposed:
             return x.swapaxes(2, 3).reshape(batch, heads, tail[0], count * tail[1])
         return x.reshape(batch, heads, count * tail[0], tail[1])
+
+
+def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num_slots: int | None = None) -> Layout:
+    """Blocks of whole pages; of one where the codec asks for its size. None: all slots of the pages are used."""
+    num_slots = max_pages * page_size if num_slots is None else num_slots
+    alone = codec is not None and codec.rows is not None
+    pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, -(-num_slots // page_size)))
+    return Layout(num_slots, pages * page_size, False)
 
 
 def num_numbers(table: Int32[Array, "B *K columns"], num_kv_heads: int, num_pages: int) -> int:

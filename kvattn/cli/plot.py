@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kvattn._checks import INT32_MAX
-from kvattn.errors import ConfigError, MissingLibraryError
+from kvattn.cli.figure import writable
 from kvattn.memory import Lever, Plan
 from kvattn.memory.levers import FEWER, OTHER, ROUNDED, SAME
 
@@ -25,15 +25,9 @@ def draw(base: Plan, pulled: list[Lever], path: Path, *, with_limit: bool = True
         ConfigError: an ending that is no format of a figure.
         MissingLibraryError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError as error:
-        raise MissingLibraryError("--plot needs matplotlib: pip install 'kvattn[cli]'.") from error
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ConfigError(f"--plot {path}: the name must end in one of {', '.join(sorted(formats))}.")
+    writable(path)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     assert base.length is not None
     batch = base.batch_size or 1

@@ -41,7 +41,8 @@ def replay_trace(
     sizes = sorted({parse.required("blocks", word) for word in [*(blocks or []), *(more or [])]})
     per_token = None if model is None else _bytes_per_token(model)
     if plot is not None:
-        from kvattn.cli.replay_plot import draw, writable
+        from kvattn.cli.figure import writable
+        from kvattn.cli.replay_plot import draw
 
         writable(plot)
     with _progress(f"reading {trace.name}") as progress:

@@ -5,24 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvattn.errors import ConfigError, MissingLibraryError
 from kvattn.serving.replay import Replay
-
-
-def writable(path: Path) -> None:
-    """Checks the name of a figure before anything is computed.
-
-    Raises:
-        ConfigError: an ending that is no format of a figure.
-        MissingLibraryError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise MissingLibraryError("--plot needs matplotlib: pip install 'kvattn[cli]'.") from error
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ConfigError(f"--plot {path}: the name must end in one of {', '.join(sorted(formats))}.")
 
 
 def draw(
@@ -42,7 +25,7 @@ def draw(
         asked: those of the table, marked on the line.
         ideal: the result of a pool without end.
         bend: the size at the knee; None: it has none.
-        path: where to; see `writable`.
+        path: where to; see `kvattn.cli.figure.writable`.
         name: of the trace.
         bytes_per_token: of a model, for a second axis.
     """

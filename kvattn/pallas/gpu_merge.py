@@ -23,7 +23,7 @@ def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mappi
     Args:
         spec: the sizes.
         interpret: of `plgpu.kernel`.
-        arrays: "count" of `Rows`, or "counts" and "at", as `gpu_body.decode` has them.
+        arrays: those of `Rows`, or "counts" and "at", as `gpu_body.decode` has them.
         states: "out", "top", "total", "first" and "last" as it returns them.
 
     Returns:
@@ -36,7 +36,7 @@ def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mappi
         """One query: refs of `arrays`, `states`, and the results."""
         memory = dict(zip((*named, "merged", "lse"), refs, strict=True))
         row, t, n = query_of(spec, lax.axis_index("query"))
-        segment, column = place(spec, row, t, n)
+        segment, column = column_of(spec, row, t, n)
         # Of a segment without tiles nobody wrote anything.
         some = rows_at(spec, memory, row).count > 0
         first = jnp.where(some, memory["first"][segment], 0)
@@ -88,7 +88,7 @@ def query_of(spec: Spec, i: Array) -> tuple[Array, Array, Array]:
     return lax.div(rest, spec.length), lax.rem(rest, spec.length), n
 
 
-def place(spec: Spec, row: Array, t: Array, n: Array) -> tuple[Array, Array]:
+def column_of(spec: Spec, row: Array, t: Array, n: Array) -> tuple[Array, Array]:
     """The segment of a query, and its column there; all int32 []."""
     kv_head, in_group = lax.div(n, spec.group), lax.rem(n, spec.group)
     column = in_group * spec.length + t

@@ -58,7 +58,7 @@ def smallest_first(parts: int) -> range:
     """The parts of float32 numbers in the order of their products.
 
     The matrix unit cuts what it adds off to the digits of the largest sum so far, so what is small has to come first:
-    the other way round an H200 was off by three to four times as much.
+    the other way round an H200 was off by two to ten times as much.
     """
     return range(parts - 1, -1, -1)
 

@@ -18,7 +18,7 @@ from kvattn.attend import api
 from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks
 from kvattn.cache import Layout, View
-from kvattn.cache.paged import block_layout
+from kvattn.cache.pages import block_layout
 from kvattn.cache.view import block_positions
 from kvattn.codecs import Codec, Float8, Int8, Plain
 from kvattn.codecs.base import Role, accumulator
