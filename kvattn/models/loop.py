@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int32, UInt32
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 from kvattn._typing import Array
 from kvattn.models import prompts as given
@@ -105,6 +105,26 @@ def _holds(sets: UInt32[Array, "B W"], token: Int32[Array, " B"]) -> Bool[Array,
     return ((words >> (token % _WORD).astype(jnp.uint32)) & 1) == 1
 
 
+def chosen(
+    settings: Settings,
+    logits: Float32[Array, "B V"],
+    rows: Rows,
+    came: Bool[Array, " B"],
+    forced: Int32[Array, " B"],
+) -> Rows:
+    """Where rows are once those that `came` so far have their next token, chosen by its logits or `forced` (>= 0)."""
+    token, sound = choose(settings.sampler, logits, rows.num_drawn)
+    token = jnp.where(forced >= 0, forced, token)
+    num_drawn = rows.num_drawn + came.astype(jnp.int32)
+    goes_on = sound & ~_holds(settings.stop, token) & (num_drawn < settings.limit)
+    return Rows(
+        jnp.where(came, jnp.where(sound, token, UNSOUND), rows.new),
+        jnp.where(came, log_probability(logits, token), rows.logprob),
+        jnp.where(came, goes_on, rows.running),
+        num_drawn,
+    )
+
+
 class Chunk(NamedTuple):
     """A part of the prompts of a batch.
 
@@ -139,18 +159,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         model, (tokens, num_new, ends) = model_of(weights), chunk
         last = jnp.maximum(num_new - 1, 0)
         logits, cache = model(tokens, cache, num_new, logits_at=last[:, None])
-        logits = logits[:, 0]
-        token, sound = choose(settings.sampler, logits, rows.num_drawn)
-        token = jnp.where(forced >= 0, forced, token)
-        came = ends & (num_new > 0)
-        num_drawn = rows.num_drawn + came.astype(jnp.int32)
-        goes_on = sound & ~_holds(settings.stop, token) & (num_drawn < settings.limit)
-        rows = Rows(
-            jnp.where(came, jnp.where(sound, token, UNSOUND), rows.new),
-            jnp.where(came, log_probability(logits, token), rows.logprob),
-            jnp.where(came, goes_on, rows.running),
-            num_drawn,
-        )
+        rows = chosen(settings, logits[:, 0], rows, ends & (num_new > 0), forced)
         return jax.tree.map(model.split.whole, rows), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")

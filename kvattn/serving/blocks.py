@@ -92,6 +92,11 @@ class BlockPool:
         return len(self._counts.free)
 
     @property
+    def num_held(self) -> int:
+        """References that are no sequence's: those of `hold`."""
+        return sum(self._counts.held)
+
+    @property
     def sequences(self) -> list[Hashable]:
         """The sequences it knows, oldest first."""
         return list(self._sequences)

@@ -59,6 +59,8 @@ def tokens(name: str, values: Any) -> bytes:
     if dtype is not None:
         if not str(dtype).startswith(("int", "uint")) or getattr(values, "ndim", 1) != 1:
             raise DTypeError(f"{name} must be a vector of integers, got {dtype} of shape {values.shape}.")
+        if str(dtype) == "int32":  # nearly always, and many times faster
+            return values.tobytes()
         ids: list[int] = values.tolist()
     else:
         ids = _ints(name, values)

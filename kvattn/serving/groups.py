@@ -28,17 +28,32 @@ class LayerGroup:
         num_blocks: blocks of the group's pool.
         window: how many tokens a query sees, its own included; None: all.
         bytes_per_token: keys and values of one token in all layers of the group.
+        slots: under policies that use slots again: no sequence has blocks for more tokens than this. None: it takes
+            blocks as long as it grows.
     """
 
     num_blocks: int
     window: int | None = None
     bytes_per_token: int = 0
+    slots: int | None = None
 
     def __post_init__(self):
         checks.integer("num_blocks", self.num_blocks, 1, ConfigError)
         checks.integer("bytes_per_token", self.bytes_per_token, 0, ConfigError)
-        if self.window is not None:
-            checks.integer("window", self.window, 1)
+        for name in ("window", "slots"):
+            if (value := getattr(self, name)) is not None:
+                checks.integer(name, value, 1)
+
+    def stored(self, length: int) -> int:
+        """Tokens that have slots once a sequence has so many."""
+        return length if self.slots is None else min(length, self.slots)
+
+    def blocks_at_once(self, length: int, chunk: int, block_size: int) -> int:
+        """The most blocks that a sequence has at once while it grows to `length` tokens, `chunk` at a time."""
+        blocks = -(-self.stored(length) // block_size)
+        if self.window is None:
+            return blocks
+        return min(blocks, -(-(self.window - 1 + chunk) // block_size) + 1)
 
     def unseen(self, length: int) -> int:
         """Tokens, from the start, that no query after `length` tokens sees."""
@@ -126,7 +141,7 @@ class GroupedPool:
 
     def can_allocate(self, num_tokens: int | Sequence[int], *, prefix: Blocks = ()) -> Literal["now", "later", "never"]:
         """See `BlockPool.can_allocate`: the least of what the groups say."""
-        shares = zip(self.pools, self._counts(num_tokens), self._split(prefix), strict=True)
+        shares = zip(self.pools, self._stored(num_tokens), self._split(prefix), strict=True)
         answers = [
             pool.can_allocate(count, prefix=blocks, forgotten=forgotten) for pool, count, (blocks, forgotten) in shares
         ]
@@ -140,7 +155,7 @@ class GroupedPool:
             num_tokens: of the prompt; one number per group where they hold other tokens (images and text).
             prefix: `Match.pages` of a `RadixTree` with the windows of these groups.
         """
-        shares = [*zip(self.pools, self._counts(num_tokens), self._split(prefix), strict=True)]
+        shares = [*zip(self.pools, self._stored(num_tokens), self._split(prefix), strict=True)]
         for pool, count, (blocks, forgotten) in shares:
             pool.allocatable(seq, count, prefix=blocks, forgotten=forgotten)
         for pool, count, (blocks, forgotten) in shares:
@@ -152,7 +167,7 @@ class GroupedPool:
         Returns:
             The pages to copy first, of every group.
         """
-        counts = self._counts(num_tokens)
+        counts = self._growth(seq, num_tokens)
         for group, pool, count in zip(self.groups, self.pools, counts, strict=True):
             gain, cost = pool.forget_gain(seq, group.unseen(pool.length(seq))), pool.append_cost(seq, count)
             if cost > gain + pool.num_free:
@@ -163,6 +178,13 @@ class GroupedPool:
         for group, pool in zip(self.groups, self.pools, strict=True):
             pool.forget(seq, group.unseen(pool.length(seq)))
         return tuple(tuple(pool.append(seq, count)) for pool, count in zip(self.pools, counts, strict=True))
+
+    def append_needs(self, seq: Hashable, num_tokens: int | Sequence[int] = 1) -> list[int]:
+        """Blocks of every group that `append` would take from the free ones, less those it would give back."""
+        return [
+            pool.append_cost(seq, count) - pool.forget_gain(seq, group.unseen(pool.length(seq)))
+            for group, pool, count in zip(self.groups, self.pools, self._growth(seq, num_tokens), strict=True)
+        ]
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """See `BlockPool.fork`."""
@@ -207,6 +229,18 @@ class GroupedPool:
         if len(num_tokens) != len(self.pools):
             raise ShapeError(f"num_tokens must be one number, or {len(self.pools)}, one per group, got {num_tokens}.")
         return list(num_tokens)
+
+    def _stored(self, num_tokens: int | Sequence[int]) -> list[int]:
+        """Tokens of a new sequence that have slots, in every group."""
+        return [group.stored(n) for group, n in zip(self.groups, self._counts(num_tokens), strict=True)]
+
+    def _growth(self, seq: Hashable, num_tokens: int | Sequence[int]) -> list[int]:
+        """Tokens that take new slots when so many more come, in every group."""
+        shares = zip(self.groups, self.pools, self._counts(num_tokens), strict=True)
+        return [
+            n if group.slots is None else group.stored(pool.length(seq) + n) - pool.length(seq)
+            for group, pool, n in shares
+        ]
 
     def _of_groups(self, blocks: Blocks) -> list[list[int]]:
         """The blocks of every group, without -1."""

@@ -124,6 +124,11 @@ class RadixTree:
             pages = self._pages(last)
         return Match(self, last or self._nowhere(), good * self.page_size, pages)
 
+    def peek(self, tokens: Iterable[int], namespace: Hashable = "") -> int:
+        """The length of what `match` would find; nothing counts as used."""
+        text, root = self._text(tokens), self._roots.get(checks.namespace(namespace))
+        return 0 if root is None else self._good(list(self._walk(root, text))) * self.page_size
+
     def match_prompt(self, tokens: Sequence[int], namespace: Hashable = "") -> Match:
         """What a prompt may use: as `match`, but never all of it, since its last token's logits are wanted."""
         return self.match(tokens[:-1], namespace)

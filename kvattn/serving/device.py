@@ -1,0 +1,336 @@
+"""The device side of an engine: the caches in pages, where the rows are, and the programs that take them on.
+
+There are few shapes, so few programs: one for a step of all rows, one for each size of pieces of prompts, one that
+copies pages. Nothing else is compiled, whatever is submitted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from kvattn._typing import Array
+from kvattn.cache import PagedKVCache, groups_of, with_tables
+from kvattn.cache.rows import with_rows
+from kvattn.models import loop
+from kvattn.models.decoder import Decoder
+from kvattn.models.programs import ProgramsOf, Weights
+from kvattn.models.sampling import Sampler
+from kvattn.serving.counts import NO_BLOCK
+from kvattn.serving.jobs import NO_ROW, Piece
+from kvattn.serving.jobs import Sequence as Text
+from kvattn.serving.prefixes import Copies
+
+Caches = tuple[PagedKVCache, ...]
+Tables = tuple[Int32[np.ndarray, "B W"], ...]
+
+
+class Came(NamedTuple):
+    """What a call brings, on its way to the host.
+
+    Attributes:
+        new: int32 [B], tokens.
+        logprob: float32 [B], theirs.
+        status: int32 [B], what the caches recorded (`kvattn.cache.status`).
+    """
+
+    new: Any
+    logprob: Any
+    status: Any
+
+
+class Candidates(NamedTuple):
+    """The k best continuations of every row.
+
+    Attributes:
+        tokens: int32 [B, k].
+        logprobs: float32 [B, k]; NaN where the logits were no distribution.
+        status: as in `Came`.
+    """
+
+    tokens: Any
+    logprobs: Any
+    status: Any
+
+
+class Pieces(NamedTuple):
+    """Parts of prompts of M rows.
+
+    Attributes:
+        take: int32 [M], the rows.
+        tokens: int32 [M, T].
+        num_new: int32 [M], how many of them are real.
+        lengths: int32 [M], tokens before them.
+        fresh: bool [M], rows that begin with it.
+        source: int32 [B], which piece each row takes its past from; negative: none.
+        ends: bool [B], rows that choose their next token after it.
+        drawn: int32 [B], how many they have then.
+        forced: int32 [B], tokens that are not to be chosen; negative: they are.
+    """
+
+    take: Any
+    tokens: Any
+    num_new: Any
+    lengths: Any
+    fresh: Any
+    source: Any
+    ends: Any
+    drawn: Any
+    forced: Any
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a model over pages. All but `copy` take its weights first; all take the caches over."""
+
+    read: Callable[..., tuple[loop.Rows, Came, Caches]]
+    step: Callable[..., tuple[loop.Rows, Came, Caches]]
+    grow: Callable[..., tuple[Candidates, Caches]]
+    copy: Callable[..., Caches]
+    move: Callable[..., Caches]
+
+
+def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
+    def came(model: Decoder, rows: loop.Rows, cache: Caches) -> tuple[loop.Rows, Came]:
+        rows = jax.tree.map(model.split.whole, rows)
+        return rows, Came(rows.new, rows.logprob, model.split.whole(_status(cache)))
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def read(weights, cache, rows, settings, tables, pieces):
+        """Appends pieces of prompts; rows that end with one choose their first token."""
+        model = model_of(weights)
+        part = tuple(layer.select(pieces.take) for layer in cache)
+        part = tuple(x.replace(status=jnp.where(pieces.fresh, 0, x.status)) for x in part)
+        part = with_tables(part, tables, pieces.lengths)
+        last = jnp.maximum(pieces.num_new - 1, 0)[:, None]
+        logits, part = model(pieces.tokens, part, pieces.num_new, logits_at=last)
+        cache = with_rows(cache, part, pieces.source)
+        logits = model.split.whole(logits[:, 0])[jnp.maximum(pieces.source, 0)]
+        rows = dataclasses.replace(rows, num_drawn=jnp.where(pieces.ends, pieces.drawn, rows.num_drawn))
+        rows = loop.chosen(settings, logits, rows, pieces.ends, pieces.forced)
+        return *came(model, rows, cache), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(weights, cache, rows, settings, tables, held, goes, forced):
+        """Appends the last token of every row that `goes` and is running, and chooses its next."""
+        model = model_of(weights)
+        runs = rows.running & goes
+        logits, cache = _appended(model, _held(cache, tables, held), rows.new, runs)
+        before = dataclasses.replace(rows, new=jnp.full_like(rows.new, loop.NOTHING))
+        return *came(model, loop.chosen(settings, logits, before, runs, forced), cache), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache", static_argnames="count")
+    def grow(weights, cache, tables, held, given, count):
+        """Appends given tokens [B] (negative: none); the best continuations."""
+        model = model_of(weights)
+        logits, cache = _appended(model, _held(cache, tables, held), given, given >= 0)
+        logits = model.split.whole(logits)
+        top, tokens = jax.lax.top_k(logits, count)
+        best = top[:, :1]
+        total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
+        logprobs = jnp.where(jnp.isfinite(best), top - best - total, jnp.nan)
+        return Candidates(tokens, logprobs, model.split.whole(_status(cache))), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def copy(cache, pairs):
+        """Copies pages, int32 [2, M] of every group; negative: none."""
+        found = list(cache)
+        for group, (sources, targets) in zip(groups_of(cache), pairs, strict=True):
+            for i in group.layers:
+                found[i] = cache[i].copy_pages(sources, targets)
+        return tuple(found)
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def move(cache, source):
+        """Rows take over what others remember, as `with_rows`; pages stay where they are."""
+        return with_rows(cache, cache, source)
+
+    return Programs(read, step, grow, copy, move)
+
+
+PROGRAMS = ProgramsOf(_compiled)
+
+
+def _appended(
+    model: Decoder, cache: Caches, tokens: Int32[Array, " B"], runs: Bool[Array, " B"]
+) -> tuple[Float32[Array, "B V"], Caches]:
+    """Logits after one token of the rows that run."""
+    first = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    logits, cache = model(jnp.maximum(tokens, 0)[:, None], cache, runs.astype(jnp.int32), logits_at=first)
+    return logits[:, 0], cache
+
+
+def _held(cache: Caches, tables: Tables, held: Bool[Array, " B"]) -> Caches:
+    """The caches under the host's tables; rows that nobody has are empty."""
+    return with_tables(cache, tables, jnp.where(held, cache[0].lengths, 0))
+
+
+def _status(cache: Caches) -> Int32[Array, " B"]:
+    return functools.reduce(jnp.bitwise_or, [layer.status for layer in cache])
+
+
+class Device:
+    """Caches, rows and settings on the device.
+
+    Args:
+        model: the decoder.
+        cache: its caches in pages, which every call takes over.
+        firsts: of every shard of the rows, which page is its first.
+    """
+
+    def __init__(self, model: Decoder, cache: Caches, firsts: Sequence[int]):
+        self.model = model
+        self.weights, self.programs = PROGRAMS.of(model)
+        self.groups = groups_of(cache)
+        self.num_rows = cache[0].batch_size
+        self.widths = [group.max_pages for group in self.groups]
+        self._place = model.split.place
+        self._offsets = np.repeat(np.asarray(firsts, np.int32), self.num_rows // len(firsts))
+        greedy = Sampler.create(model.config.vocab_size, temperature=0, top_k=None, top_p=None, seed=0)
+        self._settings = loop.Settings.alike(self.num_rows, greedy, np.zeros((model.config.vocab_size,), bool), 0)
+        self.restart(cache)
+
+    def restart(self, cache: Caches) -> None:
+        """Begins anew, with other caches."""
+        self.cache = cache
+        self.rows = self._place(loop.Rows.ended(self.num_rows))
+        self._placed_settings: loop.Settings | None = None
+        self._free = self._place(np.full((self.num_rows,), loop.NOTHING, np.int32))
+
+    def set_row(self, row: int, sampler: Sampler, stop: Any, limit: int) -> None:
+        """How a row goes on from now on.
+
+        Args:
+            row: which.
+            sampler: of one sequence.
+            stop: tokens that end it, as bits.
+            limit: most new tokens.
+        """
+        for name in (field.name for field in dataclasses.fields(Sampler)):
+            getattr(self._settings.sampler, name)[row] = getattr(sampler, name)
+        self._settings.stop[row], self._settings.limit[row] = stop, limit
+        self._placed_settings = None
+
+    @property
+    def settings(self) -> loop.Settings:
+        """Of all rows."""
+        if self._placed_settings is None:
+            # A copy: the arrays go on to change here while a program reads them.
+            self._placed_settings = self._place(jax.tree.map(np.array, self._settings))
+        return self._placed_settings
+
+    def row_tables(self, rows: Sequence[int], tables: Sequence[Int32[np.ndarray, "M W"]]) -> Tables:
+        """The tables of all rows, from those of some; pages are numbered in the whole pool."""
+        return tuple(self._scattered(rows, rows, table, self.num_rows) for table in tables)
+
+    def _scattered(
+        self, to: Sequence[int], rows: Sequence[int], table: Int32[np.ndarray, "M W"], count: int
+    ) -> Int32[np.ndarray, "count W"]:
+        every = np.full((count, table.shape[1]), NO_BLOCK, np.int32)
+        if len(rows):
+            offsets = self._offsets[list(rows)][:, None]
+            every[list(to)] = np.where(table >= 0, table + offsets, table) if offsets.any() else table
+        return every
+
+    # What it does.
+
+    def copy(self, copies: Sequence[Copies], first: int = 0) -> None:
+        """Copies pages before somebody writes to them."""
+        columns = [[pair for each in copies for pair in each[g]] for g in range(len(self.groups))]
+        for start in range(0, max(map(len, columns), default=0), self.num_rows):
+            pairs = np.full((len(columns), 2, self.num_rows), NO_BLOCK, np.int32)
+            for group, column in enumerate(columns):
+                some = column[start : start + self.num_rows]
+                if some:
+                    pairs[group, :, : len(some)] = np.transpose(some) + first
+            self.cache = self.programs.copy(self.cache, tuple(pairs))
+
+    def step(self, tables: Tables, held: Sequence[int], goes: Sequence[int], forced: dict[int, int]) -> Came:
+        """A step of the rows that go.
+
+        Args:
+            tables: of all rows.
+            held: rows that somebody has.
+            goes: those that go, where they are still running.
+            forced: the next tokens of some.
+        """
+        given = self._free
+        if forced:
+            tokens = np.full((self.num_rows,), loop.NOTHING, np.int32)
+            tokens[list(forced)] = list(forced.values())
+            given = self._place(tokens)
+        self.rows, came, self.cache = self.programs.step(
+            self.weights, self.cache, self.rows, self.settings, tables, self._mask(held), self._mask(goes), given
+        )
+        return _sent(came)
+
+    def read(self, tables: Tables, pieces: Pieces) -> Came:
+        """Reads pieces of prompts."""
+        self.rows, came, self.cache = self.programs.read(
+            self.weights, self.cache, self.rows, self.settings, tables, pieces
+        )
+        return _sent(came)
+
+    def grow(self, tables: Tables, held: Sequence[int], given: dict[int, int], count: int) -> Candidates:
+        """The best continuations after some tokens, on the host."""
+        tokens = np.full((self.num_rows,), loop.NOTHING, np.int32)
+        tokens[list(given)] = list(given.values())
+        found, self.cache = self.programs.grow(self.weights, self.cache, tables, self._mask(held), tokens, count)
+        return Candidates(*map(np.asarray, found))
+
+    def move(self, source: dict[int, int]) -> None:
+        """Rows take over the past of others."""
+        rows = np.full((self.num_rows,), NO_ROW, np.int32)
+        rows[list(source)] = list(source.values())
+        self.cache = self.programs.move(self.cache, rows)
+
+    def pieces(
+        self, pieces: Sequence[Piece], shape: tuple[int, int], tables: Sequence[Int32[np.ndarray, "M W"]]
+    ) -> tuple[Tables, Pieces]:
+        """Parts of prompts as arrays of a shape (rows, tokens).
+
+        Args:
+            pieces: the parts; of jobs that have rows.
+            shape: of the arrays.
+            tables: of their sequences.
+        """
+        count, width = shape
+        take, num_new, lengths = (np.zeros((count,), np.int32) for _ in range(3))
+        tokens, fresh = np.zeros((count, width), np.int32), np.zeros((count,), bool)
+        source, forced = (np.full((self.num_rows,), -1, np.int32) for _ in range(2))
+        ends, drawn = np.zeros((self.num_rows,), bool), np.zeros((self.num_rows,), np.int32)
+        for i, piece in enumerate(pieces):
+            prefill, text = piece.prefill, piece.prefill.sequence
+            take[i], lengths[i], num_new[i] = text.row, piece.start, piece.stop - piece.start
+            tokens[i, : num_new[i]] = prefill.tokens[piece.start : piece.stop]
+            fresh[i] = piece.start == prefill.start
+            for each in (text, *(prefill.followers if piece.is_last else ())):
+                if each.row != NO_ROW:
+                    self._takes(each, i, piece, source, ends, drawn, forced)
+        rows = [piece.prefill.sequence.row for piece in pieces]
+        found = tuple(self._scattered(range(len(rows)), rows, table, count) for table in tables)
+        return found, Pieces(take, tokens, num_new, lengths, fresh, source, ends, drawn, forced)
+
+    def _takes(self, text: Text, i: int, piece: Piece, source: Any, ends: Any, drawn: Any, forced: Any) -> None:
+        """A row whose past is piece i."""
+        source[text.row] = i
+        if piece.is_last and not piece.prefill.job.is_beam:
+            ends[text.row] = True
+            drawn[text.row] = text.num_drawn - 1
+            if text.num_drawn - 1 < len(text.new):
+                forced[text.row] = text.new[text.num_drawn - 1]
+
+    def _mask(self, rows: Sequence[int]) -> Bool[np.ndarray, " B"]:
+        mask = np.zeros((self.num_rows,), bool)
+        mask[list(rows)] = True
+        return mask
+
+
+def _sent(came: Came) -> Came:
+    """Begins to send what came to the host."""
+    jax.copy_to_host_async(tuple(came))
+    return came

@@ -1,0 +1,659 @@
+"""`Engine`: many requests on one model and one pool of pages."""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Several
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kvattn import _checks
+from kvattn.cache import Group, PagedKVCache, groups_of
+from kvattn.cache import status as bits
+from kvattn.codecs import Codec
+from kvattn.errors import CapacityError, ConfigError, DTypeError, KVAttnError, OutOfBlocksError, RangeError
+from kvattn.models import loop
+from kvattn.models import prompts as given
+from kvattn.models.decoder import Decoder
+from kvattn.models.sampling import Sampler
+from kvattn.policies import Policy
+from kvattn.serving import beams, checks
+from kvattn.serving.device import Came, Device
+from kvattn.serving.groups import LayerGroup
+from kvattn.serving.jobs import NO_ROW, Admission, Job, Sequence, Tick
+from kvattn.serving.prefixes import PrefixPool
+from kvattn.serving.request import ENDED, Request
+from kvattn.serving.scheduler import SCHEDULES, Scheduler
+
+_NARROWEST = 16
+"""Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
+
+_AUTO_SHARE = 0.8
+"""Share of the memory that is left on a device which `num_pages="auto"` takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats(Mapping[str, float]):
+    """What an engine has done so far; also to be read as a mapping.
+
+    Attributes:
+        prompt_tokens: tokens of all prompts that were let in; of G samples G times.
+        cached_prompt_tokens: those that were not computed: found in pages, or forked.
+        new_tokens: tokens that came.
+        pages: pages that running requests hold now, of all groups of layers.
+        cached_pages: pages that are kept as prefixes now.
+        evictions: pages of prefixes that had to leave.
+        preemptions: how often a request had to give its pages back and wait.
+        waiting: requests that wait now.
+        running: requests that have rows now.
+        finished: requests that came to their end.
+        failed: requests that could not go on.
+        ticks: calls of `Engine.step`.
+        tokens_per_second: new tokens by the time spent in them.
+    """
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    new_tokens: int = 0
+    pages: int = 0
+    cached_pages: int = 0
+    evictions: int = 0
+    preemptions: int = 0
+    waiting: int = 0
+    running: int = 0
+    finished: int = 0
+    failed: int = 0
+    ticks: int = 0
+    tokens_per_second: float = 0.0
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
+
+class _Choice(NamedTuple):
+    """How a request's tokens are chosen: of each sample how, and what ends it."""
+
+    samplers: list[Sampler]
+    stop: np.ndarray
+    stop_bits: np.ndarray
+    width: int | None
+
+
+class _Read(NamedTuple):
+    """Tokens on their way: of which job and sequence each is, the how many-th, and in which row."""
+
+    came: Came
+    of: list[tuple[Job, Sequence, int, int]]
+
+
+class Engine:
+    """Decodes many requests together: they come and go, share the pages of what they have in common, and give way.
+
+    Every tick reads a part of the prompts that are waiting and takes every running row one token further; rows that
+    have ended are given to others at once. Prompts that begin alike are computed once. Where pages run out, prefixes
+    that nobody reads leave first, then the requests that came last, which are computed anew later. What comes out are
+    the tokens that `kvattn.generate` gives for each prompt alone.
+
+    For a program that owns its process (notebooks, evaluation, offline batches): it is not made for several threads.
+
+    Args:
+        model: the decoder, on its mesh if it has one.
+        num_pages: pages of each layer's pool; a list or tuple: of each layer's. "auto": as many as the device has room
+            for, once, beside what it holds now.
+        page_size: tokens of a page. None: as many as the codec encodes together, else 16.
+        max_batch: rows: sequences that are decoded at a time.
+        max_length: most tokens of a sequence, prompt and new ones.
+        prefix_cache: whether what was computed stays for prompts that begin with it, as long as there is room. Policies
+            that go by attention, and codecs that keep tokens outside pages, run without.
+        schedule: who is let in first: "longest-prefix", whose prompt needs least computing, where equal new prompts
+            wait for the first of them; or "fcfs", first come, first served. In either a request is passed over at most
+            64 times.
+        policy: which tokens are kept; as in `Decoder.make_paged_cache`.
+        codec: in how many bits.
+        prefill_chunk: prompts are read up to the next multiple of so many tokens at a time.
+
+    Raises:
+        ConfigError, DTypeError, RangeError: an argument outside its range, an unknown schedule.
+        Else as `Decoder.make_paged_cache`.
+
+    Example:
+        >>> from flax import nnx
+        >>> from kvattn.models import Decoder, DecoderConfig, generate
+        >>> from kvattn.serving import Engine
+        >>> config = DecoderConfig(vocab_size=256, model_dim=32, num_layers=1, num_heads=4, num_kv_heads=1, mlp_dim=32)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> engine = Engine(model, num_pages=64, page_size=4, max_length=64)
+        >>> first = engine.submit(b"what is a cache?", 5)
+        >>> second = engine.submit(b"what is a page?", 5, num_samples=2, temperature=1.0)
+        >>> done = engine.run()
+        >>> done[first] == generate(model, [b"what is a cache?"], 5)
+        True
+        >>> [len(tokens) for tokens in second.tokens], second.state
+        ([5, 5], 'finished')
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_pages: int | str | Several[int],
+        page_size: int | None = 16,
+        max_batch: int = 8,
+        max_length: int,
+        prefix_cache: bool = True,
+        schedule: str = "longest-prefix",
+        policy: Policy | Several[Policy | None] | None = None,
+        codec: Codec | Several[Codec | None] | None = None,
+        prefill_chunk: int = 256,
+    ):
+        if not isinstance(model, Decoder):
+            raise DTypeError(f"model must be a kvattn.models.Decoder, got {type(model).__name__}.")
+        checks.integer("max_batch", max_batch, 1, ConfigError)
+        checks.integer("max_length", max_length, 1, ConfigError)
+        checks.integer("prefill_chunk", prefill_chunk, 1, ConfigError)
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
+        if not isinstance(prefix_cache, bool):
+            raise DTypeError(f"prefix_cache must be a bool, got {prefix_cache!r}.")
+        self.model = model
+        self.max_batch, self.max_length = max_batch, max_length
+        options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
+        pages = _pages(model, num_pages, page_size, options)
+        self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
+        caches = self._make_caches()
+        groups = groups_of(caches)
+        if len({group.page_size for group in groups}) > 1:
+            raise ConfigError(
+                f"pages must have one size in all layers, got {[group.page_size for group in groups]}: give page_size, "
+                "and codecs that take it."
+            )
+        self._is_shareable = all(layer.policy.in_order and layer.codec.rows is None for layer in caches)
+        self._rereads = not any(
+            layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in caches
+        )
+        self._layer_groups = [_layer_group(group, caches[group.layers[0]]) for group in groups]
+        self.page_size = groups[0].page_size
+        self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
+        self._shapes = _shapes(prefill_chunk, max_batch)
+        self._device = Device(model, caches, [0])
+        self._scheduler = self._new_scheduler()
+        self._numbers = itertools.count()
+        self._jobs: dict[Request, list[Job]] = {}
+        self._choices: dict[Request, _Choice] = {}
+        self._ended: list[Request] = []
+        self._in_flight: deque[list[_Read]] = deque()
+        self._counts = dict.fromkeys(
+            ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "failed", "ticks"), 0
+        )
+        self._seconds = 0.0
+
+    # What comes in.
+
+    def submit(
+        self,
+        prompt: Several[int],
+        max_new_tokens: int,
+        *,
+        num_samples: int = 1,
+        beam_width: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_tokens: int | Iterable[int] | None = None,
+        namespace: Hashable = "",
+        priority: int = 0,
+        on_token: Callable[[int, int], object] | None = None,
+    ) -> Request:
+        """A prompt to be continued; it waits for `step` or `run`.
+
+        Args:
+            prompt: token ids, one or more; `bytes` are fine for a model of bytes.
+            max_new_tokens: how many tokens follow, at most.
+            num_samples: continuations that are drawn independently: sample i draws what row i of `kvattn.generate`
+                draws. The prompt is computed once for as many of them as there are rows.
+            beam_width: search for the most probable continuations instead, keeping so many at a time
+                (`kvattn.serving.beams`). `Request.tokens` are the beams then, the most probable first.
+            temperature: as in `kvattn.generate`.
+            top_k: likewise.
+            top_p: likewise.
+            seed: likewise.
+            stop_tokens: likewise.
+            namespace: prefixes are shared within it only (tenant, adapter): a string, or a tuple of strings.
+            priority: larger ones are let in first, and leave last.
+            on_token: called as ``on_token(sample, token)`` for every new token. If it raises, this request is
+                cancelled, and the exception leaves `step`.
+
+        Raises:
+            CapacityError: prompt and new tokens are more than `max_length`; OutOfBlocksError: more than the pool.
+            ConfigError: beams with samples, a temperature or a callback; more beams than rows.
+            Else as `kvattn.generate`.
+        """
+        vocab_size = self.model.config.vocab_size
+        (tokens,) = given.checked([prompt], vocab_size)
+        _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
+        checks.integer("num_samples", num_samples, 1)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise DTypeError(f"priority must be an int, got {priority!r}.")
+        checks.namespace(namespace)
+        if on_token is not None and not callable(on_token):
+            raise DTypeError(f"on_token must be a function of a sample and a token, got {on_token!r}.")
+        sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        stop = given.stop_mask(stop_tokens, vocab_size)
+        if beam_width is not None:
+            self._check_beams(checks.integer("beam_width", beam_width, 1), num_samples, temperature, on_token)
+        self._check_room(tokens, max_new_tokens, beam_width or 1)
+
+        request = Request(self, tokens, max_new_tokens, num_samples, beam_width, on_token)
+        if max_new_tokens == 0:
+            request.state = "finished"
+            self._counts["finished"] += 1
+            self._ended.append(request)
+            return request
+        samplers = [dataclasses.replace(sampler, stream=np.uint32(i)) for i in range(num_samples)]
+        self._choices[request] = _Choice(samplers, stop, loop.as_bits(stop), beam_width)
+        number, rows = next(self._numbers), self._scheduler.rows_per_shard
+        make = lambda sequences, width: Job(
+            request, number, tokens, max_new_tokens, sequences, width, namespace, priority, beam_width is not None
+        )
+        if beam_width is not None:
+            jobs = [make([Sequence(0)], beam_width)]
+        else:
+            parts = [request.samples[i : i + rows] for i in range(0, num_samples, rows)]
+            jobs = [make(list(part), len(part)) for part in parts]
+        self._jobs[request] = jobs
+        for job in jobs:
+            self._scheduler.submit(job)
+        return request
+
+    def _check_beams(self, width: int, num_samples: int, temperature: float, on_token: object) -> None:
+        if num_samples != 1 or temperature != 0:
+            raise ConfigError(
+                f"a beam search takes the most probable texts: it draws no samples, got {num_samples=}, "
+                f"{temperature=}. Leave them out, or leave beam_width out."
+            )
+        if on_token is not None:
+            raise ConfigError("beams change until the search has ended, so there is no on_token: read request.tokens.")
+        if width > min(self._scheduler.rows_per_shard, self.model.config.vocab_size):
+            raise ConfigError(
+                f"beam_width must be at most {min(self._scheduler.rows_per_shard, self.model.config.vocab_size)}, the "
+                f"rows of the engine (max_batch) or the tokens of the model, got {width}."
+            )
+
+    def _check_room(self, tokens: np.ndarray, max_new_tokens: int, width: int) -> None:
+        length = len(tokens) + max_new_tokens
+        if length > self.max_length:
+            raise CapacityError(
+                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones are {length}, max_length is "
+                f"{self.max_length}: make the engine with a larger one, or ask for fewer."
+            )
+        held, lengths = np.zeros((1,), np.int32), np.array([len(tokens)], np.int32)
+        given.reached(self.model.config, held, lengths, max_new_tokens, max(max_new_tokens - 1, 0))
+        if not self._scheduler.shards[0].fits_alone(length, width, len(tokens)):
+            pool = self._scheduler.shards[0].pool
+            raise OutOfBlocksError(
+                f"{'a sequence' if width == 1 else f'{width} beams'} of {length} tokens do not fit into "
+                f"{[group.num_blocks for group in pool.groups]} pages of {self.page_size}, whatever else there is: make "
+                "the engine with more pages, or ask for fewer tokens."
+            )
+
+    # What goes on.
+
+    def run(self) -> dict[Request, list[list[int]]]:
+        """Steps until nothing is left to do.
+
+        Returns:
+            the requests that came to their end since the last `run`, with their tokens. Not those that were cancelled
+            or failed (`Request.error`).
+        """
+        while self.step():
+            pass
+        ended, self._ended = self._ended, []
+        return {request: request.tokens for request in ended}
+
+    def step(self) -> bool:
+        """One tick. Returns whether anything is left to do.
+
+        Raises:
+            Exception: what `on_token` raised, once the request's pages are back; what else went wrong on the device,
+                which fails every request that is not waiting for its first tick.
+        """
+        began = time.perf_counter()
+        self._counts["ticks"] += 1
+        try:
+            self._sweep()
+            tick = self._scheduler.next()
+            self._in_flight.append(self._dispatch(tick))
+            # One tick is in the device's hands while the last one's tokens are read.
+            keep = 1 if tick else 0
+            raised = None
+            while len(self._in_flight) > keep:
+                raised = raised or self._collect(self._in_flight.popleft())
+            self._sweep()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        finally:
+            self._seconds += time.perf_counter() - began
+        if raised is not None:
+            raise raised
+        return bool(self._in_flight or self._scheduler.waiting or self._scheduler.running)
+
+    def stats(self) -> Stats:
+        """What was done so far."""
+        shards, scheduler = self._scheduler.shards, self._scheduler
+        return Stats(
+            **self._counts,
+            pages=sum(shard.used_pages for shard in shards),
+            cached_pages=sum(shard.cached_pages for shard in shards),
+            evictions=sum(shard.evictions for shard in shards),
+            preemptions=scheduler.preemptions,
+            waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),
+            running=sum(request.state == "running" for request in self._jobs),
+            tokens_per_second=self._counts["new_tokens"] / self._seconds if self._seconds else 0.0,
+        )
+
+    def warm_up(self, beam_widths: Several[int] = ()) -> None:
+        """Compiles every program that requests may need, so that none of them waits for it.
+
+        Args:
+            beam_widths: of beam searches to come.
+        """
+        nobody = [np.full((0, width), -1, np.int32) for width in self._device.widths]
+        for shape in self._shapes:
+            for rows in sorted({1, shape[0]}):
+                self._device.read(*self._device.pieces([], (rows, shape[1]), nobody))
+        tables = self._device.row_tables([], nobody)
+        self._device.step(tables, [], [], {})
+        for width in beam_widths:
+            self._device.grow(tables, [], {}, width)
+        self._device.copy([tuple([(0, 0)] for _ in self._device.groups)])
+        self._device.move({})
+        jax.block_until_ready(self._device.cache)
+
+    # Below.
+
+    def _new_scheduler(self) -> Scheduler:
+        shards = [
+            PrefixPool(
+                self._layer_groups,
+                self.page_size,
+                chunk=self._chunk,
+                is_shareable=self._is_shareable,
+                keeps_prefixes=self._prefix_cache,
+            )
+        ]
+        return Scheduler(
+            shards,
+            self.max_batch,
+            schedule=self._schedule,
+            chunk=self._chunk,
+            shapes=self._shapes,
+            rereads=self._rereads,
+        )
+
+    def _dispatch(self, tick: Tick) -> list[_Read]:
+        """Hands a tick to the device; what will come of it."""
+        for job in tick.preempted:
+            job.owner.state = "preempted" if not job.owner.is_over else job.owner.state
+        for admission in tick.admitted:
+            self._admitted(admission)
+        device, reads = self._device, []
+        device.copy(tick.copies)
+        if tick.steps:
+            reads.append(self._stepped(tick.steps))
+        for job in tick.beams:
+            self._grow_beams(job)
+        if tick.pieces:
+            reads.append(self._read_pieces(tick))
+        device.copy(tick.forks)
+        return reads
+
+    def _admitted(self, admission: Admission) -> None:
+        """Counts a job that was let in, and gives its rows their settings."""
+        job, sequences = admission.job, admission.sequences
+        request, choice = job.owner, self._choices[job.owner]
+        request.state = "running"
+        if not job.was_in:
+            job.was_in = True
+            self._counts["prompt_tokens"] += len(sequences) * len(job.prompt)
+            self._counts["cached_prompt_tokens"] += admission.start + (len(sequences) - 1) * len(job.prompt)
+        if not job.is_beam:
+            for sequence in sequences:
+                if sequence.row != NO_ROW:
+                    self._device.set_row(sequence.row, choice.samplers[sequence.index], choice.stop_bits, job.limit)
+
+    def _held(self) -> tuple[list[int], tuple[np.ndarray, ...]]:
+        """The rows that sequences have, and the tables of all rows."""
+        sequences = [s for job in self._scheduler.running for s in job.sequences if s in self._scheduler.shards[0]]
+        rows = [sequence.row for sequence in sequences]
+        tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
+        return rows, self._device.row_tables(rows, tables)
+
+    def _stepped(self, steps: list[Sequence]) -> _Read:
+        rows, tables = self._held()
+        jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
+        forced = {s.row: s.new[s.num_drawn - 1] for s in steps if s.num_drawn - 1 < len(s.new)}
+        came = self._device.step(tables, rows, [sequence.row for sequence in steps], forced)
+        return _Read(came, [(jobs[s], s, s.num_drawn - 1, s.row) for s in steps])
+
+    def _read_pieces(self, tick: Tick) -> _Read:
+        sequences = [piece.prefill.sequence for piece in tick.pieces]
+        tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
+        longest = max(piece.stop - piece.start for piece in tick.pieces)
+        most, width = next(shape for shape in self._shapes if shape[1] >= longest)
+        shape = (1 if len(tick.pieces) == 1 else most), width
+        came = self._device.read(*self._device.pieces(tick.pieces, shape, tables))
+        jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
+        of = []
+        for piece in tick.pieces:
+            if piece.is_last and not piece.prefill.job.is_beam:
+                for sequence in (piece.prefill.sequence, *piece.prefill.followers):
+                    if sequence in jobs:
+                        of.append((jobs[sequence], sequence, sequence.num_drawn - 1, sequence.row))
+        return _Read(came, of)
+
+    def _collect(self, reads: list[_Read]) -> Exception | None:
+        """Takes tokens that came; what a callback raised, if one did."""
+        raised = None
+        for came, of in reads:
+            if not of:
+                continue
+            new, logprob, status = (np.asarray(x) for x in came)
+            for job, sequence, index, row in of:
+                request: Request = job.owner
+                if request.is_over or index != len(sequence.new):  # ended meanwhile, or appended again
+                    continue
+                if status[row] or new[row] < 0:
+                    self._fail(request, _reason(int(status[row]), len(sequence.new)))
+                    continue
+                token = int(new[row])
+                sequence.new.append(token)
+                sequence.logprobs.append(float(logprob[row]))
+                self._counts["new_tokens"] += 1
+                is_last = len(sequence.new) == job.limit or bool(self._choices[request].stop[token])
+                if is_last:
+                    self._finish(job, sequence)
+                if request.on_token is not None:
+                    try:
+                        request.on_token(sequence.index, token)
+                    except Exception as error:
+                        raised = raised or error
+                        request.cancel()
+        return raised
+
+    def _finish(self, job: Job, sequence: Sequence) -> None:
+        """A sample that has all its tokens."""
+        request: Request = job.owner
+        if job in self._scheduler.waiting:  # it was preempted before its last token came
+            self._scheduler.withdraw(job)
+        else:
+            self._scheduler.finish(job, sequence)
+        request.left -= 1
+        if not request.left:
+            self._end(request, "finished")
+            self._ended.append(request)
+
+    def _end(self, request: Request, state: str) -> None:
+        request.state = state
+        del self._jobs[request], self._choices[request]
+        if state in ("finished", "failed"):
+            self._counts[state] += 1
+
+    def _fail(self, request: Request, error: KVAttnError) -> None:
+        request.error = error
+        request.state = "failed"
+
+    def _sweep(self) -> None:
+        """Takes everything back from requests that were cancelled, or failed."""
+        gone = [request for request in self._jobs if request.state in ENDED]
+        if not gone:
+            return
+        for job in [*self._scheduler.running, *self._scheduler.waiting]:
+            if job.owner in gone:
+                self._scheduler.withdraw(job, keep=job.owner.state != "failed")
+        for request in gone:
+            self._end(request, request.state)
+
+    def _abandon(self, error: BaseException) -> None:
+        """After an error in the middle of a tick nothing on the device can be relied on: all begins anew."""
+        self._in_flight.clear()
+        cause = error if isinstance(error, KVAttnError) else None
+        waiting = {job.owner for job in self._scheduler.waiting} - {job.owner for job in self._scheduler.running}
+        for request in list(self._jobs):
+            if request not in waiting or request.is_over:
+                if not request.is_over:
+                    self._fail(request, cause or CapacityError(f"the engine stopped in the middle of a tick: {error!r}."))
+                self._end(request, request.state)
+        left = [job for job in self._scheduler.waiting if job.owner in self._jobs]
+        self._scheduler = self._new_scheduler()
+        for job in left:
+            self._scheduler.submit(job)
+        self._device.restart(self._make_caches())
+
+    # Beams.
+
+    def _grow_beams(self, job: Job) -> None:
+        """One token more for every beam; which of them go on is decided here."""
+        request: Request = job.owner
+        choice = self._choices[request]
+        width = choice.width
+        assert request.beams is not None and width is not None
+        rows, tables = self._held()
+        ended = [beam for beam in request.beams if beam.parent is None]
+        live = [beam for beam in request.beams if beam.parent is not None]
+        last = lambda s: int(s.new[-1] if s.new else job.prompt[-1])
+        found = self._device.grow(tables, rows, {s.row: last(s) for s in job.sequences}, width)
+        of = [sequence.row for sequence in job.sequences]
+        if found.status[of].any() or np.isnan(found.logprobs[of]).any():
+            self._fail(request, _reason(int(np.bitwise_or.reduce(found.status[of])), len(live[0].tokens)))
+            return
+        going, over = beams.grown(live, ended, found.tokens[of], found.logprobs[of], width, choice.stop)
+        self._counts["new_tokens"] += width if not live[0].tokens else len(live)
+        if going and len(going[0].tokens) < job.limit:
+            self._move_beams(job, going)
+        else:
+            over, going = [*over, *going], []
+        kept = [dataclasses.replace(beam, parent=0) for beam in going]
+        done = [dataclasses.replace(beam, parent=None) for beam in over]
+        request.beams = sorted([*kept, *done], key=lambda beam: -beam.score)
+        if not kept:
+            self._scheduler.withdraw(job, keep=False)
+            self._end(request, "finished")
+            self._ended.append(request)
+
+    def _move_beams(self, job: Job, going: list[beams.Beam]) -> None:
+        """Gives each beam the pages of the one that it goes on from."""
+        parents = list(job.sequences)
+        children: dict[int, list[beams.Beam]] = {}
+        for beam in going:
+            assert beam.parent is not None
+            children.setdefault(beam.parent, []).append(beam)
+        for i, parent in enumerate(parents):
+            if i not in children:
+                self._scheduler.finish(job, parent, keep=False)
+        copies, source = [], {}
+        for i, (first, *others) in children.items():
+            for beam in others:
+                child = Sequence(0, new=list(beam.tokens), logprobs=list(beam.logprobs))
+                copies.append(self._scheduler.fork(job, parents[i], child))
+                source[child.row] = parents[i].row
+            parents[i].new, parents[i].logprobs = list(first.tokens), list(first.logprobs)
+        job.sequences.sort(key=lambda s: _order(going, s))
+        if source:
+            self._device.move(source)
+        self._device.copy(copies)
+
+
+def _order(going: list[beams.Beam], sequence: Sequence) -> int:
+    """Which of the beams a sequence is."""
+    return next(i for i, beam in enumerate(going) if list(beam.tokens) == sequence.new)
+
+
+def _reason(status: int, count: int) -> KVAttnError:
+    """Why a row cannot go on."""
+    try:
+        bits.raise_for(np.array([status], np.int32))
+    except KVAttnError as error:
+        return error
+    return RangeError(
+        f"the logits are NaN or infinite after {count} new tokens: a weight is not finite, or something overflowed. "
+        "Look at the checkpoint, or compute in a wider dtype."
+    )
+
+
+def _shapes(chunk: int, rows: int) -> list[tuple[int, int]]:
+    """Rows and tokens of the pieces of prompts for which programs are compiled: together no more than a chunk."""
+    widths = {chunk}
+    width = _NARROWEST
+    while width < chunk:
+        widths.add(width)
+        width *= 4
+    return [(max(min(rows, chunk // width), 1), width) for width in sorted(widths)]
+
+
+def _layer_group(group: Group, cache: PagedKVCache) -> LayerGroup:
+    """A group of layers as the host counts its pages."""
+    return LayerGroup(
+        num_blocks=group.num_pages,
+        window=group.policy.mask().window if group.policy.in_order else None,
+        bytes_per_token=len(group.layers) * group.page_bytes // group.page_size,
+        slots=None if group.policy.in_order else cache.num_slots,
+    )
+
+
+def _pages(
+    model: Decoder, num_pages: int | str | Several[int], page_size: int | None, options: dict[str, Any]
+) -> int | Several[int]:
+    """Pages of the pools; "auto": those that the memory has room for."""
+    if num_pages != "auto":
+        if isinstance(num_pages, str):
+            raise ConfigError(f'num_pages must be an int, one for each layer, or "auto", got {num_pages!r}.')
+        return num_pages
+    one, two = (
+        sum(layer.nbytes for layer in jax.eval_shape(lambda n=n: model.make_paged_cache(n, page_size, **options)))
+        for n in (options["batch_size"] * 1, options["batch_size"] * 2)
+    )
+    per_page = (two - one) / options["batch_size"]
+    return max(int(_memory_left() * _AUTO_SHARE / per_page), 1)
+
+
+def _memory_left() -> float:
+    """Bytes that the first device has left; of a host, half of what is free."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

@@ -1,0 +1,357 @@
+"""Who is let in, whose prompt is read, who grows and who has to leave: from one tick to the next, without JAX.
+
+Continuous batching (Orca, OSDI '22) with prompts read in chunks (Sarathi, arXiv:2403.02310), in first-come order or by
+the longest prefix that is there (RadixAttention, arXiv:2312.07104). What is decided depends on what was submitted and
+on the tokens that came, never on time: hosts that are told the same decide alike.
+"""
+
+import bisect
+from collections.abc import Sequence as Several
+
+import numpy as np
+
+from kvattn.errors import ConfigError, OutOfBlocksError
+from kvattn.serving.jobs import NO_ROW, Admission, Job, Piece, Prefill, Sequence, Tick
+from kvattn.serving.prefixes import Copies, PrefixPool, Tokens
+
+SCHEDULES = "longest-prefix", "fcfs"
+
+PATIENCE = 64
+"""How often others are let in before a job that came earlier; then it is its turn."""
+
+_LOOKED_AT = 128
+"""Waiting jobs whose prefixes are looked up."""
+
+
+class Scheduler:
+    """Jobs that wait, jobs that run, and the rows and pages that they have.
+
+    Args:
+        shards: the pages of each part of the batch. Rows are split over them in order.
+        num_rows: of the batch.
+        schedule: "longest-prefix" or "fcfs".
+        chunk: a prompt is read up to the next multiple of so many tokens at a time.
+        shapes: how many tokens of how many prompts can be read at once: (rows, tokens), by tokens.
+        rereads: whether a preempted sequence may be read like a prompt, new tokens and all. If not, what a policy keeps
+            depends on how tokens came: they are appended again one by one.
+
+    Attributes:
+        waiting: jobs, in the order in which they came.
+        running: jobs that have rows.
+        preemptions: how often a job had to leave.
+    """
+
+    def __init__(
+        self,
+        shards: Several[PrefixPool],
+        num_rows: int,
+        *,
+        schedule: str = "longest-prefix",
+        chunk: int = 256,
+        shapes: Several[tuple[int, int]] = ((1, 256),),
+        rereads: bool = True,
+    ):
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
+        self.shards = list(shards)
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.preemptions = 0
+        self._schedule = schedule
+        self._chunk = chunk
+        self._shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
+        self._rereads = rereads
+        per_shard = num_rows // len(self.shards)
+        self.rows_per_shard = per_shard
+        self._free_rows = [list(range((i + 1) * per_shard - 1, i * per_shard - 1, -1)) for i in range(len(self.shards))]
+        self._known: dict[tuple[Job, int], tuple[int, int]] = {}
+
+    # What happens to jobs.
+
+    def submit(self, job: Job) -> None:
+        """Lets a job wait; one that was preempted where it was before."""
+        bisect.insort(self.waiting, job, key=lambda each: (each.number, each.sequences[0].index))
+
+    def next(self) -> Tick:
+        """Decides what comes next. What it says has to be done."""
+        tick = Tick()
+        self._grow(tick)
+        if not tick.preempted:
+            self._admit(tick)
+        self._read(tick)
+        return tick
+
+    def finish(self, job: Job, sequence: Sequence, *, keep: bool = True) -> None:
+        """Ends a sequence: its row and its pages come back, and what others may find stays.
+
+        Args:
+            job: whose.
+            sequence: which.
+            keep: whether its pages hold what they should.
+        """
+        self._leave(job, sequence, keep)
+        job.sequences.remove(sequence)
+        if not job.sequences:
+            self._remove(job)
+
+    def withdraw(self, job: Job, *, keep: bool = True) -> None:
+        """Ends a job, wherever it is."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+            self._forget(job)
+            return
+        for sequence in list(job.sequences):
+            self._leave(job, sequence, keep)
+        self._remove(job)
+
+    def fork(self, job: Job, parent: Sequence, child: Sequence) -> Copies:
+        """A second beam with the same past, in a row of its job that nobody has; others leave if it needs their pages.
+
+        Returns:
+            The pages to copy first.
+        """
+        shard = self.shards[job.shard]
+        while (copies := shard.fork(parent, child)) is None:
+            others = [each for each in self.running if each.shard == job.shard and each is not job]
+            if not others:
+                raise OutOfBlocksError(f"{job.width} beams of {len(job.prompt) + job.limit} tokens do not fit.")
+            self._preempt(max(others, key=lambda each: each.rank))
+        taken = {sequence.row for sequence in job.sequences}
+        child.row = next(row for row in job.rows if row not in taken)
+        job.sequences.append(child)
+        return copies
+
+    def clear(self) -> None:
+        """Ends everything, and forgets all prefixes."""
+        for job in [*self.running, *self.waiting]:
+            self.withdraw(job, keep=False)
+        for shard in self.shards:
+            shard.forget_prefixes()
+
+    def check(self) -> None:
+        """Counts everything anew; see `kvattn.serving.BlockPool.check`."""
+        for shard in self.shards:
+            shard.check()
+        rows = sorted([row for free in self._free_rows for row in free] + [r for job in self.running for r in job.rows])
+        if rows != list(range(self.rows_per_shard * len(self.shards))):
+            raise AssertionError(f"rows {rows} are free or taken.")
+
+    # Growing.
+
+    def _grow(self, tick: Tick) -> None:
+        """Takes pages for the next token of everybody who goes on."""
+        for job in sorted(self.running, key=lambda job: job.rank):
+            if job.shard < 0 or job.is_reading:  # preempted just now
+                continue
+            going = [s for s in job.sequences if job.is_beam or s.num_drawn < job.limit]
+            copies = []
+            for sequence in going:
+                more = self._grown(job, sequence, tick)
+                if more is None:
+                    break
+                copies.append(more)
+            else:
+                tick.copies += [each for each in copies if any(each)]
+                if job.is_beam:
+                    tick.beams.append(job)
+                else:
+                    tick.steps += going
+                    for sequence in going:
+                        sequence.num_drawn += 1
+
+    def _grown(self, job: Job, sequence: Sequence, tick: Tick) -> Copies | None:
+        """The pages to copy before a sequence's next token; None: its job had to leave."""
+        shard = self.shards[job.shard]
+        while (copies := shard.grow(sequence)) is None:
+            others = [each for each in self.running if each.shard == job.shard]
+            last = max(others, key=lambda each: each.rank)
+            if len(others) > 1:
+                self._preempt(last)
+                tick.preempted.append(last)
+                if last is job:
+                    return None
+            elif shard.cached_pages:
+                shard.forget_prefixes()
+            else:
+                raise OutOfBlocksError(
+                    f"a sequence of {len(job.prompt)} tokens and {job.limit} new ones does not fit into the pool."
+                )
+        return copies
+
+    def _preempt(self, job: Job) -> None:
+        """Sends a job back to those that wait."""
+        for sequence in job.sequences:
+            self._leave(job, sequence, keep=True)
+        self._remove(job)
+        self.preemptions += 1
+        self.submit(job)
+
+    def _leave(self, job: Job, sequence: Sequence, keep: bool) -> None:
+        """Takes a sequence's pages back."""
+        shard = self.shards[job.shard]
+        if sequence in shard:
+            if keep and not job.is_reading:
+                shard.keep(sequence, self._appended(job, sequence))
+            shard.close(sequence)
+        if sequence.row != NO_ROW and not job.is_beam:
+            job.rows.remove(sequence.row)
+            self._free_rows[job.shard].append(sequence.row)
+        sequence.row = NO_ROW
+
+    def _remove(self, job: Job) -> None:
+        """Takes a job out of those that run."""
+        self.running.remove(job)
+        self._free_rows[job.shard] += reversed(job.rows)
+        job.rows, job.prefills, job.shard = [], [], -1
+
+    def _appended(self, job: Job, sequence: Sequence) -> Tokens:
+        """A sequence's tokens that lie in its pages, as far as they are known."""
+        if job.is_beam:
+            return job.text(sequence)[:-1]
+        return job.text(sequence)[: len(job.prompt) + min(len(sequence.new), sequence.num_drawn - 1)]
+
+    # Letting in.
+
+    def _admit(self, tick: Tick) -> None:
+        """Lets in who is next, as long as there are rows and pages."""
+        while self.waiting and any(self._free_rows):
+            job = self._first()
+            if job is None or not self._let_in(job):
+                return
+            self.waiting.remove(job)
+            self.running.append(job)
+            self._forget(job)
+            for other in self.waiting:
+                if other.number >= job.number:
+                    break
+                other.passed += 1
+            tick.admitted.append(Admission(job, tuple(job.sequences), job.prefills[0].start))
+
+    def _first(self) -> Job | None:
+        """Who is next; None: all do better to wait."""
+        by_rank = sorted(self.waiting, key=lambda job: (job.passed < PATIENCE, *job.rank))
+        if self._schedule == "fcfs" or by_rank[0].passed >= PATIENCE:
+            return by_rank[0]
+        first: tuple[tuple[int, int], Job] | None = None
+        for job in by_rank[:_LOOKED_AT]:
+            known = max(self._known_to(job, i) for i in range(len(self.shards)))
+            key = -job.priority, -known
+            if (first is None or key < first[0]) and not self._comes_soon(job, known):
+                first = key, job
+        return None if first is None else first[1]
+
+    def _known_to(self, job: Job, shard: int) -> int:
+        """How many of a job's tokens a shard has."""
+        pool = self.shards[shard]
+        stamp, known = self._known.get((job, shard), (-1, 0))
+        if stamp != pool.stamp:
+            known = pool.known(self._to_read(job, job.sequences[0]), job.namespace)
+            self._known[job, shard] = pool.stamp, known
+        return known
+
+    def _forget(self, job: Job) -> None:
+        """Drops what was looked up for a job."""
+        for i in range(len(self.shards)):
+            self._known.pop((job, i), None)
+
+    def _comes_soon(self, job: Job, known: int) -> bool:
+        """Whether more of a job's tokens are being read for another one, so that it will find them."""
+        if all(shard.tree is None for shard in self.shards):
+            return False
+        tokens = self._to_read(job, job.sequences[0])
+        more = known + self.shards[0].pool.block_size
+        if more >= len(tokens):
+            return False
+        return any(
+            prefill.start < more <= len(prefill.tokens) and np.array_equal(prefill.tokens[:more], tokens[:more])
+            for other in self.running
+            if other.namespace == job.namespace
+            for prefill in other.prefills
+        )
+
+    def _to_read(self, job: Job, sequence: Sequence) -> Tokens:
+        """What has to be read of a sequence that is let in."""
+        if job.is_beam:
+            return job.text(sequence)[:-1]
+        return job.text(sequence) if sequence.new and self._rereads else job.prompt
+
+    def _let_in(self, job: Job) -> bool:
+        """Gives a job rows and pages; whether there were enough."""
+        order = sorted(
+            (i for i, rows in enumerate(self._free_rows) if len(rows) >= job.width),
+            key=lambda i: (-self._known_to(job, i), -len(self._free_rows[i]), i),
+        )
+        return any(self._let_into(job, i) for i in order)
+
+    def _let_into(self, job: Job, shard: int) -> bool:
+        """Gives a job rows and pages of a shard; if these are too few, nothing has changed."""
+        pool = self.shards[shard]
+        alone = all(other.shard != shard for other in self.running)
+        # Samples fork from the first when the prompt is read; beams that were preempted are read one by one.
+        leaders = job.sequences if job.is_beam else job.sequences[:1]
+        followers = [] if job.is_beam else job.sequences[1:]
+        prefills = []
+        for sequence in leaders:
+            tokens = self._to_read(job, sequence)
+            start = pool.open(sequence, tokens, job.namespace, alone=alone)
+            if start is None:
+                for prefill in prefills:
+                    pool.close(prefill.sequence)
+                return False
+            prefills.append(Prefill(job, sequence, followers, tokens, start, start))
+        rows = self._free_rows[shard]
+        job.rows = [rows.pop() for _ in range(job.width)]
+        for sequence, row in zip(job.sequences, job.rows, strict=False):
+            sequence.row = row
+        job.shard = shard
+        job.prefills = prefills
+        return True
+
+    # Reading prompts.
+
+    def _read(self, tick: Tick) -> None:
+        """Takes the next pieces of prompts, as many as fit into one shape."""
+        waiting = [prefill for job in sorted(self.running, key=lambda job: job.rank) for prefill in job.prefills]
+        shape = None
+        for prefill in waiting:
+            start = prefill.done
+            stop = min(start // self._chunk * self._chunk + self._chunk, len(prefill.tokens))
+            if shape is None:
+                width = next(tokens for _, tokens in self._shapes if tokens >= stop - start)
+                shape = max(rows for rows, tokens in self._shapes if tokens == width), width
+            if stop - start <= shape[1]:
+                tick.pieces.append(Piece(prefill, start, stop))
+            if len(tick.pieces) == shape[0]:
+                break
+        for piece in tick.pieces:
+            prefill = piece.prefill
+            self.shards[prefill.job.shard].reach(prefill.sequence, piece.stop)
+            prefill.done = piece.stop
+            if piece.is_last:
+                self._finish_reading(prefill, tick)
+
+    def _finish_reading(self, prefill: Prefill, tick: Tick) -> None:
+        """A prompt that is read: its pages are there for others, and its samples part."""
+        job, shard = prefill.job, self.shards[prefill.job.shard]
+        shard.keep(prefill.sequence, prefill.tokens)
+        job.prefills.remove(prefill)
+        if job.is_beam:
+            return
+        prefill.sequence.num_drawn = len(prefill.tokens) - len(job.prompt) + 1
+        for sequence in prefill.followers:
+            copies = shard.fork(prefill.sequence, sequence)
+            sample = Job(job.owner, job.number, job.prompt, job.limit, [sequence], 1, job.namespace, job.priority)
+            sample.was_in = True
+            job.sequences.remove(sequence)
+            job.rows.remove(sequence.row)
+            if copies is None:  # no room for a copy of its pages: it is read by itself
+                self._free_rows[job.shard].append(sequence.row)
+                sequence.row = NO_ROW
+                self.submit(sample)
+                continue
+            sequence.num_drawn = 1
+            sample.shard, sample.rows = job.shard, [sequence.row]
+            self.running.append(sample)
+            if any(copies):
+                tick.forks.append(copies)
+        job.width = 1
