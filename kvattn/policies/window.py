@@ -78,7 +78,8 @@ class OrderedWindow(Policy):
     """`SlidingWindow` whose slots are not used again: the token of position t lies in slot t for ever.
 
     For pages: those that the window has left go back to the pool one by one, and sequences may share those of a prefix,
-    which a ring would overwrite. A contiguous cache has nothing to give back; there it is a `Full` that reads less.
+    which a ring would overwrite. So every token of a chunk is stored, also one that the last of them does not see: a
+    prefix that ends there needs it. A contiguous cache has nothing to give back; there it is a `Full` that reads less.
 
     Args:
         window: tokens a query attends to, its own included; >= 1.
@@ -94,11 +95,6 @@ class OrderedWindow(Policy):
     def mask(self) -> Mask:
         """Causal, within the window."""
         return Mask(window=self._counted)
-
-    def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
-        """Slot t; of a chunk longer than the window only the last tokens are kept."""
-        stays = (step.positions >= 0) & (step.positions > (step.last - self._counted)[:, None])
-        return jnp.where(stays, step.positions, NOWHERE)
 
     def needed(self, state: State, step: Context) -> Bool[Array, "B C"]:
         """The slots of the new tokens, and of those that the first of them sees: one fewer than the window."""

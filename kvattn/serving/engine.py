@@ -341,7 +341,8 @@ class Engine:
             keep = 1 if tick else 0
             raised = None
             while len(self._in_flight) > keep:
-                raised = raised or self._collect(self._in_flight.popleft())
+                error = self._collect(self._in_flight.popleft())
+                raised = raised or error
             self._sweep()
         except BaseException as error:
             self._abandon(error)
@@ -407,19 +408,22 @@ class Engine:
 
     def _dispatch(self, tick: Tick) -> list[_Read]:
         """Hands a tick to the device; what will come of it."""
-        for job in tick.preempted:
-            job.owner.state = "preempted" if not job.owner.is_over else job.owner.state
         for admission in tick.admitted:
             self._admitted(admission)
         device, reads = self._device, []
         device.copy(tick.copies)
         if tick.steps:
             reads.append(self._stepped(tick.steps))
-        for job in tick.beams:
-            self._grow_beams(job)
         if tick.pieces:
             reads.append(self._read_pieces(tick))
         device.copy(tick.forks)
+        for job in tick.beams:  # last: others may have to leave for them, once they have had their turn
+            if job in self._scheduler.running:
+                self._grow_beams(job)
+        running = {job.owner for job in self._scheduler.running}
+        for job in self._scheduler.waiting:
+            if job.was_in and job.owner not in running and not job.owner.is_over:
+                job.owner.state = "preempted"
         return reads
 
     def _admitted(self, admission: Admission) -> None:
@@ -475,9 +479,9 @@ class Engine:
             new, logprob, status = (np.asarray(x) for x in came)
             for job, sequence, index, row in of:
                 request: Request = job.owner
-                if request.is_over or index != len(sequence.new):  # ended meanwhile, or appended again
-                    continue
-                if status[row] or new[row] < 0:
+                if request.is_over or index != len(sequence.new) or new[row] == loop.NOTHING:
+                    continue  # it has ended, or what came is known: it was appended again
+                if status[row] or new[row] == loop.UNSOUND:
                     self._fail(request, _reason(int(status[row]), len(sequence.new)))
                     continue
                 token = int(new[row])

@@ -148,7 +148,7 @@ class Tick:
         pieces: parts of prompts that are read, with as many tokens as fit into one shape.
         forks: pages that are copied when they are read, of every group.
         admitted: jobs that were let in.
-        preempted: jobs that had to leave.
+        is_short: whether somebody had to leave, so that nobody was let in.
     """
 
     copies: list[Copies] = dataclasses.field(default_factory=list)
@@ -157,7 +157,7 @@ class Tick:
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     forks: list[Copies] = dataclasses.field(default_factory=list)
     admitted: list[Admission] = dataclasses.field(default_factory=list)
-    preempted: list[Job] = dataclasses.field(default_factory=list)
+    is_short: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.steps or self.beams or self.pieces)

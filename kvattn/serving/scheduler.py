@@ -76,7 +76,7 @@ class Scheduler:
         """Decides what comes next. What it says has to be done."""
         tick = Tick()
         self._grow(tick)
-        if not tick.preempted:
+        if not tick.is_short:
             self._admit(tick)
         self._read(tick)
         return tick
@@ -167,7 +167,7 @@ class Scheduler:
             last = max(others, key=lambda each: each.rank)
             if len(others) > 1:
                 self._preempt(last)
-                tick.preempted.append(last)
+                tick.is_short = True
                 if last is job:
                     return None
             elif shard.cached_pages:

@@ -1,0 +1,175 @@
+"""An engine's device without a model: pages hold tokens, and the next token is a number made of all that a row reads.
+
+What is read goes through tables and pages like keys and values, so a page that is freed too early, shared and written
+to, not copied or filled twice changes what comes out. `continued` says what should.
+"""
+
+import zlib
+
+import numpy as np
+
+from kvattn.models import Decoder, DecoderConfig
+from kvattn.serving import engine
+from kvattn.serving.device import Came, Candidates, Device
+
+V = 50
+POISON = -7
+
+
+def scores_after(tokens, stream=0):
+    """One number per next token, from all tokens before it."""
+    seed = zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251]))
+    return np.random.default_rng(seed).random(V).astype(np.float32)
+
+
+def next_token(tokens, stream=0):
+    """What the device chooses: cheaper than `scores_after`."""
+    return zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251])) % V
+
+
+def continued(prompt, count, stream=0, stop=()):
+    """The oracle."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, stream))
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prompt) :]
+
+
+class TextDevice(Device):
+    """`Device` over pages of tokens."""
+
+    fails = None  # called before everything it does
+
+    def restart(self, cache):
+        super().restart(cache)
+        self.memory = [
+            np.full((group.num_pages, group.page_size), POISON, np.int64) for group in self.groups
+        ]
+        self.lengths = np.zeros((self.num_rows,), int)
+        self.new = np.full((self.num_rows,), -1, int)
+        self.running = np.zeros((self.num_rows,), bool)
+        self.drawn = np.zeros((self.num_rows,), int)
+        self.read_tokens = self.steps = 0
+
+    def _happens(self, what):
+        if self.fails is not None:
+            self.fails(what)
+
+    def _text(self, tables, row, length):
+        """What a row reads: of every group what its window shows; they must agree."""
+        texts = []
+        for group, memory, table in zip(self.groups, self.memory, tables, strict=True):
+            size = group.page_size
+            window = group.policy.mask().window if group.policy.in_order else None
+            slots = length if group.policy.in_order else 0
+            first = 0 if window is None else max(length - window, 0)
+            pages = table[row]
+            text = [memory[pages[t // size], t % size] if pages[t // size] >= 0 else POISON for t in range(first, slots)]
+            texts.append((first, text))
+        return texts
+
+    def _next(self, tables, row, length, stream):
+        """The next token, from all groups; those with windows are held to the first."""
+        (_, text), *others = self._text(tables, row, length)
+        for first, part in others:
+            assert part == text[first:], (part, text[first:])
+        assert POISON not in text
+        return text, next_token(text, stream)
+
+    def _write(self, tables, row, at, tokens):
+        for group, memory, table in zip(self.groups, self.memory, tables, strict=True):
+            for i, token in enumerate(tokens, at):
+                page = table[row][i // group.page_size]
+                assert page >= 0, (row, i, table[row])
+                memory[page, i % group.page_size] = token
+
+    def _choose(self, tables, row, forced):
+        stream = int(self._settings.sampler.stream[row]) if self._settings.sampler.temperature[row] > 0 else 0
+        token = self._next(tables, row, self.lengths[row], stream)[1]
+        token = forced if forced >= 0 else token
+        self.new[row], self.drawn[row] = token, self.drawn[row] + 1
+        words = self._settings.stop[row]
+        is_stop = bool(words[token // 32] >> (token % 32) & 1)
+        self.running[row] = not is_stop and self.drawn[row] < self._settings.limit[row]
+
+    def _came(self, rows):
+        new = np.full((self.num_rows,), -1, np.int32)
+        new[rows] = self.new[rows]
+        return Came(new, np.zeros((self.num_rows,), np.float32), np.zeros((self.num_rows,), np.int32))
+
+    def copy(self, copies, first=0):
+        self._happens("copy")
+        for g, memory in enumerate(self.memory):
+            pairs = [pair for each in copies for pair in each[g]]
+            assert len({target for _, target in pairs}) == len(pairs)
+            before = memory.copy()
+            for source, target in pairs:
+                memory[target] = before[source]
+
+    def step(self, tables, held, goes, forced):
+        self._happens("step")
+        rows = [row for row in goes if self.running[row]]
+        assert set(goes) <= set(held) and len(set(held)) == len(held)
+        for row in rows:
+            self._write(tables, row, self.lengths[row], [self.new[row]])
+            self.lengths[row] += 1
+        for row in rows:
+            self._choose(tables, row, forced.get(row, -1))
+        self.steps += 1
+        return self._came(rows)
+
+    def read(self, tables, pieces):
+        self._happens("read")
+        of_piece = list(zip(pieces.take, pieces.tokens, pieces.num_new, pieces.lengths, strict=True))
+        for i, (row, tokens, count, length) in enumerate(of_piece):
+            self._write(tables, i, length, tokens[:count])
+            self.read_tokens += int(count)
+        chosen = []
+        for row in range(self.num_rows):
+            i = pieces.source[row]
+            if i < 0:
+                continue
+            self.lengths[row] = pieces.lengths[i] + pieces.num_new[i]
+            if pieces.ends[row]:
+                self.drawn[row] = pieces.drawn[row]
+                where = [np.repeat(table[i][None], self.num_rows, axis=0) for table in tables]
+                self._choose(where, row, pieces.forced[row])
+                chosen.append(row)
+        return self._came(chosen)
+
+    def grow(self, tables, held, given, count):
+        self._happens("grow")
+        tokens = np.zeros((self.num_rows, count), np.int32)
+        logprobs = np.zeros((self.num_rows, count), np.float32)
+        for row, token in given.items():
+            self._write(tables, row, self.lengths[row], [token])
+            self.lengths[row] += 1
+        for row in given:
+            text = self._next(tables, row, self.lengths[row], 0)[0]
+            scores = np.log(scores_after(text))
+            best = np.argsort(-scores, kind="stable")[:count]
+            tokens[row], logprobs[row] = best, scores[best]
+        return Candidates(tokens, logprobs, np.zeros((self.num_rows,), np.int32))
+
+    def move(self, source):
+        self._happens("move")
+        before = self.lengths.copy()
+        for row, other in source.items():
+            self.lengths[row] = before[other]
+
+
+def model(**settings):
+    """A model that nobody computes."""
+    from flax import nnx
+
+    sizes = dict(vocab_size=V, model_dim=4, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, mlp_dim=2)
+    return Decoder(DecoderConfig(**{**sizes, **settings}), rngs=nnx.Rngs(0))
+
+
+def text_engine(monkeypatch, model, **settings):
+    """An engine whose device holds text."""
+    monkeypatch.setattr(engine, "Device", TextDevice)
+    settings = {"num_pages": 40, "page_size": 4, "max_length": 64, "max_batch": 4, "prefill_chunk": 16, **settings}
+    return engine.Engine(model, **settings)
