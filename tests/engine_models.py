@@ -27,7 +27,12 @@ def next_token(tokens, stream=0):
     return zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251])) % V
 
 
-def continued(prompt, count, stream=0, stop=()):
+def repeating(tokens, stream=0):
+    """A text that repeats itself, for guesses: mostly what came eight tokens before."""
+    return next_token(tokens, stream) if len(tokens) % 11 == 0 or len(tokens) < 8 else int(tokens[-8])
+
+
+def continued(prompt, count, stream=0, stop=(), next_token=next_token):
     """The oracle."""
     tokens = list(prompt)
     for _ in range(count):
@@ -41,6 +46,7 @@ class TextDevice(Device):
     """`Device` over pages of tokens."""
 
     fails = None  # called before everything it does
+    next_token = staticmethod(next_token)
 
     def restart(self, cache):
         super().restart(cache)
@@ -51,7 +57,7 @@ class TextDevice(Device):
         self.new = np.full((self.num_rows,), -1, int)
         self.running = np.zeros((self.num_rows,), bool)
         self.drawn = np.zeros((self.num_rows,), int)
-        self.read_tokens = self.steps = 0
+        self.read_tokens = self.steps = self.accepted = 0
 
     def _happens(self, what):
         if self.fails is not None:
@@ -76,7 +82,7 @@ class TextDevice(Device):
         for first, part in others:
             assert part == text[first:], (part, text[first:])
         assert POISON not in text
-        return text, next_token(text, stream)
+        return text, self.next_token(text, stream)
 
     def _write(self, tables, row, at, tokens):
         for group, memory, table in zip(self.groups, self.memory, tables, strict=True):
@@ -119,6 +125,25 @@ class TextDevice(Device):
             self._choose(tables, row, forced.get(row, -1))
         self.steps += 1
         return self._came(rows)
+
+    def verify(self, tables, held, goes, guesses, most):
+        self._happens("verify")
+        new = np.full((self.num_rows, most + 1), -1, np.int32)
+        rows = [row for row in goes if self.running[row]]
+        for row in rows:
+            guess = guesses.get(row, [])
+            assert len(guess) <= most
+            self._write(tables, row, self.lengths[row], [self.new[row], *guess])
+        for row in rows:
+            for i, guess in enumerate([*guesses.get(row, []), None]):
+                self.lengths[row] += 1
+                self._choose(tables, row, -1)
+                new[row, i] = self.new[row]
+                self.accepted += i > 0
+                if self.new[row] != guess or not self.running[row]:
+                    break
+        self.steps += 1
+        return Came(new, np.zeros(new.shape, np.float32), np.zeros((self.num_rows,), np.int32))
 
     def read(self, tables, pieces):
         self._happens("read")

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from engine_models import V, continued, model, next_token, scores_after, text_engine
+from engine_models import V, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
 from kvattn.serving import beams
@@ -175,6 +175,28 @@ def test_the_longest_prefix_first_computes_every_page_once(monkeypatch, plain):
         reached[schedule] = engine.stats().cached_prompt_tokens / optimum
     assert reached["longest-prefix"] == 1
     assert reached["fcfs"] < 0.15
+
+
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+def test_guesses_change_nothing(monkeypatch, request, kind):
+    """Texts that repeat themselves, in a small pool, with samples and stop tokens: the same tokens in fewer steps."""
+    steps = {}
+    for speculate in (0, 4, 7):
+        rng = random.Random(5)
+        engine = text_engine(monkeypatch, request.getfixturevalue(kind), num_pages=30, speculate=speculate)
+        engine._device.next_token = repeating
+        asked = {}
+        for prompt in prompts_of(rng, 12):
+            stop = [rng.randrange(V)] if rng.random() < 0.3 else []
+            expected = [continued(prompt, 30, k, stop, repeating) for k in range(2)]
+            asked[engine.submit(prompt, 30, num_samples=2, temperature=1.0, stop_tokens=stop)] = expected
+        assert engine.run() == asked
+        steps[speculate] = engine._device.steps
+        assert (engine._device.accepted > 50) == (speculate > 0)
+        at_rest(engine)
+    assert steps[7] < 0.6 * steps[0]
+    with pytest.raises(errors.RangeError, match="speculate"):
+        text_engine(monkeypatch, request.getfixturevalue(kind), speculate=8)
 
 
 # Beams --------------------------------------------------------------------------------------------------------------
@@ -355,6 +377,7 @@ def lives(monkeypatch, plain, windowed, seed, count):
         schedule=rng.choice(["fcfs", "longest-prefix"]),
         prefix_cache=rng.random() < 0.8,
         max_length=40,
+        speculate=rng.choice([0, 0, 3]) if kind != "unshareable" else 0,
     )
     engine = unshareable(engine) if kind == "unshareable" else engine
     prompts = prompts_of(rng, count)

@@ -1,4 +1,11 @@
-"""The memory manager: who holds which page, which pages hold which text, and how large a pool must be."""
+"""The memory manager: who holds which page, which pages hold which text, how large a pool must be; and the engine.
+
+What an engine is made of (`Engine`, `Request`, `Stats`) computes, and so needs Flax: it is loaded when it is asked for.
+The rest needs no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from kvattn.cache import with_tables as with_tables
 from kvattn.serving.blocks import BlockPool as BlockPool
@@ -13,13 +20,21 @@ from kvattn.serving.trace import TraceRequest as TraceRequest
 from kvattn.serving.trace import read_trace as read_trace
 from kvattn.serving.usage import Usage as Usage
 
+if TYPE_CHECKING:
+    from kvattn.serving.engine import Engine as Engine
+    from kvattn.serving.engine import Stats as Stats
+    from kvattn.serving.request import Request as Request
+
 __all__ = [
     "BlockPool",
+    "Engine",
     "GroupedPool",
     "LayerGroup",
     "Match",
     "RadixTree",
     "Replay",
+    "Request",
+    "Stats",
     "TraceRequest",
     "Usage",
     "knee",
@@ -27,3 +42,15 @@ __all__ = [
     "replay",
     "with_tables",
 ]
+
+_ON_FIRST_USE = {"Engine": "engine", "Stats": "engine", "Request": "request"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return getattr(importlib.import_module(f"kvattn.serving.{_ON_FIRST_USE[name]}"), name)
+    raise AttributeError(f"module 'kvattn.serving' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

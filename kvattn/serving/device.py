@@ -34,8 +34,8 @@ class Came(NamedTuple):
     """What a call brings, on its way to the host.
 
     Attributes:
-        new: int32 [B], tokens.
-        logprob: float32 [B], theirs.
+        new: int32 [B], tokens; several of each row, [B, G], where some were guessed.
+        logprob: float32, theirs.
         status: int32 [B], what the caches recorded (`kvattn.cache.status`).
     """
 
@@ -89,13 +89,14 @@ class Programs(NamedTuple):
 
     read: Callable[..., tuple[loop.Rows, Came, Caches]]
     step: Callable[..., tuple[loop.Rows, Came, Caches]]
+    verify: Callable[..., tuple[loop.Rows, Came, Caches]]
     grow: Callable[..., tuple[Candidates, Caches]]
     copy: Callable[..., Caches]
     move: Callable[..., Caches]
 
 
 def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
-    def came(model: Decoder, rows: loop.Rows, cache: Caches) -> tuple[loop.Rows, Came]:
+    def brought_by(model: Decoder, rows: loop.Rows, cache: Caches) -> tuple[loop.Rows, Came]:
         rows = jax.tree.map(model.split.whole, rows)
         return rows, Came(rows.new, rows.logprob, model.split.whole(_status(cache)))
 
@@ -112,7 +113,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         logits = model.split.whole(logits[:, 0])[jnp.maximum(pieces.source, 0)]
         rows = dataclasses.replace(rows, num_drawn=jnp.where(pieces.ends, pieces.drawn, rows.num_drawn))
         rows = loop.chosen(settings, logits, rows, pieces.ends, pieces.forced)
-        return *came(model, rows, cache), cache
+        return *brought_by(model, rows, cache), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(weights, cache, rows, settings, tables, held, goes, forced):
@@ -121,7 +122,32 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         runs = rows.running & goes
         logits, cache = _appended(model, _held(cache, tables, held), rows.new, runs)
         before = dataclasses.replace(rows, new=jnp.full_like(rows.new, loop.NOTHING))
-        return *came(model, loop.chosen(settings, logits, before, runs, forced), cache), cache
+        return *brought_by(model, loop.chosen(settings, logits, before, runs, forced), cache), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def verify(weights, cache, rows, settings, tables, held, goes, guesses, counts):
+        """As `step`, with tokens [B, G] that may come next, so many [B] of them: the next ones as far as they were right.
+
+        Each token is chosen as a step would choose it; the first that was guessed wrong is the last. What was appended
+        behind it is taken back.
+        """
+        model = model_of(weights)
+        runs = rows.running & goes
+        num_new = jnp.where(runs, counts + 1, 0)
+        tokens = jnp.concatenate([jnp.maximum(rows.new, 0)[:, None], guesses], axis=1)
+        logits, cache = model(tokens, _held(cache, tables, held), num_new)
+        logits, free = model.split.whole(logits), jnp.full_like(rows.new, loop.NOTHING)
+        came, used, found = runs, jnp.zeros_like(num_new), []
+        for i in range(tokens.shape[1]):
+            rows = loop.chosen(settings, logits[:, i], rows, came, free)
+            found.append((jnp.where(came, rows.new, loop.NOTHING), rows.logprob))
+            used += came.astype(jnp.int32)
+            if i < guesses.shape[1]:
+                came &= rows.running & (i < counts) & (rows.new == guesses[:, i])
+        cache = tuple(layer.trim(num_new - used) for layer in cache)
+        new, logprob = (jnp.stack(x, axis=1) for x in zip(*found, strict=True))
+        rows, brought = brought_by(model, rows, cache)
+        return rows, brought._replace(new=model.split.whole(new), logprob=model.split.whole(logprob)), cache
 
     @functools.partial(jax.jit, donate_argnames="cache", static_argnames="count")
     def grow(weights, cache, tables, held, given, count):
@@ -149,7 +175,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         """Rows take over what others remember, as `with_rows`; pages stay where they are."""
         return with_rows(cache, cache, source)
 
-    return Programs(read, step, grow, copy, move)
+    return Programs(read, step, verify, grow, copy, move)
 
 
 PROGRAMS = ProgramsOf(_compiled)
@@ -265,6 +291,26 @@ class Device:
             given = self._place(tokens)
         self.rows, came, self.cache = self.programs.step(
             self.weights, self.cache, self.rows, self.settings, tables, self._mask(held), self._mask(goes), given
+        )
+        return _sent(came)
+
+    def verify(
+        self, tables: Tables, held: Sequence[int], goes: Sequence[int], guesses: dict[int, list[int]], most: int
+    ) -> Came:
+        """A step of the rows that go, with at most so many tokens guessed of each."""
+        tokens, counts = np.zeros((self.num_rows, most), np.int32), np.zeros((self.num_rows,), np.int32)
+        for row, guess in guesses.items():
+            tokens[row, : len(guess)], counts[row] = guess, len(guess)
+        self.rows, came, self.cache = self.programs.verify(
+            self.weights,
+            self.cache,
+            self.rows,
+            self.settings,
+            tables,
+            self._mask(held),
+            self._mask(goes),
+            tokens,
+            counts,
         )
         return _sent(came)
 

@@ -16,7 +16,7 @@ from kvattn import _checks
 from kvattn.cache import Group, PagedKVCache, groups_of
 from kvattn.cache import status as bits
 from kvattn.codecs import Codec
-from kvattn.errors import CapacityError, ConfigError, DTypeError, KVAttnError, OutOfBlocksError, RangeError
+from kvattn.errors import CapacityError, ConfigError, DTypeError, KVAttnError, OutOfBlocksError, RangeError, UnsupportedError
 from kvattn.models import loop
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Decoder
@@ -24,6 +24,7 @@ from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import beams, checks
 from kvattn.serving.device import Came, Device
+from kvattn.serving.drafts import Lookup
 from kvattn.serving.groups import LayerGroup
 from kvattn.serving.jobs import NO_ROW, Admission, Job, Sequence, Tick
 from kvattn.serving.prefixes import PrefixPool
@@ -32,6 +33,8 @@ from kvattn.serving.scheduler import SCHEDULES, Scheduler
 
 _NARROWEST = 16
 """Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
+
+_MOST_GUESSED = 7
 
 _AUTO_SHARE = 0.8
 """Share of the memory that is left on a device which `num_pages="auto"` takes."""
@@ -124,9 +127,14 @@ class Engine:
         policy: which tokens are kept; as in `Decoder.make_paged_cache`.
         codec: in how many bits.
         prefill_chunk: prompts are read up to the next multiple of so many tokens at a time.
+        speculate: how many tokens are guessed, at most 7, by what followed the last ones when they came before in the
+            same text (`kvattn.serving.drafts`), and verified in one step. What comes out is the same, sampled tokens
+            too; where a text repeats itself it comes faster, elsewhere up to as much slower as a step with so many
+            tokens more takes. 0: none.
 
     Raises:
         ConfigError, DTypeError, RangeError: an argument outside its range, an unknown schedule.
+        UnsupportedError: speculation where tokens cannot be taken back.
         Else as `Decoder.make_paged_cache`.
 
     Example:
@@ -158,6 +166,7 @@ class Engine:
         policy: Policy | Several[Policy | None] | None = None,
         codec: Codec | Several[Codec | None] | None = None,
         prefill_chunk: int = 256,
+        speculate: int = 0,
     ):
         if not isinstance(model, Decoder):
             raise DTypeError(f"model must be a kvattn.models.Decoder, got {type(model).__name__}.")
@@ -184,6 +193,15 @@ class Engine:
         self._rereads = not any(
             layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in caches
         )
+        if checks.integer("speculate", speculate, 0) > _MOST_GUESSED:
+            raise RangeError(f"speculate must be at most {_MOST_GUESSED} tokens, got {speculate}.")
+        if speculate and not (self._is_shareable and self._rereads):
+            raise UnsupportedError(
+                "guessed tokens that were wrong are taken back, which policies that let tokens go, and codecs that "
+                f"encode several together, cannot do: {policy or 'Full()'}, {codec}. Leave speculate out."
+            )
+        self._speculate = speculate
+        self._lookups: dict[Sequence, Lookup] = {}
         self._layer_groups = [_layer_group(group, caches[group.layers[0]]) for group in groups]
         self.page_size = groups[0].page_size
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
@@ -335,10 +353,12 @@ class Engine:
         self._counts["ticks"] += 1
         try:
             self._sweep()
+            if self._speculate:
+                self._guess()
             tick = self._scheduler.next()
             self._in_flight.append(self._dispatch(tick))
-            # One tick is in the device's hands while the last one's tokens are read.
-            keep = 1 if tick else 0
+            # One tick is in the device's hands while the last one's tokens are read; but guesses go by the last token.
+            keep = 1 if tick and not self._speculate else 0
             raised = None
             while len(self._in_flight) > keep:
                 error = self._collect(self._in_flight.popleft())
@@ -379,6 +399,8 @@ class Engine:
                 self._device.read(*self._device.pieces([], (rows, shape[1]), nobody))
         tables = self._device.row_tables([], nobody)
         self._device.step(tables, [], [], {})
+        if self._speculate:
+            self._device.verify(tables, [], [], {}, self._speculate)
         for width in beam_widths:
             self._device.grow(tables, [], {}, width)
         self._device.copy([tuple([(0, 0)] for _ in self._device.groups)])
@@ -404,6 +426,7 @@ class Engine:
             chunk=self._chunk,
             shapes=self._shapes,
             rereads=self._rereads,
+            guesses=self._speculate > 0,
         )
 
     def _dispatch(self, tick: Tick) -> list[_Read]:
@@ -442,17 +465,35 @@ class Engine:
 
     def _held(self) -> tuple[list[int], tuple[np.ndarray, ...]]:
         """The rows that sequences have, and the tables of all rows."""
-        sequences = [s for job in self._scheduler.running for s in job.sequences if s in self._scheduler.shards[0]]
+        sequences = [s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])]
         rows = [sequence.row for sequence in sequences]
         tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
         return rows, self._device.row_tables(rows, tables)
 
-    def _stepped(self, steps: list[Sequence]) -> _Read:
+    def _guess(self) -> None:
+        """What may come next of every sequence."""
+        for job in self._scheduler.running:
+            if job.is_beam or job.prefills:
+                continue
+            sequence = job.sequences[0]
+            lookup = self._lookups.get(sequence)
+            if lookup is None:
+                lookup = self._lookups[sequence] = Lookup(job.prompt.tolist())
+            for token in sequence.new[len(lookup) - len(job.prompt) :]:
+                lookup.push(token)
+            sequence.guess = lookup.guess(min(self._speculate, job.limit - sequence.num_drawn - 1))
+
+    def _stepped(self, steps: list[tuple[Job, Sequence]]) -> _Read:
         rows, tables = self._held()
-        jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
-        forced = {s.row: s.new[s.num_drawn - 1] for s in steps if s.num_drawn - 1 < len(s.new)}
-        came = self._device.step(tables, rows, [sequence.row for sequence in steps], forced)
-        return _Read(came, [(jobs[s], s, s.num_drawn - 1, s.row) for s in steps])
+        guesses = {sequence.row: sequence.guess for _, sequence in steps if sequence.guess}
+        if guesses:
+            goes = [sequence.row for _, sequence in steps]
+            came = self._device.verify(tables, rows, goes, guesses, self._speculate)
+            return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
+        again = () if self._rereads else steps
+        forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
+        came = self._device.step(tables, rows, [sequence.row for _, sequence in steps], forced)
+        return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
 
     def _read_pieces(self, tick: Tick) -> _Read:
         sequences = [piece.prefill.sequence for piece in tick.pieces]
@@ -477,27 +518,39 @@ class Engine:
             if not of:
                 continue
             new, logprob, status = (np.asarray(x) for x in came)
+            if new.ndim == 1:
+                new, logprob = new[:, None], logprob[:, None]
+            tokens, logprobs = new.tolist(), logprob.tolist()
             for job, sequence, index, row in of:
-                request: Request = job.owner
-                if request.is_over or index != len(sequence.new) or new[row] == loop.NOTHING:
-                    continue  # it has ended, or what came is known: it was appended again
-                if status[row] or new[row] == loop.UNSOUND:
-                    self._fail(request, _reason(int(status[row]), len(sequence.new)))
+                if index != len(sequence.new):  # known: it was appended again
                     continue
-                token = int(new[row])
-                sequence.new.append(token)
-                sequence.logprobs.append(float(logprob[row]))
-                self._counts["new_tokens"] += 1
-                is_last = len(sequence.new) == job.limit or bool(self._choices[request].stop[token])
-                if is_last:
-                    self._finish(job, sequence)
-                if request.on_token is not None:
-                    try:
-                        request.on_token(sequence.index, token)
-                    except Exception as error:
-                        raised = raised or error
-                        request.cancel()
+                for token, number in zip(tokens[row], logprobs[row], strict=True):
+                    if token == loop.NOTHING or job.owner.is_over:
+                        break
+                    if status[row] or token == loop.UNSOUND:
+                        self._fail(job.owner, _reason(int(status[row]), len(sequence.new)))
+                        break
+                    error = self._take(job, sequence, token, number)
+                    raised = raised or error
+                if self._speculate:
+                    sequence.num_drawn = len(sequence.new)
         return raised
+
+    def _take(self, job: Job, sequence: Sequence, token: int, logprob: float) -> Exception | None:
+        """One new token; what the callback raised."""
+        request: Request = job.owner
+        sequence.new.append(token)
+        sequence.logprobs.append(logprob)
+        self._counts["new_tokens"] += 1
+        if len(sequence.new) == job.limit or bool(self._choices[request].stop[token]):
+            self._finish(job, sequence)
+        if request.on_token is not None:
+            try:
+                request.on_token(sequence.index, token)
+            except Exception as error:
+                request.cancel()
+                return error
+        return None
 
     def _finish(self, job: Job, sequence: Sequence) -> None:
         """A sample that has all its tokens."""
@@ -514,6 +567,8 @@ class Engine:
     def _end(self, request: Request, state: str) -> None:
         request.state = state
         del self._jobs[request], self._choices[request]
+        for sequence in request.samples:
+            self._lookups.pop(sequence, None)
         if state in ("finished", "failed"):
             self._counts[state] += 1
 
@@ -593,7 +648,7 @@ class Engine:
         for i, (first, *others) in children.items():
             for beam in others:
                 child = Sequence(0, new=list(beam.tokens), logprobs=list(beam.logprobs))
-                copies.append(self._scheduler.fork(job, parents[i], child))
+                copies += filter(None, [self._scheduler.fork(job, parents[i], child)])
                 source[child.row] = parents[i].row
             parents[i].new, parents[i].logprobs = list(first.tokens), list(first.logprobs)
         job.sequences.sort(key=lambda s: _order(going, s))

@@ -161,28 +161,38 @@ class GroupedPool:
         for pool, count, (blocks, forgotten) in shares:
             pool.allocate(seq, count, prefix=blocks, forgotten=forgotten)
 
-    def append(self, seq: Hashable, num_tokens: int | Sequence[int] = 1) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def append(
+        self, seq: Hashable, num_tokens: int | Sequence[int] = 1, *, seen: int | None = None
+    ) -> tuple[tuple[tuple[int, int], ...], ...]:
         """See `BlockPool.append`; before it, blocks that have fallen out of a window go.
+
+        Args:
+            seq: a sequence.
+            num_tokens: how many are written next; one number per group where they differ.
+            seen: tokens that are in it for good, by which windows move. None: all so far; fewer, where room was taken
+                for tokens that did not come.
 
         Returns:
             The pages to copy first, of every group.
         """
         counts = self._growth(seq, num_tokens)
         for group, pool, count in zip(self.groups, self.pools, counts, strict=True):
-            gain, cost = pool.forget_gain(seq, group.unseen(pool.length(seq))), pool.append_cost(seq, count)
+            gain, cost = pool.forget_gain(seq, self._unseen(group, pool, seq, seen)), pool.append_cost(seq, count)
             if cost > gain + pool.num_free:
                 raise OutOfBlocksError(
                     f"{count} more tokens of sequence {seq!r} need {cost} blocks in the group with window "
                     f"{group.window}, {gain + pool.num_free} of {pool.num_blocks} are free. Nothing was taken."
                 )
         for group, pool in zip(self.groups, self.pools, strict=True):
-            pool.forget(seq, group.unseen(pool.length(seq)))
+            pool.forget(seq, self._unseen(group, pool, seq, seen))
         return tuple(tuple(pool.append(seq, count)) for pool, count in zip(self.pools, counts, strict=True))
 
-    def append_needs(self, seq: Hashable, num_tokens: int | Sequence[int] = 1) -> list[int]:
+    def append_needs(
+        self, seq: Hashable, num_tokens: int | Sequence[int] = 1, *, seen: int | None = None
+    ) -> list[int]:
         """Blocks of every group that `append` would take from the free ones, less those it would give back."""
         return [
-            pool.append_cost(seq, count) - pool.forget_gain(seq, group.unseen(pool.length(seq)))
+            pool.append_cost(seq, count) - pool.forget_gain(seq, self._unseen(group, pool, seq, seen))
             for group, pool, count in zip(self.groups, self.pools, self._growth(seq, num_tokens), strict=True)
         ]
 
@@ -229,6 +239,11 @@ class GroupedPool:
         if len(num_tokens) != len(self.pools):
             raise ShapeError(f"num_tokens must be one number, or {len(self.pools)}, one per group, got {num_tokens}.")
         return list(num_tokens)
+
+    @staticmethod
+    def _unseen(group: LayerGroup, pool: BlockPool, seq: Hashable, seen: int | None) -> int:
+        """Tokens of a sequence that no query sees any more."""
+        return group.unseen(pool.length(seq) if seen is None else min(seen, pool.length(seq)))
 
     def _stored(self, num_tokens: int | Sequence[int]) -> list[int]:
         """Tokens of a new sequence that have slots, in every group."""

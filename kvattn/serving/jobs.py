@@ -21,6 +21,7 @@ class Sequence:
         new: its new tokens, as far as they are known.
         logprobs: of them.
         num_drawn: new tokens whose choice is in the device's hands since it was let in, the known ones included.
+        guess: tokens that may come next, to be verified with the next step.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Sequence:
     new: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     num_drawn: int = 0
+    guess: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -66,7 +68,7 @@ class Job:
         priority: larger ones first.
         is_beam: whether its sequences grow by a search.
         passed: how often one that came later was let in before it.
-        prefills: what is to be read.
+        prefills: what is to be read before it grows.
         shard: which part of the rows and pages it lies in.
         rows: those it has.
         was_in: whether it was let in before.
@@ -86,11 +88,6 @@ class Job:
     shard: int = -1
     rows: list[int] = dataclasses.field(default_factory=list)
     was_in: bool = False
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether its prompt is still being read."""
-        return bool(self.prefills)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -152,7 +149,7 @@ class Tick:
     """
 
     copies: list[Copies] = dataclasses.field(default_factory=list)
-    steps: list[Sequence] = dataclasses.field(default_factory=list)
+    steps: list[tuple[Job, Sequence]] = dataclasses.field(default_factory=list)
     beams: list[Job] = dataclasses.field(default_factory=list)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     forks: list[Copies] = dataclasses.field(default_factory=list)

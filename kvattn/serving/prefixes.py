@@ -9,13 +9,15 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from kvattn.errors import BlockStateError
+from kvattn.errors import BlockStateError, OutOfBlocksError
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.groups import GroupedPool, LayerGroup
 from kvattn.serving.radix import Match, RadixTree
 
 Copies = tuple[list[tuple[int, int]], ...]
 """Pages (source, target) to copy, of every group."""
+
+NO_COPIES: Copies = ()
 
 Tokens = Int32[np.ndarray, " S"]
 
@@ -29,7 +31,7 @@ class PrefixPool:
     Args:
         groups: of layers.
         block_size: tokens per block.
-        chunk: most tokens of a prompt that are appended at once.
+        chunk: prompts are appended up to the next multiple of so many tokens at a time.
         is_shareable: whether the pages of a sequence can be read by others: its tokens lie in order and nothing about
             them is kept elsewhere. If not, a fork copies its pages.
         keeps_prefixes: whether pages stay when their sequence has ended. Only where they are shareable.
@@ -107,6 +109,10 @@ class PrefixPool:
         """The tables of some sequences in every group."""
         return [pool.page_table(seqs, width) for pool, width in zip(self.pool.pools, widths, strict=True)]
 
+    def length(self, seq: Hashable) -> int:
+        """Tokens that a sequence has room for."""
+        return self.pool.pools[0].length(seq)
+
     # What happens to sequences.
 
     def open(self, seq: Hashable, tokens: Tokens, namespace: Hashable, *, alone: bool = False) -> int | None:
@@ -173,23 +179,37 @@ class PrefixPool:
             self.tree.unlock(old)
         self._matches[seq] = match
 
-    def grow(self, seq: Hashable, num_tokens: int = 1) -> Copies | None:
-        """Makes room for a sequence's next tokens: the pages to copy first. None: there is none, nothing changed."""
+    def grow(self, seq: Hashable, num_tokens: int = 1, *, seen: int | None = None) -> Copies | None:
+        """Makes room for a sequence's next tokens.
+
+        Args:
+            seq: which.
+            num_tokens: how many.
+            seen: see `GroupedPool.append`.
+
+        Returns:
+            The pages to copy first, of every group; `NO_COPIES`; None: there is no room, and nothing has changed.
+        """
         if self._plain:  # nearly always there is room in its last page
-            needs = [self.pool.pools[0].append_cost(seq, num_tokens)]
-        else:
-            needs = self.pool.append_needs(seq, num_tokens)
+            (pool,) = self.pool.pools
+            try:
+                copies = pool.append(seq, num_tokens)
+            except OutOfBlocksError:
+                if not self._make_room([pool.append_cost(seq, num_tokens)]):
+                    return None
+                copies = pool.append(seq, num_tokens)
+            return (copies,) if copies else NO_COPIES
+        needs = self.pool.append_needs(seq, num_tokens, seen=seen)
         if any(need > 0 for need in needs) and not self._make_room(needs):
             return None
-        if self._plain:
-            return (self.pool.pools[0].append(seq, num_tokens),)
-        return tuple(map(list, self.pool.append(seq, num_tokens)))
+        copies = self.pool.append(seq, num_tokens, seen=seen)
+        return tuple(map(list, copies)) if any(copies) else NO_COPIES
 
     def fork(self, parent: Hashable, child: Hashable) -> Copies | None:
         """A second sequence with the same tokens: the pages to copy first. None: there is no room for it."""
         if self.is_shareable:
             self.pool.fork(parent, child)
-            copies: Copies = tuple([] for _ in self.pool.pools)
+            copies = NO_COPIES
         else:
             lengths = [pool.length(parent) for pool in self.pool.pools]
             needs = [-(-length // self.pool.block_size) for length in lengths]
@@ -249,7 +269,7 @@ class PrefixPool:
 
     def _at_first(self, group: LayerGroup, start: int, length: int) -> int:
         """Tokens whose pages a prompt takes when it is let in."""
-        return length if group.window is None else min(length, start + self._chunk)
+        return length if group.window is None else min(length, (start // self._chunk + 1) * self._chunk)
 
     def _own(self, group: LayerGroup, start: int, length: int) -> int:
         """The most blocks that are its own while a prompt is read from `start` on."""

@@ -34,10 +34,11 @@ class Scheduler:
         shapes: how many tokens of how many prompts can be read at once: (rows, tokens), by tokens.
         rereads: whether a preempted sequence may be read like a prompt, new tokens and all. If not, what a policy keeps
             depends on how tokens came: they are appended again one by one.
+        guesses: whether steps take `Sequence.guess` along.
 
     Attributes:
         waiting: jobs, in the order in which they came.
-        running: jobs that have rows.
+        running: jobs that have rows, those that go before others first.
         preemptions: how often a job had to leave.
     """
 
@@ -50,6 +51,7 @@ class Scheduler:
         chunk: int = 256,
         shapes: Several[tuple[int, int]] = ((1, 256),),
         rereads: bool = True,
+        guesses: bool = False,
     ):
         if schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
@@ -61,6 +63,7 @@ class Scheduler:
         self._chunk = chunk
         self._shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
         self._rereads = rereads
+        self._guesses = guesses
         per_shard = num_rows // len(self.shards)
         self.rows_per_shard = per_shard
         self._free_rows = [list(range((i + 1) * per_shard - 1, i * per_shard - 1, -1)) for i in range(len(self.shards))]
@@ -115,7 +118,7 @@ class Scheduler:
             others = [each for each in self.running if each.shard == job.shard and each is not job]
             if not others:
                 raise OutOfBlocksError(f"{job.width} beams of {len(job.prompt) + job.limit} tokens do not fit.")
-            self._preempt(max(others, key=lambda each: each.rank))
+            self._preempt(others[-1])
         taken = {sequence.row for sequence in job.sequences}
         child.row = next(row for row in job.rows if row not in taken)
         job.sequences.append(child)
@@ -140,31 +143,33 @@ class Scheduler:
 
     def _grow(self, tick: Tick) -> None:
         """Takes pages for the next token of everybody who goes on."""
-        for job in sorted(self.running, key=lambda job: job.rank):
-            if job.shard < 0 or job.is_reading:  # preempted just now
+        for job in list(self.running):
+            if job.shard < 0 or job.prefills:  # preempted just now, or its prompt is still being read
                 continue
-            going = [s for s in job.sequences if job.is_beam or s.num_drawn < job.limit]
-            copies = []
-            for sequence in going:
-                more = self._grown(job, sequence, tick)
-                if more is None:
+            if not job.is_beam:
+                sequence = job.sequences[0]
+                if sequence.num_drawn < job.limit and (copies := self._grown(job, sequence, tick)) is not None:
+                    sequence.num_drawn += 1
+                    tick.steps.append((job, sequence))
+                    if copies:
+                        tick.copies.append(copies)
+                continue
+            several = []
+            for sequence in job.sequences:
+                if (copies := self._grown(job, sequence, tick)) is None:
                     break
-                copies.append(more)
+                several.append(copies)
             else:
-                tick.copies += [each for each in copies if any(each)]
-                if job.is_beam:
-                    tick.beams.append(job)
-                else:
-                    tick.steps += going
-                    for sequence in going:
-                        sequence.num_drawn += 1
+                tick.copies += filter(None, several)
+                tick.beams.append(job)
 
     def _grown(self, job: Job, sequence: Sequence, tick: Tick) -> Copies | None:
-        """The pages to copy before a sequence's next token; None: its job had to leave."""
+        """The pages to copy before a sequence's next token, if any; None: its job had to leave."""
         shard = self.shards[job.shard]
-        while (copies := shard.grow(sequence)) is None:
+        while (copies := self._room(shard, job, sequence)) is None:
+            sequence.guess = []
             others = [each for each in self.running if each.shard == job.shard]
-            last = max(others, key=lambda each: each.rank)
+            last = others[-1]
             if len(others) > 1:
                 self._preempt(last)
                 tick.is_short = True
@@ -178,6 +183,14 @@ class Scheduler:
                 )
         return copies
 
+    def _room(self, shard: PrefixPool, job: Job, sequence: Sequence) -> Copies | None:
+        """Room for the next token, and for those that are guessed; what wrong guesses took is still there."""
+        if not self._guesses or job.is_beam:
+            return shard.grow(sequence)
+        appended = len(job.prompt) + sequence.num_drawn - 1
+        more = max(appended + 1 + len(sequence.guess) - shard.length(sequence), 0)
+        return shard.grow(sequence, more, seen=appended)
+
     def _preempt(self, job: Job) -> None:
         """Sends a job back to those that wait."""
         for sequence in job.sequences:
@@ -190,7 +203,7 @@ class Scheduler:
         """Takes a sequence's pages back."""
         shard = self.shards[job.shard]
         if sequence in shard:
-            if keep and not job.is_reading:
+            if keep and not job.prefills:
                 shard.keep(sequence, self._appended(job, sequence))
             shard.close(sequence)
         if sequence.row != NO_ROW and not job.is_beam:
@@ -219,7 +232,7 @@ class Scheduler:
             if job is None or not self._let_in(job):
                 return
             self.waiting.remove(job)
-            self.running.append(job)
+            self._run(job)
             self._forget(job)
             for other in self.waiting:
                 if other.number >= job.number:
@@ -248,6 +261,10 @@ class Scheduler:
             known = pool.known(self._to_read(job, job.sequences[0]), job.namespace)
             self._known[job, shard] = pool.stamp, known
         return known
+
+    def _run(self, job: Job) -> None:
+        """Puts a job where it belongs among those that run."""
+        bisect.insort(self.running, job, key=lambda each: each.rank)
 
     def _forget(self, job: Job) -> None:
         """Drops what was looked up for a job."""
@@ -311,7 +328,7 @@ class Scheduler:
 
     def _read(self, tick: Tick) -> None:
         """Takes the next pieces of prompts, as many as fit into one shape."""
-        waiting = [prefill for job in sorted(self.running, key=lambda job: job.rank) for prefill in job.prefills]
+        waiting = [prefill for job in self.running for prefill in job.prefills]
         shape = None
         for prefill in waiting:
             start = prefill.done
@@ -351,7 +368,7 @@ class Scheduler:
                 continue
             sequence.num_drawn = 1
             sample.shard, sample.rows = job.shard, [sequence.row]
-            self.running.append(sample)
-            if any(copies):
+            self._run(sample)
+            if copies:
                 tick.forks.append(copies)
         job.width = 1

@@ -1,0 +1,49 @@
+"""Guesses of the next tokens, to be verified together: prompt lookup.
+
+What followed the last tokens when they came before follows them again (Saxena, "Prompt Lookup Decoding", 2023; LLMA,
+arXiv:2304.04487): in code, quotations and answers about a given text often enough.
+"""
+
+from collections.abc import Iterable
+
+LONGEST, SHORTEST = 3, 2
+"""How many last tokens are looked for, more of them first."""
+
+
+class Lookup:
+    """The text of a sequence, and where its pieces were last.
+
+    >>> text = Lookup([5, 6, 7, 8, 1, 5, 6])
+    >>> text.guess(3)
+    [7, 8, 1]
+    >>> text.push(9)
+    >>> text.guess(3)
+    []
+    """
+
+    __slots__ = ("_after", "_text")
+
+    def __init__(self, tokens: Iterable[int]):
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.push(token)
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def push(self, token: int) -> None:
+        """The next token."""
+        end = len(self._text)
+        for count in range(SHORTEST, min(LONGEST, end) + 1):
+            self._after[tuple(self._text[end - count :])] = end
+        self._text.append(token)
+
+    def guess(self, count: int) -> list[int]:
+        """At most so many tokens that may come next."""
+        end = len(self._text)
+        for last in range(min(LONGEST, end), SHORTEST - 1, -1):
+            start = self._after.get(tuple(self._text[end - last :]))
+            if start is not None:
+                return self._text[start : start + count]
+        return []
