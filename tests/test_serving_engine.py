@@ -175,7 +175,7 @@ def test_every_policy_and_codec(model, policy, codec):
     settings = dict(policy=policy, codec=codec)
     expected = reference(model, **settings)
     used_again = policy is not None and not isinstance(policy, kvattn.FastGen)
-    engine = Engine(model, num_pages=7 if used_again else 13, **SMALL, **settings)
+    engine = Engine(model, num_pages=7 if used_again else 10, **SMALL, **settings)
     stats = check(engine, expected, arrivals=(0, 0, 0, 0, 0))
     assert stats.preemptions > 0 or used_again
     samples = engine.submit(PROMPTS[0], 5, num_samples=2, temperature=1.0, seed=1)
