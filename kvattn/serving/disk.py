@@ -53,7 +53,7 @@ class DiskTier:
         self.queue_bytes = checks.integer("queue_bytes", queue_bytes, 1, ConfigError)
         self.counters = TierCounters()
         self._directory = Directory(path)
-        self._waiting: dict[bytes, Record] = {}  # put, and not written yet
+        self._waiting: dict[bytes, list[Record]] = {}  # put, and not written yet
         self._queued = 0
         self._changed = threading.Condition()
         self._writer = Worker[None]("kvattn-disk-writer", daemon=False)
@@ -123,9 +123,9 @@ class DiskTier:
         with self._changed:
             waiting = self._waiting.get(name.key)
         if waiting is not None:
-            if waiting.name != name:
+            if waiting[0].name != name:
                 raise CacheCorruptionError(f"the record of {name!r} is of another page.")
-            return waiting
+            return waiting[0]
         head, check = encoding.HEADER.size, encoding.check_lengths
         content = self._in_time(lambda: self._directory.read(name.key, self.max_bytes, head, check))
         return None if content is None else encoding.decode(content, name)
@@ -179,23 +179,24 @@ class DiskTier:
 
     def _queue(self, record: Record, size: int) -> Future[None] | None:
         """Takes up a record, which is found from now on, and has it written; None: too much waits for that."""
-        key = record.name.key
+        key, entry = record.name.key, [record]
         has_room = lambda: not self._queued or self._queued + size <= self.queue_bytes
         with self._changed:
             if not self._changed.wait_for(has_room, self.deadline):
                 return None
             self._queued += size
             gone = self._recent.add(key, size)
-            self._waiting[key] = record
+            self._waiting[key] = entry
             self.counters.stored += 1
             self.counters.evicted += len(gone)
             self._delete(gone)
-            return self._writer.submit(lambda: self._write(record, size))
+            return self._writer.submit(lambda: self._write(entry, size))
 
-    def _write(self, record: Record, size: int) -> None:
-        """What the writer does with a record, unless that has left meanwhile."""
+    def _write(self, entry: list[Record], size: int) -> None:
+        """What the writer does with a record, unless that has left meanwhile; it may even have been put again: hence the list."""
+        (record,) = entry
         key = record.name.key
-        is_wanted = lambda: self._waiting.get(key) is record
+        is_wanted = lambda: self._waiting.get(key) is entry
         try:
             if is_wanted():
                 self._directory.write(key, encoding.encode(record))

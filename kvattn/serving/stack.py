@@ -67,17 +67,15 @@ class Tiers:
             As many as can be used: after the last one, every group with a window has what the next query sees. Records
             before that may lack such a group's arrays.
         """
-        found: list[tuple[Record, int]] = []
+        found: list[Record] = []
         for name in names:
-            record, level = self._get(name)
+            record = next((record for tier in self.tiers if (record := tier.get(name)) is not None), None)
             if record is None:
                 break
-            found.append((record, level))
-        for record, level in reversed(found):
-            if level:
-                self._put(record, 0)
-        self.touch([record.name for record, _ in found])
-        return _usable([record for record, _ in found])
+            found.append(record)
+        self.store(found)
+        self.touch([record.name for record in found])
+        return _usable(found)
 
     def store(self, records: Iterable[Record]) -> None:
         """Takes in records of pages that follow each other, the first one first.
@@ -109,12 +107,6 @@ class Tiers:
         self.flush()
         for tier in self.tiers:
             tier.close()
-
-    def _get(self, name: PageName) -> tuple[Record | None, int]:
-        for level, tier in enumerate(self.tiers):
-            if (record := tier.get(name)) is not None:
-                return record, level
-        return None, len(self.tiers)
 
     def _put(self, record: Record, level: int) -> None:
         """Puts a record into a tier, and what has to leave that into the next."""
