@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import random
 
 import hypothesis
@@ -46,8 +47,20 @@ def test_a_key_is_a_hash_of_kind_namespace_prefix_and_tokens():
 
 
 def test_nothing_that_differs_has_one_key():
-    """Namespaces that are the same once they are joined, parts that move from one to the next, every field of a kind."""
-    namespaces = ["", "abc", ("abc",), ("a", "bc"), ("ab", "c"), ("a", "b", "c"), (), ("",), ("", ""), "a\0bc", "\ud800"]
+    """Namespaces that are the same once they are joined, parts that move to the next, every field of a kind."""
+    namespaces = [
+        "",
+        "abc",
+        ("abc",),
+        ("a", "bc"),
+        ("ab", "c"),
+        ("a", "b", "c"),
+        (),
+        ("",),
+        ("", ""),
+        "a\0bc",
+        "\ud800",
+    ]
     texts = [[1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], [-1, -1, -1, -1]]
     keys_spec, scales = tier_cases.KEYS, tier_cases.SCALES
     layouts = [
@@ -183,7 +196,18 @@ def test_every_dtype_comes_back_bit_by_bit(dtype):
 
 
 def test_dtypes_are_those_of_caches():
-    codes = {"bfloat16", "float16", "float32", "float64", "int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2", "int4"}
+    codes = {
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "uint8",
+        "int32",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int4",
+    }
     assert codes <= set(kinds.DTYPES) and kinds.DTYPES["int4"] == ml_dtypes.int4
     assert all(not dtype.hasobject for dtype in kinds.DTYPES.values())
 
@@ -467,15 +491,8 @@ def test_namespaces_share_nothing(count):
     hits = 0
     for _ in range(count):
         namespace, i = rng.choice(namespaces), rng.randrange(len(texts))
-        text = tuple(texts[i])
-        wanted = max(
-            (
-                sum(1 for _ in itertools.takewhile(lambda p: text[:p] == tuple(texts[j])[:p], range(PAGE, 13, PAGE)))
-                for n, j in stored
-                if n == namespace
-            ),
-            default=0,
-        )
+        common = [os.path.commonprefix([texts[i], texts[j]]) for n, j in stored if n == namespace]
+        wanted = max((len(text) // PAGE for text in common), default=0)
         found = tiers.find(names[namespace, i])
         assert found == wanted
         hits += found

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -90,7 +91,7 @@ class System:
     """Stands for `os` and `fcntl` in `kvattn.serving.files`; what happens at a call is said by `at`.
 
     Args:
-        at: called with the number of the call, from 0, its name and the call itself; gives its result.
+        at: called with the number of the call, from 0, its name and the call itself, a `partial`; gives its result.
     """
 
     def __init__(self, at=lambda number, name, call: call()):
@@ -104,9 +105,8 @@ class System:
 
         def call(*args, **options):
             self.log.append(name)
-            return self.at(len(self.log) - 1, name, lambda *changed: value(*(changed or args), **options))
+            return self.at(len(self.log) - 1, name, functools.partial(value, *args, **options))
 
-        call.args = ()
         return call
 
     def __enter__(self):
@@ -123,11 +123,23 @@ def failing(name=None, code=errno.EIO, number=None, done=False):
     def at(at_number, at_name, call):
         if at_name == name or at_number == number:
             if done or at_name == "close":
-                call()
+                result = call()
+                if at_name == "open":
+                    os.close(result)
+                elif at_name == "scandir":
+                    result.close()
             raise OSError(code, os.strerror(code))
         return call()
 
     return System(at)
+
+
+def half(call):
+    """Does a write or a read by half; any other call as it is."""
+    if call.func not in (os.write, os.readv):
+        return call()
+    fd, data = call.args
+    return call.func(fd, data[: -(-len(data) // 2)] if call.func is os.write else [data[0][: -(-len(data[0]) // 2)]])
 
 
 def damaged(content, rng):
