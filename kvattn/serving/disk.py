@@ -193,7 +193,7 @@ class DiskTier:
             return self._writer.submit(lambda: self._write(entry, size))
 
     def _write(self, entry: list[Record], size: int) -> None:
-        """What the writer does with a record, unless that has left meanwhile; it may even have been put again: hence the list."""
+        """What the writer does with a record, unless that has left meanwhile: even one put again is another list."""
         (record,) = entry
         key = record.name.key
         is_wanted = lambda: self._waiting.get(key) is entry

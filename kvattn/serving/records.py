@@ -8,7 +8,7 @@ with the arrays and compared (CVE-2025-46570 and its like: hashes that collide, 
 import dataclasses
 import functools
 import hashlib
-import struct
+import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -54,14 +54,14 @@ class PageName:
         checks.namespace(self.namespace)
         if self.parent != b"":
             checked_key(self.parent)
-        checks.tokens("tokens", self.tokens)
+        text = checks.tokens("tokens", self.tokens)
         if len(self.tokens) not in (0, self.kind.page_size):
             raise ShapeError(
                 f"a record holds a full page of {self.kind.page_size} tokens, or none, got {len(self.tokens)}: compute "
                 "the tokens after the last full page anew."
             )
-        object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
-        object.__setattr__(self, "key", page_key(self.kind, self.namespace, self.parent, self.tokens))
+        object.__setattr__(self, "tokens", tuple(array("i", text)))
+        object.__setattr__(self, "key", page_key(self.kind, self.namespace, self.parent, text))
 
     def __repr__(self) -> str:  # namespaces may be secrets, tokens are somebody's text
         return f"PageName({self.key.hex()[:16]}…, {len(self.tokens)} tokens)"
@@ -82,24 +82,32 @@ def page_names(
         DTypeError, RangeError: tokens that are no ints or that int32 does not hold, a namespace that is no string.
         ConfigError: `known` names of another text.
     """
-    ids = array("i", checks.tokens("tokens", tokens)).tolist()
-    starts = range(0, len(ids) - kind.page_size + 1, kind.page_size)
-    pages = [tuple(ids[start : start + kind.page_size]) for start in starts]
+    text, size = checks.tokens("tokens", tokens), kind.page_size
+    ids = array("i", text)
+    pages = [tuple(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size)]
     names = list(known)
     if (
         any(n.kind != kind or n.namespace != namespace for n in names)
         or [n.tokens for n in names] != pages[: len(names)]
     ):
         raise ConfigError(f"known must name the first pages of this text, got {names}.")
-    for page in pages[len(names) :]:
-        names.append(PageName(kind, namespace, names[-1].key if names else b"", page))
+    checks.namespace(namespace)
+    parent, size = names[-1].key if names else b"", size * checks.TOKEN_BYTES
+    for i, page in enumerate(pages[len(names) :], len(names)):
+        key = page_key(kind, namespace, parent, text[i * size : (i + 1) * size])
+        name = object.__new__(PageName)  # what its constructor checks is known: this is done for every page of a prompt
+        name.__dict__.update(kind=kind, namespace=namespace, parent=parent, tokens=page, key=key)
+        names.append(name)
+        parent = key
     return names
 
 
-def page_key(kind: Kind, namespace: Namespace, parent: bytes, tokens: Sequence[int]) -> bytes:
+def page_key(kind: Kind, namespace: Namespace, parent: bytes, text: bytes) -> bytes:
     """SHA-256 over kind, namespace, the key of the page before and the tokens as int32, each with its length."""
+    if sys.byteorder == "big":
+        text = np.frombuffer(text, np.int32).astype("<i4").tobytes()
     hashed = _start(kind.digest, namespace).copy()
-    hashed.update(parts(parent, struct.pack(f"<{len(tokens)}i", *tokens)))
+    hashed.update(parts(parent, text))
     return hashed.digest()
 
 
