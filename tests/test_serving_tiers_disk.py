@@ -689,12 +689,12 @@ def test_written_when_the_process_ends():
     with folder() as path:
         code = (
             "import sys; sys.path[:0] = ['tests', '.']; import tier_cases as t; from kvattn.serving import DiskTier;"
-            "tier = DiskTier(sys.argv[1], 10**6); [tier.put(r) for r in t.records(20)]"
+            "tier = DiskTier(sys.argv[1], 10**6); [tier.put(r) for r in t.records(200)]"
         )
         done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         with DiskTier(path, ROOM) as tier:
-            made = records(20)
+            made = records(200)
             assert all(same(tier.get(r.name), r) for r in made)
 
 
