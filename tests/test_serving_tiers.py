@@ -354,6 +354,21 @@ def test_what_is_no_tier(make, error, word, tmp_path):
     assert type(caught.value) is error and word in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_a_record_with_more_groups_takes_the_place_of_one_with_fewer(where, tmp_path):
+    """A page that a window had left when it was stored, and that is computed again as the end of another prompt."""
+    name = records(1)[0].name
+    poor, rich = record(name, groups=(0,)), record(name)
+    tier = HostTier(10**6) if where == "host" else DiskTier(tmp_path, 10**6)
+    for made, wanted in ((poor, poor), (rich, rich), (poor, rich), (rich, rich)):
+        assert tier.put(made) == [] and same(tier.get(name), wanted)
+        tier.flush()
+        assert same(tier.get(name), wanted)
+    assert tier.counters.stored == 2 and tier.counters.evicted == tier.counters.failed == 0
+    assert tier.nbytes == (rich.nbytes if where == "host" else encoding.encoded_size(rich))
+    tier.close()
+
+
 # Several tiers --------------------------------------------------------------------------------------------------------
 
 

@@ -572,17 +572,17 @@ def _():
     with stored(3, deadline=0.1) as (tier, _, made):
         with Gate("readv") as gate:
             start = time.monotonic()
-            with pytest.raises(OFFLOAD, match=r"not read .* in 0.1 s") as caught:
+            with pytest.raises(OFFLOAD, match=r"a read from .* not done in 0.1 s") as caught:
                 tier.read(made[0].name)
             assert caught.value.errno == errno.ETIMEDOUT and 0.1 <= time.monotonic() - start < 5
-            with pytest.raises(OFFLOAD, match="not tried") as caught:
+            with pytest.raises(OFFLOAD, match="not tried: an earlier one stalls") as caught:
                 tier.read(made[1].name)
             assert caught.value.errno == errno.EBUSY
             assert Tiers([HostTier(ROOM), tier]).load([made[1].name]) == []
             assert made[1].name.key in tier  # it was not tried
             assert (tier.counters.failed, tier.counters.misses) == (1, 1)
             gate.opened.set()
-            tier._stalled.exception(20)
+            tier._reader._last.exception(20)
         assert same(tier.get(made[1].name), made[1])
     with stored(1, deadline=0.1) as (tier, _, (made,)), Gate("open"):
         assert tier.get(made.name) is None and made.name.key not in tier
@@ -673,15 +673,35 @@ def test_a_queue_that_is_full():
             with pytest.raises(OFFLOAD) as caught:
                 tier.write(made[3])
             assert caught.value.errno == errno.ETIMEDOUT and made[3].name.key not in tier
-            threading.Timer(0.03, gate.opened.set).start()
-            tier.deadline = 20
-            tier.put(made[2])  # waits until there is room
         tier.flush()
-        assert [r.name.key in tier for r in made] == [True, True, True, False]
+        with Gate("write") as gate:
+            tier.deadline = 20
+            tier.put(made[2])
+            tier.put(made[3])
+            threading.Timer(0.03, gate.opened.set).start()
+            tier.put(records(1, start=99)[0])  # waits until there is room
+        tier.flush()
+        assert tier.counters.failed == 1 and tier.counters.stored == 5
+        assert all(same(tier.get(r.name), r) for r in [*made, *records(1, start=99)])
     with folder() as path, DiskTier(path, ROOM, deadline=0.1, queue_bytes=1) as tier:
         tier.put(made[0])  # one may exceed it
         tier.flush()
         assert same(tier.get(made[0].name), made[0])
+
+
+def test_a_disk_that_has_stopped_is_waited_for_once():
+    """Not by every record that follows; and it is tried again when something has been written."""
+    made = records(9)
+    with folder() as path, DiskTier(path, ROOM, deadline=0.2, queue_bytes=1) as tier, Gate("write") as gate:
+        tier.put(made[0])
+        start = time.monotonic()
+        for each in made[1:]:
+            assert tier.put(each) == []
+        assert 0.2 <= time.monotonic() - start < 2 * 0.2 and tier.counters.failed == 8
+        gate.opened.set()
+        tier.flush()
+        tier.put(made[1])
+        assert same(tier.get(made[1].name), made[1])
 
 
 def test_written_when_the_process_ends():

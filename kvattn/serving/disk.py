@@ -3,16 +3,21 @@
 import errno
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 
-from kvattn.errors import CacheCorruptionError, CacheVersionError, ConfigError, DTypeError, OffloadError
+from kvattn.errors import (
+    CacheCorruptionError,
+    CacheVersionError,
+    ConfigError,
+    DTypeError,
+    OffloadError,
+    UnsupportedError,
+)
 from kvattn.serving import checks, encoding
-from kvattn.serving.files import Directory
 from kvattn.serving.records import PageName, Record, checked_key
 from kvattn.serving.tiers import LeastRecent, TierCounters
-from kvattn.serving.workers import Worker
+from kvattn.serving.workers import Timed, Worker
 
 
 class DiskTier:
@@ -22,27 +27,32 @@ class DiskTier:
     what is found does not depend on how fast the disk is. `get` waits for the disk, but not longer than `deadline`.
 
     A file is a record with a checksum, of mode 0600, that is there whole or not at all (`kvattn.serving.files`).
-    Several processes may share a directory: each counts the bytes it knows of, and finds what others wrote when it is
-    started next; a file that another one removed is a miss.
+    Processes may share a directory: each counts the bytes it knows of, and finds what others wrote when it starts; a
+    file that another one removed is a miss.
 
     Args:
         path: of the directory; made, with mode 0700, if it is not there.
         max_bytes: of files. What is there at the start and does not fit is removed.
         deadline: seconds. A record that is not read in that time is lost. So is one that finds `queue_bytes` waiting
-            for so long.
+            for so long, and what comes after it until something was written.
         queue_bytes: that may wait to be written; one record may exceed it.
 
     Raises:
         ConfigError: a path with "..", a symbolic link, a directory that everybody may write to, other sizes.
         DTypeError: sizes that are no numbers.
         OffloadError: the directory cannot be made, opened or read.
+        UnsupportedError: the system is not POSIX.
     """
 
     passes_on = False
 
     def __init__(
-        self, path: str | os.PathLike[str], max_bytes: int, *, deadline: float = 10.0, queue_bytes: int = 2**28
+        self, path: str | os.PathLike[str], max_bytes: int, *, deadline: float = 5.0, queue_bytes: int = 2**28
     ):
+        if os.name != "posix":
+            raise UnsupportedError(f"a DiskTier needs a POSIX system, this is {os.name!r}: use a HostTier.")
+        from kvattn.serving.files import Directory  # elsewhere it could not be imported
+
         self._recent = LeastRecent(max_bytes)
         self.max_bytes = self._recent.max_bytes
         if isinstance(deadline, bool) or not isinstance(deadline, int | float):
@@ -54,11 +64,10 @@ class DiskTier:
         self.counters = TierCounters()
         self._directory = Directory(path)
         self._waiting: dict[bytes, list[Record]] = {}  # put, and not written yet
-        self._queued = 0
+        self._queued, self._is_stuck = 0, False
         self._changed = threading.Condition()
         self._writer = Worker[None]("kvattn-disk-writer", daemon=False)
-        self._reader = Worker[bytearray | None]("kvattn-disk-reader", daemon=True)
-        self._stalled: Future[bytearray | None] | None = None
+        self._reader = Timed[bytearray | None]("kvattn-disk-reader", f"a read from {self._directory.path}")
         self._is_closed = False
         for key, size in self._directory.entries():
             self._delete(self._recent.add(key, size))
@@ -127,19 +136,8 @@ class DiskTier:
                 raise CacheCorruptionError(f"the record of {name!r} is of another page.")
             return waiting[0]
         head, check = encoding.HEADER.size, encoding.check_lengths
-        content = self._in_time(lambda: self._directory.read(name.key, self.max_bytes, head, check))
+        content = self._reader.call(lambda: self._directory.read(name.key, self.max_bytes, head, check), self.deadline)
         return None if content is None else encoding.decode(content, name)
-
-    def _in_time(self, read: Callable[[], bytearray | None]) -> bytearray | None:
-        if self._stalled is not None and not self._stalled.done():
-            raise OffloadError(errno.EBUSY, f"a read from {self._directory.path} stalls: this one was not tried")
-        self._stalled = future = self._reader.submit(read)
-        try:
-            return future.result(self.deadline)
-        except TimeoutError:
-            raise OffloadError(
-                errno.ETIMEDOUT, f"a record was not read from {self._directory.path} in {self.deadline} s"
-            ) from None
 
     # Writing.
 
@@ -149,10 +147,11 @@ class DiskTier:
         It waits only while `queue_bytes` wait for the disk, and not longer than `deadline`; then the record is lost.
         """
         self._check_open()
-        if record.name.key in self:
-            self.touch(record.name.key)
-            return []
-        size = encoding.encoded_size(record)
+        key, size = record.name.key, encoding.encoded_size(record)
+        with self._changed:
+            if self._recent.holds(key, size):
+                self._recent.touch(key)
+                return []
         if size > self.max_bytes:
             return [record]
         if self._queue(record, size) is None:
@@ -171,8 +170,6 @@ class DiskTier:
         size = encoding.encoded_size(record)
         if size > self.max_bytes:
             raise OffloadError(errno.EFBIG, f"a record of {size} bytes is larger than max_bytes, {self.max_bytes}")
-        if record.name.key in self:
-            self.remove(record.name.key)
         if (future := self._queue(record, size)) is None:
             raise OffloadError(errno.ETIMEDOUT, f"too much is waiting to be written to {self._directory.path}")
         future.result()
@@ -182,8 +179,11 @@ class DiskTier:
         key, entry = record.name.key, [record]
         has_room = lambda: not self._queued or self._queued + size <= self.queue_bytes
         with self._changed:
-            if not self._changed.wait_for(has_room, self.deadline):
+            self._is_stuck = not self._changed.wait_for(has_room, 0 if self._is_stuck else self.deadline)
+            if self._is_stuck:  # the next ones do not wait until something has been written
                 return None
+            if key in self._recent:
+                self.remove(key)
             self._queued += size
             gone = self._recent.add(key, size)
             self._waiting[key] = entry
@@ -211,6 +211,7 @@ class DiskTier:
                 if is_wanted():
                     del self._waiting[key]
                 self._queued -= size
+                self._is_stuck = False
                 self._changed.notify_all()
 
     def touch(self, key: bytes) -> None:

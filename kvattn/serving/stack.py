@@ -80,7 +80,8 @@ class Tiers:
     def store(self, records: Iterable[Record]) -> None:
         """Takes in records of pages that follow each other, the first one first.
 
-        What is there already is not copied: look with ``name.key in tiers`` what has to be read from the device.
+        What is there already is not copied: look with ``name.key in tiers`` what has to be read from the device. (With
+        windows it may lack groups: see `Tier.put`.)
         """
         for record in reversed(list(records)):  # as `touch`
             self._put(record, 0)

@@ -64,7 +64,8 @@ class Tier(Protocol):
     def put(self, record: Record) -> list[Record]:
         """Takes a record in, which counts as used now. Gives what has to leave, the one used longest ago first.
 
-        A record larger than the tier is given back itself.
+        A record larger than the tier is given back itself. One that is there stays as it is, unless it lacks arrays of
+        a group with a window that the new one has.
         """
         ...
 
@@ -106,6 +107,10 @@ class LeastRecent:
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._sizes)
+
+    def holds(self, key: bytes, size: int) -> bool:
+        """Whether a key is there, with that size or more."""
+        return self._sizes.get(key, -1) >= size
 
     def touch(self, key: bytes) -> None:
         """A key is used now, if it is there."""
@@ -172,11 +177,12 @@ class HostTier:
     def put(self, record: Record) -> list[Record]:
         """See `Tier.put`."""
         key = record.name.key
-        if key in self._records:
+        if self._recent.holds(key, record.nbytes):  # records of one name differ in which groups they have
             self._recent.touch(key)
             return []
         if record.nbytes > self.max_bytes:
             return [record]
+        self.remove(key)
         self._records[key] = record
         gone = [self._records.pop(each) for each in self._recent.add(key, record.nbytes)]
         self.counters.stored += 1

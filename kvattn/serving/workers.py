@@ -1,9 +1,12 @@
-"""A thread for what must not be waited for."""
+"""Threads for what must not be waited for, or not for long."""
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+
+from kvattn.errors import OffloadError
 
 
 class Worker[T]:
@@ -49,3 +52,31 @@ class Worker[T]:
                 else:
                     future.set_result(result)
             del future, call  # what they hold may go
+
+
+class Timed[T]:
+    """Does calls in a thread, and waits for each of them, but not for long. While one stalls no other is tried.
+
+    Args:
+        name: of the thread. A process may end before a call is done.
+        what: a call is, in messages.
+    """
+
+    def __init__(self, name: str, what: str):
+        self._worker = Worker[T](name, daemon=True)
+        self._what = what
+        self._last: Future[T] | None = None
+
+    def call(self, call: Callable[[], T], seconds: float) -> T:
+        """Does a call; what it raises is raised.
+
+        Raises:
+            OffloadError: ETIMEDOUT: it took longer; EBUSY: an earlier one that did has not ended yet.
+        """
+        if self._last is not None and not self._last.done():
+            raise OffloadError(errno.EBUSY, f"{self._what} was not tried: an earlier one stalls")
+        self._last = self._worker.submit(call)
+        try:
+            return self._last.result(seconds)
+        except TimeoutError:
+            raise OffloadError(errno.ETIMEDOUT, f"{self._what} was not done in {seconds} s") from None

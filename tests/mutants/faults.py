@@ -1497,6 +1497,15 @@ FAULTS: list[Fault] = [
         ("_usable", "-(-(window - 1) // kind.page_size)", "(window - 1) // kind.page_size"),
     ),
     *group(
+        "serving/workers.py",
+        """
+        test_serving_tiers_disk.py::test_rows
+        test_serving_tiers_disk.py::test_what_waits_is_found
+        """,
+        ("Timed.call", "not self._last.done()", "False"),
+        ("Worker._run", "and not self._calls:", "or not self._calls:"),
+    ),
+    *group(
         "serving/disk.py",
         """
         test_serving_tiers_disk.py::test_what_waits_is_found
@@ -1520,7 +1529,24 @@ FAULTS: list[Fault] = [
             "if False",
             "test_serving_tiers.py::test_keys_that_collide_are_a_miss",
         ),
-        ("DiskTier._in_time", "not self._stalled.done()", "False"),
+        (
+            "DiskTier._queue",
+            "0 if self._is_stuck else self.deadline",
+            "self.deadline",
+            "test_serving_tiers_disk.py::test_a_disk_that_has_stopped_is_waited_for_once",
+        ),
+        (
+            "DiskTier._write",
+            "                self._is_stuck = False\n",
+            "",
+            "test_serving_tiers_disk.py::test_a_queue_that_is_full",
+        ),
+        (
+            "DiskTier._queue",
+            "                self.remove(key)\n",
+            "                pass\n",
+            "test_serving_tiers.py::test_a_record_with_more_groups_takes_the_place_of_one_with_fewer",
+        ),
         ("DiskTier.flush", ".result()", ""),
         (
             "DiskTier.__init__",
