@@ -662,7 +662,7 @@ def test_what_leaves_while_it_waits_comes_back():
 def test_a_queue_that_is_full():
     """`put` waits for room, not for ever; the record that found none is lost and counted."""
     made = records(4)
-    size = encoding.encoded_size(made[1])
+    size = max(map(encoding.encoded_size, made))
     with folder() as path, DiskTier(path, ROOM, deadline=0.1, queue_bytes=2 * size) as tier:
         with Gate("write") as gate:
             tier.put(made[0])
