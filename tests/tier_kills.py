@@ -47,14 +47,19 @@ def ended(pid):
 
 def store_forever(folder, seed):
     rng = chance(seed)
-    with DiskTier(folder, ROOM) as tier:
+    with System(small_writes), DiskTier(folder, ROOM) as tier:
         while True:
-            if rng.random() < 0.9:
-                tier.put(rng.choice(POOL))
-            else:
-                tier.remove(rng.choice(POOL).name.key)
+            made = rng.choice(POOL)
+            tier.remove(made.name.key)
+            if rng.random() < 0.8:
+                tier.put(made)
             if rng.random() < 0.2:
                 tier.flush()
+
+
+def small_writes(number, name, call):
+    """Writes of 256 bytes, so that most of the time something is half written."""
+    return call.func(call.args[0], call.args[1][:256]) if name == "write" else call()
 
 
 def die_at(number, in_it):
@@ -109,14 +114,16 @@ def calls(folder, times):
 
 def at_random(folder, count):
     """Kills at random times, one directory for all."""
-    rng = chance("kills", count)
+    rng, unfinished = chance("kills", count), 0
     for i in range(count):
         pid = forked(lambda i=i: store_forever(folder, i))
         time.sleep(0.005 + rng.random() ** 2 * 0.1)
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
+        unfinished += any(pathlib.Path(folder).glob("tmp-*"))
         if pathlib.Path(folder).exists():
             assert ended(forked(lambda: check(folder))) == 0, i
+    assert unfinished > count / 20, f"{unfinished} of {count} kills met a write"
     return count
 
 
