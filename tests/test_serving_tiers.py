@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import pathlib
 import random
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +19,7 @@ from tier_cases import DEFAULT, PAGE, chance, damaged, dtype_of, parts, record, 
 
 from kvattn import errors
 from kvattn.serving import ArraySpec, DiskTier, HostTier, PageName, Record, Tiers, encoding, kinds, page_names
+from kvattn.serving import disk as disk_module
 from kvattn.serving import records as names_module
 
 FULL_RUN = pytest.mark.slow
@@ -158,10 +161,13 @@ def test_a_record_is_its_own():
     assert all(again.arrays[n] is made.arrays[n] for n in made.arrays)  # but what is its own is not copied
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("changes", "error", "word"),
     [
         ({"other": np.zeros(1)}, errors.ConfigError, "'other'"),
+        ({"keys": [1.0]}, errors.DTypeError, "NumPy"),
+        ({"keys": jnp.zeros((2, 2, PAGE, 3), jnp.bfloat16)}, errors.DTypeError, "NumPy"),
         ({"keys": np.zeros((2, 2, PAGE, 3), np.float32)}, errors.DTypeError, "bfloat16"),
         ({"scales": np.zeros((2, PAGE, 2), np.float32)}, errors.ShapeError, "layers heads offsets"),
         ({"scales": None}, errors.ConfigError, "scales"),
@@ -367,6 +373,18 @@ def test_a_record_with_more_groups_takes_the_place_of_one_with_fewer(where, tmp_
     assert tier.counters.stored == 2 and tier.counters.evicted == tier.counters.failed == 0
     assert tier.nbytes == (rich.nbytes if where == "host" else encoding.encoded_size(rich))
     tier.close()
+
+
+def test_a_disk_needs_posix(monkeypatch, tmp_path):
+    """And what needs none can be imported all the same."""
+    monkeypatch.setattr(disk_module, "os", types.SimpleNamespace(name="nt"))
+    with pytest.raises(errors.UnsupportedError, match="'nt': use a HostTier"):
+        DiskTier(tmp_path, 9)
+    for path in (pathlib.Path(disk_module.__file__).parent).glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert path.name == "files.py" or not [
+            x for x in lines if x.startswith(("import fcntl", "from kvattn.serving.files"))
+        ]
 
 
 # Several tiers --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ class DiskTier:
     """Records in files of one directory, those used longest ago leave first. A new one finds what is there.
 
     `put` writes nothing itself: a thread does, one record after the other. What waits for it is found, from memory, so
-    what is found does not depend on how fast the disk is. `get` waits for the disk, but not longer than `deadline`.
+    what is found does not depend on how fast the disk is; a process that ends waits for it too. `get` waits for the
+    disk, but not longer than `deadline`.
 
     A file is a record with a checksum, of mode 0600, that is there whole or not at all (`kvattn.serving.files`).
     Processes may share a directory: each counts the bytes it knows of, and finds what others wrote when it starts; a

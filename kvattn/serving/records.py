@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Integer, Shaped
 
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.serving import checks
@@ -68,7 +68,11 @@ class PageName:
 
 
 def page_names(
-    kind: Kind, namespace: Namespace, tokens: Iterable[int], *, known: Sequence[PageName] = ()
+    kind: Kind,
+    namespace: Namespace,
+    tokens: Iterable[int] | Integer[np.ndarray, " S"],
+    *,
+    known: Sequence[PageName] = (),
 ) -> list[PageName]:
     """The names of a text's full pages, in order.
 
@@ -185,6 +189,8 @@ def _owned(name: str, given: Shaped[np.ndarray, "..."], spec: ArraySpec | None) 
     """A read-only copy, unless it is one already: what `np.asarray` makes of a JAX array is the device's own memory."""
     if spec is None:
         raise ConfigError(f"arrays has {name!r}, which is not in the kind's arrays.")
+    if not isinstance(given, np.ndarray):
+        raise DTypeError(f"array {name!r} must be one of NumPy (`np.asarray`), got {type(given).__name__}.")
     if given.dtype != DTYPES[spec.dtype]:
         raise DTypeError(f"array {name!r} must have dtype {spec.dtype}, got {given.dtype}.")
     if given.shape != spec.shape:
