@@ -6,6 +6,8 @@ import itertools
 import math
 import pathlib
 import random
+import threading
+import time
 import types
 
 import hypothesis
@@ -21,6 +23,7 @@ from kvattn import errors
 from kvattn.serving import ArraySpec, DiskTier, HostTier, PageName, Record, Tiers, encoding, kinds, page_names
 from kvattn.serving import disk as disk_module
 from kvattn.serving import records as names_module
+from kvattn.serving.workers import Worker
 
 FULL_RUN = pytest.mark.slow
 
@@ -323,6 +326,7 @@ def test_host_memory_is_a_list_by_use(operations, max_bytes):
 
 
 @hypothesis.settings(max_examples=40)
+@hypothesis.example(operations=[("put", 7), ("put", 8), ("get", 7), ("put", 9), ("get", 8)], max_bytes=1200)
 @hypothesis.given(operations=OPERATIONS, max_bytes=st.integers(1, 5000))
 def test_a_disk_is_the_same_list(tmp_path_factory, operations, max_bytes):
     """And another one of the same directory finds it."""
@@ -358,6 +362,16 @@ def test_what_is_no_tier(make, error, word, tmp_path):
     with pytest.raises(error) as caught:
         make(tmp_path)
     assert type(caught.value) is error and word in str(caught.value)
+
+
+def test_a_tier_may_be_full(tmp_path):
+    """To the last byte."""
+    made = records(2)
+    host = HostTier(sum(r.nbytes for r in made))
+    with DiskTier(tmp_path, sum(map(encoding.encoded_size, made))) as disk:
+        for tier in (host, disk):
+            assert [tier.put(r) for r in made] == [[], []] and tier.nbytes == tier.max_bytes
+            assert all(same(tier.get(r.name), r) for r in made)
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -412,6 +426,23 @@ def test_what_falls_out_of_one_tier_sinks_to_the_next(disk):
         assert [n.key in host for n in names] == [*[False] * 4, True, True]
         assert [n.key in disk for n in names] == [True] * 6
         assert disk.counters.stored == 6  # none was written twice
+
+
+def test_a_text_is_found_up_to_its_first_gap():
+    texts = records(4)
+    names = [r.name for r in texts]
+    tiers = Tiers([HostTier(10**6)])
+    tiers.store(texts)
+    tiers.tiers[0].remove(names[2].key)
+    assert tiers.find(names) == len(tiers.load(names)) == 2 and len(tiers.load(names[3:])) == 1
+
+
+def test_a_thread_comes_back_when_there_is_something_to_do():
+    worker = Worker("test", daemon=True, linger=0.01)
+    for i in range(3):
+        assert worker.submit(lambda i=i: i).result(10) == i
+        while "test" in {thread.name for thread in threading.enumerate()}:
+            time.sleep(0.01)
 
 
 def test_flush_brings_all_to_the_disk(disk):

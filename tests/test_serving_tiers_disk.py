@@ -652,7 +652,8 @@ def test_what_leaves_while_it_waits_comes_back():
     with folder() as path, DiskTier(path, encoding.encoded_size(two) + 9) as tier, Gate("write") as gate:
         for made in (one, two, one, two, one):
             assert tier.put(made) == []
-        assert gate.reached.wait(20) and two.name.key not in tier and tier.get(two.name) is None
+        assert gate.reached.wait(20) and two.name.key not in tier
+        assert tier.get(two.name) is None and tier.read(two.name) is None
         gate.opened.set()
         tier.flush()
         assert same(tier.get(one.name), one)
@@ -690,7 +691,7 @@ def test_a_queue_that_is_full():
 
 
 def test_a_disk_that_has_stopped_is_waited_for_once():
-    """Not by every record that follows; and it is tried again when something has been written."""
+    """Not by every record that follows; and it is tried again when there is room."""
     made = records(9)
     with folder() as path, DiskTier(path, ROOM, deadline=0.2, queue_bytes=1) as tier, Gate("write") as gate:
         tier.put(made[0])
@@ -702,6 +703,26 @@ def test_a_disk_that_has_stopped_is_waited_for_once():
         tier.flush()
         tier.put(made[1])
         assert same(tier.get(made[1].name), made[1])
+
+
+def test_where_no_thread_can_be_started(monkeypatch):
+    """As at the end of the interpreter: all works, but is waited for."""
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    made = records(3)
+    with folder() as path:
+        with monkeypatch.context() as patch, DiskTier(path, ROOM) as tier:
+            patch.setattr(threading.Thread, "start", refused)
+            for each in made:
+                assert tier.put(each) == []
+            tier.remove(made[0].name.key)
+            assert same(tier.get(made[1].name), made[1]) and tier.get(made[0].name) is None
+            tier.flush()
+            assert len(list(path.iterdir())) == 2
+        with DiskTier(path, ROOM) as tier:
+            assert [right(tier.get(r.name), r) and r.name.key in tier for r in made] == [False, True, True]
 
 
 def test_written_when_the_process_ends():
@@ -735,7 +756,12 @@ def test_what_was_used_longest_ago_leaves_first_after_a_restart():
             assert [r.name.key in tier for r in made] == [True, False, True, False]
             tier.flush()
             assert len(list(path.iterdir())) == 2
-        with DiskTier(path, sizes[0] - 1) as tier:  # none fits
+        with DiskTier(path, max(sizes)) as tier:
+            tier.write(records(1, kind=tier_cases.sized_kind(20))[0])
+            small = tier.nbytes - (sizes[0] if made[0].name.key in tier else 0)
+        with DiskTier(path, small) as tier:  # what never fits leaves, and nothing else for it
+            assert tier.nbytes == small
+        with DiskTier(path, small - 1) as tier:
             assert not tier.nbytes
         assert not list(path.iterdir())
 

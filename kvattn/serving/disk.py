@@ -35,7 +35,7 @@ class DiskTier:
         path: of the directory; made, with mode 0700, if it is not there.
         max_bytes: of files. What is there at the start and does not fit is removed.
         deadline: seconds. A record that is not read in that time is lost. So is one that finds `queue_bytes` waiting
-            for so long, and what comes after it until something was written.
+            for so long, and what comes after it, until there is room.
         queue_bytes: that may wait to be written; one record may exceed it.
 
     Raises:
@@ -181,7 +181,7 @@ class DiskTier:
         has_room = lambda: not self._queued or self._queued + size <= self.queue_bytes
         with self._changed:
             self._is_stuck = not self._changed.wait_for(has_room, 0 if self._is_stuck else self.deadline)
-            if self._is_stuck:  # the next ones do not wait until something has been written
+            if self._is_stuck:  # the next ones do not wait, until there is room
                 return None
             if key in self._recent:
                 self.remove(key)
@@ -212,7 +212,6 @@ class DiskTier:
                 if is_wanted():
                     del self._waiting[key]
                 self._queued -= size
-                self._is_stuck = False
                 self._changed.notify_all()
 
     def touch(self, key: bytes) -> None:

@@ -12,6 +12,8 @@ from kvattn.errors import OffloadError
 class Worker[T]:
     """Does calls one after another, in a thread that is there while there is something to do.
 
+    Where no thread can be started (too many, or the interpreter is ending) they are done at once.
+
     Args:
         name: of the thread.
         daemon: whether a process may end before the calls are done.
@@ -29,18 +31,21 @@ class Worker[T]:
         future: Future[T] = Future()
         with self._changed:
             self._calls.append((future, call))
+            self._changed.notify()
             if self._is_running:
-                self._changed.notify()
-            else:
-                self._is_running = True
-                threading.Thread(target=self._run, name=self._name, daemon=self._daemon).start()
+                return future
+            self._is_running = True
+        try:
+            threading.Thread(target=self._run, args=[self._linger], name=self._name, daemon=self._daemon).start()
+        except RuntimeError:
+            self._run(0)
         return future
 
-    def _run(self) -> None:
+    def _run(self, linger: float) -> None:
         while True:
             with self._changed:
                 while not self._calls:
-                    if not self._changed.wait(self._linger) and not self._calls:
+                    if not self._changed.wait(linger) and not self._calls:
                         self._is_running = False
                         return
                 future, call = self._calls.popleft()

@@ -1463,7 +1463,12 @@ FAULTS: list[Fault] = [
         test_serving_tiers.py::test_host_memory_is_a_list_by_use
         test_serving_tiers.py::test_keys_that_collide_are_a_miss
         """,
-        ("LeastRecent.add", "while self.nbytes > self.max_bytes", "while self.nbytes >= self.max_bytes"),
+        (
+            "LeastRecent.add",
+            "while self.nbytes > self.max_bytes",
+            "while self.nbytes >= self.max_bytes",
+            "test_serving_tiers.py::test_a_tier_may_be_full",
+        ),
         (
             "LeastRecent.add",
             "        if size > self.max_bytes:\n            return [key]\n",
@@ -1490,7 +1495,7 @@ FAULTS: list[Fault] = [
             "Tiers.load",
             "                break\n",
             "                continue\n",
-            "test_serving_tiers_disk.py::test_rows",
+            "test_serving_tiers.py::test_a_text_is_found_up_to_its_first_gap",
         ),
         ("Tiers.flush", "self._put(record, level + 1)", "self._put(record, level)"),
         ("_usable", "if record.has(g) else 0", "if record.has(g) else run"),
@@ -1503,7 +1508,18 @@ FAULTS: list[Fault] = [
         test_serving_tiers_disk.py::test_what_waits_is_found
         """,
         ("Timed.call", "not self._last.done()", "False"),
-        ("Worker._run", "and not self._calls:", "or not self._calls:"),
+        (
+            "Worker._run",
+            "                        self._is_running = False\n",
+            "",
+            "test_serving_tiers.py::test_a_thread_comes_back_when_there_is_something_to_do",
+        ),
+        (
+            "Worker.submit",
+            "            self._run(0)\n",
+            "            pass\n",
+            "test_serving_tiers_disk.py::test_where_no_thread_can_be_started",
+        ),
     ),
     *group(
         "serving/disk.py",
@@ -1534,12 +1550,6 @@ FAULTS: list[Fault] = [
             "0 if self._is_stuck else self.deadline",
             "self.deadline",
             "test_serving_tiers_disk.py::test_a_disk_that_has_stopped_is_waited_for_once",
-        ),
-        (
-            "DiskTier._write",
-            "                self._is_stuck = False\n",
-            "",
-            "test_serving_tiers_disk.py::test_a_queue_that_is_full",
         ),
         (
             "DiskTier._queue",
