@@ -756,12 +756,13 @@ def test_what_was_used_longest_ago_leaves_first_after_a_restart():
             assert [r.name.key in tier for r in made] == [True, False, True, False]
             tier.flush()
             assert len(list(path.iterdir())) == 2
-        with DiskTier(path, max(sizes)) as tier:
-            tier.write(records(1, kind=tier_cases.sized_kind(20))[0])
-            small = tier.nbytes - (sizes[0] if made[0].name.key in tier else 0)
-        with DiskTier(path, small) as tier:  # what never fits leaves, and nothing else for it
-            assert tier.nbytes == small
-        with DiskTier(path, small - 1) as tier:
+        small, large = (records(1, kind=tier_cases.sized_kind(size))[0] for size in (10, 5000))
+        with DiskTier(path, ROOM) as tier:
+            tier.write(small)
+            tier.write(large)
+        with DiskTier(path, encoding.encoded_size(small)) as tier:  # what never fits leaves, and nothing else for it
+            assert small.name.key in tier and large.name.key not in tier
+        with DiskTier(path, 9) as tier:
             assert not tier.nbytes
         assert not list(path.iterdir())
 

@@ -1451,11 +1451,6 @@ FAULTS: list[Fault] = [
         ),
         ("", "DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW", "DIRECTORY = os.O_RDONLY | os.O_DIRECTORY"),
         ("", "READ = os.O_RDONLY | os.O_NOFOLLOW", "READ = os.O_RDONLY"),
-        (
-            "_filled",
-            "        if not count:\n",
-            "        if not count and start == 0:\n            break\n        if not count:\n",
-        ),
     ),
     *group(
         "serving/tiers.py",
