@@ -123,6 +123,7 @@ def test_host_side_serving_needs_no_jax():
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("kvattn", include_external_packages=True, cache_dir=None)
     modules = ("blocks", "groups", "radix", "replay", "trace", "scheduler")
+    modules += ("disk", "encoding", "files", "kinds", "records", "stack", "tiers", "workers")
     names = [name for name in modules if (PACKAGE / "serving" / f"{name}.py").exists()]
     for name in names:
         chain = graph.find_shortest_chain(f"kvattn.serving.{name}", "jax")

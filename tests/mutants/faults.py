@@ -1364,4 +1364,200 @@ FAULTS: list[Fault] = [
         ("_request", "bool(ids) != ", "bool(ids) > "),
         ("_request", "type(i) is not int for i", "not isinstance(i, int) for i"),
     ),
+    *group(
+        "serving/kinds.py",
+        """
+        test_serving_tiers.py::test_nothing_that_differs_has_one_key
+        """,
+        ("parts", 'len(part).to_bytes(8, "little") + part', "part"),
+        ("Kind.settings", '"policy", "page_size"', '"page_size"'),
+        ("Kind.digest", "[*map(repr, self.settings.items()), *arrays]", "map(repr, self.settings.items())"),
+    ),
+    *group(
+        "serving/records.py",
+        """
+        test_serving_tiers.py::test_nothing_that_differs_has_one_key
+        test_serving_tiers.py::test_a_key_is_a_hash_of_kind_namespace_prefix_and_tokens
+        test_serving_tiers.py::test_names_go_on_where_others_end
+        test_serving_tiers.py::test_a_record_is_its_own
+        """,
+        ("_spelled", "*map(text_bytes, namespace)", 'text_bytes("".join(namespace))'),
+        ("page_key", "parts(parent, text)", "parts(text)"),
+        ("page_names", "        parent = key\n", ""),
+        ("page_names", "names[-1].key if names else", ""),
+        ("_owned", " and not given.flags.writeable", ""),
+        ("_owned", "given.flags.owndata and ", ""),
+    ),
+    *group(
+        "serving/encoding.py",
+        """
+        test_serving_tiers_disk.py::test_rows
+        """,
+        (
+            "decode",
+            "!= view[-CHECKSUM_BYTES:]",
+            '== b""',
+            "test_serving_tiers.py::test_every_flipped_bit_and_every_cut_is_seen",
+        ),
+        ("decode", "version != FORMAT", "version > FORMAT + 1"),
+        ("decode", "    _check_kind(table", "    0 and _check_kind(table"),
+        ("check_lengths", "stated != size", "stated > size"),
+        ("check_lengths", " or table_bytes > MAX_TABLE_BYTES", ""),
+        ("_check_name", '        "tokens": list(name.tokens),\n', ""),
+        ("_check_name", '        "parent": name.parent.hex(),\n', ""),
+        ("_check_name", '        "namespace": namespace_digest(name.namespace).hex(),\n', ""),
+        ("_check_layout", "(spec.axes, ", '(entry["axes"], '),
+        ("_entries", 'entry["offset"] != end or ', ""),
+        ("_entries", ' or entry["size"] != size', ""),
+        ("_entries", "if name in names", "if False"),
+        ("_parsed", "len(found) != len(pairs)", "False"),
+        ("_parsed", ", RecursionError", ""),
+    ),
+    *group(
+        "serving/files.py",
+        """
+        test_serving_tiers_disk.py::test_what_is_written_in_which_order
+        test_serving_tiers_disk.py::test_only_the_user_may_read
+        test_serving_tiers_disk.py::test_what_dead_processes_left_is_cleared_away
+        test_serving_tiers_disk.py::test_rows
+        test_serving_tiers_disk.py::test_every_call_fails_once
+        """,
+        ("Directory.write", "                os.fsync(fd)\n", ""),
+        ("Directory.write", "                os.fsync(self._fd)\n", ""),
+        (
+            "Directory.write",
+            """                os.fsync(fd)
+                left.append(name)
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+""",
+            """                left.append(name)
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                os.fsync(fd)
+""",
+        ),
+        ("Directory.write", "0o600", "0o644"),
+        ("Directory.write", "rest = rest[count:]", "break"),
+        ("Directory.write", "                left.append(name)\n", ""),
+        ("Directory.__init__", "0o700", "0o755"),
+        ("Directory.__init__", "if mode & stat.S_IWOTH", "if mode & stat.S_IXOTH & stat.S_IWOTH"),
+        ("Directory.__init__", '".." in self.path.parts', "False"),
+        ("Directory._clear", "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("Directory._clear", "            os.unlink(name, dir_fd=self._fd)\n", ""),
+        (
+            "Directory.entries",
+            "in sorted(found)",
+            "in found[::-1]",
+            "test_serving_tiers_disk.py::test_what_was_used_longest_ago_leaves_first_after_a_restart",
+        ),
+        ("", "DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW", "DIRECTORY = os.O_RDONLY | os.O_DIRECTORY"),
+        ("", "READ = os.O_RDONLY | os.O_NOFOLLOW", "READ = os.O_RDONLY"),
+    ),
+    *group(
+        "serving/tiers.py",
+        """
+        test_serving_tiers.py::test_host_memory_is_a_list_by_use
+        test_serving_tiers.py::test_keys_that_collide_are_a_miss
+        """,
+        (
+            "LeastRecent.add",
+            "while self.nbytes > self.max_bytes",
+            "while self.nbytes >= self.max_bytes",
+            "test_serving_tiers.py::test_a_tier_may_be_full",
+        ),
+        (
+            "LeastRecent.add",
+            "        if size > self.max_bytes:\n            return [key]\n",
+            "",
+            "test_serving_tiers_disk.py::test_what_was_used_longest_ago_leaves_first_after_a_restart",
+        ),
+        ("LeastRecent.remove", "self.nbytes -= self._sizes.pop(key, 0)", "self._sizes.pop(key, 0)"),
+        ("HostTier.get", "record is None or record.name != name", "record is None"),
+        ("HostTier.get", "        self._recent.touch(name.key)\n", ""),
+        ("HostTier.put", "            self._recent.touch(key)\n", ""),
+    ),
+    *group(
+        "serving/stack.py",
+        """
+        test_serving_tiers.py::test_what_falls_out_of_one_tier_sinks_to_the_next
+        test_serving_tiers.py::test_a_stack_of_host_and_disk_against_a_plain_one
+        test_serving_tiers.py::test_a_hit_has_what_every_window_sees
+        test_serving_tiers.py::test_flush_brings_all_to_the_disk
+        """,
+        ("Tiers.store", "reversed(list(records))", "list(records)"),
+        ("Tiers.touch", "reversed(names)", "names"),
+        ("Tiers.load", "        self.store(found)\n", ""),
+        (
+            "Tiers.load",
+            "                break\n",
+            "                continue\n",
+            "test_serving_tiers.py::test_a_text_is_found_up_to_its_first_gap",
+        ),
+        ("Tiers.flush", "self._put(record, level + 1)", "self._put(record, level)"),
+        ("_usable", "if record.has(g) else 0", "if record.has(g) else run"),
+        ("_usable", "-(-(window - 1) // kind.page_size)", "(window - 1) // kind.page_size"),
+    ),
+    *group(
+        "serving/workers.py",
+        """
+        test_serving_tiers_disk.py::test_rows
+        test_serving_tiers_disk.py::test_what_waits_is_found
+        """,
+        ("Timed.call", "not self._last.done()", "False"),
+        (
+            "Worker._run",
+            "                        self._is_running = False\n",
+            "",
+            "test_serving_tiers.py::test_a_thread_comes_back_when_there_is_something_to_do",
+        ),
+        (
+            "Worker.submit",
+            "            self._run(0)\n",
+            "            pass\n",
+            "test_serving_tiers_disk.py::test_where_no_thread_can_be_started",
+        ),
+    ),
+    *group(
+        "serving/disk.py",
+        """
+        test_serving_tiers_disk.py::test_what_waits_is_found
+        test_serving_tiers_disk.py::test_what_leaves_while_it_waits_comes_back
+        test_serving_tiers_disk.py::test_a_queue_that_is_full
+        test_serving_tiers_disk.py::test_rows
+        test_serving_tiers.py::test_a_disk_is_the_same_list
+        """,
+        ("DiskTier._write", "self._waiting.get(key) is entry", "key in self._waiting"),
+        ("DiskTier._write", "                    self._recent.remove(key)\n", "                    pass\n"),
+        ("DiskTier._write", "                self._queued -= size\n", ""),
+        ("DiskTier._queue", "not self._queued or ", ""),
+        ("DiskTier._queue", "self._queued + size <= self.queue_bytes", "True"),
+        ("DiskTier._delete", "            self._waiting.pop(key, None)\n", ""),
+        ("DiskTier.get", "            self.remove(name.key)\n", "            pass\n"),
+        ("DiskTier.get", "if error.errno != errno.EBUSY else", "if error.errno else"),
+        ("DiskTier.get", "        self.touch(name.key)\n", "", "test_serving_tiers.py::test_a_disk_is_the_same_list"),
+        (
+            "DiskTier.read",
+            "if waiting[0].name != name",
+            "if False",
+            "test_serving_tiers.py::test_keys_that_collide_are_a_miss",
+        ),
+        (
+            "DiskTier._queue",
+            "0 if self._is_stuck else self.deadline",
+            "self.deadline",
+            "test_serving_tiers_disk.py::test_a_disk_that_has_stopped_is_waited_for_once",
+        ),
+        (
+            "DiskTier._queue",
+            "                self.remove(key)\n",
+            "                pass\n",
+            "test_serving_tiers.py::test_a_record_with_more_groups_takes_the_place_of_one_with_fewer",
+        ),
+        ("DiskTier.flush", ".result()", ""),
+        (
+            "DiskTier.__init__",
+            "daemon=False",
+            "daemon=True",
+            "test_serving_tiers_disk.py::test_written_when_the_process_ends",
+        ),
+    ),
 ]
