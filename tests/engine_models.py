@@ -10,21 +10,23 @@ import numpy as np
 
 from kvattn.models import Decoder, DecoderConfig
 from kvattn.serving import engine
-from kvattn.serving.device import Came, Candidates, Device
+from kvattn.serving.device import AT_ONCE, Came, Candidates, Device
 
 V = 50
 POISON = -7
+UNSOUND = 49
+"""A token after which there are no logits."""
 
 
 def scores_after(tokens, stream=0):
     """One number per next token, from all tokens before it."""
     seed = zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251]))
-    return np.random.default_rng(seed).random(V).astype(np.float32)
+    return np.random.default_rng(seed).random(V).astype(np.float32) * (np.arange(V) != UNSOUND) + 1e-6
 
 
 def next_token(tokens, stream=0):
     """What the device chooses: cheaper than `scores_after`."""
-    return zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251])) % V
+    return zlib.crc32(np.asarray(tokens, np.int32).tobytes() + bytes([stream % 251])) % UNSOUND
 
 
 def repeating(tokens, stream=0):
@@ -50,14 +52,12 @@ class TextDevice(Device):
 
     def restart(self, cache):
         super().restart(cache)
-        self.memory = [
-            np.full((group.num_pages, group.page_size), POISON, np.int64) for group in self.groups
-        ]
+        self.memory = [np.full((group.num_pages, group.page_size), POISON, np.int64) for group in self.groups]
         self.lengths = np.zeros((self.num_rows,), int)
         self.new = np.full((self.num_rows,), -1, int)
         self.running = np.zeros((self.num_rows,), bool)
         self.drawn = np.zeros((self.num_rows,), int)
-        self.read_tokens = self.steps = self.accepted = 0
+        self.read_tokens = self.steps = self.accepted = self.restored = 0
 
     def _happens(self, what):
         if self.fails is not None:
@@ -72,7 +72,9 @@ class TextDevice(Device):
             slots = length if group.policy.in_order else 0
             first = 0 if window is None else max(length - window, 0)
             pages = table[row]
-            text = [memory[pages[t // size], t % size] if pages[t // size] >= 0 else POISON for t in range(first, slots)]
+            text = [
+                memory[pages[t // size], t % size] if pages[t // size] >= 0 else POISON for t in range(first, slots)
+            ]
             texts.append((first, text))
         return texts
 
@@ -95,7 +97,12 @@ class TextDevice(Device):
         stream = int(self._settings.sampler.stream[row]) if self._settings.sampler.temperature[row] > 0 else 0
         token = self._next(tables, row, self.lengths[row], stream)[1]
         token = forced if forced >= 0 else token
+        if UNSOUND in self._text(tables, row, self.lengths[row])[0][1]:
+            token = -2
         self.new[row], self.drawn[row] = token, self.drawn[row] + 1
+        if token < 0:
+            self.running[row] = False
+            return
         words = self._settings.stop[row]
         is_stop = bool(words[token // 32] >> (token % 32) & 1)
         self.running[row] = not is_stop and self.drawn[row] < self._settings.limit[row]
@@ -147,8 +154,8 @@ class TextDevice(Device):
 
     def read(self, tables, pieces):
         self._happens("read")
-        of_piece = list(zip(pieces.take, pieces.tokens, pieces.num_new, pieces.lengths, strict=True))
-        for i, (row, tokens, count, length) in enumerate(of_piece):
+        of_piece = list(zip(pieces.tokens, pieces.num_new, pieces.lengths, strict=True))
+        for i, (tokens, count, length) in enumerate(of_piece):
             self._write(tables, i, length, tokens[:count])
             self.read_tokens += int(count)
         chosen = []
@@ -177,6 +184,28 @@ class TextDevice(Device):
             best = np.argsort(-scores, kind="stable")[:count]
             tokens[row], logprobs[row] = best, scores[best]
         return Candidates(tokens, logprobs, np.zeros((self.num_rows,), np.int32))
+
+    def arrays(self):
+        return {f"{g}.tokens": ("offsets", (group.page_size,), "int64", g) for g, group in enumerate(self.groups)}
+
+    def fetch(self, pages):
+        self._happens("fetch")
+        found = []
+        for start in range(0, len(pages[0]), AT_ONCE):
+            part = {}
+            for g, column in enumerate(pages):
+                some = [*column[start : start + AT_ONCE], *[0] * AT_ONCE][:AT_ONCE]
+                part[f"{g}.tokens"] = self.memory[g][np.maximum(some, 0)].copy()
+            found.append(part)
+        return found
+
+    def restore(self, pages, held):
+        self._happens("restore")
+        for i, page in enumerate(held):
+            for g, column in enumerate(pages):
+                if f"{g}.tokens" in page and column[i] >= 0:
+                    self.memory[g][column[i]] = page[f"{g}.tokens"]
+                    self.restored += 1
 
     def move(self, source):
         self._happens("move")

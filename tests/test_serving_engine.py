@@ -211,9 +211,15 @@ def test_nothing_compiles_after_the_warm_up(model):
 def test_the_pool_is_updated_in_place(model):
     engine = Engine(model, num_pages=30, **SMALL)
     engine.submit(PROMPTS[0], NEW)
-    where = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((engine._device.cache[0].keys, engine._device.cache[0].values))}
+    where = {
+        x.unsafe_buffer_pointer()
+        for x in jax.tree.leaves((engine._device.cache[0].keys, engine._device.cache[0].values))
+    }
     engine.run()
-    now = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((engine._device.cache[0].keys, engine._device.cache[0].values))}
+    now = {
+        x.unsafe_buffer_pointer()
+        for x in jax.tree.leaves((engine._device.cache[0].keys, engine._device.cache[0].values))
+    }
     assert where == now
 
 

@@ -1,14 +1,14 @@
-"""Engines over pages of text: whatever comes, goes, waits and gives way, every request gets the tokens it gets alone."""
+"""Engines over pages of text: whatever comes, goes and gives way, every request gets the tokens it gets alone."""
 
 import itertools
 import random
 
 import numpy as np
 import pytest
-from engine_models import V, continued, model, next_token, repeating, scores_after, text_engine
+from engine_models import UNSOUND, V, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
-from kvattn.serving import beams
+from kvattn.serving import DiskTier, HostTier, beams
 from kvattn.serving.request import Request
 
 FULL_RUN = pytest.mark.slow
@@ -45,11 +45,11 @@ def at_rest(engine, prefixes=True):
 
 def prompts_of(rng, count, shared=3, longest=24):
     """Prompts of which many begin alike."""
-    heads = [[rng.randrange(V) for _ in range(rng.randrange(1, longest))] for _ in range(shared)]
+    heads = [[rng.randrange(UNSOUND) for _ in range(rng.randrange(1, longest))] for _ in range(shared)]
     found = []
     for _ in range(count):
         head = rng.choice(heads)[: rng.randrange(1, longest)]
-        found.append((head + [rng.randrange(V) for _ in range(rng.randrange(0, 8))])[:longest])
+        found.append((head + [rng.randrange(UNSOUND) for _ in range(rng.randrange(0, 8))])[:longest])
     return found
 
 
@@ -66,9 +66,9 @@ def test_everybody_gets_what_it_gets_alone(monkeypatch, request, kind, num_pages
     engine = text_engine(monkeypatch, built, **settings)
     engine = unshareable(engine) if kind == "unshareable" else engine
     asked = {}
-    for i, prompt in enumerate(prompts_of(rng, 30)):
+    for prompt in prompts_of(rng, 30):
         count, samples = rng.randrange(1, 24), rng.choice([1, 1, 1, 3, 6])
-        stop = [rng.randrange(V) for _ in range(rng.choice([0, 0, 4]))]
+        stop = [rng.randrange(UNSOUND) for _ in range(rng.choice([0, 0, 4]))]
         temperature = rng.choice([0.0, 1.0])
         options = dict(num_samples=samples, stop_tokens=stop, temperature=temperature)
         asked[engine.submit(prompt, count, **options)] = [
@@ -130,7 +130,7 @@ def test_a_request_is_passed_over_64_times_at_most(monkeypatch, plain):
     lonely = engine.submit([40] * 8, 1)
     order = []
     for i in range(100):
-        engine.submit([*popular, i % V, i // V], 1, on_token=lambda *_, i=i: order.append(i))
+        engine.submit([*popular, i % UNSOUND, i // UNSOUND], 1, on_token=lambda *_, i=i: order.append(i))
     while lonely.state != "finished":
         engine.step()
     assert 60 <= len(order) <= 65
@@ -157,10 +157,10 @@ def test_larger_priorities_go_first_and_leave_last(monkeypatch, plain):
 def test_the_longest_prefix_first_computes_every_page_once(monkeypatch, plain):
     """Theorem 3.1 of arXiv:2312.07104: a pool as small as the longest request reaches the optimum."""
     rng = random.Random(3)
-    trunk = [[rng.randrange(V) for _ in range(16)] for _ in range(8)]
-    branch = {(a, b): [rng.randrange(V) for _ in range(8)] for a in range(8) for b in range(2)}
+    trunk = [[rng.randrange(UNSOUND) for _ in range(16)] for _ in range(8)]
+    branch = {(a, b): [rng.randrange(UNSOUND) for _ in range(8)] for a in range(8) for b in range(2)}
     prompts = [
-        [*trunk[a], *branch[a, b], *[rng.randrange(V) for _ in range(4)], a]
+        [*trunk[a], *branch[a, b], *[rng.randrange(UNSOUND) for _ in range(4)], a]
         for _ in range(3) for a in range(8) for b in range(2)
     ]  # fmt: skip
     rng.shuffle(prompts)
@@ -187,7 +187,7 @@ def test_guesses_change_nothing(monkeypatch, request, kind):
         engine._device.next_token = repeating
         asked = {}
         for prompt in prompts_of(rng, 12):
-            stop = [rng.randrange(V)] if rng.random() < 0.3 else []
+            stop = [rng.randrange(UNSOUND)] if rng.random() < 0.3 else []
             expected = [continued(prompt, 30, k, stop, repeating) for k in range(2)]
             asked[engine.submit(prompt, 30, num_samples=2, temperature=1.0, stop_tokens=stop)] = expected
         assert engine.run() == asked
@@ -197,6 +197,50 @@ def test_guesses_change_nothing(monkeypatch, request, kind):
     assert steps[7] < 0.6 * steps[0]
     with pytest.raises(errors.RangeError, match="speculate"):
         text_engine(monkeypatch, request.getfixturevalue(kind), speculate=8)
+
+
+# Tiers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+def test_what_left_comes_back(monkeypatch, request, kind):
+    """A pool for hardly one prompt, and room for all below it."""
+    built, cached = request.getfixturevalue(kind), {}
+    for tiers in ((), (HostTier(10**6),)):
+        rng = random.Random(7)
+        heads = [[rng.randrange(UNSOUND) for _ in range(24)] for _ in range(4)]
+        engine = text_engine(monkeypatch, built, num_pages=12, tiers=tiers)
+        for turn in range(12):
+            prompt = [*heads[turn % 4], *[rng.randrange(UNSOUND) for _ in range(4)]]
+            asked = engine.submit(prompt, 6)
+            assert engine.run() == {asked: [continued(prompt, 6)]}
+            engine._scheduler.check()
+        stats = engine.stats()
+        cached[len(tiers)] = stats.cached_prompt_tokens
+        assert stats.evictions > 0 and sum(stats.tier_prompt_tokens) == (stats.cached_prompt_tokens if tiers else 0)
+        at_rest(engine)
+    assert cached == {0: 0, 1: 8 * 24}
+
+
+def test_prefixes_outlive_an_engine(monkeypatch, plain, tmp_path):
+    prompt = list(range(30))
+    with DiskTier(tmp_path / "pages", 10**6) as disk:
+        engine = text_engine(monkeypatch, plain, tiers=(HostTier(10**4), disk))
+        engine.submit(prompt, 4)
+        engine.run()
+        engine.save_prefixes()
+    with DiskTier(tmp_path / "pages", 10**6) as disk:
+        engine = text_engine(monkeypatch, plain, tiers=(HostTier(10**4), disk))
+        again, other = engine.submit([*prompt, 5], 4), engine.submit(prompt, 4, namespace="b")
+        assert engine.run() == {again: [continued([*prompt, 5], 4)], other: [continued(prompt, 4)]}
+        assert engine.stats().tier_prompt_tokens == (0, 28)
+        assert engine.stats().tiers[1].hits == 7
+        at_rest(engine)
+    with DiskTier(tmp_path / "pages", 10**6) as disk:  # another model
+        engine = text_engine(monkeypatch, model(rope_theta=5000.0), tiers=(disk,))
+        engine.submit([*prompt, 5], 4)
+        engine.run()
+        assert engine.stats().tier_prompt_tokens == (0,)
 
 
 # Beams --------------------------------------------------------------------------------------------------------------
@@ -227,9 +271,11 @@ def test_beams(monkeypatch, request, kind, num_pages):
     engine = unshareable(engine) if kind == "unshareable" else engine
     asked, others = {}, {}
     for width, count in ((3, 6), (1, 4), (4, 5), (2, 9)):
-        prompt = [rng.randrange(V) for _ in range(rng.randrange(1, 12))]
-        stop = [rng.randrange(V) for _ in range(9)] if width % 2 else []
-        asked[engine.submit(prompt, count, beam_width=width, stop_tokens=stop)] = plain_beams(prompt, count, width, stop)
+        prompt = [rng.randrange(UNSOUND) for _ in range(rng.randrange(1, 12))]
+        stop = [rng.randrange(UNSOUND) for _ in range(9)] if width % 2 else []
+        asked[engine.submit(prompt, count, beam_width=width, stop_tokens=stop)] = plain_beams(
+            prompt, count, width, stop
+        )
         others[engine.submit(prompt, 9)] = [continued(prompt, 9)]
     done = engine.run()
     for each, expected in asked.items():
@@ -290,6 +336,17 @@ def test_nothing_to_do(monkeypatch, plain):
     nothing = engine.submit([1, 2], 0)
     assert nothing.state == "finished" and nothing.tokens == [[]]
     assert engine.run() == {nothing: [[]]} and engine.run() == {}
+
+
+def test_logits_that_are_no_numbers_fail_their_request_alone(monkeypatch, plain):
+    engine = text_engine(monkeypatch, plain)
+    bad, good = engine.submit([1, UNSOUND, 2], 4), engine.submit([1, 2], 4)
+    assert engine.run() == {good: [continued([1, 2], 4)]}
+    assert bad.state == "failed" and isinstance(bad.error, errors.RangeError) and bad.tokens == [[]]
+    assert engine.stats().failed == 1
+    with pytest.raises(errors.RangeError):
+        list(bad.stream())
+    at_rest(engine)
 
 
 def test_cancelled(monkeypatch, plain):
@@ -378,6 +435,7 @@ def lives(monkeypatch, plain, windowed, seed, count):
         prefix_cache=rng.random() < 0.8,
         max_length=40,
         speculate=rng.choice([0, 0, 3]) if kind != "unshareable" else 0,
+        tiers=rng.choice([(), (HostTier(3000),)]),
     )
     engine = unshareable(engine) if kind == "unshareable" else engine
     prompts = prompts_of(rng, count)
@@ -395,7 +453,7 @@ def lives(monkeypatch, plain, windowed, seed, count):
 
     for i, prompt in enumerate(prompts):
         new = rng.randrange(1, 16)
-        stop = [rng.randrange(V) for _ in range(rng.choice([0, 3]))]
+        stop = [rng.randrange(UNSOUND) for _ in range(rng.choice([0, 3]))]
         options = dict(stop_tokens=stop, priority=rng.choice([0, 0, 1]), namespace=rng.choice(["", "a"]))
         try:
             if rng.random() < 0.1:

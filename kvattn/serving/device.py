@@ -6,7 +6,7 @@ copies pages. Nothing else is compiled, whatever is submitted.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from kvattn._typing import Array
 from kvattn.cache import PagedKVCache, groups_of, with_tables
+from kvattn.cache.axes import axis_of
 from kvattn.cache.rows import with_rows
 from kvattn.models import loop
 from kvattn.models.decoder import Decoder
@@ -25,6 +26,9 @@ from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.jobs import NO_ROW, Piece
 from kvattn.serving.jobs import Sequence as Text
 from kvattn.serving.prefixes import Copies
+
+AT_ONCE = 8
+"""Pages that are read from the device, or put back, by one call."""
 
 Caches = tuple[PagedKVCache, ...]
 Tables = tuple[Int32[np.ndarray, "B W"], ...]
@@ -93,6 +97,8 @@ class Programs(NamedTuple):
     grow: Callable[..., tuple[Candidates, Caches]]
     copy: Callable[..., Caches]
     move: Callable[..., Caches]
+    fetch: Callable[..., dict[str, Array]]
+    restore: Callable[..., Caches]
 
 
 def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
@@ -175,10 +181,44 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         """Rows take over what others remember, as `with_rows`; pages stay where they are."""
         return with_rows(cache, cache, source)
 
-    return Programs(read, step, verify, grow, copy, move)
+    @jax.jit
+    def fetch(cache, pages):
+        """What pages [M] of every group hold: [M, L, ...], L the layers of the group."""
+        found = {}
+        for g, (group, which) in enumerate(zip(groups_of(cache), pages, strict=True)):
+            for role, name, axis in _pooled(cache[group.layers[0]]):
+                layers = [getattr(cache[i], role)[name] for i in group.layers]
+                taken = [jnp.moveaxis(jnp.take(x, which, axis=axis, mode="clip"), axis, 0) for x in layers]
+                found[f"{g}.{role}.{name}"] = jnp.stack(taken, axis=1)
+        return found
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def restore(cache, pages, arrays):
+        """Puts back what `fetch` gave; negative pages: nothing."""
+        found = list(cache)
+        for g, (group, which) in enumerate(zip(groups_of(cache), pages, strict=True)):
+            into = jnp.where(which < 0, group.num_pages, which)
+            for n, i in enumerate(group.layers):
+                changed = {"keys": dict(cache[i].keys), "values": dict(cache[i].values)}
+                for role, name, axis in _pooled(cache[i]):
+                    new = jnp.moveaxis(arrays[f"{g}.{role}.{name}"][:, n], 0, axis)
+                    at = (slice(None),) * axis + (into,)
+                    changed[role][name] = changed[role][name].at[at].set(new, mode="drop")
+                found[i] = found[i].replace(**changed)
+        return tuple(found)
+
+    return Programs(read, step, verify, grow, copy, move, fetch, restore)
 
 
 PROGRAMS = ProgramsOf(_compiled)
+
+
+def _pooled(cache: PagedKVCache) -> Iterator[tuple[str, str, int]]:
+    """The arrays of a cache that have pages: keys or values, their name, and which axis the pages are."""
+    for role in ("keys", "values"):
+        for name, axes in getattr(cache.axes, role).items():
+            if (axis := axis_of("pages", axes)) is not None:
+                yield role, name, axis
 
 
 def _appended(
@@ -334,6 +374,49 @@ class Device:
         rows[list(source)] = list(source.values())
         self.cache = self.programs.move(self.cache, rows)
 
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...], str, int]]:
+        """What a page holds, by name: axes in words, shape, dtype and group."""
+        found = {}
+        for g, group in enumerate(self.groups):
+            cache = self.cache[group.layers[0]]
+            for role, name, axis in _pooled(cache):
+                x, words = getattr(cache, role)[name], getattr(cache.axes, role)[name].split()
+                shape = (len(group.layers), *x.shape[:axis], *x.shape[axis + 1 :])
+                axes = " ".join(["layers", *words[:axis], *words[axis + 1 :]])
+                found[f"{g}.{role}.{name}"] = axes, shape, str(x.dtype), g
+        return found
+
+    def fetch(self, pages: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
+        """What pages hold, on its way to the host: `AT_ONCE` pages at a time, one list of as many for every group."""
+        found = []
+        for start in range(0, len(pages[0]), AT_ONCE):
+            some = [_filled(column[start : start + AT_ONCE], 0) for column in pages]
+            found.append(self.programs.fetch(self.cache, tuple(some)))
+            jax.copy_to_host_async(found[-1])
+        return found
+
+    def restore(self, pages: Sequence[Sequence[int]], held: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Puts back what pages held.
+
+        Args:
+            pages: of every group; negative where nothing is put back.
+            held: of every page, what `fetch` gave; arrays of a group may be missing.
+        """
+        specs = self.arrays()
+        for start in range(0, len(held), AT_ONCE):
+            some = held[start : start + AT_ONCE]
+            columns = [list(column[start : start + AT_ONCE]) for column in pages]
+            arrays = {}
+            for name, (_, shape, dtype, group) in specs.items():
+                arrays[name] = np.zeros((AT_ONCE, *shape), jnp.dtype(dtype))
+                for i, page in enumerate(some):
+                    if name in page:
+                        arrays[name][i] = page[name]
+                    else:
+                        columns[group][i] = NO_BLOCK
+            where = tuple(_filled(column, NO_BLOCK) for column in columns)
+            self.cache = self.programs.restore(self.cache, where, arrays)
+
     def pieces(
         self, pieces: Sequence[Piece], shape: tuple[int, int], tables: Sequence[Int32[np.ndarray, "M W"]]
     ) -> tuple[Tables, Pieces]:
@@ -374,6 +457,13 @@ class Device:
         mask = np.zeros((self.num_rows,), bool)
         mask[list(rows)] = True
         return mask
+
+
+def _filled(pages: Sequence[int], fill: int) -> Int32[np.ndarray, " M"]:
+    """`AT_ONCE` pages."""
+    column = np.full((AT_ONCE,), fill, np.int32)
+    column[: len(pages)] = np.where(np.asarray(pages) < 0, fill, pages)
+    return column
 
 
 def _sent(came: Came) -> Came:

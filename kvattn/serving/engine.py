@@ -1,6 +1,7 @@
 """`Engine`: many requests on one model and one pool of pages."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import time
@@ -11,25 +12,40 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from kvattn import _checks
 from kvattn.cache import Group, PagedKVCache, groups_of
 from kvattn.cache import status as bits
 from kvattn.codecs import Codec
-from kvattn.errors import CapacityError, ConfigError, DTypeError, KVAttnError, OutOfBlocksError, RangeError, UnsupportedError
+from kvattn.errors import (
+    CapacityError,
+    ConfigError,
+    DTypeError,
+    KVAttnError,
+    OutOfBlocksError,
+    RangeError,
+    UnsupportedError,
+)
 from kvattn.models import loop
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Decoder
 from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import beams, checks
-from kvattn.serving.device import Came, Device
+from kvattn.serving.below import Below
+from kvattn.serving.counts import NO_BLOCK
+from kvattn.serving.device import AT_ONCE, Came, Device
 from kvattn.serving.drafts import Lookup
 from kvattn.serving.groups import LayerGroup
 from kvattn.serving.jobs import NO_ROW, Admission, Job, Sequence, Tick
+from kvattn.serving.kinds import ArraySpec, Kind
 from kvattn.serving.prefixes import PrefixPool
+from kvattn.serving.records import PageName, Record
 from kvattn.serving.request import ENDED, Request
 from kvattn.serving.scheduler import SCHEDULES, Scheduler
+from kvattn.serving.stack import Tiers
+from kvattn.serving.tiers import Tier, TierCounters
 
 _NARROWEST = 16
 """Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
@@ -41,7 +57,7 @@ _AUTO_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
-class Stats(Mapping[str, float]):
+class Stats(Mapping[str, Any]):
     """What an engine has done so far; also to be read as a mapping.
 
     Attributes:
@@ -58,6 +74,8 @@ class Stats(Mapping[str, float]):
         failed: requests that could not go on.
         ticks: calls of `Engine.step`.
         tokens_per_second: new tokens by the time spent in them.
+        tier_prompt_tokens: of `cached_prompt_tokens` those that came from each tier.
+        tiers: what each tier has seen.
     """
 
     prompt_tokens: int = 0
@@ -73,8 +91,10 @@ class Stats(Mapping[str, float]):
     failed: int = 0
     ticks: int = 0
     tokens_per_second: float = 0.0
+    tier_prompt_tokens: tuple[int, ...] = ()
+    tiers: tuple[TierCounters, ...] = ()
 
-    def __getitem__(self, name: str) -> float:
+    def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
             raise KeyError(name)
         return getattr(self, name)
@@ -127,6 +147,9 @@ class Engine:
         policy: which tokens are kept; as in `Decoder.make_paged_cache`.
         codec: in how many bits.
         prefill_chunk: prompts are read up to the next multiple of so many tokens at a time.
+        tiers: where prefixes go that have to leave the device, the fastest first: `HostTier`, `DiskTier`. They come
+            back where a prompt begins with them, also to another engine, and are found there by model, settings,
+            namespace and tokens. They stay the caller's, to be closed by whoever made them.
         speculate: how many tokens are guessed, at most 7, by what followed the last ones when they came before in the
             same text (`kvattn.serving.drafts`), and verified in one step. What comes out is the same, sampled tokens
             too; where a text repeats itself it comes faster, elsewhere up to as much slower as a step with so many
@@ -166,6 +189,7 @@ class Engine:
         policy: Policy | Several[Policy | None] | None = None,
         codec: Codec | Several[Codec | None] | None = None,
         prefill_chunk: int = 256,
+        tiers: Several[Tier] = (),
         speculate: int = 0,
     ):
         if not isinstance(model, Decoder):
@@ -207,12 +231,17 @@ class Engine:
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
         self._shapes = _shapes(prefill_chunk, max_batch)
         self._device = Device(model, caches, [0])
+        self._tiers = Tiers(tiers)
+        self._below = None
+        if self._tiers.tiers and self._is_shareable and prefix_cache:
+            self._below = Below(self._tiers, _kind(model, caches, self._device, self._layer_groups))
         self._scheduler = self._new_scheduler()
         self._numbers = itertools.count()
         self._jobs: dict[Request, list[Job]] = {}
         self._choices: dict[Request, _Choice] = {}
         self._ended: list[Request] = []
         self._in_flight: deque[list[_Read]] = deque()
+        self._sinking: list[tuple[list[PageName], list[tuple[int, ...]], list[dict[str, Any]]]] = []
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "failed", "ticks"), 0
         )
@@ -360,6 +389,7 @@ class Engine:
             # One tick is in the device's hands while the last one's tokens are read; but guesses go by the last token.
             keep = 1 if tick and not self._speculate else 0
             raised = None
+            self._sunk()
             while len(self._in_flight) > keep:
                 error = self._collect(self._in_flight.popleft())
                 raised = raised or error
@@ -385,6 +415,8 @@ class Engine:
             waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),
             running=sum(request.state == "running" for request in self._jobs),
             tokens_per_second=self._counts["new_tokens"] / self._seconds if self._seconds else 0.0,
+            tier_prompt_tokens=() if self._below is None else tuple(self._below.prompt_tokens),
+            tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )
 
     def warm_up(self, beam_widths: Several[int] = ()) -> None:
@@ -417,6 +449,7 @@ class Engine:
                 chunk=self._chunk,
                 is_shareable=self._is_shareable,
                 keeps_prefixes=self._prefix_cache,
+                below=self._below,
             )
         ]
         return Scheduler(
@@ -434,9 +467,14 @@ class Engine:
         for admission in tick.admitted:
             self._admitted(admission)
         device, reads = self._device, []
+        self._sink()
         device.copy(tick.copies)
         if tick.steps:
             reads.append(self._stepped(tick.steps))
+        for shard in self._scheduler.shards:
+            for tables, records in shard.restored:
+                device.restore(tables, [record.arrays for record in records])
+            shard.restored = []
         if tick.pieces:
             reads.append(self._read_pieces(tick))
         device.copy(tick.forks)
@@ -448,6 +486,41 @@ class Engine:
             if job.was_in and job.owner not in running and not job.owner.is_over:
                 job.owner.state = "preempted"
         return reads
+
+    def _sink(self) -> None:
+        """Reads pages of prefixes that have left, before others write to them."""
+        if self._below is None:
+            return
+        for names, pages in self._below.take():
+            rows = [page if isinstance(page, tuple) else (page,) for page in pages]
+            self._sinking.append((names, rows, self._device.fetch([*zip(*rows, strict=True)])))
+
+    def _sunk(self) -> None:
+        """Gives the tiers what has been read."""
+        sinking, self._sinking = self._sinking, []
+        for names, rows, parts in sinking:
+            pages = [{n: x[i] for n, x in part.items()} for part in map(_on_host, parts) for i in range(AT_ONCE)]
+            records = []
+            for name, row, arrays in zip(names, rows, pages, strict=False):
+                specs = name.kind.arrays
+                there = {n: x for n, x in arrays.items() if row[specs[n].group] != NO_BLOCK}
+                records.append(Record(name, there))
+            self._tiers.store(records)
+
+    def save_prefixes(self) -> None:
+        """Copies every prefix that is on the device into the tiers, and waits until they have it.
+
+        For the end of a process: what has left the device is there already.
+        """
+        if self._below is None:
+            return
+        for shard in self._scheduler.shards:
+            assert shard.tree is not None
+            for text in shard.tree.leaves():
+                self._below.leaves(text)
+        self._sink()
+        self._sunk()
+        self._tiers.flush()
 
     def _admitted(self, admission: Admission) -> None:
         """Counts a job that was let in, and gives its rows their settings."""
@@ -465,7 +538,9 @@ class Engine:
 
     def _held(self) -> tuple[list[int], tuple[np.ndarray, ...]]:
         """The rows that sequences have, and the tables of all rows."""
-        sequences = [s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])]
+        sequences = [
+            s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])
+        ]
         rows = [sequence.row for sequence in sequences]
         tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
         return rows, self._device.row_tables(rows, tables)
@@ -590,12 +665,17 @@ class Engine:
     def _abandon(self, error: BaseException) -> None:
         """After an error in the middle of a tick nothing on the device can be relied on: all begins anew."""
         self._in_flight.clear()
+        self._sinking.clear()
+        if self._below is not None:
+            self._below.take()
         cause = error if isinstance(error, KVAttnError) else None
         waiting = {job.owner for job in self._scheduler.waiting} - {job.owner for job in self._scheduler.running}
         for request in list(self._jobs):
             if request not in waiting or request.is_over:
                 if not request.is_over:
-                    self._fail(request, cause or CapacityError(f"the engine stopped in the middle of a tick: {error!r}."))
+                    self._fail(
+                        request, cause or CapacityError(f"the engine stopped in the middle of a tick: {error!r}.")
+                    )
                 self._end(request, request.state)
         left = [job for job in self._scheduler.waiting if job.owner in self._jobs]
         self._scheduler = self._new_scheduler()
@@ -652,6 +732,7 @@ class Engine:
                 source[child.row] = parents[i].row
             parents[i].new, parents[i].logprobs = list(first.tokens), list(first.logprobs)
         job.sequences.sort(key=lambda s: _order(going, s))
+        self._sink()
         if source:
             self._device.move(source)
         self._device.copy(copies)
@@ -682,6 +763,29 @@ def _shapes(chunk: int, rows: int) -> list[tuple[int, int]]:
         widths.add(width)
         width *= 4
     return [(max(min(rows, chunk // width), 1), width) for width in sorted(widths)]
+
+
+def _on_host(part: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in part.items()}
+
+
+def _kind(model: Decoder, caches: Several[PagedKVCache], device: Device, groups: Several[LayerGroup]) -> Kind:
+    """What a record must have been made by, to be of use here."""
+    hashed = hashlib.sha256(repr(model.config).encode())
+    for path, x in nnx.to_flat_state(nnx.state(model)):
+        array = np.ascontiguousarray(np.asarray(x[...]))
+        hashed.update(repr((path, array.shape, str(array.dtype))).encode())
+        hashed.update(array.view(np.uint8).data)
+    each = lambda of: repr(sorted({repr(of(layer)) for layer in caches}))
+    return Kind(
+        model=hashed.hexdigest(),
+        dtype=each(lambda layer: layer.dtype),
+        codec=each(lambda layer: layer.codec),
+        policy=repr([layer.policy for layer in caches]),
+        page_size=caches[0].page_size,
+        arrays={name: ArraySpec(*spec) for name, spec in device.arrays().items()},
+        windows=tuple(group.window for group in groups),
+    )
 
 
 def _layer_group(group: Group, cache: PagedKVCache) -> LayerGroup:

@@ -187,9 +187,7 @@ class GroupedPool:
             pool.forget(seq, self._unseen(group, pool, seq, seen))
         return tuple(tuple(pool.append(seq, count)) for pool, count in zip(self.pools, counts, strict=True))
 
-    def append_needs(
-        self, seq: Hashable, num_tokens: int | Sequence[int] = 1, *, seen: int | None = None
-    ) -> list[int]:
+    def append_needs(self, seq: Hashable, num_tokens: int | Sequence[int] = 1, *, seen: int | None = None) -> list[int]:
         """Blocks of every group that `append` would take from the free ones, less those it would give back."""
         return [
             pool.append_cost(seq, count) - pool.forget_gain(seq, self._unseen(group, pool, seq, seen))

@@ -5,14 +5,17 @@ blocks are wanted, and only then.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from kvattn.errors import BlockStateError, OutOfBlocksError
+from kvattn.serving.below import Below
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.groups import GroupedPool, LayerGroup
 from kvattn.serving.radix import Match, RadixTree
+from kvattn.serving.records import Record
 
 Copies = tuple[list[tuple[int, int]], ...]
 """Pages (source, target) to copy, of every group."""
@@ -20,6 +23,18 @@ Copies = tuple[list[tuple[int, int]], ...]
 NO_COPIES: Copies = ()
 
 Tokens = Int32[np.ndarray, " S"]
+
+
+class Restored(NamedTuple):
+    """Pages that were below.
+
+    Attributes:
+        tables: of every group the pages that take them in.
+        records: what they hold.
+    """
+
+    tables: list[list[int]]
+    records: list[Record]
 
 
 class PrefixPool:
@@ -36,10 +51,12 @@ class PrefixPool:
             them is kept elsewhere. If not, a fork copies its pages.
         keeps_prefixes: whether pages stay when their sequence has ended. Only where they are shareable.
         watermark: see `BlockPool`.
+        below: where pages of prefixes go when they leave, and come back from.
 
     Attributes:
         evictions: pages of prefixes that had to leave.
         stamp: another one whenever `known` may give another number.
+        restored: pages that came back from below, of sequences that were let in since this list was emptied last.
     """
 
     def __init__(
@@ -51,12 +68,15 @@ class PrefixPool:
         is_shareable: bool = True,
         keeps_prefixes: bool = True,
         watermark: float = 0.01,
+        below: Below | None = None,
     ):
         self.pool = GroupedPool(groups, block_size, watermark=watermark)
         self.is_shareable = is_shareable
         self.tree = RadixTree(block_size, windows=self.pool.windows) if is_shareable and keeps_prefixes else None
+        self.below = below if self.tree is not None else None
         self.evictions = 0
         self.stamp = 0
+        self.restored: list[Restored] = []
         self._chunk = chunk
         self._reserves = [int(watermark * group.num_blocks) for group in groups]
         self._promised = [0] * len(groups)
@@ -133,7 +153,9 @@ class PrefixPool:
             assert self.tree is not None
             self.tree.lock(match)
         pages = [] if match is None else match.pages
-        counts = [self._at_first(group, start, len(tokens)) for group in self.pool.groups]
+        names = [] if self.below is None else self.below.find(tokens[:-1], namespace, start)
+        found = start + len(names) * self.pool.block_size
+        counts = [self._at_first(group, found, len(tokens)) for group in self.pool.groups]
         own = [self._own(group, start, len(tokens)) for group in self.pool.groups]
         needs = [max(pair) for pair in zip(own, self._fresh(start, counts), strict=True)]
         reserves = [0] * len(needs) if alone else self._reserves
@@ -142,12 +164,21 @@ class PrefixPool:
                 assert self.tree is not None
                 self.tree.unlock(match)
             return None
+        records: list[Record] = []
+        if self.below is not None and names:
+            records = self.below.load(names)
+            found = start + len(records) * self.pool.block_size
+            counts = [self._at_first(group, found, len(tokens)) for group in self.pool.groups]
         self.pool.allocate(seq, counts, prefix=pages)
         self._spaces[seq] = namespace
         if match is not None:
             self._matches[seq] = match
         self._promise(seq, [a - b for a, b in zip(needs, self._fresh(start, counts), strict=True)])
-        return start
+        if records:
+            first = start // self.pool.block_size
+            tables = [table[first : first + len(records)] for table in self.pool.tables(seq)]
+            self.restored.append(Restored(tables, records))
+        return found
 
     def reach(self, seq: Hashable, num_tokens: int) -> None:
         """Takes the pages for the first so many tokens of its prompt; they were promised."""
@@ -307,10 +338,8 @@ class PrefixPool:
     def _evict(self, group: int, count: int) -> bool:
         """Evicts so many pages of a group; whether there were any."""
         assert self.tree is not None
-        gone = self.tree.evict(count, group=group)
+        gone = self.tree.evict(count, group=group, told=None if self.below is None else self.below.leaves)
         self.stamp += 1
         self.pool.release(gone)
-        self.evictions += sum(
-            page != NO_BLOCK for row in gone for page in (row if isinstance(row, tuple) else (row,))
-        )
+        self.evictions += sum(page != NO_BLOCK for row in gone for page in (row if isinstance(row, tuple) else (row,)))
         return bool(gone)

@@ -5,7 +5,8 @@ the text that was asked for. The tree counts no references: whoever inserts hold
 evicts releases them.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from kvattn.errors import BlockStateError, ConfigError, RangeError, ShapeError
 from kvattn.serving import checks
@@ -15,6 +16,20 @@ Page = int | tuple[int, ...]
 """What a tree stores for `page_size` tokens: a page, or with several groups of layers one per group."""
 
 NO_PAGE = -1
+
+
+class Leaving(NamedTuple):
+    """A text whose last pages are meant.
+
+    Attributes:
+        namespace: whose it is.
+        text: its tokens, int32 as bytes.
+        pages: the last ones, in order.
+    """
+
+    namespace: Hashable
+    text: bytes
+    pages: list[Page]
 
 
 class Match:
@@ -196,13 +211,14 @@ class RadixTree:
                 self._queue(each)
         self._prune(node)
 
-    def evict(self, num_pages: int, *, group: int = 0) -> list[Page]:
+    def evict(self, num_pages: int, *, group: int = 0, told: Callable[[Leaving], object] | None = None) -> list[Page]:
         """Frees the pages used longest ago, the ends of texts first; none that is locked.
 
         Args:
             num_pages: how many, of `group`.
             group: whose pages are wanted. From one with a window pages go wherever they are, and the text stays: it is
                 found again where the window's pages are. From others go the ends of texts, in all groups.
+            told: called with every end of a text before it goes, while its pages still hold it.
 
         Returns:
             The pages that left the tree, `num_pages` or as many as there are: release them. With several groups they
@@ -219,6 +235,8 @@ class RadixTree:
             if node is None:
                 break
             if queue is None:
+                if told is not None:
+                    told(self._leaving(node, wanted))
                 gone = self._cut_end(node, wanted)
                 wanted -= len(gone)
             else:
@@ -450,6 +468,18 @@ class RadixTree:
         else:
             self._remove(leaf)
         return self._rows([column[::-1] for column in gone])
+
+    def _leaving(self, leaf: Node, count: int) -> Leaving:
+        """What `_cut_end` would take."""
+        first = max(leaf.num_pages - count, 0)
+        text = b"".join(node.edge for node in [*leaf.up()][::-1])
+        return Leaving(leaf.namespace, text, self._rows([column[first:] for column in leaf.columns]))
+
+    def leaves(self) -> Iterator[Leaving]:
+        """Every text that is stored, with the pages of its last edge only: all edges, each once."""
+        for root in self._roots.values():
+            for _, node in below(root):
+                yield self._leaving(node, node.num_pages)
 
     def _cut_window(self, node: Node, group: int, count: int) -> list[Page]:
         """Takes so many pages of one group from the start of an edge: what follows it needs its end."""
