@@ -227,3 +227,15 @@ def text_engine(monkeypatch, model, **settings):
     monkeypatch.setattr(engine, "Device", TextDevice)
     settings = {"num_pages": 40, "page_size": 4, "max_length": 64, "max_batch": 4, "prefill_chunk": 16, **settings}
     return engine.Engine(model, **settings)
+
+
+def check(engine):
+    """Counts everything anew; and what is found as a prefix lies in its pages, in every group that has them."""
+    engine._scheduler.check()
+    memory = engine._device.memory
+    for shard in engine._scheduler.shards:
+        for leaving in shard.tree.leaves() if shard.tree is not None else ():
+            text = np.frombuffer(leaving.text, np.int32).reshape(-1, engine.page_size)[-len(leaving.pages) :]
+            for tokens, page in zip(text, leaving.pages, strict=True):
+                for g, number in enumerate(page if isinstance(page, tuple) else (page,)):
+                    assert number < 0 or memory[g][number].tolist() == tokens.tolist()

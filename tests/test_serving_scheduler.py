@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from engine_models import UNSOUND, V, continued, model, next_token, repeating, scores_after, text_engine
+from engine_models import UNSOUND, V, check, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
 from kvattn.serving import DiskTier, HostTier, beams
@@ -35,7 +35,7 @@ def unshareable(engine):
 def at_rest(engine, prefixes=True):
     """Nothing is left of what ran."""
     scheduler = engine._scheduler
-    scheduler.check()
+    check(engine)
     assert not scheduler.running and not scheduler.waiting and not engine._jobs and not engine._choices
     for shard in scheduler.shards:
         assert shard.num_sequences == 0 and not any(shard._promised) and not shard._matches
@@ -76,7 +76,7 @@ def test_everybody_gets_what_it_gets_alone(monkeypatch, request, kind, num_pages
         ]
         for _ in range(rng.randrange(3)):
             engine.step()
-            engine._scheduler.check()
+            check(engine)
     assert engine.run() == asked
     assert all(each.state == "finished" for each in asked)
     stats = engine.stats()
@@ -214,7 +214,7 @@ def test_what_left_comes_back(monkeypatch, request, kind):
             prompt = [*heads[turn % 4], *[rng.randrange(UNSOUND) for _ in range(4)]]
             asked = engine.submit(prompt, 6)
             assert engine.run() == {asked: [continued(prompt, 6)]}
-            engine._scheduler.check()
+            check(engine)
         stats = engine.stats()
         cached[len(tiers)] = stats.cached_prompt_tokens
         assert stats.evictions > 0 and sum(stats.tier_prompt_tokens) == (stats.cached_prompt_tokens if tiers else 0)
@@ -380,7 +380,7 @@ def test_a_callback_that_raises(monkeypatch, plain):
     with pytest.raises(KeyError, match="mine"):
         engine.run()
     assert bad.state == "cancelled" and bad not in engine._jobs
-    engine._scheduler.check()
+    check(engine)
     assert engine.run() == {good: [continued(range(9), 9)]}
     assert calls == continued(range(9), 9)[:3]
     at_rest(engine)
@@ -412,7 +412,7 @@ def test_a_device_that_fails_gives_everything_back(monkeypatch, plain):
         engine._device.fails = fails
         with pytest.raises(RuntimeError, match="no "):
             engine.run()
-        engine._scheduler.check()
+        check(engine)
         engine.run()
         for request, expected in requests.items():
             assert request.state in ("finished", "failed")
@@ -471,7 +471,7 @@ def lives(monkeypatch, plain, windowed, seed, count):
             step()
             if rng.random() < 0.1:
                 rng.choice(list(asked)).cancel()
-            engine._scheduler.check()
+            check(engine)
         if i % 97 == 50:
             engine._device.fails = lambda what: 1 / 0
             step()

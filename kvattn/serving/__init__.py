@@ -32,8 +32,8 @@ from kvattn.serving.usage import Usage as Usage
 
 if TYPE_CHECKING:
     from kvattn.serving.engine import Engine as Engine
-    from kvattn.serving.engine import Stats as Stats
     from kvattn.serving.request import Request as Request
+    from kvattn.serving.stats import Stats as Stats
 
 __all__ = [
     "ArraySpec",
@@ -63,7 +63,7 @@ __all__ = [
     "with_tables",
 ]
 
-_ON_FIRST_USE = {"Engine": "engine", "Stats": "engine", "Request": "request"}
+_ON_FIRST_USE = {"Engine": "engine", "Stats": "stats", "Request": "request"}
 
 
 def __getattr__(name: str) -> Any:

@@ -132,7 +132,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def verify(weights, cache, rows, settings, tables, held, goes, guesses, counts):
-        """As `step`, with tokens [B, G] that may come next, so many [B] of them: the next ones as far as they were right.
+        """As `step`, with tokens [B, G] that may come next, so many [B] of them.
 
         Each token is chosen as a step would choose it; the first that was guessed wrong is the last. What was appended
         behind it is taken back.

@@ -1,22 +1,19 @@
 """`Engine`: many requests on one model and one pool of pages."""
 
 import dataclasses
-import hashlib
 import itertools
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Several
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
+from jaxtyping import Bool, Int32, UInt32
 
 from kvattn import _checks
-from kvattn.cache import Group, PagedKVCache, groups_of
-from kvattn.cache import status as bits
+from kvattn.cache import groups_of
 from kvattn.codecs import Codec
 from kvattn.errors import (
     CapacityError,
@@ -32,86 +29,31 @@ from kvattn.models import prompts as given
 from kvattn.models.decoder import Decoder
 from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
-from kvattn.serving import beams, checks
+from kvattn.serving import checks
 from kvattn.serving.below import Below
-from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.device import AT_ONCE, Came, Device
+from kvattn.serving.device import Came, Device, Tables
 from kvattn.serving.drafts import Lookup
-from kvattn.serving.groups import LayerGroup
 from kvattn.serving.jobs import NO_ROW, Admission, Job, Sequence, Tick
-from kvattn.serving.kinds import ArraySpec, Kind
 from kvattn.serving.prefixes import PrefixPool
-from kvattn.serving.records import PageName, Record
 from kvattn.serving.request import ENDED, Request
 from kvattn.serving.scheduler import SCHEDULES, Scheduler
+from kvattn.serving.searching import reason_for, search_on
+from kvattn.serving.sinking import Sinking
+from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
-from kvattn.serving.tiers import Tier, TierCounters
-
-_NARROWEST = 16
-"""Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
+from kvattn.serving.stats import Stats
+from kvattn.serving.tiers import Tier
 
 _MOST_GUESSED = 7
-
-_AUTO_SHARE = 0.8
-"""Share of the memory that is left on a device which `num_pages="auto"` takes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats(Mapping[str, Any]):
-    """What an engine has done so far; also to be read as a mapping.
-
-    Attributes:
-        prompt_tokens: tokens of all prompts that were let in; of G samples G times.
-        cached_prompt_tokens: those that were not computed: found in pages, or forked.
-        new_tokens: tokens that came.
-        pages: pages that running requests hold now, of all groups of layers.
-        cached_pages: pages that are kept as prefixes now.
-        evictions: pages of prefixes that had to leave.
-        preemptions: how often a request had to give its pages back and wait.
-        waiting: requests that wait now.
-        running: requests that have rows now.
-        finished: requests that came to their end.
-        failed: requests that could not go on.
-        ticks: calls of `Engine.step`.
-        tokens_per_second: new tokens by the time spent in them.
-        tier_prompt_tokens: of `cached_prompt_tokens` those that came from each tier.
-        tiers: what each tier has seen.
-    """
-
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    new_tokens: int = 0
-    pages: int = 0
-    cached_pages: int = 0
-    evictions: int = 0
-    preemptions: int = 0
-    waiting: int = 0
-    running: int = 0
-    finished: int = 0
-    failed: int = 0
-    ticks: int = 0
-    tokens_per_second: float = 0.0
-    tier_prompt_tokens: tuple[int, ...] = ()
-    tiers: tuple[TierCounters, ...] = ()
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            raise KeyError(name)
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
-
-    def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+"""Tokens that a step verifies beside its own."""
 
 
 class _Choice(NamedTuple):
     """How a request's tokens are chosen: of each sample how, and what ends it."""
 
     samplers: list[Sampler]
-    stop: np.ndarray
-    stop_bits: np.ndarray
+    stop: Bool[np.ndarray, " V"]
+    stop_bits: UInt32[np.ndarray, " W"]
     width: int | None
 
 
@@ -204,7 +146,7 @@ class Engine:
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
-        pages = _pages(model, num_pages, page_size, options)
+        pages = pages_for(model, num_pages, page_size, options)
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
         groups = groups_of(caches)
@@ -226,22 +168,22 @@ class Engine:
             )
         self._speculate = speculate
         self._lookups: dict[Sequence, Lookup] = {}
-        self._layer_groups = [_layer_group(group, caches[group.layers[0]]) for group in groups]
+        self._layer_groups = [layer_group(group, caches[group.layers[0]]) for group in groups]
         self.page_size = groups[0].page_size
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
-        self._shapes = _shapes(prefill_chunk, max_batch)
+        self._shapes = shapes(prefill_chunk, max_batch)
         self._device = Device(model, caches, [0])
         self._tiers = Tiers(tiers)
-        self._below = None
+        self._sinking = None
         if self._tiers.tiers and self._is_shareable and prefix_cache:
-            self._below = Below(self._tiers, _kind(model, caches, self._device, self._layer_groups))
+            kind = kind_of(model, caches, self._device, self._layer_groups)
+            self._sinking = Sinking(Below(self._tiers, kind), self._device)
         self._scheduler = self._new_scheduler()
         self._numbers = itertools.count()
         self._jobs: dict[Request, list[Job]] = {}
         self._choices: dict[Request, _Choice] = {}
         self._ended: list[Request] = []
         self._in_flight: deque[list[_Read]] = deque()
-        self._sinking: list[tuple[list[PageName], list[tuple[int, ...]], list[dict[str, Any]]]] = []
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "failed", "ticks"), 0
         )
@@ -340,7 +282,7 @@ class Engine:
                 f"rows of the engine (max_batch) or the tokens of the model, got {width}."
             )
 
-    def _check_room(self, tokens: np.ndarray, max_new_tokens: int, width: int) -> None:
+    def _check_room(self, tokens: Int32[np.ndarray, " S"], max_new_tokens: int, width: int) -> None:
         length = len(tokens) + max_new_tokens
         if length > self.max_length:
             raise CapacityError(
@@ -352,9 +294,9 @@ class Engine:
         if not self._scheduler.shards[0].fits_alone(length, width, len(tokens)):
             pool = self._scheduler.shards[0].pool
             raise OutOfBlocksError(
-                f"{'a sequence' if width == 1 else f'{width} beams'} of {length} tokens do not fit into "
-                f"{[group.num_blocks for group in pool.groups]} pages of {self.page_size}, whatever else there is: make "
-                "the engine with more pages, or ask for fewer tokens."
+                f"{'a sequence' if width == 1 else f'{width} beams'} of {length} tokens does not fit into "
+                f"{[group.num_blocks for group in pool.groups]} pages of {self.page_size}: make the engine with more "
+                "pages, or ask for fewer tokens."
             )
 
     # What goes on.
@@ -389,7 +331,8 @@ class Engine:
             # One tick is in the device's hands while the last one's tokens are read; but guesses go by the last token.
             keep = 1 if tick and not self._speculate else 0
             raised = None
-            self._sunk()
+            if self._sinking is not None:
+                self._sinking.store()
             while len(self._in_flight) > keep:
                 error = self._collect(self._in_flight.popleft())
                 raised = raised or error
@@ -415,7 +358,7 @@ class Engine:
             waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),
             running=sum(request.state == "running" for request in self._jobs),
             tokens_per_second=self._counts["new_tokens"] / self._seconds if self._seconds else 0.0,
-            tier_prompt_tokens=() if self._below is None else tuple(self._below.prompt_tokens),
+            tier_prompt_tokens=() if self._sinking is None else tuple(self._sinking.below.prompt_tokens),
             tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )
 
@@ -449,7 +392,7 @@ class Engine:
                 chunk=self._chunk,
                 is_shareable=self._is_shareable,
                 keeps_prefixes=self._prefix_cache,
-                below=self._below,
+                below=None if self._sinking is None else self._sinking.below,
             )
         ]
         return Scheduler(
@@ -467,7 +410,8 @@ class Engine:
         for admission in tick.admitted:
             self._admitted(admission)
         device, reads = self._device, []
-        self._sink()
+        if self._sinking is not None:
+            self._sinking.read()
         device.copy(tick.copies)
         if tick.steps:
             reads.append(self._stepped(tick.steps))
@@ -480,47 +424,20 @@ class Engine:
         device.copy(tick.forks)
         for job in tick.beams:  # last: others may have to leave for them, once they have had their turn
             if job in self._scheduler.running:
-                self._grow_beams(job)
+                self._search_on(job)
         running = {job.owner for job in self._scheduler.running}
         for job in self._scheduler.waiting:
             if job.was_in and job.owner not in running and not job.owner.is_over:
                 job.owner.state = "preempted"
         return reads
 
-    def _sink(self) -> None:
-        """Reads pages of prefixes that have left, before others write to them."""
-        if self._below is None:
-            return
-        for names, pages in self._below.take():
-            rows = [page if isinstance(page, tuple) else (page,) for page in pages]
-            self._sinking.append((names, rows, self._device.fetch([*zip(*rows, strict=True)])))
-
-    def _sunk(self) -> None:
-        """Gives the tiers what has been read."""
-        sinking, self._sinking = self._sinking, []
-        for names, rows, parts in sinking:
-            pages = [{n: x[i] for n, x in part.items()} for part in map(_on_host, parts) for i in range(AT_ONCE)]
-            records = []
-            for name, row, arrays in zip(names, rows, pages, strict=False):
-                specs = name.kind.arrays
-                there = {n: x for n, x in arrays.items() if row[specs[n].group] != NO_BLOCK}
-                records.append(Record(name, there))
-            self._tiers.store(records)
-
     def save_prefixes(self) -> None:
         """Copies every prefix that is on the device into the tiers, and waits until they have it.
 
         For the end of a process: what has left the device is there already.
         """
-        if self._below is None:
-            return
-        for shard in self._scheduler.shards:
-            assert shard.tree is not None
-            for text in shard.tree.leaves():
-                self._below.leaves(text)
-        self._sink()
-        self._sunk()
-        self._tiers.flush()
+        if self._sinking is not None:
+            self._sinking.save(self._scheduler.shards)
 
     def _admitted(self, admission: Admission) -> None:
         """Counts a job that was let in, and gives its rows their settings."""
@@ -536,7 +453,7 @@ class Engine:
                 if sequence.row != NO_ROW:
                     self._device.set_row(sequence.row, choice.samplers[sequence.index], choice.stop_bits, job.limit)
 
-    def _held(self) -> tuple[list[int], tuple[np.ndarray, ...]]:
+    def _held(self) -> tuple[list[int], Tables]:
         """The rows that sequences have, and the tables of all rows."""
         sequences = [
             s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])
@@ -603,7 +520,7 @@ class Engine:
                     if token == loop.NOTHING or job.owner.is_over:
                         break
                     if status[row] or token == loop.UNSOUND:
-                        self._fail(job.owner, _reason(int(status[row]), len(sequence.new)))
+                        self._fail(job.owner, reason_for(int(status[row]), len(sequence.new)))
                         break
                     error = self._take(job, sequence, token, number)
                     raised = raised or error
@@ -665,9 +582,8 @@ class Engine:
     def _abandon(self, error: BaseException) -> None:
         """After an error in the middle of a tick nothing on the device can be relied on: all begins anew."""
         self._in_flight.clear()
-        self._sinking.clear()
-        if self._below is not None:
-            self._below.take()
+        if self._sinking is not None:
+            self._sinking.forget()
         cause = error if isinstance(error, KVAttnError) else None
         waiting = {job.owner for job in self._scheduler.waiting} - {job.owner for job in self._scheduler.running}
         for request in list(self._jobs):
@@ -683,140 +599,15 @@ class Engine:
             self._scheduler.submit(job)
         self._device.restart(self._make_caches())
 
-    # Beams.
-
-    def _grow_beams(self, job: Job) -> None:
-        """One token more for every beam; which of them go on is decided here."""
-        request: Request = job.owner
-        choice = self._choices[request]
-        width = choice.width
-        assert request.beams is not None and width is not None
-        rows, tables = self._held()
-        ended = [beam for beam in request.beams if beam.parent is None]
-        live = [beam for beam in request.beams if beam.parent is not None]
-        last = lambda s: int(s.new[-1] if s.new else job.prompt[-1])
-        found = self._device.grow(tables, rows, {s.row: last(s) for s in job.sequences}, width)
-        of = [sequence.row for sequence in job.sequences]
-        if found.status[of].any() or np.isnan(found.logprobs[of]).any():
-            self._fail(request, _reason(int(np.bitwise_or.reduce(found.status[of])), len(live[0].tokens)))
-            return
-        going, over = beams.grown(live, ended, found.tokens[of], found.logprobs[of], width, choice.stop)
-        self._counts["new_tokens"] += width if not live[0].tokens else len(live)
-        if going and len(going[0].tokens) < job.limit:
-            self._move_beams(job, going)
-        else:
-            over, going = [*over, *going], []
-        kept = [dataclasses.replace(beam, parent=0) for beam in going]
-        done = [dataclasses.replace(beam, parent=None) for beam in over]
-        request.beams = sorted([*kept, *done], key=lambda beam: -beam.score)
-        if not kept:
+    def _search_on(self, job: Job) -> None:
+        """Takes a beam search on by a token."""
+        request, choice = job.owner, self._choices[job.owner]
+        assert choice.width is not None
+        outcome = search_on(job, choice.width, choice.stop, self._held(), self._device, self._scheduler, self._sinking)
+        self._counts["new_tokens"] += outcome.new_tokens
+        if outcome.error is not None:
+            self._fail(request, outcome.error)
+        elif outcome.is_over:
             self._scheduler.withdraw(job, keep=False)
             self._end(request, "finished")
             self._ended.append(request)
-
-    def _move_beams(self, job: Job, going: list[beams.Beam]) -> None:
-        """Gives each beam the pages of the one that it goes on from."""
-        parents = list(job.sequences)
-        children: dict[int, list[beams.Beam]] = {}
-        for beam in going:
-            assert beam.parent is not None
-            children.setdefault(beam.parent, []).append(beam)
-        for i, parent in enumerate(parents):
-            if i not in children:
-                self._scheduler.finish(job, parent, keep=False)
-        copies, source = [], {}
-        for i, (first, *others) in children.items():
-            for beam in others:
-                child = Sequence(0, new=list(beam.tokens), logprobs=list(beam.logprobs))
-                copies += filter(None, [self._scheduler.fork(job, parents[i], child)])
-                source[child.row] = parents[i].row
-            parents[i].new, parents[i].logprobs = list(first.tokens), list(first.logprobs)
-        job.sequences.sort(key=lambda s: _order(going, s))
-        self._sink()
-        if source:
-            self._device.move(source)
-        self._device.copy(copies)
-
-
-def _order(going: list[beams.Beam], sequence: Sequence) -> int:
-    """Which of the beams a sequence is."""
-    return next(i for i, beam in enumerate(going) if list(beam.tokens) == sequence.new)
-
-
-def _reason(status: int, count: int) -> KVAttnError:
-    """Why a row cannot go on."""
-    try:
-        bits.raise_for(np.array([status], np.int32))
-    except KVAttnError as error:
-        return error
-    return RangeError(
-        f"the logits are NaN or infinite after {count} new tokens: a weight is not finite, or something overflowed. "
-        "Look at the checkpoint, or compute in a wider dtype."
-    )
-
-
-def _shapes(chunk: int, rows: int) -> list[tuple[int, int]]:
-    """Rows and tokens of the pieces of prompts for which programs are compiled: together no more than a chunk."""
-    widths = {chunk}
-    width = _NARROWEST
-    while width < chunk:
-        widths.add(width)
-        width *= 4
-    return [(max(min(rows, chunk // width), 1), width) for width in sorted(widths)]
-
-
-def _on_host(part: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in part.items()}
-
-
-def _kind(model: Decoder, caches: Several[PagedKVCache], device: Device, groups: Several[LayerGroup]) -> Kind:
-    """What a record must have been made by, to be of use here."""
-    hashed = hashlib.sha256(repr(model.config).encode())
-    for path, x in nnx.to_flat_state(nnx.state(model)):
-        array = np.ascontiguousarray(np.asarray(x[...]))
-        hashed.update(repr((path, array.shape, str(array.dtype))).encode())
-        hashed.update(array.view(np.uint8).data)
-    each = lambda of: repr(sorted({repr(of(layer)) for layer in caches}))
-    return Kind(
-        model=hashed.hexdigest(),
-        dtype=each(lambda layer: layer.dtype),
-        codec=each(lambda layer: layer.codec),
-        policy=repr([layer.policy for layer in caches]),
-        page_size=caches[0].page_size,
-        arrays={name: ArraySpec(*spec) for name, spec in device.arrays().items()},
-        windows=tuple(group.window for group in groups),
-    )
-
-
-def _layer_group(group: Group, cache: PagedKVCache) -> LayerGroup:
-    """A group of layers as the host counts its pages."""
-    return LayerGroup(
-        num_blocks=group.num_pages,
-        window=group.policy.mask().window if group.policy.in_order else None,
-        bytes_per_token=len(group.layers) * group.page_bytes // group.page_size,
-        slots=None if group.policy.in_order else cache.num_slots,
-    )
-
-
-def _pages(
-    model: Decoder, num_pages: int | str | Several[int], page_size: int | None, options: dict[str, Any]
-) -> int | Several[int]:
-    """Pages of the pools; "auto": those that the memory has room for."""
-    if num_pages != "auto":
-        if isinstance(num_pages, str):
-            raise ConfigError(f'num_pages must be an int, one for each layer, or "auto", got {num_pages!r}.')
-        return num_pages
-    one, two = (
-        sum(layer.nbytes for layer in jax.eval_shape(lambda n=n: model.make_paged_cache(n, page_size, **options)))
-        for n in (options["batch_size"] * 1, options["batch_size"] * 2)
-    )
-    per_page = (two - one) / options["batch_size"]
-    return max(int(_memory_left() * _AUTO_SHARE / per_page), 1)
-
-
-def _memory_left() -> float:
-    """Bytes that the first device has left; of a host, half of what is free."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

@@ -173,7 +173,14 @@ class PrefixPool:
         self._spaces[seq] = namespace
         if match is not None:
             self._matches[seq] = match
-        self._promise(seq, [a - b for a, b in zip(needs, self._fresh(start, counts), strict=True)])
+        free = [pool.num_free for pool in self.pool.pools]
+        if records:
+            for group, pool in zip(self.pool.groups, self.pool.pools, strict=True):
+                pool.forget(seq, group.unseen(found))  # which records need not have
+        held = [
+            a - pool.num_free + b for a, pool, b in zip(free, self.pool.pools, self._fresh(start, counts), strict=True)
+        ]
+        self._promise(seq, [a - b for a, b in zip(needs, held, strict=True)])
         if records:
             first = start // self.pool.block_size
             tables = [table[first : first + len(records)] for table in self.pool.tables(seq)]

@@ -92,7 +92,7 @@ class Scheduler:
             sequence: which.
             keep: whether its pages hold what they should.
         """
-        self._leave(job, sequence, keep)
+        self._leave(job, sequence, keep, is_over=True)
         job.sequences.remove(sequence)
         if not job.sequences:
             self._remove(job)
@@ -199,12 +199,12 @@ class Scheduler:
         self.preemptions += 1
         self.submit(job)
 
-    def _leave(self, job: Job, sequence: Sequence, keep: bool) -> None:
-        """Takes a sequence's pages back."""
+    def _leave(self, job: Job, sequence: Sequence, keep: bool, is_over: bool = False) -> None:
+        """Takes a sequence's pages back; where it is over, its last token was never appended."""
         shard = self.shards[job.shard]
         if sequence in shard:
             if keep and not job.prefills:
-                shard.keep(sequence, self._appended(job, sequence))
+                shard.keep(sequence, self._appended(job, sequence, is_over))
             shard.close(sequence)
         if sequence.row != NO_ROW and not job.is_beam:
             job.rows.remove(sequence.row)
@@ -217,9 +217,9 @@ class Scheduler:
         self._free_rows[job.shard] += reversed(job.rows)
         job.rows, job.prefills, job.shard = [], [], -1
 
-    def _appended(self, job: Job, sequence: Sequence) -> Tokens:
+    def _appended(self, job: Job, sequence: Sequence, is_over: bool) -> Tokens:
         """A sequence's tokens that lie in its pages, as far as they are known."""
-        if job.is_beam:
+        if job.is_beam or is_over:
             return job.text(sequence)[:-1]
         return job.text(sequence)[: len(job.prompt) + min(len(sequence.new), sequence.num_drawn - 1)]
 
