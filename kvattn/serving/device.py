@@ -7,7 +7,7 @@ copies pages. Nothing else is compiled, whatever is submitted.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from kvattn.models.decoder import Decoder
 from kvattn.models.programs import ProgramsOf, Weights
 from kvattn.models.sampling import Sampler
 from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.jobs import NO_ROW, Piece
-from kvattn.serving.jobs import Sequence as Text
+from kvattn.serving.jobs import Piece
 from kvattn.serving.prefixes import Copies
+from kvattn.serving.texts import NO_ROW
+from kvattn.serving.texts import Sequence as Text
 
 AT_ONCE = 8
 """Pages that are read from the device, or put back, by one call."""
@@ -114,7 +115,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         part = tuple(x.replace(status=jnp.where(pieces.fresh, 0, x.status)) for x in part)
         part = with_tables(part, tables, pieces.lengths)
         last = jnp.maximum(pieces.num_new - 1, 0)[:, None]
-        logits, part = model(pieces.tokens, part, pieces.num_new, logits_at=last)
+        logits, part = _called(model, pieces.tokens, part, pieces.num_new, last)
         cache = with_rows(cache, part, pieces.source)
         logits = model.split.whole(logits[:, 0])[jnp.maximum(pieces.source, 0)]
         rows = dataclasses.replace(rows, num_drawn=jnp.where(pieces.ends, pieces.drawn, rows.num_drawn))
@@ -141,7 +142,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         runs = rows.running & goes
         num_new = jnp.where(runs, counts + 1, 0)
         tokens = jnp.concatenate([jnp.maximum(rows.new, 0)[:, None], guesses], axis=1)
-        logits, cache = model(tokens, _held(cache, tables, held), num_new)
+        logits, cache = _called(model, tokens, _held(cache, tables, held), num_new)
         logits, free = model.split.whole(logits), jnp.full_like(rows.new, loop.NOTHING)
         came, used, found = runs, jnp.zeros_like(num_new), []
         for i in range(tokens.shape[1]):
@@ -226,8 +227,20 @@ def _appended(
 ) -> tuple[Float32[Array, "B V"], Caches]:
     """Logits after one token of the rows that run."""
     first = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-    logits, cache = model(jnp.maximum(tokens, 0)[:, None], cache, runs.astype(jnp.int32), logits_at=first)
+    logits, cache = _called(model, jnp.maximum(tokens, 0)[:, None], cache, runs.astype(jnp.int32), first)
     return logits[:, 0], cache
+
+
+def _called(
+    model: Decoder,
+    tokens: Int32[Array, "B T"],
+    cache: Caches,
+    num_new: Int32[Array, " B"],
+    logits_at: Int32[Array, "B M"] | None = None,
+) -> tuple[Float32[Array, "B M V"], Caches]:
+    """The model over pages."""
+    logits, after = model(tokens, cache, num_new, logits_at=logits_at)
+    return logits, cast(Caches, after)
 
 
 def _held(cache: Caches, tables: Tables, held: Bool[Array, " B"]) -> Caches:
@@ -284,10 +297,11 @@ class Device:
     @property
     def settings(self) -> loop.Settings:
         """Of all rows."""
-        if self._placed_settings is None:
+        placed = self._placed_settings
+        if placed is None:
             # A copy: the arrays go on to change here while a program reads them.
-            self._placed_settings = self._place(jax.tree.map(np.array, self._settings))
-        return self._placed_settings
+            placed = self._placed_settings = self._place(jax.tree.map(np.array, self._settings))
+        return placed
 
     def row_tables(self, rows: Sequence[int], tables: Sequence[Int32[np.ndarray, "M W"]]) -> Tables:
         """The tables of all rows, from those of some; pages are numbered in the whole pool."""

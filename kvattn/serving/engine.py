@@ -33,7 +33,7 @@ from kvattn.serving import checks
 from kvattn.serving.below import Below
 from kvattn.serving.device import Came, Device, Tables
 from kvattn.serving.drafts import Lookup
-from kvattn.serving.jobs import NO_ROW, Admission, Job, Sequence, Tick
+from kvattn.serving.jobs import Admission, Job, Tick
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import ENDED, Request
 from kvattn.serving.scheduler import SCHEDULES, Scheduler
@@ -42,6 +42,7 @@ from kvattn.serving.sinking import Sinking
 from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
 from kvattn.serving.stats import Stats
+from kvattn.serving.texts import NO_ROW, Sequence
 from kvattn.serving.tiers import Tier
 
 _MOST_GUESSED = 7
@@ -530,7 +531,7 @@ class Engine:
 
     def _take(self, job: Job, sequence: Sequence, token: int, logprob: float) -> Exception | None:
         """One new token; what the callback raised."""
-        request: Request = job.owner
+        request = job.owner
         sequence.new.append(token)
         sequence.logprobs.append(logprob)
         self._counts["new_tokens"] += 1
@@ -546,7 +547,7 @@ class Engine:
 
     def _finish(self, job: Job, sequence: Sequence) -> None:
         """A sample that has all its tokens."""
-        request: Request = job.owner
+        request = job.owner
         if job in self._scheduler.waiting:  # it was preempted before its last token came
             self._scheduler.withdraw(job)
         else:

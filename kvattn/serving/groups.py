@@ -16,7 +16,7 @@ from kvattn.serving.blocks import BlockPool
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.usage import Usage
 
-Blocks = Sequence[int] | Sequence[tuple[int, ...]]
+Blocks = Sequence[int | tuple[int, ...]]
 """Of every page of tokens the block, or one block per group (-1: none): `Match.pages`."""
 
 

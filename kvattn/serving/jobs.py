@@ -7,29 +7,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from kvattn.serving.prefixes import Copies
-
-NO_ROW = -1
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Sequence:
-    """One text that grows: a sample, or a beam.
-
-    Attributes:
-        index: which of its request's.
-        row: of the batch, or `NO_ROW`.
-        new: its new tokens, as far as they are known.
-        logprobs: of them.
-        num_drawn: new tokens whose choice is in the device's hands since it was let in, the known ones included.
-        guess: tokens that may come next, to be verified with the next step.
-    """
-
-    index: int
-    row: int = NO_ROW
-    new: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    num_drawn: int = 0
-    guess: list[int] = dataclasses.field(default_factory=list)
+from kvattn.serving.request import Request
+from kvattn.serving.texts import Sequence
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -74,7 +53,7 @@ class Job:
         was_in: whether it was let in before.
     """
 
-    owner: Hashable
+    owner: Request
     number: int
     prompt: Int32[np.ndarray, " S"]
     limit: int

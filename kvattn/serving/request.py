@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from kvattn.errors import ConfigError, KVAttnError
 from kvattn.serving.beams import Beam
-from kvattn.serving.jobs import Sequence
+from kvattn.serving.texts import Sequence
 
 STATES = "waiting", "running", "preempted", "finished", "cancelled", "failed"
 ENDED = "finished", "cancelled", "failed"

@@ -11,8 +11,9 @@ from collections.abc import Sequence as Several
 import numpy as np
 
 from kvattn.errors import ConfigError, OutOfBlocksError
-from kvattn.serving.jobs import NO_ROW, Admission, Job, Piece, Prefill, Sequence, Tick
+from kvattn.serving.jobs import Admission, Job, Piece, Prefill, Tick
 from kvattn.serving.prefixes import Copies, PrefixPool, Tokens
+from kvattn.serving.texts import NO_ROW, Sequence
 
 SCHEDULES = "longest-prefix", "fcfs"
 

@@ -10,10 +10,10 @@ from kvattn.cache import status as bits
 from kvattn.errors import KVAttnError, RangeError
 from kvattn.serving import beams
 from kvattn.serving.device import Device, Tables
-from kvattn.serving.jobs import Job, Sequence
-from kvattn.serving.request import Request
+from kvattn.serving.jobs import Job
 from kvattn.serving.scheduler import Scheduler
 from kvattn.serving.sinking import Sinking
+from kvattn.serving.texts import Sequence
 
 
 class Outcome(NamedTuple):
@@ -50,7 +50,7 @@ def search_on(
         scheduler: whose the job is.
         sinking: what reads pages that have to leave.
     """
-    request: Request = job.owner
+    request = job.owner
     assert request.beams is not None
     ended = [beam for beam in request.beams if beam.parent is None]
     live = [beam for beam in request.beams if beam.parent is not None]
