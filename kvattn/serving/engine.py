@@ -354,6 +354,7 @@ class Engine:
             **self._counts,
             pages=sum(shard.used_pages for shard in shards),
             cached_pages=sum(shard.cached_pages for shard in shards),
+            waste=max(usage.waste for shard in shards for usage in shard.pool.usage()),
             evictions=sum(shard.evictions for shard in shards),
             preemptions=scheduler.preemptions,
             waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),

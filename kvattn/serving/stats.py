@@ -16,7 +16,8 @@ class Stats(Mapping[str, Any]):
         cached_prompt_tokens: those that were not computed: found in pages, or forked.
         new_tokens: tokens that came.
         pages: pages that running requests hold now, of all groups of layers.
-        cached_pages: pages that are kept as prefixes now.
+        cached_pages: pages that are kept as prefixes now; some are of running requests too.
+        waste: share of the slots in `pages` that hold no token: the ends of last pages.
         evictions: pages of prefixes that had to leave.
         preemptions: how often a request had to give its pages back and wait.
         waiting: requests that wait now.
@@ -34,6 +35,7 @@ class Stats(Mapping[str, Any]):
     new_tokens: int = 0
     pages: int = 0
     cached_pages: int = 0
+    waste: float = 0.0
     evictions: int = 0
     preemptions: int = 0
     waiting: int = 0
