@@ -192,6 +192,32 @@ def test_every_page_size(model, page_size, codec):
     check(engine, reference(model, codec=codec))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("by", ["heads", "sequence"])
+def test_on_a_mesh(alone, model, by, kind):
+    """Two devices: samples, forks and copies of pages too."""
+    mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
+    split = Decoder(model.config, mesh=mesh, by=by, rngs=nnx.Rngs(0))
+    nnx.update(
+        split, jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), nnx.state(model), nnx.state(split))
+    )
+    engine = Engine(split, num_pages=30, **SMALL)
+    check(engine, alone)
+    samples = engine.submit(PROMPTS[0], 5, num_samples=2, temperature=1.0, seed=1)
+    engine.run()
+    assert samples.tokens == generate(model, [PROMPTS[0]] * 2, 5, temperature=1.0, seed=1, capacity=LENGTH)
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    mesh = jax.make_mesh(
+        (1, 3), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:3]
+    )
+    split = Decoder(DecoderConfig(**SIZES), mesh=mesh, by="batch", rngs=nnx.Rngs(0))
+    with pytest.raises(errors.UnsupportedError, match="rows"):
+        Engine(split, num_pages=30, **SMALL)
+
+
 # What it costs ------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,7 @@ class Engine:
         tiers: where prefixes go that have to leave the device, the fastest first: `HostTier`, `DiskTier`. They come
             back where a prompt begins with them, also to another engine, and are found there by model, settings,
             namespace and tokens. They stay the caller's, to be closed by whoever made them.
+        hosts: the mesh axis of hosts. Engines over several hosts are not built yet.
         speculate: how many tokens are guessed, at most 7, by what followed the last ones when they came before in the
             same text (`kvattn.serving.drafts`), and verified in one step. What comes out is the same, sampled tokens
             too; where a text repeats itself it comes faster, elsewhere up to as much slower as a step with so many
@@ -100,7 +101,7 @@ class Engine:
 
     Raises:
         ConfigError, DTypeError, RangeError: an argument outside its range, an unknown schedule.
-        UnsupportedError: speculation where tokens cannot be taken back.
+        UnsupportedError: speculation where tokens cannot be taken back; a mesh that splits the rows of caches; `hosts`.
         Else as `Decoder.make_paged_cache`.
 
     Example:
@@ -133,6 +134,7 @@ class Engine:
         codec: Codec | Several[Codec | None] | None = None,
         prefill_chunk: int = 256,
         tiers: Several[Tier] = (),
+        hosts: str | None = None,
         speculate: int = 0,
     ):
         if not isinstance(model, Decoder):
@@ -144,6 +146,10 @@ class Engine:
             raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
         if not isinstance(prefix_cache, bool):
             raise DTypeError(f"prefix_cache must be a bool, got {prefix_cache!r}.")
+        if hosts is not None:
+            raise UnsupportedError(
+                f"one engine over several hosts (hosts={hosts!r}) is not built yet: leave hosts out."
+            )
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
@@ -151,6 +157,12 @@ class Engine:
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
         groups = groups_of(caches)
+        lengths = caches[0].lengths
+        if lengths.sharding.shard_shape(lengths.shape) != lengths.shape:
+            raise UnsupportedError(
+                f"the model splits its caches by rows ({model.split.by!r} over {model.split.mesh}), whose pages would have "
+                'to lie with them: load it with by="heads" or by="sequence" and no "data" axis.'
+            )
         if len({group.page_size for group in groups}) > 1:
             raise ConfigError(
                 f"pages must have one size in all layers, got {[group.page_size for group in groups]}: give page_size, "
