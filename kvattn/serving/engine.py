@@ -160,8 +160,8 @@ class Engine:
         lengths = caches[0].lengths
         if lengths.sharding.shard_shape(lengths.shape) != lengths.shape:
             raise UnsupportedError(
-                f"the model splits its caches by rows ({model.split.by!r} over {model.split.mesh}), whose pages would have "
-                'to lie with them: load it with by="heads" or by="sequence" and no "data" axis.'
+                f"the model splits its caches by rows (by={model.split.by!r} over {model.split.mesh}), and their pages "
+                'would have to lie with them: load it with by="heads" or by="sequence" and no "data" axis.'
             )
         if len({group.page_size for group in groups}) > 1:
             raise ConfigError(
