@@ -223,7 +223,7 @@ def _together(step: Step, tokens: _Located, parts: Parted, per_head: PerHead) ->
     """Attention to what rows read together, level by level."""
     for spans in parts.levels:
         query, positions = spans.queries(tokens.query), spans.positions(tokens.positions)
-        request = step.rules.request(query, positions, step.part.view(spans.cache), per_head.slopes, of_several=True)
+        request = step.rules.request(query, positions, spans.view(step.part), per_head.slopes, of_several=True)
         out, lse, _ = api.attend(request, step.implementation)
         yield spans.by_row(out, lse)
 

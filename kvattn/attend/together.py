@@ -12,11 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int32, Shaped
 
 from kvattn._typing import Array
-from kvattn.cache import Cache
+from kvattn.attend.part import Part
+from kvattn.cache import Cache, View
 from kvattn.masks import EMPTY
 
 FEW_TOKENS = 8
 """New tokens of a row up to which a step is bound by what it reads."""
+
+MOST_SLOTS = 512
+"""Slots that `"xla"` gathers at once, of all spans: there are many queries for each, so larger products pay."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +38,10 @@ class Spans:
     first: Int32[Array, " spans"]
     cache: Cache
     batch: int
+
+    def view(self, part: Part) -> View:
+        """Their pages."""
+        return part.view(self.cache).in_blocks_of(MOST_SLOTS // self.first.shape[0])
 
     def queries(self, query: Shaped[Array, "B T N H"]) -> Shaped[Array, "spans Q N H"]:
         """Those of the members, one member's T after the other's."""
