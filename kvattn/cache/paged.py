@@ -24,7 +24,7 @@ from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages, block_layout, num_numbers, slots_of
 from kvattn.cache.placed import beside, placed, shardings_of, where_it_lay
-from kvattn.cache.shared import Level, Levels, Rows, cleared, fitting, levels_of
+from kvattn.cache.shared import Level, Levels, cleared, fitting, levels_of
 from kvattn.cache.writes import refuse_shared
 from kvattn.codecs import Codec, Plain
 from kvattn.codecs.base import Role
@@ -314,7 +314,7 @@ class PagedKVCache(Cache):
                 "distances alone, and tokens encoded one by one: leave shared out."
             )
         needed = self._columns(self.policy.needed(self.state, step))
-        levels, bad = fitting(levels_of(shared), Rows(self.page_table, self.lengths, needed, self.page_size))
+        levels, bad = fitting(levels_of(shared), self.page_table, needed, self.lengths // self.page_size)
         # Copies, as of the table.
         levels = jax.tree.map(lambda x: beside(self.page_table, jnp.array(x, copy=True)), levels)
         return dataclasses.replace(self, shared=levels, status=bits.mark(self.status, bad, bits.BAD_SPAN))

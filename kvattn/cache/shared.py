@@ -11,7 +11,7 @@ Which spans are worth it is decided on the host (`kvattn.serving.shared_prefixes
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,23 +49,6 @@ class Level:
 Levels = tuple[Level, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What is known of the rows that a plan is made for.
-
-    Attributes:
-        table: their pages.
-        lengths: their tokens.
-        needed: the entries of the table whose pages hold a token that may be attended to; others mean nothing.
-        page_size: R.
-    """
-
-    table: Int32[Array, "B columns"]
-    lengths: Int32[Array, " B"]
-    needed: Bool[Array, "B columns"]
-    page_size: int
-
-
 def levels_of(shared: Any) -> Levels:
     """The levels that were given, as int32.
 
@@ -94,69 +77,79 @@ def levels_of(shared: Any) -> Levels:
     return tuple(found)
 
 
-def fitting(levels: Levels, rows: Rows) -> tuple[Levels, Bool[Array, " B"]]:
+def fitting(
+    levels: Levels,
+    table: Int32[Array, "B columns"],
+    needed: Bool[Array, "B columns"],
+    full: Int32[Array, " B"],
+) -> tuple[Levels, Bool[Array, " B"]]:
     """The levels without the spans that contradict the tables, and the rows that do.
+
+    Args:
+        levels: what rows are to read together.
+        table: the pages of each row.
+        needed: its entries whose pages hold a token that may be attended to; others need not be equal.
+        full: how many of each row's pages are full.
 
     Raises:
         RangeError: a span that can be seen to contradict them.
     """
-    bad, begun = jnp.zeros_like(rows.lengths, bool), jnp.zeros_like(rows.lengths)
-    found = []
-    for i, level in enumerate(levels):
-        wrong = jnp.zeros_like(level.members, bool)
-        for misfit, why in _misfits(level, rows, begun):
-            if _checks.is_concrete(misfit) and np.any(misfit):
-                span, member = np.argwhere(np.asarray(misfit))[0].tolist()
-                row, columns = int(level.members[span, member]), (int(level.begin[span]), int(level.end[span]))
-                raise RangeError(
-                    f"span {span} of shared[{i}] has row {row} read the columns {columns[0]} to {columns[1] - 1} of row "
-                    f"{int(level.members[span, 0])}'s table, but {why}. Make it from the tables and lengths that are "
-                    "given (kvattn.serving.shared_prefixes)."
-                )
-            wrong |= misfit
-        bad = bad.at[_known(level.members, wrong, len(bad))].set(True, mode="drop")
-        stays = ~jnp.any(wrong, axis=1, keepdims=True)
-        level = dataclasses.replace(level, members=jnp.where(stays, level.members, NOBODY))
-        end = jnp.broadcast_to(level.end[:, None], level.members.shape)
-        begun = begun.at[_known(level.members, stays, len(begun))].set(end, mode="drop")
-        found.append(level)
-    return tuple(found), bad
+    fit, bad, wrong = _fitting(levels, table, needed, full)
+    for i, (level, by_reason) in enumerate(zip(levels, wrong, strict=True)):
+        if _checks.is_concrete(by_reason) and np.any(by_reason):
+            reason, span, member = np.argwhere(np.asarray(by_reason))[0].tolist()
+            members, begin, end = (np.asarray(x) for x in (level.members, level.begin, level.end))
+            raise RangeError(
+                f"span {span} of shared[{i}] has row {members[span, member]} read the columns {begin[span]} to "
+                f"{end[span] - 1} of row {members[span, 0]}'s table, but {_REASONS[reason]}. Make it from the tables "
+                "and lengths that are given (kvattn.serving.shared_prefixes)."
+            )
+    return fit, bad
 
 
-def _known(
-    members: Int32[Array, "spans members"], where: Bool[Array, "spans #members"], batch: int
-) -> Int32[Array, "spans members"]:
-    """The row numbers where a condition holds; past the last row, to be dropped, for others and for nobody."""
-    return jnp.where(where & (members >= 0) & (members < batch), members, batch)
+_REASONS = (
+    "there is no such row",
+    "there are no such columns",
+    "members come first in a span, and -1 behind them",
+    "a row is a member of one span of a level at most",
+    "the spans of a row follow one another from its first column on",
+    "not all of these pages are full of its tokens",
+    "its own table names other pages there",
+)
 
 
-def _misfits(
-    level: Level, rows: Rows, begun: Int32[Array, " B"]
-) -> Iterator[tuple[Bool[Array, "spans members"], str]]:
-    """What may be wrong with a level: members of which it is true, and words for it.
-
-    Args:
-        level: to be looked at.
-        rows: what it is for.
-        begun: the column at which the next span of each row has to begin.
-    """
-    batch, columns = rows.table.shape
-    begin, end = level.begin[:, None], level.end[:, None]
-    there = level.members != NOBODY
-    unknown = there & ((level.members < 0) | (level.members >= batch))
-    yield unknown, f"rows lie in [0, {batch})"
-    there &= ~unknown
-    yield there & ((begin < 0) | (end <= begin) | (end > columns)), f"columns lie in [0, {columns})"
-    yield there & (level.members[:, :1] == NOBODY), "a span's members come first, and those it has not behind them"
-    at = jnp.where(there, level.members, 0)
-    times = jnp.zeros((batch,), jnp.int32).at[_known(level.members, there, batch)].add(1, mode="drop")
-    yield there & (times[at] > 1), "a row is a member of one span of a level at most"
-    yield there & (begin != begun[at]), "the spans of a row follow one another from its first column on"
-    yield there & (end > rows.lengths[at] // rows.page_size), "not all of these pages are full of its tokens"
-    column = jnp.arange(columns, dtype=jnp.int32)[None]
-    inside = (column >= begin) & (column < end)
-    other = rows.needed[at] & (rows.table[at] != rows.table[at[:, :1]])
-    yield there & jnp.any(other & inside[:, None], axis=2), "its own table names other pages there"
+@jax.jit
+def _fitting(
+    levels: Levels, table: Int32[Array, "B columns"], needed: Bool[Array, "B columns"], full: Int32[Array, " B"]
+) -> tuple[Levels, Bool[Array, " B"], list[Bool[Array, "reasons spans members"]]]:
+    """`fitting`, and of each level whom which of `_REASONS` is true of."""
+    batch, columns = table.shape
+    bad, begun, column = jnp.zeros((batch,), bool), jnp.zeros_like(full), jnp.arange(columns, dtype=jnp.int32)[None]
+    fit, wrong = [], []
+    for level in levels:
+        members, begin, end = level.members, level.begin[:, None], level.end[:, None]
+        there = (members >= 0) & (members < batch)
+        at = jnp.where(there, members, 0)
+        numbers = lambda where, members=members: jnp.where(where, members, batch)  # past the last: dropped
+        times = jnp.zeros((batch,), jnp.int32).at[numbers(there)].add(1, mode="drop")
+        inside = (column >= begin) & (column < end)
+        other = needed[at] & (table[at] != table[at[:, :1]])
+        by_reason = (
+            (begin < 0) | (end <= begin) | (end > columns),
+            members[:, :1] == NOBODY,
+            times[at] > 1,
+            begin != begun[at],
+            end > full[at],
+            jnp.any(other & inside[:, None], axis=2),
+        )
+        by_reason = jnp.stack([(members != NOBODY) & ~there, *(there & x for x in by_reason)])
+        misfit = jnp.any(by_reason, axis=0)
+        bad = bad.at[numbers(there & misfit)].set(True, mode="drop")
+        stays = ~jnp.any(misfit, axis=1, keepdims=True)
+        begun = begun.at[numbers(there & stays)].set(jnp.broadcast_to(end, members.shape), mode="drop")
+        fit.append(dataclasses.replace(level, members=jnp.where(stays, members, NOBODY)))
+        wrong.append(by_reason)
+    return tuple(fit), bad, wrong
 
 
 def cleared(levels: Levels | None) -> Levels | None:
