@@ -1,6 +1,6 @@
 """Rows that read shared pages together attend to what each would attend to alone, and shared pages are read once."""
 
-import dataclasses
+import contextlib
 import functools
 import itertools
 import time
@@ -330,3 +330,139 @@ def test_blocks_are_visited_once_for_all():
     assert [sorted(x.tolist()) for x in levels] == [[20], [8, 12], [0, 0, 0]]
     alone = jax.jit(lambda cache: [x.cache.lengths for x in parted(cache, 9).levels])(cache)
     assert alone == []  # many tokens are bound by products
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def kernel_batch(implementation, rows, common, codec=None, policy=None):
+    """Rows that share `common` pages, two of them one more, in a pool that a kernel reads; and what they share."""
+    size, columns = (16, 6) if codec is None else (32, 4)
+    cache = kvattn.PagedKVCache.create(
+        rows * columns + 1,
+        size,
+        1,
+        64,
+        batch_size=rows,
+        max_pages=columns,
+        dtype=jnp.bfloat16,
+        codec=codec,
+        policy=policy,
+    )
+    table = np.random.default_rng(0).permutation(rows * columns + 1)[:-1].reshape(rows, columns)
+    table[:, :common] = table[0, :common]
+    table[1, : common + 1] = table[0, : common + 1]
+    lengths = size * (common + 1) + np.arange(rows, dtype=np.int32)
+    lengths[-1] = size * common
+    key, value = (jax.random.normal(jax.random.key(i), (*cache.keys["data"].shape[:3], 64)) for i in range(2))
+    slot = np.arange(columns * size)
+    of_slots = lambda x: x[0][table[:, slot // size], slot % size][:, :, None].astype(jnp.bfloat16)
+    cache = cache.replace(keys=jax.tree.map(worst, cache.keys), values=jax.tree.map(worst, cache.values))
+    cache = cache.replace(page_table=jnp.asarray(table, jnp.int32))
+    cache = cache.write(jnp.where(slot[None] < lengths[:, None], slot[None], -1), of_slots(key), of_slots(value))
+    shared = shared_prefixes(table, lengths, size, shapes=((1, rows), (1, 2)), fewest=0)
+    assert spans_of(shared)[0] == [(list(range(rows)), 0, common)] and spans_of(shared)[1][0][0] == [0, 1]
+    query = jax.random.normal(jax.random.key(2), (rows, 1, 2, 64))
+    new = query, *(jax.random.normal(jax.random.key(i), (rows, 1, 1, 64)).astype(jnp.bfloat16) for i in (3, 4))
+    return new, cache, table, lengths, shared
+
+
+KERNELS = {
+    "few": {"rows": 3, "common": 2},
+    "more members than new tokens": {"rows": 10, "common": 2},
+    "Int8": {"rows": 3, "common": 1, "codec": kvattn.Int8()},
+    "window": {"rows": 3, "common": 3, "policy": kvattn.policies.OrderedWindow(36)},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+def test_through_kernels(implementation, name, monkeypatch):
+    new, cache, table, lengths, shared = kernel_batch(implementation, **KERNELS[name])
+    asked = []
+    choose = api.choose
+    monkeypatch.setattr(api, "choose", lambda request, i: asked.append((request.of_several, i)) or choose(request, i))
+    outs = {}
+    for each in (implementation, "reference"):
+        with kvattn.pallas.interpret():
+            cache_of = given(cache, table, lengths, shared if each == implementation else None)
+            call = jax.jit(lambda new, cache, each=each: kvattn.cached_attention(*new, cache, implementation=each)[0])
+            outs[each] = call(new, cache_of)
+    np.testing.assert_allclose(*outs.values(), atol=2e-5 if cache.codec.rounds is False else 1e-4)
+    assert asked == [(False, implementation), (True, implementation), (True, implementation), (False, "reference")]
+
+
+# Meshes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by", ["heads", "sequence", "batch"])
+def test_on_a_mesh(by, kind):
+    """By heads and by sequence pages are read once; where rows are split each reads them by itself."""
+    table, lengths, shared = batch_of_two_levels()
+    mesh, new = mesh_of(kind, (2,)), new_tokens(5)
+    if by == "batch":  # each device has the pages of its rows
+        table = np.concatenate([np.arange(40).reshape(4, 10), 42 + np.arange(40).reshape(4, 10)])
+        table[:4, :5] = table[0, :5]
+        shared = shared_prefixes(table, np.maximum(lengths, 20), R, shapes=SHAPES, fewest=0)
+        lengths = np.maximum(lengths, 20)
+    cache = filled(make(), table, lengths)
+    expected = step("xla")(new, cache, table, lengths, ALL, None)[0]
+    cache = kvattn.sharding.shard_cache(cache, mesh, by=by).with_tables(table, lengths, shared)
+    traces = []
+
+    @kvattn.jit
+    def call(new, cache):
+        traces.append(1)
+        return kvattn.sharding.cached_attention(*new, cache, mesh=mesh, by=by)
+
+    with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
+        out, after = call(new, cache)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        assert jax.tree.structure(after) == jax.tree.structure(cache) and after.shared is not None
+        call(new, after.with_tables(table, lengths, shared))
+    assert len(traces) == 1
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_a_model_share_by_group():
+    """Tables and plans are arguments of a compiled step; windows share less, and a plan may be None for a group."""
+    config = kvattn.models.DecoderConfig(
+        vocab_size=31, model_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=16, windows=(6, None)
+    )
+    model = kvattn.models.Decoder(config, rngs=nnx.Rngs(0))
+    caches = model.make_paged_cache(64, R, batch_size=B, max_length=COLUMNS * R)
+    groups = groups_of(caches)
+    pool, prompt = BlockPool(64, R, watermark=0), list(range(13))
+    pool.allocate("prompt", len(prompt))
+    for row in range(B):
+        pool.allocate(row, 14 + row % 3, prefix=pool.table("prompt")[: 12 // R])
+    table, lengths = pool.page_table(range(B), COLUMNS), np.full(B, 12, np.int32)
+    texts = np.random.default_rng(0).integers(0, 31, (B, 16))
+    texts[:, :12] = texts[0, :12]
+
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def append(caches, tables, lengths, shared, tokens):
+        caches = with_tables(caches, tables, lengths, shared=shared)
+        logits, caches = model(tokens, caches)
+        return logits, tuple(cache.replace(shared=None) for cache in caches)
+
+    first = np.full_like(table, -1)
+    first[0] = table[0]
+    alone = np.array([12, 0, 0, 0, 0, 0, 0, 0])
+    _, caches = model(jnp.asarray(texts[:, :12]), with_tables(caches, [first] * 2, [0] * B), jnp.asarray(alone))
+    shared = [
+        shared_prefixes(table, lengths, R, window=group.policy.mask().window, fewest=0, shapes=SHAPES)
+        for group in groups
+    ]
+    assert spans_of(shared[1])[0] == [(list(range(B)), 0, 3)]
+    results = {}
+    for name, plans in {"with": shared, "without": None, "one": [None, shared[1]]}.items():
+        given_caches = jax.tree.map(jnp.copy, caches)
+        results[name], after = append(given_caches, [table] * 2, lengths, plans, jnp.asarray(texts[:, 12:13]))
+        assert all(not cache.status.any() for cache in after)
+    expected = model(jnp.asarray(texts[:, :13]))[0][:, 12:]
+    for logits in results.values():
+        np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int32
 from kvattn import _checks
 from kvattn._trees import portable
 from kvattn._typing import Array
+from kvattn.cache.placed import placed, shardings_of
 from kvattn.errors import RangeError, ShapeError
 
 NOBODY = -1
@@ -94,7 +95,9 @@ def fitting(
     Raises:
         RangeError: a span that can be seen to contradict them.
     """
-    fit, bad, wrong = _fitting(levels, table, needed, full)
+    fields = len(jax.tree.leaves(levels))
+    where = (*(None,) * fields, *shardings_of(table), *(None,) * len(levels))
+    fit, bad, wrong = placed(_fitting, where, levels, table, needed, full)
     for i, (level, by_reason) in enumerate(zip(levels, wrong, strict=True)):
         if _checks.is_concrete(by_reason) and np.any(by_reason):
             reason, span, member = np.argwhere(np.asarray(by_reason))[0].tolist()
