@@ -28,7 +28,7 @@ from kvattn.cache.shared import Level, Levels, cleared, fitting, levels_of
 from kvattn.cache.writes import refuse_shared
 from kvattn.codecs import Codec, Plain
 from kvattn.codecs.base import Role
-from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import ConfigError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import NOWHERE, Context, Full, Policy
 from kvattn.policies.base import taken

@@ -79,4 +79,8 @@ def where_it_lay(old: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped
 def beside(other: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The new array whole on every device of the mesh on which another one lies."""
     sharding = getattr(other, "sharding", None) if _checks.is_concrete(other, new) else None
-    return jax.device_put(new, NamedSharding(sharding.mesh, PartitionSpec())) if isinstance(sharding, NamedSharding) else new
+    return (
+        jax.device_put(new, NamedSharding(sharding.mesh, PartitionSpec()))
+        if isinstance(sharding, NamedSharding)
+        else new
+    )

@@ -1,9 +1,9 @@
 """Which rows read which pages together, so that what sequences share is read once for all of them.
 
 A *span* is a run of columns in which the tables of several rows, its members, name the same pages. Spans are read level
-by level: a row is a member of one span of each level at most, and its spans follow one another from its first column on,
-such as a system prompt and few-shot prompts behind it. What a row does not share it reads by itself, and the parts are
-merged (Hydragen, arXiv:2402.05099; FlashInfer's cascade).
+by level: a row is a member of one span of each level at most, and its spans follow one another from its first column
+on, such as a system prompt and few-shot prompts behind it. What a row does not share it reads by itself, and the parts
+are merged (Hydragen, arXiv:2402.05099; FlashInfer's cascade).
 
 All of it is data: who shares what may change from step to step within the same shapes, and nothing is compiled anew.
 Which spans are worth it is decided on the host (`kvattn.serving.shared_prefixes`).

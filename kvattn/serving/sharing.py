@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from kvattn.errors import ConfigError, RangeError, ShapeError
+from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.serving import checks
 from kvattn.serving.counts import NO_BLOCK
 
@@ -137,11 +137,11 @@ def _checked(
     checks.integer("page_size", page_size, 1)
     for name, x in (("tables", tables), ("lengths", counts)):
         if x.dtype.kind not in "iu" and x.size:
-            raise ShapeError(f"{name} must hold integers, got {x.dtype}.")
+            raise DTypeError(f"{name} must hold integers, got {x.dtype}.")
     if tables.ndim != 2 or counts.shape != tables.shape[:1]:
         raise ShapeError(f"tables and lengths must be [B, W] and [B], got {tables.shape} and {counts.shape}.")
     most = tables.shape[1] * page_size
-    if counts.size and not (0 <= counts.min() and counts.max() <= most):
+    if counts.size and (counts.min() < 0 or counts.max() > most):
         raise RangeError(f"lengths must lie in [0, {most}], what the tables have room for, got {counts.tolist()}.")
     return tables, counts
 
