@@ -24,8 +24,8 @@ from kvattn.serving import BlockPool, shared_prefixes, sharing_shapes, tokens_re
 
 B, N, K, H, R, COLUMNS = 8, 4, 2, 16, 4, 10
 PAGES = B * COLUMNS + 4
-SHAPES = ((1, B), (2, 4), (3, 2))
-"""Of three levels: one span of all rows, two of four, three of two."""
+SHAPES = ((1, B), (3, 4))
+"""Of two levels: one span of all rows, three of four."""
 ROPE = kvattn.RoPE(H)
 
 
@@ -111,8 +111,8 @@ def truth(new, after, lengths, num_new, dtype, window=None, rope=None, **rules):
 dense = jax.jit(lambda cache: cache.dense())
 
 
-def check(seeds, cache, *, length=1, implementation="xla", shapes=SHAPES, **rules):
-    """Random batches: the accuracy rule, and caches as the step without leaves them. Returns what was shared."""
+def check(seeds, cache, *, length=1, implementation="xla", shapes=SHAPES, beside=False, **rules):
+    """Random batches: the accuracy rule, and `beside` the step without, the same caches. Returns what was shared."""
     call, dtype = step(implementation, **rules), cache.dtype
     window = rules.pop("window", None) if cache.policy == kvattn.Full() else cache.policy.window
     rules = {name: np.asarray(x) if isinstance(x, tuple) else x for name, x in rules.items()}
@@ -128,16 +128,19 @@ def check(seeds, cache, *, length=1, implementation="xla", shapes=SHAPES, **rule
         num_new = np.where(rng.random(B) < 0.8, rng.integers(1, length + 1, B), 0).astype(np.int32)
         new, cache = new_tokens(seed, length, dtype=dtype), filled(empty, table, lengths)
         args = new, cache, table, lengths.astype(np.int32), num_new
-        (out, after), (alone, expected) = call(*args, shared), call(*args, None)
+        out, after = call(*args, shared)
         tokens = dense(after)
         exact = truth(new, tokens, lengths, num_new, np.float64, window, **rules)
-        # Of codecs the step without is the honest computation: it multiplies scales in where this one does.
-        plain = cache.codec == kvattn.codecs.Plain(dtype)
-        assert_accurate(out, exact, truth(new, tokens, lengths, num_new, dtype, window, **rules) if plain else alone)
         assert (np.asarray(out)[np.arange(length)[None] >= num_new[:, None]] == 0).all()
         assert not after.status.any()
-        for one, other in zip(jax.tree.leaves(after.replace(shared=None)), jax.tree.leaves(expected), strict=True):
-            assert_same_bits(one, other, "caches")
+        low = truth(new, tokens, lengths, num_new, dtype, window, **rules)
+        if beside:
+            alone, expected = call(*args, None)
+            for one, other in zip(jax.tree.leaves(after.replace(shared=None)), jax.tree.leaves(expected), strict=True):
+                assert_same_bits(one, other, "caches")
+            # Of codecs it is the honest computation: it multiplies scales in where this one does.
+            low = low if cache.codec == kvattn.codecs.Plain(dtype) else alone
+        assert_accurate(out, exact, low)
     assert found
     return found
 
@@ -146,8 +149,8 @@ def test_random_groups_and_levels():
     """Every shape of sharing there is, in one compiled program."""
     found = check(range(10), make())
     sizes = {tuple(int((level.members >= 0).sum(1).max()) for level in shared) for shared in found}
-    assert len(sizes) > 5 and any(a > 2 and b > 0 and c > 0 for a, b, c in sizes)
-    assert step("xla")._cache_size() == 2  # with and without
+    assert len(sizes) > 4 and any(a > 2 and b > 1 for a, b in sizes) and any(a == 0 for a, _ in sizes)
+    assert step("xla")._cache_size() == 1
 
 
 RULES = {
@@ -164,7 +167,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name):
-    check(range(3), make(), shapes=SHAPES[:2], **RULES[name])
+    check(range(3), make(), **RULES[name])
 
 
 CODECS = {"bfloat16": {"dtype": jnp.bfloat16}} | {
@@ -174,13 +177,13 @@ CODECS = {"bfloat16": {"dtype": jnp.bfloat16}} | {
 
 @pytest.mark.parametrize("name", CODECS)
 def test_codecs(name):
-    check(range(3), make(**CODECS[name]), shapes=SHAPES[1:2])
+    check(range(3), make(**CODECS[name]), shapes=SHAPES[1:2], beside=True)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_several_tokens_of_a_row(implementation):
     """Drafts that are verified, or a short rest of a prompt."""
-    check(range(3), make(), length=3, implementation=implementation, shapes=SHAPES[:2], window=17)
+    check(range(3), make(), length=3, implementation=implementation, window=17)
 
 
 def batch_of_two_levels():
@@ -328,7 +331,7 @@ def test_blocks_are_visited_once_for_all():
     own, first = jax.jit(lambda cache: (lambda x: (x.own.lengths, x.first))(parted(cache, 1, ALL)))(cache)
     assert own.tolist() == [6, 1, 3, 2, 1, 20, 1, 2] and first.tolist() == [28, 28, 28, 20, 20, 20, 12, 12]
     levels = jax.jit(lambda cache: [x.cache.lengths for x in parted(cache, 1, ALL).levels])(cache)
-    assert [sorted(x.tolist()) for x in levels] == [[20], [8, 12], [0, 0, 0]]
+    assert [sorted(x.tolist()) for x in levels] == [[20], [0, 8, 12]]
     alone = jax.jit(lambda cache: [x.cache.lengths for x in parted(cache, 9).levels])(cache)
     assert alone == []  # many tokens are bound by products
 
@@ -528,7 +531,7 @@ def test_what_is_worth_it():
     assert (first, sorted(second)) == ([], [([a, a + 1, a + 2, a + 3], 0, 30) for a in range(0, rows, 4)])
     two = table.copy()
     two[1, :39] = table[0, :39]
-    assert spans_of(find(two, lengths)) is not None and spans_of(find(two, lengths))[0] == []  # 14 empty seats
+    assert find(two, lengths) is None and spans_of(find(two, lengths, fewest=0))[0] == []  # 14 empty seats
     short = every.copy()
     assert spans_of(find(short, np.minimum(lengths, 511)))[0] == [(list(range(rows)), 0, 31)]  # full pages only
     assert find(every, lengths, window=100) is None  # the window has left what is shared
@@ -605,7 +608,7 @@ bad(70, "lengths of other rows", errors.ShapeError, "[B, W] and [B]")(
 bad(70, "more tokens than columns", errors.RangeError, "[0, 12]")(
     lambda: shared_prefixes(np.eye(2, 3, dtype=int), [0, 13], 4)
 )
-bad(70, "tables of floats", errors.DTypeError, "tables must hold integers")(lambda: shared_prefixes(np.eye(2), [0, 0], 4))
+bad(70, "tables of floats", errors.DTypeError, "tables must hold")(lambda: shared_prefixes(np.eye(2), [0, 0], 4))
 bad(70, "a window of 0", errors.RangeError, "window")(lambda: host(window=0))
 
 
@@ -617,7 +620,7 @@ def spans_that_do_not_fit():
     span = int(np.argmax(wrong[2] == 3))
     wrong[2][span] = 4  # row 7 names another page there, and neither row has filled it
     cache, new = filled(make(), table, lengths), new_tokens(1)
-    out, after = step("xla")(new, cache, table, lengths, ALL, (shared[0], tuple(wrong), shared[2]))
+    out, after = step("xla")(new, cache, table, lengths, ALL, (shared[0], tuple(wrong)))
     np.testing.assert_allclose(out, step("xla")(new, cache, table, lengths, ALL, None)[0], atol=1e-6)
     assert (np.asarray(after.status) == np.isin(np.arange(B), [6, 7]) * BAD_SPAN).all()
     with pytest.raises(errors.RangeError, match="read by themselves"):

@@ -198,7 +198,8 @@ class PagedKVCache(Cache):
     def axes(self) -> "PagedKVCache":
         """As `Cache.axes`, with the table's."""
         heads = "heads " if self.policy.is_uneven else ""
-        shared = self.shared and tuple(Level("spans members", "spans", "spans") for _ in self.shared)
+        spans: dict[str, Any] = {"members": "spans members", "begin": "spans", "end": "spans"}
+        shared = None if self.shared is None else tuple(Level(**spans) for _ in self.shared)
         return dataclasses.replace(super().axes, page_table=f"rows {heads}columns", shared=shared)
 
     @property

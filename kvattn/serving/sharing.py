@@ -53,7 +53,8 @@ def sharing_shapes(batch_size: int) -> tuple[tuple[int, int], ...]:
     """
     checks.integer("batch_size", batch_size, 0)
     few = 4 if batch_size >= 8 else 2
-    return ((max(batch_size, 1), 1)[::-1], *([(batch_size // few, few)] if batch_size >= 2 * few else []))
+    every = (1, max(batch_size, 1))
+    return (every,) if batch_size < 2 * few else (every, (batch_size // few, few))
 
 
 def shared_prefixes(
