@@ -33,6 +33,8 @@ class Request:
         softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
         want_mass: whether the attention per slot is wanted.
         key_rope: rotates the keys of the view by their positions. None: they are stored rotated.
+        of_several: whether the queries of a row are of several sequences that read it together: then many of them are
+            no prompt.
     """
 
     query: Float[Array, "B T N H"]
@@ -44,6 +46,7 @@ class Request:
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
     key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
+    of_several: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def reached(self, kv_positions: Int32[Array, "*lead B K1 R"]) -> Bool[Array, "*lead B K1 R"]:
         """Which slots hold a token that some query of the row may attend to. All others are as good as empty.

@@ -69,6 +69,7 @@ class Rules:
         *,
         mask: Mask | None = None,
         want_mass: bool = False,
+        of_several: bool = False,
     ) -> Request:
         """What these queries ask of a view, by these rules or by another mask."""
         return Request(
@@ -81,4 +82,5 @@ class Rules:
             softcap=self.softcap,
             want_mass=want_mass,
             key_rope=self.key_rope,
+            of_several=of_several,
         )

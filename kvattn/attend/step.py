@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from kvattn.attend.registry import Result
 from kvattn.attend.request import Request
 from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks, merge_states
+from kvattn.attend.together import Parted, parted
 from kvattn.attend.tokens import NewTokens, PerHead, rotated_left
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
@@ -32,6 +33,9 @@ CHUNK_ROWS = 128
 
 Stepped = tuple[Float[Array, "B T N Hv"], Cache]
 """The output, and the new cache."""
+
+State = tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]
+"""Output and log-sum-exp of some of the tokens."""
 
 type _Run = Callable[["Step", NewTokens, PerHead, Any], Stepped]
 
@@ -87,13 +91,16 @@ def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepp
     cache = part.write(cache, slots, tokens.key, tokens.value, step.implementation)
     cache = cache.replace(state=policy.enter(cache.state, slots, told))
 
-    view = part.view(cache.replace(lengths=cache.lengths + new.num_new))
+    parts = parted(cache, new.length, new.num_new)
+    view = part.view(parts.own)
     if cache.codec.rounds:
-        view = dataclasses.replace(view, fresh=(part.slots(cache.store, slots), tokens.key, tokens.value))
+        fresh = part.slots(parts.own.store, parts.slots(slots))
+        view = dataclasses.replace(view, fresh=(fresh, tokens.key, tokens.value))
     # Mass goes by the whole softmax sum: where one request does not know it, it is taken afterwards.
     afterwards = per_head.sinks is not None or part.is_share
-    requests = _requests(step, tokens, view, per_head, want_mass=policy.needs_mass and not afterwards)
-    out, lse, mass = _attended(step, requests, per_head)
+    want_mass = policy.needs_mass and not afterwards
+    requests = _requests(step, tokens.of_own(parts), view, per_head, want_mass)
+    out, lse, mass = _attended(step, requests, per_head, _together(step, tokens, parts, per_head))
     if policy.needs_mass and (afterwards or len(requests) > 1):
         received = [xla.measure(request, lse, _received) for request in requests]
         mass = part.all_slots(cache, functools.reduce(jnp.add, received))
@@ -109,9 +116,10 @@ def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Steppe
     Writing first would overwrite what the first tokens of the chunk still attend to.
     """
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
-    to_kept = _requests(step, tokens, part.view(cache), per_head)
+    parts = parted(cache, new.length)
+    to_kept = _requests(step, tokens.of_own(parts), part.view(parts.own), per_head)
     to_new = _requests(step, tokens, _own_view(step, tokens, cache), per_head)
-    out, lse, _ = _attended(step, [*to_kept, *to_new], per_head)
+    out, lse, _ = _attended(step, [*to_kept, *to_new], per_head, _together(step, tokens, parts, per_head))
     kept = fresh = None
     if policy.needs_mass:
         kept = part.all_slots(cache, _measured(step, to_kept, lse, cache, told))
@@ -152,6 +160,10 @@ class _Located:
     value: Float[Array, "B T K Hv"]
     positions: Int32[Array, "B T"]
     from_sinks: tuple[int, Float[Array, "B T N H"], Int32[Array, "B T"]] | None
+
+    def of_own(self, parts: Parted) -> "_Located":
+        """Their positions as those of what a row reads by itself."""
+        return dataclasses.replace(self, positions=parts.positions(self.positions))
 
 
 def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
@@ -207,10 +219,19 @@ def _requests(step: Step, tokens: _Located, view: View, per_head: PerHead, want_
     ]
 
 
-def _attended(step: Step, requests: list[Request], per_head: PerHead) -> Result:
-    """Attention over the union of what the requests see; mass only of a single one."""
+def _together(step: Step, tokens: _Located, parts: Parted, per_head: PerHead) -> Iterator[State]:
+    """Attention to what rows read together, level by level."""
+    for spans in parts.levels:
+        query, positions = spans.queries(tokens.query), spans.positions(tokens.positions)
+        request = step.rules.request(query, positions, spans.view(step.part), per_head.slopes, of_several=True)
+        out, lse, _ = api.attend(request, step.implementation)
+        yield spans.by_row(out, lse)
+
+
+def _attended(step: Step, requests: list[Request], per_head: PerHead, shared: Iterable[State] = ()) -> Result:
+    """Attention over the union of what the requests see, and of what is shared; mass only of a single request."""
     (out, lse, mass), *others = [api.attend(request, step.implementation) for request in requests]
-    for other_out, other_lse, _ in others:
+    for other_out, other_lse in (*(other[:2] for other in others), *shared):
         out, lse = merge_states(out, lse, other_out, other_lse)
     out, lse = step.part.joined(out, lse)
     if per_head.sinks is not None:

@@ -12,6 +12,8 @@ slots     R: of a block
 pages     P: of a pool
 offsets   R: slots of a page
 columns   of the page table
+spans     of pages that rows read together
+members   rows of a span
 recent    tokens that a codec keeps beside the slots, as they came
 features  what is stored of a token
 ========  ==============================================================

@@ -16,6 +16,7 @@ from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Store
+from kvattn.cache.shared import Levels
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec
 from kvattn.codecs.blocks import Blocks
@@ -47,6 +48,7 @@ class Cache(Tree):
     layout: Layout
     page_table: Int32[Array, "B *K columns"] | None
     page_size: int
+    shared: Levels | None
 
     def usable(self) -> Self:
         """This cache, with its arrays on the device: one that came back from the host holds NumPy's.
@@ -111,6 +113,14 @@ class Cache(Tree):
     def num_pages(self) -> int:
         """P, pages of its pool; 0: it has none."""
         return 0
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows may share pages and read them together: what is in them must not depend on what came later."""
+        mask = self.policy.mask()
+        alone = self.policy.needs_mass or self.codec.rows is not None or bool(jax.tree.leaves(self.state))
+        # Seen from behind a span every token has another number; distances stay.
+        return self.page_table is not None and self.policy.in_order and not alone and mask == Mask(window=mask.window)
 
     @property
     def store(self) -> Store:

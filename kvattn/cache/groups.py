@@ -20,6 +20,7 @@ from kvattn import _checks
 from kvattn.cache.axes import axis_of
 from kvattn.cache.base import nbytes_of
 from kvattn.cache.paged import PagedKVCache
+from kvattn.cache.shared import Levels, levels_of
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.policies import Policy
@@ -161,7 +162,10 @@ def waste(groups: Sequence[Group], length: int, lengths: Sequence[int] | None = 
 
 
 def with_tables(
-    caches: Sequence[PagedKVCache], tables: ArrayLike | Sequence[Any], lengths: ArrayLike | Sequence[int]
+    caches: Sequence[PagedKVCache],
+    tables: ArrayLike | Sequence[Any],
+    lengths: ArrayLike | Sequence[int],
+    shared: Sequence[Any] | None = None,
 ) -> Caches:
     """`PagedKVCache.with_tables` of all the layers of a model. Inside jit, as a part of the step, it costs nothing.
 
@@ -169,9 +173,11 @@ def with_tables(
         caches: one per layer.
         tables: one table for all layers, int [B, W]; or a list or tuple of tables, one for each group (`groups_of`).
         lengths: int [B], of all layers.
+        shared: levels of spans that rows read together, or None, for the one table; where there is one for each group,
+            also a list or tuple of those.
 
     Raises:
-        ShapeError: other than one table, or one for each group; a table of another shape.
+        ShapeError: other than one table, or one for each group; a table of another shape; likewise of `shared`.
         Else as `PagedKVCache.with_tables`.
     """
     groups = groups_of(caches)
@@ -181,17 +187,23 @@ def with_tables(
         raise ShapeError(
             f"the caches form {len(groups)} groups, got {len(by_group)} tables: one for all, or one for each."
         )
+    if several and isinstance(shared, list | tuple) and len(shared) != len(groups):
+        raise ShapeError(
+            f"the caches form {len(groups)} groups, got {len(shared)} for shared: one for each, as tables, or None."
+        )
+    together = list(shared) if shared is not None and several else [shared] * len(groups)
+    together = [None if levels is None else levels_of(levels) for levels in together]
     by_group = [x if hasattr(x, "dtype") else np.asarray(x) for x in by_group]
-    for group, table in zip(groups, by_group, strict=True):
-        caches[group.layers[0]].with_tables(table, lengths)  # raises what can be seen
+    for group, table, levels in zip(groups, by_group, together, strict=True):
+        caches[group.layers[0]].with_tables(table, lengths, levels)  # raises what can be seen
     lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
-    return _with_tables(tuple(caches), tuple(by_group), lengths)
+    return _with_tables(tuple(caches), tuple(by_group), lengths, tuple(together))
 
 
 @jax.jit
-def _with_tables(caches: Caches, tables: tuple[Any, ...], lengths: Any) -> Caches:
+def _with_tables(caches: Caches, tables: tuple[Any, ...], lengths: Any, shared: tuple[Levels | None, ...]) -> Caches:
     found = list(caches)
-    for group, table in zip(groups_of(caches), tables, strict=True):
+    for group, table, levels in zip(groups_of(caches), tables, shared, strict=True):
         for i in group.layers:
-            found[i] = caches[i].with_tables(table, lengths)
+            found[i] = caches[i].with_tables(table, lengths, levels)
     return tuple(found)

@@ -70,6 +70,7 @@ class KVCache(Cache):
 
     page_table = None
     page_size = 0
+    shared = None
 
     @classmethod
     def create(

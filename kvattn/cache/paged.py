@@ -22,12 +22,13 @@ from kvattn.cache import status as bits
 from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype
 from kvattn.cache.layout import Layout
-from kvattn.cache.pages import Pages, block_layout, num_numbers
-from kvattn.cache.placed import placed, shardings_of
+from kvattn.cache.pages import Pages, block_layout, num_numbers, slots_of
+from kvattn.cache.placed import beside, placed, shardings_of, where_it_lay
+from kvattn.cache.shared import Level, Levels, cleared, fitting, levels_of
 from kvattn.cache.writes import refuse_shared
 from kvattn.codecs import Codec, Plain
 from kvattn.codecs.base import Role
-from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import ConfigError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import NOWHERE, Context, Full, Policy
 from kvattn.policies.base import taken
@@ -66,6 +67,7 @@ class PagedKVCache(Cache):
         key_head_dim: H.
         value_head_dim: head dim of the values.
         dtype: what the tokens were before they were encoded.
+        shared: which rows read which pages together. None: each row by itself.
     """
 
     keys: Encoded
@@ -80,6 +82,7 @@ class PagedKVCache(Cache):
     key_head_dim: int = dataclasses.field(metadata={"static": True})
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    shared: Levels | None = None
 
     is_static = False
     _advice = "Give it more columns with max_pages."
@@ -145,7 +148,7 @@ class PagedKVCache(Cache):
         reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
-        num_slots = _num_slots(policy, page_size, max_pages)
+        num_slots = slots_of(policy, page_size, max_pages)
         heads = (num_kv_heads,) if policy.is_uneven else ()
         table = jnp.full((batch_size, *heads, max_pages), -1, jnp.int32)
         if num_numbers(table, num_kv_heads, num_pages) > _checks.INT32_MAX:
@@ -189,13 +192,15 @@ class PagedKVCache(Cache):
     @property
     def num_slots(self) -> int:
         """C, slots of a sequence."""
-        return _num_slots(self.policy, self.page_size, self.max_pages)
+        return slots_of(self.policy, self.page_size, self.max_pages)
 
     @property
     def axes(self) -> "PagedKVCache":
         """As `Cache.axes`, with the table's."""
         heads = "heads " if self.policy.is_uneven else ""
-        return dataclasses.replace(super().axes, page_table=f"rows {heads}columns")
+        spans: dict[str, Any] = {"members": "spans members", "begin": "spans", "end": "spans"}
+        shared = None if self.shared is None else tuple(Level(**spans) for _ in self.shared)
+        return dataclasses.replace(super().axes, page_table=f"rows {heads}columns", shared=shared)
 
     @property
     def layout(self) -> Layout:
@@ -240,7 +245,12 @@ class PagedKVCache(Cache):
 
     # What one does with it.
 
-    def with_tables(self, page_table: ArrayLike | Sequence[Any], lengths: ArrayLike | Sequence[int]) -> "PagedKVCache":
+    def with_tables(
+        self,
+        page_table: ArrayLike | Sequence[Any],
+        lengths: ArrayLike | Sequence[int],
+        shared: Sequence[Any] | None = None,
+    ) -> "PagedKVCache":
         """The same pool under other tables: what the host decided.
 
         Args:
@@ -249,18 +259,22 @@ class PagedKVCache(Cache):
                 pages. Entries of slots without a token mean nothing, but those that the next tokens will go to must be
                 there when they come.
             lengths: int [B]: tokens seen of each sequence, of which those that the policy keeps lie in those pages.
+            shared: which rows read which pages together: levels (members int [spans, members], begin int [spans], end
+                int [spans]) as `kvattn.serving.shared_prefixes` finds them, or `kvattn.cache.Level`. It holds until
+                tables are given again; None: each row reads by itself.
 
         Raises:
             ShapeError: another shape.
             DTypeError: not integers.
             RangeError: a negative length, more tokens than the table has room for, a page that is not in the pool.
-                Under jit: status bits, and 0 tokens for such a row.
+                Under jit: status bits, and 0 tokens for such a row. `shared` that contradicts the tables. Under jit:
+                status bits for the rows that do, which read by themselves.
             UnsupportedError: a row that would hold other tokens than it did, neither as many nor none, where a policy
                 remembers its tokens (those that go by attention do) or a codec keeps the last ones outside pages
-                (KIVI). Under jit: likewise.
+                (KIVI). Under jit: likewise. `shared` for a cache that is not one that `shares_prefixes`.
         """
         self = self.usable()
-        table = _integers("page_table", page_table)
+        table = jnp.asarray(_checks.int32("page_table", page_table))
         shape = self.page_table.shape
         if table.ndim == 2 and len(shape) == 3 and table.shape[0] == shape[0]:
             table = jnp.broadcast_to(table[:, None], (*shape[:2], table.shape[1]))
@@ -287,9 +301,24 @@ class PagedKVCache(Cache):
         lengths = jnp.where(bad_count | other, 0, lengths)
         state = self.forgotten(lengths == 0, self.state)
         # A copy: caches of several layers may be given one table, and each is to be donated.
-        table = _where(self.page_table, jnp.array(table, copy=True))
-        cache = dataclasses.replace(self, page_table=table, lengths=lengths, state=state, status=status)
-        return cache.vouched(Context(lengths, jnp.zeros_like(lengths), 0, self.num_slots), self.policy.mask())[0]
+        table = where_it_lay(self.page_table, jnp.array(table, copy=True))
+        cache = dataclasses.replace(self, page_table=table, lengths=lengths, state=state, status=status, shared=None)
+        step = Context(lengths, jnp.zeros_like(lengths), 0, self.num_slots)
+        cache = cache if shared is None else cache._sharing(shared, step)
+        return cache.vouched(step, self.policy.mask())[0]
+
+    def _sharing(self, shared: Sequence[Any], step: Context) -> "PagedKVCache":
+        """The cache whose rows read these spans together."""
+        if not self.shares_prefixes:
+            raise UnsupportedError(
+                f"rows do not share pages under {self.policy} with {self.codec}, which need slots in order, a rule of "
+                "distances alone, and tokens encoded one by one: leave shared out."
+            )
+        needed = self._columns(self.policy.needed(self.state, step))
+        levels, bad = fitting(levels_of(shared), self.page_table, needed, self.lengths // self.page_size)
+        # Copies, as of the table.
+        levels = jax.tree.map(lambda x: beside(self.page_table, jnp.array(x, copy=True)), levels)
+        return dataclasses.replace(self, shared=levels, status=bits.mark(self.status, bad, bits.BAD_SPAN))
 
     def _beyond(self, lengths: Int32[Array, " B"], width: int) -> Bool[Array, " B"]:
         """Rows that cannot have so many tokens in `width` columns; an error if they can be seen."""
@@ -368,7 +397,7 @@ class PagedKVCache(Cache):
             RangeError: a page that is not in the pool; a target given twice. Under jit: not copied; one of its copies.
         """
         self = self.usable()
-        sources, targets = _integers("sources", sources), _integers("targets", targets)
+        sources, targets = (jnp.asarray(_checks.int32(*x)) for x in (("sources", sources), ("targets", targets)))
         if sources.ndim != 1 or sources.shape != targets.shape:
             raise ShapeError(
                 f"sources and targets must be vectors of one length, got {sources.shape}, {targets.shape}."
@@ -424,6 +453,7 @@ def _selected(cache: PagedKVCache, rows: Int32[Array, " rows"], known: Bool[Arra
         lengths=jnp.where(known, cache.lengths, 0),
         state=cache.forgotten(~known, cache.state),
         status=jnp.where(known, cache.status, bits.BAD_COUNT),
+        shared=cleared(cache.shared),
     )
 
 
@@ -466,34 +496,3 @@ def _compacted(cache: PagedKVCache) -> PagedKVCache:
 def _dense(cache: PagedKVCache) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
     """`dense`, wherever the arrays lie."""
     return cache.view().dense(cache.dtype)
-
-
-def _where(old: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The new array where the old one lay on a mesh, so that the next step is the program that is compiled."""
-    there = _checks.is_concrete(old, new) and isinstance(getattr(old, "sharding", None), jax.NamedSharding)
-    return jax.device_put(new, old.sharding) if there else new
-
-
-def _num_slots(policy: Policy, page_size: int, max_pages: int) -> int:
-    """The slots of a sequence: those of so many pages, or fewer where the policy wants no more."""
-    room = max_pages * page_size
-    try:
-        return policy.num_slots(room)
-    except ConfigError as error:
-        wanted = policy.num_slots(None)
-        raise ConfigError(
-            f"{policy} holds {wanted} tokens of a sequence at once, {max_pages} pages of {page_size} have room for "
-            f"{room}: give max_pages={-(-wanted // page_size)}, or make the budget smaller."
-        ) from error
-
-
-def _integers(name: str, x: Any) -> Int32[Array, "..."]:
-    """Any array of integers as int32."""
-    x = x if hasattr(x, "dtype") else np.asarray(x)
-    if x.size == 0:
-        x = x.astype(np.int32)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise DTypeError(f"{name} must hold integers, got {x.dtype}.")
-    if x.size and _checks.is_concrete(x) and int(np.max(np.abs(np.asarray(x, np.float64)))) > _checks.INT32_MAX:
-        raise RangeError(f"{name} must fit in int32, got {int(np.asarray(x).min())} to {int(np.asarray(x).max())}.")
-    return jnp.asarray(x.astype(np.int32))

@@ -19,6 +19,8 @@ from jaxtyping import Bool, Int32, Shaped
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.codecs import Codec
+from kvattn.errors import ConfigError
+from kvattn.policies import Policy
 
 BLOCK_SLOTS = 128
 """Slots that `"xla"` gathers at once: whole pages, as many as fit."""
@@ -215,6 +217,19 @@ def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num
     alone = codec is not None and codec.rows is not None
     pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, -(-num_slots // page_size)))
     return Layout(num_slots, pages * page_size, False)
+
+
+def slots_of(policy: Policy, page_size: int, max_pages: int) -> int:
+    """The slots of a sequence: those of so many pages, or fewer where the policy wants no more."""
+    room = max_pages * page_size
+    try:
+        return policy.num_slots(room)
+    except ConfigError as error:
+        wanted = policy.num_slots(None)
+        raise ConfigError(
+            f"{policy} holds {wanted} tokens of a sequence at once, {max_pages} pages of {page_size} have room for "
+            f"{room}: give max_pages={-(-wanted // page_size)}, or make the budget smaller."
+        ) from error
 
 
 def num_numbers(table: Int32[Array, "B *K columns"], num_kv_heads: int, num_pages: int) -> int:

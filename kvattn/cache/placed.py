@@ -11,7 +11,10 @@ from collections.abc import Callable
 import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Shaped
+
+from kvattn import _checks
+from kvattn._typing import Array
 
 Shardings = tuple[NamedSharding | None, ...]
 """One for every array of a tree; None: on no mesh, or on Auto axes where nobody can see it."""
@@ -65,3 +68,19 @@ def _dividing(shape: tuple[int, ...], sharding: NamedSharding | None) -> Partiti
         return math.prod(sharding.mesh.shape[name] for name in names)
 
     return PartitionSpec(*(e if n % parts(e) == 0 else None for n, e in zip(shape, sharding.spec, strict=False)))
+
+
+def where_it_lay(old: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The new array where the old one lay on a mesh, so that the next step is the program that is compiled."""
+    there = _checks.is_concrete(old, new) and isinstance(getattr(old, "sharding", None), NamedSharding)
+    return jax.device_put(new, old.sharding) if there else new
+
+
+def beside(other: Shaped[Array, "..."], new: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The new array whole on every device of the mesh on which another one lies."""
+    sharding = getattr(other, "sharding", None) if _checks.is_concrete(other, new) else None
+    return (
+        jax.device_put(new, NamedSharding(sharding.mesh, PartitionSpec()))
+        if isinstance(sharding, NamedSharding)
+        else new
+    )

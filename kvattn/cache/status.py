@@ -22,6 +22,8 @@ attention counts as the least."""
 
 BAD_PAGE = 16
 """A page table names a page that does not exist for a token of the row; nothing was done."""
+BAD_SPAN = 32
+"""Pages were to be read together that the row's table does not name, or that are not full; it read by itself."""
 
 _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     OVERFLOW: (CapacityError, "an append did not fit and was dropped: make the cache larger"),
@@ -36,6 +38,11 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
         "policy, which cannot score by them, or keys or values too large for the dtype of the cache",
     ),
     BAD_PAGE: (RangeError, "the page table names a page that is not in the pool; nothing was done"),
+    BAD_SPAN: (
+        RangeError,
+        "pages were to be read together that their tables do not name alike, or that are not full, so the rows read by "
+        "themselves: make shared from the tables that are given with it",
+    ),
 }
 
 

@@ -69,6 +69,16 @@ class View:
             in_order=False,
         )
 
+    def in_blocks_of(self, slots: int) -> "View":
+        """This view of pages, of which about so many slots make up a block; whole pages, and no fewer than they did."""
+        layout = self.layout
+        pages = min(slots // self.page_size, -(-layout.num_slots // self.page_size))
+        if pages * self.page_size <= layout.rows:
+            return self
+        wide = dataclasses.replace(layout, rows=pages * self.page_size)
+        positions = wide.to_blocks(layout.from_blocks(self.positions[..., None], False), False, fill=-1)[..., 0]
+        return dataclasses.replace(self, layout=wide, positions=positions)
+
     @property
     def num_kv_heads(self) -> int:
         """K."""

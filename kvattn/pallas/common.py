@@ -20,7 +20,7 @@ MOST_TOKENS = 8
 def refusal(request: Request) -> str | None:
     """Why no decode kernel takes the request, on whatever device; None: one may."""
     view = request.view
-    if request.query.shape[1] > MOST_TOKENS:
+    if request.query.shape[1] > MOST_TOKENS and not request.of_several:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
     if request.key_rope is not None:
         return "it does not rotate keys while it reads them"

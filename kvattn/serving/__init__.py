@@ -22,6 +22,10 @@ from kvattn.serving.records import page_names as page_names
 from kvattn.serving.replay import Replay as Replay
 from kvattn.serving.replay import knee as knee
 from kvattn.serving.replay import replay as replay
+from kvattn.serving.sharing import SharedLevel as SharedLevel
+from kvattn.serving.sharing import shared_prefixes as shared_prefixes
+from kvattn.serving.sharing import sharing_shapes as sharing_shapes
+from kvattn.serving.sharing import tokens_read as tokens_read
 from kvattn.serving.stack import Tiers as Tiers
 from kvattn.serving.tiers import HostTier as HostTier
 from kvattn.serving.tiers import Tier as Tier
@@ -50,6 +54,7 @@ __all__ = [
     "Record",
     "Replay",
     "Request",
+    "SharedLevel",
     "Stats",
     "Tier",
     "TierCounters",
@@ -60,6 +65,9 @@ __all__ = [
     "page_names",
     "read_trace",
     "replay",
+    "shared_prefixes",
+    "sharing_shapes",
+    "tokens_read",
     "with_tables",
 ]
 

@@ -67,6 +67,8 @@ def cached_attention[C: Cache](
     every head on each device, as a projection does whose kernel [D, N, H] is split along H. Otherwise they are filled
     up, and out, which cannot be split then, is whole; or pass 72 heads and ``num_heads=71``.
 
+    Where rows are split, by batch or over `data_axis`, each reads by itself what others share (`PagedKVCache.shared`).
+
     Arguments are checked as `kvattn.cached_attention` does. Kernels run: inside, every mesh axis is `jax.shard_map`'s.
     What only a device sees (a token that cannot be encoded or scored) sets a status bit also outside jit. Donate the
     cache and every device updates its part in place.
@@ -139,6 +141,9 @@ def cached_attention[C: Cache](
     )
     if step.is_empty:
         return step(new, per_head, cache)
+    shared = cache.shared if scheme.row_parts(split) > 1 else None
+    if shared is not None:  # a span's members may be other devices' rows: here each reads by itself
+        cache = cache.replace(shared=None)
     told = Context(cache.lengths, new.num_new, new.length, cache.num_slots)
     check_tables(cache, told, scheme.row_parts(split))
     assert num_heads is not None
@@ -151,6 +156,7 @@ def cached_attention[C: Cache](
     if split.is_explicit or not isinstance(new.query, Tracer):
         args = split.put(args, program.specs(*args))
     out, cache = _run(program, *args)
+    cache = cache if shared is None else cache.replace(shared=shared)
     if out.shape[2] != given:
         out = split.put(out, jax.P(split.data)) if split.is_explicit else out
         out = out[:, :, :given]

@@ -620,12 +620,63 @@ FAULTS: list[Fault] = [
             "",
             "blocks of another length, the same numbers",
         ),
+    ),
+    *group(
+        "attend/together.py",
+        """
+        test_shared_prefix.py::test_what_is_not_read_changes_no_bit_and_neighbours_do_not_meet
+        test_shared_prefix.py::test_random_groups_and_levels
+        test_shared_prefix.py::test_a_row_is_read_by_whoever_is_left
+        test_shared_prefix.py::test_blocks_are_visited_once_for_all
+        """,
         (
-            "decode",
-            "lengths=cache.lengths + new.num_new",
+            "parted",
+            "lengths=cache.lengths + num_new",
             "lengths=cache.lengths",
             "test_policies.py::test_output_is_attention_over_the_kept_tokens",
         ),
+        ("parted", "end <= full[at]", "end <= full[at] + 1"),
+        ("parted", "(first[at] == begin)", "(first[at] >= begin)"),
+        ("parted", "at[:, 0]", "at[:, -1]"),
+        ("parted", "table, first, jnp", "table, first + 1, jnp"),
+        ("parted", "after.lengths - first", "after.lengths"),
+        ("Spans.positions", "taken - self.first[:, None, None]", "taken", "test_shared_prefix.py::test_rules"),
+        ("Spans.by_row", "rows(lse), -jnp.inf", "rows(lse), 0"),
+        ("Spans.by_row", "jnp.full((self.batch,), count", "jnp.full((self.batch,), 0"),
+        ("Parted.slots", "slots - self.first[:, None]", "slots", "test_shared_prefix.py::test_derivatives"),
+        ("Parted.positions", "positions - self.first[:, None]", "positions", "test_shared_prefix.py::test_rules"),
+    ),
+    *group(
+        "cache/shared.py",
+        "test_shared_prefix.py::test_rows",
+        ("_fitting", "times[at] > 1", "times[at] > 2"),
+        ("_fitting", "begin != begun[at]", "begin < begun[at]"),
+        ("_fitting", "end > full[at]", "end > full[at] + 1"),
+        ("_fitting", "needed[at] & (table", "~needed[at] & (table"),
+        ("_fitting", "jnp.where(stays, members, NOBODY)", "members"),
+    ),
+    *group(
+        "cache/paged.py",
+        "test_shared_prefix.py::test_a_row_is_read_by_whoever_is_left",
+        ("_selected", "cleared(cache.shared)", "cache.shared"),
+    ),
+    *group(
+        "sharding/attention.py",
+        "test_shared_prefix.py::test_on_a_mesh",
+        ("cached_attention", "cache = cache.replace(shared=None)", "pass"),
+    ),
+    *group(
+        "serving/sharing.py",
+        """
+        test_shared_prefix.py::test_what_is_worth_it
+        test_shared_prefix.py::test_what_is_found_is_there_and_saves_reads
+        """,
+        ("_keys", "column >= full[:, None]", "column > full[:, None]"),
+        ("_Tree._level", "first < b and a < last", "first < b and a > last"),
+        ("_Tree._close", "open_to[j] = False", "pass"),
+        ("_saved", "(rows - spans) * length", "rows * length"),
+        ("shared_prefixes", "np.maximum(unseen, gone)", "gone"),
+        ("_arrays", "(gone[row], row)", "-row", "test_shared_prefix.py::test_windows_that_have_given_pages_back"),
     ),
     *group(
         "attend/prepare.py",
