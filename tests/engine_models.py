@@ -57,7 +57,7 @@ class TextDevice(Device):
         self.new = np.full((self.num_rows,), -1, int)
         self.running = np.zeros((self.num_rows,), bool)
         self.drawn = np.zeros((self.num_rows,), int)
-        self.read_tokens = self.steps = self.accepted = self.restored = 0
+        self.read_tokens = self.steps = self.accepted = self.restored = self.read_together = 0
 
     def _happens(self, what):
         if self.fails is not None:
@@ -121,8 +121,15 @@ class TextDevice(Device):
             for source, target in pairs:
                 memory[target] = before[source]
 
-    def step(self, tables, held, goes, forced):
+    def step(self, tables, held, goes, forced, shared=None):
         self._happens("step")
+        for table, levels in zip(tables, shared or (), strict=shared is not None):
+            for members, begin, end in (span for level in levels or () for span in zip(*level, strict=True)):
+                rows = [row for row in members if row >= 0]
+                assert set(rows) <= set(goes)
+                assert all((table[row][begin:end] == table[rows[0]][begin:end]).all() for row in rows)
+                assert all(end * self.groups[0].page_size <= self.lengths[row] for row in rows)
+                self.read_together += len(rows) > 1
         rows = [row for row in goes if self.running[row]]
         assert set(goes) <= set(held) and len(set(held)) == len(held)
         for row in rows:

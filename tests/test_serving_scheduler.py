@@ -8,7 +8,7 @@ import pytest
 from engine_models import UNSOUND, V, check, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
-from kvattn.serving import DiskTier, HostTier, beams
+from kvattn.serving import DiskTier, HostTier, beams, sharing
 from kvattn.serving.request import Request
 
 FULL_RUN = pytest.mark.slow
@@ -106,6 +106,19 @@ def test_equal_prompts_wait_for_the_first(monkeypatch, plain):
         engine.run()
         assert engine._device.read_tokens == computed
         assert all(each.tokens == [continued(range(22), 4)] for each in requests)
+
+
+def test_rows_read_what_they_share_together(monkeypatch, plain):
+    """As long as enough of them are there; who they are changes in the middle."""
+    monkeypatch.setattr(sharing.shared_prefixes, "__kwdefaults__", {"window": None, "shapes": None, "fewest": 8})
+    engine = text_engine(monkeypatch, plain, num_pages=60)
+    head = list(range(20))
+    asked = {}
+    for i in range(7):
+        asked[engine.submit([*head, i], 4 + 3 * i, stop_tokens=[i])] = [continued([*head, i], 4 + 3 * i, stop=[i])]
+    assert engine.run() == asked
+    assert engine._device.read_together > 10
+    at_rest(engine)
 
 
 def test_what_was_said_is_found_by_the_next_turn(monkeypatch, plain):

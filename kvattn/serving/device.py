@@ -25,6 +25,7 @@ from kvattn.models.sampling import Sampler
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.jobs import Piece
 from kvattn.serving.prefixes import Copies
+from kvattn.serving.sharing import SharedLevel
 from kvattn.serving.texts import NO_ROW
 from kvattn.serving.texts import Sequence as Text
 
@@ -33,6 +34,8 @@ AT_ONCE = 8
 
 Caches = tuple[PagedKVCache, ...]
 Tables = tuple[Int32[np.ndarray, "B W"], ...]
+Shared = tuple[tuple[SharedLevel, ...] | None, ...]
+"""What rows read together, of every group of layers."""
 
 
 class Came(NamedTuple):
@@ -123,11 +126,11 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         return *brought_by(model, rows, cache), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def step(weights, cache, rows, settings, tables, held, goes, forced):
+    def step(weights, cache, rows, settings, tables, held, goes, forced, shared):
         """Appends the last token of every row that `goes` and is running, and chooses its next."""
         model = model_of(weights)
         runs = rows.running & goes
-        logits, cache = _appended(model, _held(cache, tables, held), rows.new, runs)
+        logits, cache = _appended(model, _held(cache, tables, held, shared), rows.new, runs)
         before = dataclasses.replace(rows, new=jnp.full_like(rows.new, loop.NOTHING))
         return *brought_by(model, loop.chosen(settings, logits, before, runs, forced), cache), cache
 
@@ -243,9 +246,9 @@ def _called(
     return logits, cast(Caches, after)
 
 
-def _held(cache: Caches, tables: Tables, held: Bool[Array, " B"]) -> Caches:
+def _held(cache: Caches, tables: Tables, held: Bool[Array, " B"], shared: Shared | None = None) -> Caches:
     """The caches under the host's tables; rows that nobody has are empty."""
-    return with_tables(cache, tables, jnp.where(held, cache[0].lengths, 0))
+    return with_tables(cache, tables, jnp.where(held, cache[0].lengths, 0), shared=shared)
 
 
 def _status(cache: Caches) -> Int32[Array, " B"]:
@@ -329,7 +332,14 @@ class Device:
                     pairs[group, :, : len(some)] = np.transpose(some) + first
             self.cache = self.programs.copy(self.cache, tuple(pairs))
 
-    def step(self, tables: Tables, held: Sequence[int], goes: Sequence[int], forced: dict[int, int]) -> Came:
+    def step(
+        self,
+        tables: Tables,
+        held: Sequence[int],
+        goes: Sequence[int],
+        forced: dict[int, int],
+        shared: Shared | None = None,
+    ) -> Came:
         """A step of the rows that go.
 
         Args:
@@ -337,6 +347,7 @@ class Device:
             held: rows that somebody has.
             goes: those that go, where they are still running.
             forced: the next tokens of some.
+            shared: which rows read which pages together; another program than without.
         """
         given = self._free
         if forced:
@@ -344,7 +355,15 @@ class Device:
             tokens[list(forced)] = list(forced.values())
             given = self._place(tokens)
         self.rows, came, self.cache = self.programs.step(
-            self.weights, self.cache, self.rows, self.settings, tables, self._mask(held), self._mask(goes), given
+            self.weights,
+            self.cache,
+            self.rows,
+            self.settings,
+            tables,
+            self._mask(held),
+            self._mask(goes),
+            given,
+            shared,
         )
         return _sent(came)
 

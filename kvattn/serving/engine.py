@@ -31,13 +31,14 @@ from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import checks
 from kvattn.serving.below import Below
-from kvattn.serving.device import Came, Device, Tables
+from kvattn.serving.device import Came, Device, Shared, Tables
 from kvattn.serving.drafts import Lookup
 from kvattn.serving.jobs import Admission, Job, Tick
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import ENDED, Request
 from kvattn.serving.scheduler import SCHEDULES, Scheduler
 from kvattn.serving.searching import reason_for, search_on
+from kvattn.serving.sharing import SharedLevel, shared_prefixes, sharing_shapes
 from kvattn.serving.sinking import Sinking
 from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
@@ -181,6 +182,7 @@ class Engine:
             )
         self._speculate = speculate
         self._lookups: dict[Sequence, Lookup] = {}
+        self._together: tuple[list[Sequence], Shared | None] = [], None
         self._layer_groups = [layer_group(group, caches[group.layers[0]]) for group in groups]
         self.page_size = groups[0].page_size
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
@@ -388,6 +390,14 @@ class Engine:
                 self._device.read(*self._device.pieces([], (rows, shape[1]), nobody))
         tables = self._device.row_tables([], nobody)
         self._device.step(tables, [], [], {})
+        if self._is_shareable and self.max_batch > 1:
+            nothing = [
+                (np.full(s, -1, np.int32), *np.zeros((2, s[0]), np.int32)) for s in sharing_shapes(self.max_batch)
+            ]
+            levels = tuple(SharedLevel(*each) for each in nothing)
+            shared = tuple(levels if group.window is None else None for group in self._layer_groups)
+            if any(shared):
+                self._device.step(tables, [], [], {}, shared)
         if self._speculate:
             self._device.verify(tables, [], [], {}, self._speculate)
         for width in beam_widths:
@@ -493,13 +503,35 @@ class Engine:
         rows, tables = self._held()
         guesses = {sequence.row: sequence.guess for _, sequence in steps if sequence.guess}
         if guesses:
+            self._together = [], None
             goes = [sequence.row for _, sequence in steps]
             came = self._device.verify(tables, rows, goes, guesses, self._speculate)
             return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
         again = () if self._rereads else steps
         forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
-        came = self._device.step(tables, rows, [sequence.row for _, sequence in steps], forced)
+        goes, shared = [sequence.row for _, sequence in steps], self._shared(steps, tables)
+        came = self._device.step(tables, rows, goes, forced, shared)
         return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
+
+    def _shared(self, steps: list[tuple[Job, Sequence]], tables: Tables) -> Shared | None:
+        """Which rows had better read their pages together; looked for where others go than in the last step.
+
+        Of layers without a window: what others see moves on with every page.
+        """
+        if not self._is_shareable or len(steps) < 2:
+            self._together = [], None
+            return None
+        who = [sequence for _, sequence in steps]
+        if who != self._together[0]:
+            lengths = np.zeros((self.max_batch,), np.int64)
+            for job, sequence in steps:
+                lengths[sequence.row] = len(job.prompt) + sequence.num_drawn - 2
+            found = tuple(
+                shared_prefixes(table, lengths, self.page_size) if group.window is None else None
+                for group, table in zip(self._layer_groups, tables, strict=True)
+            )
+            self._together = who, found if any(levels is not None for levels in found) else None
+        return self._together[1]
 
     def _read_pieces(self, tick: Tick) -> _Read:
         sequences = [piece.prefill.sequence for piece in tick.pieces]
