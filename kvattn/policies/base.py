@@ -198,6 +198,9 @@ class Policy:
     def needed(self, state: State, step: Context) -> Bool[Array, "B *K C"]:
         """The slots that hold tokens before the step, and those that its new tokens may take: they must have pages."""
         held = self.positions(state, step.lengths, step.num_slots) >= 0
+        if self.in_order:  # the slot of a token is its position
+            slot, first = jnp.arange(step.num_slots, dtype=jnp.int32)[None], step.lengths[:, None]
+            return held | ((slot >= first) & (slot < first + step.num_new[:, None]))
         return held | taken(self.place(state, step), step.num_slots)
 
     def moved(self, state: State, order: Int32[Array, "B K C"]) -> State:

@@ -10,7 +10,7 @@ from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
 from kvattn.errors import ConfigError, RangeError
 from kvattn.masks import EMPTY, Mask
-from kvattn.policies.base import NOWHERE, Context, Policy, State, taken
+from kvattn.policies.base import NOWHERE, Context, Policy, State
 from kvattn.policies.registry import register
 
 
@@ -99,8 +99,7 @@ class OrderedWindow(Policy):
     def needed(self, state: State, step: Context) -> Bool[Array, "B C"]:
         """The slots of the new tokens, and of those that the first of them sees: one fewer than the window."""
         slot, lengths = jnp.arange(step.num_slots, dtype=jnp.int32)[None], step.lengths[:, None]
-        seen = (slot < lengths) & (slot > lengths - self._counted)
-        return seen | taken(self.place(state, step), step.num_slots)
+        return (slot > lengths - self._counted) & (slot < lengths + step.num_new[:, None])
 
     def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
         """The last `window` tokens, each in its slot."""

@@ -132,6 +132,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         runs = rows.running & goes
         logits, cache = _appended(model, _held(cache, tables, held, shared), rows.new, runs)
         before = dataclasses.replace(rows, new=jnp.full_like(rows.new, loop.NOTHING))
+        cache = tuple(layer.replace(shared=None) for layer in cache)  # the other programs know of none
         return *brought_by(model, loop.chosen(settings, logits, before, runs, forced), cache), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
