@@ -606,6 +606,9 @@ def test_the_smallest_set_that_reaches_a_weight():
         keep = best_reaching(uniform, jnp.full((1, 8), 0.125), jnp.float32(size / 8))
         assert np.nonzero(keep[0])[0].tolist() == list(range(size))
     assert bool(jnp.all(best_reaching(uniform, jnp.full((1, 8), 0.1), jnp.float32(0.9))))  # never reached: all
+    # Exactly reached: the smallest set has none of those that weigh nothing.
+    scores, weights = jnp.asarray([[1.0, 4.0, 3.0, 2.0]]), jnp.asarray([[0, 0.5, 0.25, 0]])
+    assert best_reaching(scores, weights, jnp.float32(0.75)).tolist() == [[False, True, True, False]]
 
 
 # What it costs ------------------------------------------------------------------------------------

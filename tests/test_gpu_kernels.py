@@ -37,7 +37,7 @@ from kvattn import errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, gpu_spec, gpu_tile, shares, tuning
+from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, gpu_queries, gpu_spec, gpu_tile, shares, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -155,10 +155,11 @@ SEVERAL = {
     "states of a row": (
         704, 1, {"dtype": BF16, "rows": 704}, 1, {"alibi_slopes": kvattn.alibi_slopes(2)}, tuning.GpuConfig(64, 2, 6),
     ),
-    # Two groups of four bits, with their minima, and two tiles to a page.
+    # Two groups of four bits, with their minima, and two tiles to a page. Two programs have three tiles each and two
+    # buffers for them: a third tile that is fetched before the first was read is a race.
     "groups of a token": (
         200, 1, {"dtype": BF16, "codec": kvattn.Int4(32), "page_size": 128}, 3,
-        {"mask": Mask(window=20, num_sinks=3)}, None,
+        {"mask": Mask(window=20, num_sinks=3)}, tuning.GpuConfig(64, 2, 1),
     ),
 }  # fmt: skip
 """Slots, key/value heads, how they are stored, new tokens, rules, sizes."""
@@ -170,6 +171,30 @@ def test_several(name):
     slots, heads, store, new, rules, config = SEVERAL[name]
     cache = filled([slots, 1, slots // 2 + 1], slots, heads, 64, **store)
     check(request_for(cache, 2 * heads, new, dtype=BF16, **rules), config=config)
+
+
+@pytest.mark.parametrize(("dtype", "parts", "bits"), [(BF16, 1, 8), (BF16, 2, 16), (BF16, 3, 24), (F16, 2, 22)])
+def test_parts_sum_up_to_float32(dtype, parts, bits):
+    """To as many bits as they have together: each begins where the ones before it end."""
+    rng = np.random.default_rng(0)
+    x = (rng.uniform(1, 2, 1000) * 2.0 ** rng.integers(0, 14, 1000)).astype(np.float32)
+    found = gpu_tile.split(jnp.asarray(x), dtype, parts)
+    assert [piece.dtype for piece in found] == [dtype] * parts
+    total = sum(np.asarray(piece, np.float64) for piece in found)
+    assert np.all(np.abs(total - x) <= 2.0**-bits * x)
+
+
+def test_queries_sum_up_over_groups():
+    """What goes with the minima of a group is the sum of all parts of a query; and the parts sum up to it."""
+    request = request_for(made(64, 2, 96, dtype=BF16, codec=kvattn.Int4(32)), 4)
+    spec = gpu_decode._spec(request, tuning.GpuConfig())
+    found = {name: np.asarray(x, np.float64) for name, x in gpu_queries.queries(request, spec).items()}
+    query = np.asarray(request.query, np.float64).reshape(B, 2, 2, 96)
+    assert spec.parts == 3
+    np.testing.assert_allclose(found["query"].sum(0)[:, :, :2], query, rtol=2.0**-24)
+    sums = query.reshape(B, 2, 2, 3, 32).sum(-1).swapaxes(2, 3)
+    np.testing.assert_allclose(found["sums"][..., :2], sums, atol=1e-5)
+    assert not found["query"][:, :, :, 2:].any() and not found["sums"][..., 2:].any()
 
 
 @pytest.mark.parametrize("query", [F32, BF16], ids=["float32", "bfloat16"])
@@ -275,10 +300,10 @@ def shared_out(lengths, slots, heads, programs, mask=None):
             assert (int(here.tiles), int(here.visited)) == (sum(before), len(before))  # noqa: B023
             head, row = int(here.head), int(here.row)
             read[program, head, row] = [int(here.tile(j)) for j in range(int(here.first), int(here.end))]  # noqa: B023
-            if here.is_first:
-                first[head, row] = program  # noqa: B023
-            if here.is_last:
-                last[head, row] = program  # noqa: B023
+            for is_end, end in ((here.is_first, first), (here.is_last, last)):
+                if is_end:
+                    assert (head, row) not in end, "two programs write the same number"
+                    end[head, row] = program  # noqa: B023
             before.append(int(here.end - here.first))  # noqa: B023
 
         with jax.disable_jit():
@@ -414,6 +439,12 @@ def test_what_it_does_not_do_is_said():
         with pytest.raises(errors.UnsupportedError, match="mosaic_gpu"):
             api.attend(request, "mosaic_gpu")
         api.attend(request, ("mosaic_gpu", "xla"))
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
+def test_pages_that_it_takes(page_size):
+    request = request_for(made(page_size, 1, 64, dtype=BF16, page_size=page_size), 2, dtype=BF16)
+    assert gpu_decode.unsupported(request) is None
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])
@@ -613,7 +644,7 @@ def test_planted_faults(monkeypatch):
         (gpu_body, "in_order", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
         (gpu_body, "in_order", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
         (gpu_merge, "column_of", another_column),
-        (gpu_body.Segment, "is_last", property(lambda here: here.end >= 0)),
+        (gpu_body.Segment, "is_last", gpu_body.Segment.is_first),
         (gpu_tile, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),
     ):
         with monkeypatch.context() as patch:

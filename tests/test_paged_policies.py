@@ -237,6 +237,20 @@ def test_heads_give_back_the_pages_that_they_do_not_need(page_size):
     assert given_back > B * K and (kept < np.asarray(cache.lengths)[:, None]).any(), "no head let go of anything"
 
 
+def test_what_is_remembered_of_a_token_moves_with_it():
+    """Positions, scores and kinds of every head go to the slots that its own order says; what heads chose stays."""
+    policy, rng = POLICIES["fastgen"], np.random.default_rng(0)
+    numbered = lambda x: rng.permutation(x.size).reshape(x.shape).astype(x.dtype)
+    state = jax.tree.map(numbered, policy.init(B, K, CAPACITY))
+    order = rng.permuted(np.broadcast_to(np.arange(CAPACITY, dtype=np.int32), (B, K, CAPACITY)), axis=-1)
+    moved = policy.moved(jax.tree.map(jnp.asarray, state), jnp.asarray(order))
+    of_slots = {"positions", "scores", "kinds"}
+    for name in (*of_slots, "choice", "prompt"):
+        before = getattr(state, name)
+        expected = np.take_along_axis(before, order, axis=-1) if name in of_slots else before
+        np.testing.assert_array_equal(getattr(moved, name), expected, name)
+
+
 def test_pages_of_all_heads_serve_heads_with_tables_too():
     """A table [B, W] gives each head its strip of the pages: the same bits as any other strips."""
     cache = poisoned(paged(POLICIES["fastgen"]))

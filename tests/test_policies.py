@@ -12,7 +12,10 @@ import variants
 from policy_cases import B, H, K, N, T, alone, kept, step, tokens
 
 import kvattn
-from kvattn.policies import scored
+from kvattn.attend.rules import Rules
+from kvattn.attend.step import Step, _measured, nothing
+from kvattn.masks import Mask
+from kvattn.policies import Context, scored
 
 F32 = 1e-5
 
@@ -146,6 +149,30 @@ def test_scissorhands_by_places_in_the_cache(sizes, prompt):
     policy = kvattn.Scissorhands(*sizes, positions_in="cache")
     oracle = lambda *a: oracles.scissorhands(*a, *sizes, in_cache=True)
     check_rows(policy, oracle, prompt, 2, rope=kvattn.RoPE(H))
+
+
+class Told(kvattn.Scissorhands):
+    """Measures what it is told of positions: of each slot its own, the lowest and the highest of the queries."""
+
+    def measure(self, state, probs, q_positions, kv_positions, step):
+        ends = (jnp.min(q_positions, axis=1), jnp.max(q_positions, axis=1))
+        told = [kv_positions, *(x[:, None, None] for x in ends)]
+        return jnp.stack([jnp.broadcast_to(x, probs.shape[:2] + probs.shape[3:]) for x in told], axis=-1)
+
+
+def test_policies_are_told_true_positions():
+    """Four of nine tokens have left, so what is seen at n came at n + 4; what is empty, and a pad, is nowhere."""
+    cache = kvattn.KVCache.create(1, K, H, policy=Told(8, positions_in="cache"), dtype=jnp.float32)
+    places = jnp.full((1, K, 9), -1, jnp.int32).at[:, :, :5].set(jnp.arange(5, dtype=jnp.int32))
+    cache = cache.replace(lengths=jnp.asarray([9], jnp.int32), state=cache.state.replace(cache_positions=places))
+    read = kvattn.KVCache.create(1, K, H, capacity=8, dtype=jnp.float32).replace(lengths=jnp.asarray([7], jnp.int32))
+    asked = jnp.asarray([[5, 6, -1]], jnp.int32)
+    chunk = Step(nothing, Rules(Mask(), 1.0, None), None, "right", "xla")
+    request = chunk.rules.request(jnp.zeros((1, 3, N, H)), asked, read.view(), None)
+    context = Context(cache.lengths, jnp.asarray([2], jnp.int32), 3, cache.num_slots)
+    told = _measured(chunk, [request], jnp.zeros((1, 3, N)), cache, context)
+    expected = [[position, -1, 10] for position in (*range(4, 11), -1)]
+    np.testing.assert_array_equal(told, [[expected] * K])
 
 
 def test_places_in_the_cache_combine():

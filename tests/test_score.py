@@ -85,6 +85,13 @@ def test_scores_are_those_of_full_passes(model, expected, drawn):
     assert kvattn.score is score
 
 
+def test_capacity_for_the_tokens_alone(model, expected):
+    """No pad takes a slot, whether the last chunk is not full or a row has none of it."""
+    sequences = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
+    for tokens, got in zip(sequences, score(model, sequences, capacity=5, prefill_chunk=2), strict=True):
+        np.testing.assert_allclose(got, expected(tokens), atol=1e-5)
+
+
 def test_few_logits_at_once(model, expected, drawn, monkeypatch):
     """Slices of 5 tokens, the last of them not full."""
     monkeypatch.setattr(module, "_LOGITS", 3 * V * 5 + 1)
@@ -330,6 +337,17 @@ def test_a_row_is_replaced_while_the_others_go_on(model):
     assert tokens[0] == alone(model, PROMPTS[0], *rows[0]) and tokens[2] == alone(model, PROMPTS[2], *rows[2])
     assert tokens[1] == alone(model, prompt, *later[1])
     decoding.check()
+
+
+def test_rows_are_left_out_moved_and_repeated():
+    """In the order asked for: whatever is known of row i is what was known of row ``index[i]``."""
+    settings = settings_of(list(zip(MIXED, LIMITS, [[1], [2], [3]], strict=True)))
+    new, num_drawn = np.array([[5, 6, 7], [1, 2, 3]], np.int32)
+    rows = loop.Rows(new, np.array([0.5, 0.6, 0.7], np.float32), np.array([True, False, True]), num_drawn)
+    for index in ([2, 0, 1], [1, 1, 2], [2, 0]):
+        got = loop.select((rows, settings), jnp.asarray(index, jnp.int32))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves((rows, settings)), strict=True):
+            np.testing.assert_array_equal(x, [y[i] for i in index])
 
 
 def test_rows_are_gathered(model):

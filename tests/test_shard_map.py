@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import suites
 import variants
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 from kernel_cases import filled, request_for
 from oracles import assert_same_bits
@@ -157,6 +158,33 @@ def test_gradients_where_devices_share_some_arguments():
     other = lambda query, key, value: grads(query, key, value * jax.lax.axis_index("b").astype(value.dtype))
     call = jax.shard_map(other, mesh=mesh(), in_specs=P(), out_specs=P())
     jax.eval_shape(call, query, key, value)
+
+
+def test_either_branch_may_be_the_same_on_all_devices():
+    """The other one is each device's own, and so is the result."""
+    x = jnp.arange(1.0, 5.0)
+    own, constant = lambda x: 2 * x, lambda x: jnp.ones(x.shape)
+    for yes, no, expected in ((own, constant, 2 * x), (constant, own, jnp.ones(4))):
+        call = mapped(lambda x, yes=yes, no=no: _manual.cond(jnp.bool_(True), yes, no, x))
+        np.testing.assert_array_equal(jax.jit(call)(x), expected)
+
+
+@pytest.mark.parametrize("specs", [(P("b"), P()), (P(), P("b")), (P("b"), P("b")), (P(), P())], ids=str)
+def test_a_kernel_returns_what_differs_as_what_it_reads(specs):
+    """Over the axes of any of its arrays: JAX takes its word for it, so too few would be believed."""
+    types = []
+
+    def kernel(x, y, out):
+        out[...] = x[...] + y[...]
+
+    def call(x, y):
+        out = _manual.result(x.shape, x.dtype, {"x": x, "more": [y]})
+        types.append(jax.typeof(pl.pallas_call(kernel, out_shape=out)(x, y)).manual_axis_type.varying)
+        return x, y
+
+    shapes = [jax.ShapeDtypeStruct((4 if spec == P("b") else 2, 8), jnp.float32) for spec in specs]
+    jax.eval_shape(jax.shard_map(call, mesh=mesh(), in_specs=specs, out_specs=specs), *shapes)
+    assert types == [{"b"} if P("b") in specs else set()]
 
 
 def test_what_no_device_has_alone_stays_so():

@@ -363,6 +363,31 @@ def test_rows_that_write_nothing_stay_away_from_the_pages_of_others():
             assert_same_bits(a, b, f"{at}")
 
 
+@pytest.mark.parametrize("pages", [(2, 0, 1), (0, 1, -1), (-1, 1, 0)], ids=str)
+def test_no_block_comes_again_once_it_was_left(pages, monkeypatch):
+    """A row that writes nothing must not put back, as it was, what another row wrote, whatever page it knows.
+
+    Values do not show it: the interpreter ends a step before the next, where a TPU fetches one block ahead.
+    """
+    cache, named = made(64, 1, 128, page_size=64).with_tables(np.array(pages)[:, None], [0] * B), []
+    monkeypatch.setattr(tpu_append, "_run", lambda array, x, scalars, *_: named.append(scalars) or array)
+    new = jnp.ones((B, 1, 1, 128))
+    for at in itertools.product((-1, 3, 40), repeat=B):
+        cache.write(jnp.asarray(at, jnp.int32)[:, None], new, new, tpu_append.InPlace(cache.store))
+        own = [
+            (page, slot // 32, slot % 32) if min(page, slot) >= 0 else None
+            for page, slot in zip(pages, at, strict=True)
+        ]
+        for page, _, tile, slot in named:
+            visited = list(zip(page.tolist(), tile.tolist(), strict=True))
+            for block, inside, wanted in zip(visited, slot.tolist(), own, strict=True):
+                assert (*block, inside) == wanted if wanted else inside < 0, at
+            runs = [block for block, _ in itertools.groupby(visited)]
+            assert len(set(runs)) == len(runs), f"{at}: {runs}"
+        assert len(named) == 2
+        named.clear()
+
+
 def test_what_is_written_can_be_differentiated():
     cache = filled([3, 0, 9], 16, 2, 128, fill=jnp.zeros_like)
     slots, new = jnp.asarray([[3], [-1], [9]], jnp.int32), jnp.ones((B, 1, 2, 128), F32)
