@@ -9,6 +9,7 @@ from jaxtyping import Int32, Shaped
 from kvattn._typing import Array
 from kvattn.cache.axes import axis_of
 from kvattn.cache.paged import PagedKVCache
+from kvattn.cache.placed import placed, shardings_of
 
 Caches = tuple[PagedKVCache, ...]
 
@@ -21,6 +22,11 @@ def with_rows(caches: Sequence[PagedKVCache], part: Sequence[PagedKVCache], sour
         part: as many, of M rows over the same pools (`PagedKVCache.select`), which have gone on since.
         source: which row of `part` each row is now; negative: the one that it was.
     """
+    caches = tuple(caches)
+    return placed(_all_joined, shardings_of(caches), caches, tuple(part), source)
+
+
+def _all_joined(caches: Caches, part: Caches, source: Int32[Array, " B"]) -> Caches:
     return tuple(_joined(cache, other, source) for cache, other in zip(caches, part, strict=True))
 
 
