@@ -103,6 +103,20 @@ def test_samples_are_the_rows_of_generate(model):
     assert len({*map(tuple, expected)}) == 3
 
 
+def test_guessed_tokens_are_those_of_each_alone(model, alone):
+    engine = Engine(model, num_pages=30, speculate=3, **SMALL)
+    engine.warm_up()
+    repeated = [5, 6, 7, 8] * 4
+    requests = [engine.submit(prompt, NEW) for prompt in (*PROMPTS, repeated)]
+    engine.run()
+    assert [request.tokens[0] for request in requests[:-1]] == alone[0]
+    (scored,) = score(model, [[*repeated, *requests[-1].tokens[0]]])
+    np.testing.assert_allclose(requests[-1].logprobs[0], scored[len(repeated) - 1 :], atol=1e-5)
+    assert engine.stats().ticks < 2 * (NEW + 3)
+    with pytest.raises(errors.UnsupportedError, match="speculate"):
+        Engine(model, num_pages=30, speculate=3, policy=kvattn.H2O(5, 5), **SMALL)
+
+
 def test_stop_tokens(model, alone):
     stop = alone[0][0][4]
     engine = Engine(model, num_pages=30, **SMALL)
