@@ -498,6 +498,19 @@ def test_generate_with_settings(checkpoint):
     assert re.findall(r"w\d+", done.stdout)[1:] == [f"w{t}" for t in expected]
 
 
+def test_generate_samples_and_searches(checkpoint):
+    model = kvattn.models.from_pretrained(checkpoint)
+    words = ("generate", checkpoint, "--prompt", "w5 w17 w3", "--max-new-tokens", 4, "--ignore-end")
+    shown = lambda new: f"--- w5 w17 w3\n {' '.join(f'w{t}' for t in new)}\n"
+    done = call(*words, "--samples", 2, "--temperature", 1, "--seed", 3)
+    expected = kvattn.generate(model, [[5, 17, 3]] * 2, 4, temperature=1.0, seed=3)
+    assert done.stdout == "".join(map(shown, expected)) and "8 tokens in" in done.stderr
+    greedy = kvattn.generate(model, [[5, 17, 3]], 4)
+    assert call(*words, "--beams", 1).stdout == shown(greedy[0])
+    both = call(*words, "--beams", 2, "--samples", 2)
+    assert both.exit_code == 2 and "it draws no samples" in both.stderr
+
+
 def test_generate_with_a_model_of_bytes():
     done = call("generate", BYTES, "--prompt", "The expr", "--start-token", 0, "--max-new-tokens", 4)
     model = kvattn.models.load(BYTES)

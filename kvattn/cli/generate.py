@@ -70,6 +70,8 @@ def generate(
     dtype: Annotated[
         str | None, parse.option("DTYPE", "Compute in bfloat16, float16 or float32. Default: as stored.")
     ] = None,
+    samples: Annotated[str, parse.option("INT", "Draw this many continuations of each prompt.")] = "1",
+    beams: Annotated[str | None, parse.option("INT", "Search for the most probable one, this many at a time.")] = None,
     start_token: Annotated[str | None, parse.option("INT", "Put this token before every prompt.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after the model's end of text.")] = False,
     ignore: Annotated[
@@ -108,19 +110,47 @@ def generate(
     def show_token(row: int, token: int) -> None:
         typer.echo((unsaid.pop() if unsaid else "") + stream.push(token), nl=False)
 
-    if len(prompts) == 1:
-        settings["on_token"] = show_token
     start = time.perf_counter()
-    tokens = models.generate(model, prompts, count, stop_tokens=None if ignore_end else ends or None, **settings)
-    if len(prompts) == 1:
+    settings["stop_tokens"] = None if ignore_end else ends or None
+    number, width = parse.required("samples", samples), parse.count("beams", beams)
+    if len(prompts) == 1 and number == 1 and width is None:
+        settings["on_token"] = show_token
+        (tokens,) = models.generate(model, prompts, count, **settings)
         typer.echo("".join(unsaid) + stream.finish())
+        new = len(tokens)
     else:
-        for given, ids, new in zip(texts, prompts, tokens, strict=True):
-            typer.echo(f"--- {given}\n{models.continuation(text, ids, new)}")
-    new = sum(map(len, tokens))
+        if number == 1 and width is None:
+            found = [[tokens] for tokens in models.generate(model, prompts, count, **settings)]
+        else:
+            found = _searched(model, prompts, count, number, width, settings)
+        for given, ids, several in zip(texts, prompts, found, strict=True):
+            for tokens in several:
+                typer.echo(f"--- {given}\n{models.continuation(text, ids, tokens)}")
+        new = sum(len(tokens) for several in found for tokens in several)
     taken = time.perf_counter() - start
     message = f"{new} tokens in {taken:.1f} s, compiling included: {new / taken:,.1f} tokens/s"
     typer.echo(message, err=True)
+
+
+def _searched(
+    model: "Decoder", prompts: list[list[int]], count: int, samples: int, beams: int | None, settings: dict[str, Any]
+) -> list[list[list[int]]]:
+    """Several continuations of each prompt, which is computed once; of a search the best."""
+    from kvattn.serving import Engine
+
+    policy, codec = settings.pop("policy"), settings.pop("codec")
+    page_size = getattr(codec, "rows", None) or 16
+    longest = max(map(len, prompts)) + count
+    rows = beams or min(8, samples * len(prompts))
+    pages = rows * -(-longest // page_size)
+    options = {"num_pages": pages, "page_size": page_size, "max_batch": rows, "max_length": max(longest, 1)}
+    engine = Engine(model, policy=policy, codec=codec, **options)
+    requests = [engine.submit(ids, count, num_samples=samples, beam_width=beams, **settings) for ids in prompts]
+    engine.run()
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [request.tokens[: 1 if beams else None] for request in requests]
 
 
 def _opened(path: Path, dtype: str | None, ignore: list[str]) -> tuple["Decoder", _Text, list[int]]:
