@@ -113,10 +113,10 @@ def chosen(
     forced: Int32[Array, " B"],
 ) -> Rows:
     """Where rows are once those that `came` so far have their next token, chosen by its logits or `forced` (>= 0)."""
-    token, sound = choose(settings.sampler, logits, rows.num_drawn)
+    token, sound = choose(settings.sampler, logits, jnp.asarray(rows.num_drawn))
     token = jnp.where(forced >= 0, forced, token)
     num_drawn = rows.num_drawn + came.astype(jnp.int32)
-    goes_on = sound & ~_holds(settings.stop, token) & (num_drawn < settings.limit)
+    goes_on = sound & ~_holds(jnp.asarray(settings.stop), token) & (num_drawn < settings.limit)
     return Rows(
         jnp.where(came, jnp.where(sound, token, UNSOUND), rows.new),
         jnp.where(came, log_probability(logits, token), rows.logprob),
