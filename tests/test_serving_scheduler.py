@@ -151,6 +151,17 @@ def test_a_request_is_passed_over_64_times_at_most(monkeypatch, plain):
     at_rest(engine)
 
 
+def test_of_equal_prefixes_the_first_to_come_goes_first(monkeypatch, plain):
+    engine = text_engine(monkeypatch, plain, max_batch=1)
+    engine.submit(range(8), 1)
+    engine.run()
+    order = []
+    for i in range(5):
+        engine.submit([*range(8), 20 + i], 1, on_token=lambda *_, i=i: order.append(i))
+    engine.run()
+    assert order == list(range(5))
+
+
 def test_larger_priorities_go_first_and_leave_last(monkeypatch, plain):
     engine = text_engine(monkeypatch, plain, max_batch=2, num_pages=12, prefix_cache=False)
     order = []
