@@ -368,6 +368,11 @@ class Device:
         )
         return _sent(came)
 
+    def on_host(self, came: Came) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What came; waits for it."""
+        new, logprob, status = (np.asarray(x) for x in came)
+        return new, logprob, status
+
     def verify(
         self, tables: Tables, held: Sequence[int], goes: Sequence[int], guesses: dict[int, list[int]], most: int
     ) -> Came:

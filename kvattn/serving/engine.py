@@ -555,7 +555,7 @@ class Engine:
         for came, of in reads:
             if not of:
                 continue
-            new, logprob, status = (np.asarray(x) for x in came)
+            new, logprob, status = self._device.on_host(came)
             if new.ndim == 1:
                 new, logprob = new[:, None], logprob[:, None]
             tokens, logprobs = new.tolist(), logprob.tolist()

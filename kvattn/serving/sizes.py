@@ -19,18 +19,21 @@ from kvattn.serving.kinds import ArraySpec, Kind
 _NARROWEST = 16
 """Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
 
+_AT_ONCE = 512
+"""Tokens of prompts that are read by one call, where one piece has fewer."""
+
 _AUTO_SHARE = 0.8
 """Share of the memory that is left on a device which `num_pages="auto"` takes."""
 
 
 def shapes(chunk: int, rows: int) -> list[tuple[int, int]]:
-    """Rows and tokens of the pieces of prompts for which programs are compiled: together no more than a chunk."""
+    """Rows and tokens of the pieces of prompts for which programs are compiled: together `_AT_ONCE` tokens or fewer."""
     widths = {chunk}
     width = _NARROWEST
     while width < chunk:
         widths.add(width)
         width *= 4
-    return [(max(min(rows, chunk // width), 1), width) for width in sorted(widths)]
+    return [(max(min(rows, _AT_ONCE // width), 1), width) for width in sorted(widths)]
 
 
 def layer_group(group: Group, cache: PagedKVCache) -> LayerGroup:
