@@ -175,6 +175,16 @@ def test_larger_priorities_go_first_and_leave_last(monkeypatch, plain):
     assert order[-1] == "low"
     assert not any(state[0] == "preempted" for state in states)
     assert middle.tokens == [continued([3] * 4, 2)]
+    late = text_engine(monkeypatch, plain, max_batch=2, num_pages=12)
+    low = late.submit([1] * 20, 20)
+    for _ in range(4):
+        late.step()
+    high = late.submit([2] * 20, 20, priority=1)
+    states = set()
+    while late.step():
+        states.add((high.state, low.state))
+    assert ("running", "preempted") in states
+    assert (low.tokens, high.tokens) == ([continued([1] * 20, 20)], [continued([2] * 20, 20)])
 
 
 def test_the_longest_prefix_first_computes_every_page_once(monkeypatch, plain):
