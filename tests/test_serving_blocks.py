@@ -92,7 +92,7 @@ POOLS = [(10, 3), (6, 1), (16, 2), (5, 4)]
 FULL_RUN = pytest.mark.slow
 
 
-@pytest.mark.parametrize("count", [12_500, pytest.param(125_000, marks=FULL_RUN)])
+@pytest.mark.parametrize("count", [16_000, pytest.param(125_000, marks=FULL_RUN)])
 @pytest.mark.parametrize(("num_blocks", "block_size"), POOLS)
 def test_random_operations(num_blocks, block_size, count):
     """After each: references, free blocks, tables and lengths are the model's; each sequence reads its own tokens."""

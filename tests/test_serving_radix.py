@@ -72,7 +72,7 @@ def wrong_call(machine, rng, text, namespace):
     return rng.choice(calls)
 
 
-@pytest.mark.parametrize("count", [4000, pytest.param(90_000, marks=FULL_RUN)])
+@pytest.mark.parametrize("count", [5000, pytest.param(90_000, marks=FULL_RUN)])
 @pytest.mark.parametrize(("page_size", "windows"), TREES)
 def test_random_operations(page_size, windows, count):
     """After each, what is found, evicted, locked and counted is the model's."""
