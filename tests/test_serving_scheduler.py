@@ -121,6 +121,17 @@ def test_rows_read_what_they_share_together(monkeypatch, plain):
     at_rest(engine)
 
 
+def test_nobody_waits_for_another_tenants_prompt(monkeypatch, plain):
+    """Both are read in the first tick: what the one reads the other will not find."""
+    engine = text_engine(monkeypatch, plain, prefill_chunk=32)
+    for namespace in ("a", "b"):
+        engine.submit(range(22), 2, namespace=namespace)
+    engine.step()
+    assert engine._device.read_tokens == 44
+    engine.run()
+    at_rest(engine)
+
+
 def test_what_was_said_is_found_by_the_next_turn(monkeypatch, plain):
     engine = text_engine(monkeypatch, plain)
     prompt = list(range(10))

@@ -627,6 +627,17 @@ def spans_that_do_not_fit():
         after.check()
 
 
+def test_a_span_of_other_pages_is_taken_apart():
+    """Under jit, where it cannot be refused: nobody is left in it, and the other span stays."""
+    cache = make(batch_size=3, max_pages=6, num_pages=18)
+    table = np.arange(18).reshape(3, 6)
+    levels = (np.array([[0, 2], [1, -1]], np.int32), np.zeros(2, np.int32), np.full(2, 2, np.int32))
+    lengths = jnp.array([20, 20, 9], jnp.int32)
+    found = jax.jit(lambda table, *level: cache.with_tables(table, lengths, [level]))(table, *levels)
+    assert found.shared[0].members.tolist() == [[-1, -1], [1, -1]]
+    assert found.status.tolist() == [0, 0, BAD_SPAN]
+
+
 @pytest.mark.parametrize("row", TABLE.parameters())
 def test_rows(row):
     run(row)
