@@ -154,21 +154,22 @@ def main() -> None:
         same = all(runs[name, feature].tokens == runs[name, "nothing shared"].tokens for feature in features)
         console.print(f"{name}: {'the same tokens on every engine' if same else 'TOKENS DIFFER'}")
     if args.plot is not None:
-        plot(args.plot, runs, args.pages)
+        plot(args.plot, runs)
         console.print(f"written: {args.plot}")
 
 
-def plot(path: Path, runs: dict[tuple[str, str], Run], num_pages: int) -> None:
+def plot(path: Path, runs: dict[tuple[str, str], Run]) -> None:
     """Pages of sequences and of prefixes, over the ticks of every run."""
     from matplotlib.figure import Figure
 
     shown = [(key, run) for key, run in runs.items() if key[1] in ("nothing shared", "prefixes")]
+    most = max(max(held, cached) for _, run in shown for held, cached in run.pages)
     figure = Figure(figsize=(11, 5), layout="constrained")
     for i, ((name, feature), run) in enumerate(shown):
         axes = figure.add_subplot(2, 3, i + 1)
         axes.plot([held for held, _ in run.pages], label="of sequences")
         axes.plot([cached for _, cached in run.pages], label="of prefixes")
-        axes.set(title=f"{name}: {feature}", xlabel="tick", ylabel="pages", ylim=(0, num_pages))
+        axes.set(title=f"{name}: {feature}", xlabel="tick", ylabel="pages", ylim=(0, 1.1 * most))
         if i == 0:
             axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
