@@ -8,7 +8,8 @@ import pytest
 from engine_models import UNSOUND, V, check, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
-from kvattn.serving import DiskTier, HostTier, beams, sharing
+from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
+from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import Request
 
 FULL_RUN = pytest.mark.slow
@@ -119,6 +120,22 @@ def test_rows_read_what_they_share_together(monkeypatch, plain):
     assert engine.run() == asked
     assert engine._device.read_together > 10
     at_rest(engine)
+
+
+def test_the_last_token_takes_no_step(monkeypatch, plain):
+    engine = text_engine(monkeypatch, plain)
+    engine.submit([1, 2, 3], 3)
+    engine.run()
+    assert engine._device.steps == 2  # the prompt brings the first token
+
+
+def test_a_watermark_stays_free_for_those_that_grow():
+    pool = PrefixPool([LayerGroup(num_blocks=200)], 4, chunk=16)
+    tokens = np.arange(4 * 199, dtype=np.int32)
+    assert pool.open("a", tokens, "") is None
+    assert pool.open("a", tokens[:-4], "") == 0
+    pool.close("a")
+    assert pool.open("a", tokens, "", alone=True) == 0
 
 
 def test_nobody_waits_for_another_tenants_prompt(monkeypatch, plain):
