@@ -112,7 +112,7 @@ class TextDevice(Device):
         new[rows] = self.new[rows]
         return Came(new, np.zeros((self.num_rows,), np.float32), np.zeros((self.num_rows,), np.int32))
 
-    def copy(self, copies, first=0):
+    def copy(self, copies):
         self._happens("copy")
         for g, memory in enumerate(self.memory):
             pairs = [pair for each in copies for pair in each[g]]
@@ -240,9 +240,9 @@ def check(engine):
     """Counts everything anew; and what is found as a prefix lies in its pages, in every group that has them."""
     engine._scheduler.check()
     memory = engine._device.memory
-    for shard in engine._scheduler.shards:
-        for leaving in shard.tree.leaves() if shard.tree is not None else ():
-            text = np.frombuffer(leaving.text, np.int32).reshape(-1, engine.page_size)[-len(leaving.pages) :]
-            for tokens, page in zip(text, leaving.pages, strict=True):
-                for g, number in enumerate(page if isinstance(page, tuple) else (page,)):
-                    assert number < 0 or memory[g][number].tolist() == tokens.tolist()
+    tree = engine._scheduler.pool.tree
+    for leaving in tree.leaves() if tree is not None else ():
+        text = np.frombuffer(leaving.text, np.int32).reshape(-1, engine.page_size)[-len(leaving.pages) :]
+        for tokens, page in zip(text, leaving.pages, strict=True):
+            for g, number in enumerate(page if isinstance(page, tuple) else (page,)):
+                assert number < 0 or memory[g][number].tolist() == tokens.tolist()

@@ -38,10 +38,10 @@ def at_rest(engine, prefixes=True):
     scheduler = engine._scheduler
     check(engine)
     assert not scheduler.running and not scheduler.waiting and not engine._jobs and not engine._choices
-    for shard in scheduler.shards:
-        assert shard.num_sequences == 0 and not any(shard._promised) and not shard._matches
-        shard.forget_prefixes()
-        assert [pool.num_free for pool in shard.pool.pools] == [pool.num_blocks for pool in shard.pool.pools]
+    kept = scheduler.pool
+    assert kept.num_sequences == 0 and not any(kept._promised) and not kept._matches
+    kept.forget_prefixes()
+    assert [pool.num_free for pool in kept.pool.pools] == [pool.num_blocks for pool in kept.pool.pools]
 
 
 def prompts_of(rng, count, shared=3, longest=24):
@@ -393,6 +393,11 @@ def test_refused_at_submit(monkeypatch, plain, windowed):
 
 def test_nothing_to_do(monkeypatch, plain):
     engine = text_engine(monkeypatch, plain)
+    running = engine.submit([1], 5)
+    engine.step()
+    with pytest.raises(errors.ConfigError, match="before requests run"):
+        engine.warm_up()
+    assert engine.run() == {running: [continued([1], 5)]}
     assert engine.run() == {} and not engine.step()
     nothing = engine.submit([1, 2], 0)
     assert nothing.state == "finished" and nothing.tokens == [[]]

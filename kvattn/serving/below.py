@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from kvattn.serving.kinds import Kind
-from kvattn.serving.radix import Leaving, Page
+from kvattn.serving.matches import Leaving, Page
 from kvattn.serving.records import Namespace, PageName, Record, page_names
 from kvattn.serving.stack import Tiers
 

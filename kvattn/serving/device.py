@@ -23,19 +23,15 @@ from kvattn.models.decoder import Decoder
 from kvattn.models.programs import ProgramsOf, Weights
 from kvattn.models.sampling import Sampler
 from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.jobs import Piece
+from kvattn.serving.pieces import Pieces, scattered
 from kvattn.serving.prefixes import Copies
-from kvattn.serving.sharing import SharedLevel
-from kvattn.serving.texts import NO_ROW
-from kvattn.serving.texts import Sequence as Text
+from kvattn.serving.reads import Shared
 
 AT_ONCE = 8
 """Pages that are read from the device, or put back, by one call."""
 
 Caches = tuple[PagedKVCache, ...]
 Tables = tuple[Int32[np.ndarray, "B W"], ...]
-Shared = tuple[tuple[SharedLevel, ...] | None, ...]
-"""What rows read together, of every group of layers."""
 
 
 class Came(NamedTuple):
@@ -64,32 +60,6 @@ class Candidates(NamedTuple):
     tokens: Any
     logprobs: Any
     status: Any
-
-
-class Pieces(NamedTuple):
-    """Parts of prompts of M rows.
-
-    Attributes:
-        take: int32 [M], the rows.
-        tokens: int32 [M, T].
-        num_new: int32 [M], how many of them are real.
-        lengths: int32 [M], tokens before them.
-        fresh: bool [M], rows that begin with it.
-        source: int32 [B], which piece each row takes its past from; negative: none.
-        ends: bool [B], rows that choose their next token after it.
-        drawn: int32 [B], how many they have then.
-        forced: int32 [B], tokens that are not to be chosen; negative: they are.
-    """
-
-    take: Any
-    tokens: Any
-    num_new: Any
-    lengths: Any
-    fresh: Any
-    source: Any
-    ends: Any
-    drawn: Any
-    forced: Any
 
 
 class Programs(NamedTuple):
@@ -262,17 +232,15 @@ class Device:
     Args:
         model: the decoder.
         cache: its caches in pages, which every call takes over.
-        firsts: of every shard of the rows, which page is its first.
     """
 
-    def __init__(self, model: Decoder, cache: Caches, firsts: Sequence[int]):
+    def __init__(self, model: Decoder, cache: Caches):
         self.model = model
         self.weights, self.programs = PROGRAMS.of(model)
         self.groups = groups_of(cache)
         self.num_rows = cache[0].batch_size
         self.widths = [group.max_pages for group in self.groups]
         self._place = model.split.place
-        self._offsets = np.repeat(np.asarray(firsts, np.int32), self.num_rows // len(firsts))
         greedy = Sampler.create(model.config.vocab_size, temperature=0, top_k=None, top_p=None, seed=0)
         self._settings = loop.Settings.alike(self.num_rows, greedy, np.zeros((model.config.vocab_size,), bool), 0)
         self.restart(cache)
@@ -308,21 +276,12 @@ class Device:
         return placed
 
     def row_tables(self, rows: Sequence[int], tables: Sequence[Int32[np.ndarray, "M W"]]) -> Tables:
-        """The tables of all rows, from those of some; pages are numbered in the whole pool."""
-        return tuple(self._scattered(rows, rows, table, self.num_rows) for table in tables)
-
-    def _scattered(
-        self, to: Sequence[int], rows: Sequence[int], table: Int32[np.ndarray, "M W"], count: int
-    ) -> Int32[np.ndarray, "count W"]:
-        every = np.full((count, table.shape[1]), NO_BLOCK, np.int32)
-        if len(rows):
-            offsets = self._offsets[list(rows)][:, None]
-            every[list(to)] = np.where(table >= 0, table + offsets, table) if offsets.any() else table
-        return every
+        """The tables of all rows, from those of some."""
+        return tuple(scattered(table, rows, self.num_rows) for table in tables)
 
     # What it does.
 
-    def copy(self, copies: Sequence[Copies], first: int = 0) -> None:
+    def copy(self, copies: Sequence[Copies]) -> None:
         """Copies pages before somebody writes to them."""
         columns = [[pair for each in copies for pair in each[g]] for g in range(len(self.groups))]
         for start in range(0, max(map(len, columns), default=0), self.num_rows):
@@ -330,7 +289,7 @@ class Device:
             for group, column in enumerate(columns):
                 some = column[start : start + self.num_rows]
                 if some:
-                    pairs[group, :, : len(some)] = np.transpose(some) + first
+                    pairs[group, :, : len(some)] = np.transpose(some)
             self.cache = self.programs.copy(self.cache, tuple(pairs))
 
     def step(
@@ -355,18 +314,7 @@ class Device:
             tokens = np.full((self.num_rows,), loop.NOTHING, np.int32)
             tokens[list(forced)] = list(forced.values())
             given = self._place(tokens)
-        self.rows, came, self.cache = self.programs.step(
-            self.weights,
-            self.cache,
-            self.rows,
-            self.settings,
-            tables,
-            self._mask(held),
-            self._mask(goes),
-            given,
-            shared,
-        )
-        return _sent(came)
+        return self._taken_on(self.programs.step, tables, self._mask(held), self._mask(goes), given, shared)
 
     def on_host(self, came: Came) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What came; waits for it."""
@@ -380,25 +328,11 @@ class Device:
         tokens, counts = np.zeros((self.num_rows, most), np.int32), np.zeros((self.num_rows,), np.int32)
         for row, guess in guesses.items():
             tokens[row, : len(guess)], counts[row] = guess, len(guess)
-        self.rows, came, self.cache = self.programs.verify(
-            self.weights,
-            self.cache,
-            self.rows,
-            self.settings,
-            tables,
-            self._mask(held),
-            self._mask(goes),
-            tokens,
-            counts,
-        )
-        return _sent(came)
+        return self._taken_on(self.programs.verify, tables, self._mask(held), self._mask(goes), tokens, counts)
 
     def read(self, tables: Tables, pieces: Pieces) -> Came:
         """Reads pieces of prompts."""
-        self.rows, came, self.cache = self.programs.read(
-            self.weights, self.cache, self.rows, self.settings, tables, pieces
-        )
-        return _sent(came)
+        return self._taken_on(self.programs.read, tables, pieces)
 
     def grow(self, tables: Tables, held: Sequence[int], given: dict[int, int], count: int) -> Candidates:
         """The best continuations after some tokens, on the host."""
@@ -409,7 +343,7 @@ class Device:
 
     def move(self, source: dict[int, int]) -> None:
         """Rows take over the past of others."""
-        rows = np.full((self.num_rows,), NO_ROW, np.int32)
+        rows = np.full((self.num_rows,), -1, np.int32)
         rows[list(source)] = list(source.values())
         self.cache = self.programs.move(self.cache, rows)
 
@@ -456,41 +390,11 @@ class Device:
             where = tuple(_filled(column, NO_BLOCK) for column in columns)
             self.cache = self.programs.restore(self.cache, where, arrays)
 
-    def pieces(
-        self, pieces: Sequence[Piece], shape: tuple[int, int], tables: Sequence[Int32[np.ndarray, "M W"]]
-    ) -> tuple[Tables, Pieces]:
-        """Parts of prompts as arrays of a shape (rows, tokens).
-
-        Args:
-            pieces: the parts; of jobs that have rows.
-            shape: of the arrays.
-            tables: of their sequences.
-        """
-        count, width = shape
-        take, num_new, lengths = (np.zeros((count,), np.int32) for _ in range(3))
-        tokens, fresh = np.zeros((count, width), np.int32), np.zeros((count,), bool)
-        source, forced = (np.full((self.num_rows,), -1, np.int32) for _ in range(2))
-        ends, drawn = np.zeros((self.num_rows,), bool), np.zeros((self.num_rows,), np.int32)
-        for i, piece in enumerate(pieces):
-            prefill, text = piece.prefill, piece.prefill.sequence
-            take[i], lengths[i], num_new[i] = text.row, piece.start, piece.stop - piece.start
-            tokens[i, : num_new[i]] = prefill.tokens[piece.start : piece.stop]
-            fresh[i] = piece.start == prefill.start
-            for each in (text, *(prefill.followers if piece.is_last else ())):
-                if each.row != NO_ROW:
-                    self._takes(each, i, piece, source, ends, drawn, forced)
-        rows = [piece.prefill.sequence.row for piece in pieces]
-        found = tuple(self._scattered(range(len(rows)), rows, table, count) for table in tables)
-        return found, Pieces(take, tokens, num_new, lengths, fresh, source, ends, drawn, forced)
-
-    def _takes(self, text: Text, i: int, piece: Piece, source: Any, ends: Any, drawn: Any, forced: Any) -> None:
-        """A row whose past is piece i."""
-        source[text.row] = i
-        if piece.is_last and not piece.prefill.job.is_beam:
-            ends[text.row] = True
-            drawn[text.row] = text.num_drawn - 1
-            if text.num_drawn - 1 < len(text.new):
-                forced[text.row] = text.new[text.num_drawn - 1]
+    def _taken_on(self, program: Callable[..., tuple[loop.Rows, Came, Caches]], *given: Any) -> Came:
+        """Runs a program that takes rows and caches on; what it brings is on its way to the host."""
+        self.rows, came, self.cache = program(self.weights, self.cache, self.rows, self.settings, *given)
+        jax.copy_to_host_async(tuple(came))
+        return came
 
     def _mask(self, rows: Sequence[int]) -> Bool[np.ndarray, " B"]:
         mask = np.zeros((self.num_rows,), bool)
@@ -503,9 +407,3 @@ def _filled(pages: Sequence[int], fill: int) -> Int32[np.ndarray, " M"]:
     column = np.full((AT_ONCE,), fill, np.int32)
     column[: len(pages)] = np.where(np.asarray(pages) < 0, fill, pages)
     return column
-
-
-def _sent(came: Came) -> Came:
-    """Begins to send what came to the host."""
-    jax.copy_to_host_async(tuple(came))
-    return came

@@ -6,6 +6,9 @@ arXiv:2304.04487): in code, quotations and answers about a given text often enou
 
 from collections.abc import Iterable
 
+from kvattn.serving.jobs import Job
+from kvattn.serving.texts import Text
+
 LONGEST, SHORTEST = 3, 2
 """How many last tokens are looked for, more of them first."""
 
@@ -47,3 +50,33 @@ class Lookup:
             if start is not None:
                 return self._text[start : start + count]
         return []
+
+
+class Guesses:
+    """Of the texts that an engine makes longer.
+
+    Args:
+        most: tokens to guess of each.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._lookups: dict[Text, Lookup] = {}
+
+    def guess(self, running: Iterable[Job]) -> None:
+        """Says of every text that is going on what may come next (`Text.guess`)."""
+        for job in running:
+            if job.is_beam or job.prefills:
+                continue
+            text = job.sequences[0]
+            lookup = self._lookups.get(text)
+            if lookup is None:
+                lookup = self._lookups[text] = Lookup(job.prompt.tolist())
+            for token in text.new[len(lookup) - len(job.prompt) :]:
+                lookup.push(token)
+            text.guess = lookup.guess(min(self._most, job.limit - text.num_drawn - 1))
+
+    def forget(self, texts: Iterable[Text]) -> None:
+        """Drops what is known of texts that have ended."""
+        for text in texts:
+            self._lookups.pop(text, None)

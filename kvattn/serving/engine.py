@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,19 +30,21 @@ from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import checks
 from kvattn.serving.below import Below
-from kvattn.serving.device import Came, Device, Shared, Tables
-from kvattn.serving.drafts import Lookup
+from kvattn.serving.counts import NO_BLOCK
+from kvattn.serving.device import Came, Device, Tables
+from kvattn.serving.drafts import Guesses
 from kvattn.serving.jobs import Admission, Job, Tick
+from kvattn.serving.pieces import pieces_of, scattered
 from kvattn.serving.prefixes import PrefixPool
+from kvattn.serving.reads import SharedReads
 from kvattn.serving.request import ENDED, Request
 from kvattn.serving.scheduler import SCHEDULES, Scheduler
 from kvattn.serving.searching import reason_for, search_on
-from kvattn.serving.sharing import SharedLevel, shared_prefixes, sharing_shapes
 from kvattn.serving.sinking import Sinking
 from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
 from kvattn.serving.stats import Stats
-from kvattn.serving.texts import NO_ROW, Sequence
+from kvattn.serving.texts import NO_ROW, Text
 from kvattn.serving.tiers import Tier
 
 _MOST_GUESSED = 7
@@ -63,7 +64,7 @@ class _Read(NamedTuple):
     """Tokens on their way: of which job and sequence each is, the how many-th, and in which row."""
 
     came: Came
-    of: list[tuple[Job, Sequence, int, int]]
+    of: list[tuple[Job, Text, int, int]]
 
 
 class Engine:
@@ -125,16 +126,16 @@ class Engine:
         self,
         model: Decoder,
         *,
-        num_pages: int | str | Several[int],
+        num_pages: int | str | Sequence[int],
         page_size: int | None = 16,
         max_batch: int = 8,
         max_length: int,
         prefix_cache: bool = True,
         schedule: str = "longest-prefix",
-        policy: Policy | Several[Policy | None] | None = None,
-        codec: Codec | Several[Codec | None] | None = None,
+        policy: Policy | Sequence[Policy | None] | None = None,
+        codec: Codec | Sequence[Codec | None] | None = None,
         prefill_chunk: int = 256,
-        tiers: Several[Tier] = (),
+        tiers: Sequence[Tier] = (),
         hosts: str | None = None,
         speculate: int = 0,
     ):
@@ -181,13 +182,14 @@ class Engine:
                 f"encode several together, cannot do: {policy or 'Full()'}, {codec}. Leave speculate out."
             )
         self._speculate = speculate
-        self._lookups: dict[Sequence, Lookup] = {}
-        self._together: tuple[list[Sequence], Shared | None] = [], None
+        self._guesses = Guesses(speculate) if speculate else None
         self._layer_groups = [layer_group(group, caches[group.layers[0]]) for group in groups]
         self.page_size = groups[0].page_size
+        windows = [group.window for group in self._layer_groups]
+        self._shared_reads = SharedReads(self.page_size, max_batch, windows, can_share=self._is_shareable)
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
         self._shapes = shapes(prefill_chunk, max_batch)
-        self._device = Device(model, caches, [0])
+        self._device = Device(model, caches)
         self._tiers = Tiers(tiers)
         self._sinking = None
         if self._tiers.tiers and self._is_shareable and prefix_cache:
@@ -208,7 +210,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: Several[int],
+        prompt: Sequence[int],
         max_new_tokens: int,
         *,
         num_samples: int = 1,
@@ -269,12 +271,12 @@ class Engine:
             return request
         samplers = [dataclasses.replace(sampler, stream=np.uint32(i)) for i in range(num_samples)]
         self._choices[request] = _Choice(samplers, stop, loop.as_bits(stop), beam_width)
-        number, rows = next(self._numbers), self._scheduler.rows_per_shard
+        number, rows = next(self._numbers), self.max_batch
         make = lambda sequences, width: Job(
             request, number, tokens, max_new_tokens, sequences, width, namespace, priority, beam_width is not None
         )
         if beam_width is not None:
-            jobs = [make([Sequence(0)], beam_width)]
+            jobs = [make([Text(0)], beam_width)]
         else:
             parts = [request.samples[i : i + rows] for i in range(0, num_samples, rows)]
             jobs = [make(list(part), len(part)) for part in parts]
@@ -291,9 +293,9 @@ class Engine:
             )
         if on_token is not None:
             raise ConfigError("beams change until the search has ended, so there is no on_token: read request.tokens.")
-        if width > min(self._scheduler.rows_per_shard, self.model.config.vocab_size):
+        if width > min(self.max_batch, self.model.config.vocab_size):
             raise ConfigError(
-                f"beam_width must be at most {min(self._scheduler.rows_per_shard, self.model.config.vocab_size)}, the "
+                f"beam_width must be at most {min(self.max_batch, self.model.config.vocab_size)}, the "
                 f"rows of the engine (max_batch) or the tokens of the model, got {width}."
             )
 
@@ -306,8 +308,8 @@ class Engine:
             )
         held, lengths = np.zeros((1,), np.int32), np.array([len(tokens)], np.int32)
         given.reached(self.model.config, held, lengths, max_new_tokens, max(max_new_tokens - 1, 0))
-        if not self._scheduler.shards[0].fits_alone(length, width, len(tokens)):
-            pool = self._scheduler.shards[0].pool
+        if not self._scheduler.pool.fits_alone(length, width, len(tokens)):
+            pool = self._scheduler.pool.pool
             raise OutOfBlocksError(
                 f"{'a sequence' if width == 1 else f'{width} beams'} of {length} tokens does not fit into "
                 f"{[group.num_blocks for group in pool.groups]} pages of {self.page_size}: make the engine with more "
@@ -339,8 +341,8 @@ class Engine:
         self._counts["ticks"] += 1
         try:
             self._sweep()
-            if self._speculate:
-                self._guess()
+            if self._guesses is not None:
+                self._guesses.guess(self._scheduler.running)
             tick = self._scheduler.next()
             self._in_flight.append(self._dispatch(tick))
             # One tick is in the device's hands while the last one's tokens are read; but guesses go by the last token.
@@ -363,14 +365,14 @@ class Engine:
 
     def stats(self) -> Stats:
         """What was done so far."""
-        shards, scheduler = self._scheduler.shards, self._scheduler
+        pool = self._scheduler.pool
         return Stats(
             **self._counts,
-            pages=sum(shard.used_pages for shard in shards),
-            cached_pages=sum(shard.cached_pages for shard in shards),
-            waste=max(usage.waste for shard in shards for usage in shard.pool.usage()),
-            evictions=sum(shard.evictions for shard in shards),
-            preemptions=scheduler.preemptions,
+            pages=pool.used_pages,
+            cached_pages=pool.cached_pages,
+            waste=max(usage.waste for usage in pool.pool.usage()),
+            evictions=pool.evictions,
+            preemptions=self._scheduler.preemptions,
             waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),
             running=sum(request.state == "running" for request in self._jobs),
             tokens_per_second=self._counts["new_tokens"] / self._seconds if self._seconds else 0.0,
@@ -378,26 +380,28 @@ class Engine:
             tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )
 
-    def warm_up(self, beam_widths: Several[int] = ()) -> None:
+    def warm_up(self, beam_widths: Sequence[int] = ()) -> None:
         """Compiles every program that requests may need, so that none of them waits for it.
 
         Args:
             beam_widths: of beam searches to come.
+
+        Raises:
+            ConfigError: requests are running.
         """
-        nobody = [np.full((0, width), -1, np.int32) for width in self._device.widths]
-        for shape in self._shapes:
-            for rows in sorted({1, shape[0]}):
-                self._device.read(*self._device.pieces([], (rows, shape[1]), nobody))
+        if self._scheduler.running:
+            raise ConfigError(
+                "warm_up takes the caches of all rows: call it before requests run, or when they are done."
+            )
+        nobody = [np.full((0, width), NO_BLOCK, np.int32) for width in self._device.widths]
+        for most, width in self._shapes:
+            for rows in sorted({1, most}):
+                tables = tuple(scattered(table, [], rows) for table in nobody)
+                self._device.read(tables, pieces_of([], (rows, width), self.max_batch))
         tables = self._device.row_tables([], nobody)
         self._device.step(tables, [], [], {})
-        if self._is_shareable and self.max_batch > 1:
-            nothing = [
-                (np.full(s, -1, np.int32), *np.zeros((2, s[0]), np.int32)) for s in sharing_shapes(self.max_batch)
-            ]
-            levels = tuple(SharedLevel(*each) for each in nothing)
-            shared = tuple(levels if group.window is None else None for group in self._layer_groups)
-            if any(shared):
-                self._device.step(tables, [], [], {}, shared)
+        if any(shared := self._shared_reads.nothing()):
+            self._device.step(tables, [], [], {}, shared)
         if self._speculate:
             self._device.verify(tables, [], [], {}, self._speculate)
         for width in beam_widths:
@@ -409,18 +413,16 @@ class Engine:
     # Below.
 
     def _new_scheduler(self) -> Scheduler:
-        shards = [
-            PrefixPool(
-                self._layer_groups,
-                self.page_size,
-                chunk=self._chunk,
-                is_shareable=self._is_shareable,
-                keeps_prefixes=self._prefix_cache,
-                below=None if self._sinking is None else self._sinking.below,
-            )
-        ]
+        pool = PrefixPool(
+            self._layer_groups,
+            self.page_size,
+            chunk=self._chunk,
+            is_shareable=self._is_shareable,
+            keeps_prefixes=self._prefix_cache,
+            below=None if self._sinking is None else self._sinking.below,
+        )
         return Scheduler(
-            shards,
+            pool,
             self.max_batch,
             schedule=self._schedule,
             chunk=self._chunk,
@@ -439,10 +441,8 @@ class Engine:
         device.copy(tick.copies)
         if tick.steps:
             reads.append(self._stepped(tick.steps))
-        for shard in self._scheduler.shards:
-            for tables, records in shard.restored:
-                device.restore(tables, [record.arrays for record in records])
-            shard.restored = []
+        for tables, records in self._scheduler.pool.take_restored():
+            device.restore(tables, [record.arrays for record in records])
         if tick.pieces:
             reads.append(self._read_pieces(tick))
         device.copy(tick.forks)
@@ -461,7 +461,7 @@ class Engine:
         For the end of a process: what has left the device is there already.
         """
         if self._sinking is not None:
-            self._sinking.save(self._scheduler.shards)
+            self._sinking.save(self._scheduler.pool)
 
     def _admitted(self, admission: Admission) -> None:
         """Counts a job that was let in, and gives its rows their settings."""
@@ -483,68 +483,37 @@ class Engine:
             s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])
         ]
         rows = [sequence.row for sequence in sequences]
-        tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
+        tables = self._scheduler.pool.tables(sequences, self._device.widths)
         return rows, self._device.row_tables(rows, tables)
 
-    def _guess(self) -> None:
-        """What may come next of every sequence."""
-        for job in self._scheduler.running:
-            if job.is_beam or job.prefills:
-                continue
-            sequence = job.sequences[0]
-            lookup = self._lookups.get(sequence)
-            if lookup is None:
-                lookup = self._lookups[sequence] = Lookup(job.prompt.tolist())
-            for token in sequence.new[len(lookup) - len(job.prompt) :]:
-                lookup.push(token)
-            sequence.guess = lookup.guess(min(self._speculate, job.limit - sequence.num_drawn - 1))
-
-    def _stepped(self, steps: list[tuple[Job, Sequence]]) -> _Read:
+    def _stepped(self, steps: list[tuple[Job, Text]]) -> _Read:
         rows, tables = self._held()
         guesses = {sequence.row: sequence.guess for _, sequence in steps if sequence.guess}
         if guesses:
-            self._together = [], None
+            self._shared_reads.forget()
             goes = [sequence.row for _, sequence in steps]
             came = self._device.verify(tables, rows, goes, guesses, self._speculate)
             return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
         again = () if self._rereads else steps
         forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
-        goes, shared = [sequence.row for _, sequence in steps], self._shared(steps, tables)
+        goes, shared = [sequence.row for _, sequence in steps], self._shared_reads.of(steps, tables)
         came = self._device.step(tables, rows, goes, forced, shared)
         return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
 
-    def _shared(self, steps: list[tuple[Job, Sequence]], tables: Tables) -> Shared | None:
-        """Which rows had better read their pages together; looked for where others go than in the last step.
-
-        Of layers without a window: what others see moves on with every page.
-        """
-        if not self._is_shareable or len(steps) < 2:
-            self._together = [], None
-            return None
-        who = [sequence for _, sequence in steps]
-        if who != self._together[0]:
-            lengths = np.zeros((self.max_batch,), np.int64)
-            for job, sequence in steps:
-                lengths[sequence.row] = len(job.prompt) + sequence.num_drawn - 2
-            found = tuple(
-                shared_prefixes(table, lengths, self.page_size) if group.window is None else None
-                for group, table in zip(self._layer_groups, tables, strict=True)
-            )
-            self._together = who, found if any(levels is not None for levels in found) else None
-        return self._together[1]
-
     def _read_pieces(self, tick: Tick) -> _Read:
-        sequences = [piece.prefill.sequence for piece in tick.pieces]
-        tables = self._scheduler.shards[0].tables(sequences, self._device.widths)
+        sequences = [piece.prefill.text for piece in tick.pieces]
+        tables = self._scheduler.pool.tables(sequences, self._device.widths)
         longest = max(piece.stop - piece.start for piece in tick.pieces)
         most, width = next(shape for shape in self._shapes if shape[1] >= longest)
         shape = (1 if len(tick.pieces) == 1 else most), width
-        came = self._device.read(*self._device.pieces(tick.pieces, shape, tables))
+        rows = range(len(sequences))
+        wide = tuple(scattered(table, rows, shape[0]) for table in tables)
+        came = self._device.read(wide, pieces_of(tick.pieces, shape, self.max_batch))
         jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
         of = []
         for piece in tick.pieces:
             if piece.is_last and not piece.prefill.job.is_beam:
-                for sequence in (piece.prefill.sequence, *piece.prefill.followers):
+                for sequence in (piece.prefill.text, *piece.prefill.followers):
                     if sequence in jobs:
                         of.append((jobs[sequence], sequence, sequence.num_drawn - 1, sequence.row))
         return _Read(came, of)
@@ -574,7 +543,7 @@ class Engine:
                     sequence.num_drawn = len(sequence.new)
         return raised
 
-    def _take(self, job: Job, sequence: Sequence, token: int, logprob: float) -> Exception | None:
+    def _take(self, job: Job, sequence: Text, token: int, logprob: float) -> Exception | None:
         """One new token; what the callback raised."""
         request = job.owner
         sequence.new.append(token)
@@ -590,7 +559,7 @@ class Engine:
                 return error
         return None
 
-    def _finish(self, job: Job, sequence: Sequence) -> None:
+    def _finish(self, job: Job, sequence: Text) -> None:
         """A sample that has all its tokens."""
         request = job.owner
         if job in self._scheduler.waiting:  # it was preempted before its last token came
@@ -605,8 +574,8 @@ class Engine:
     def _end(self, request: Request, state: str) -> None:
         request.state = state
         del self._jobs[request], self._choices[request]
-        for sequence in request.samples:
-            self._lookups.pop(sequence, None)
+        if self._guesses is not None:
+            self._guesses.forget(request.samples)
         if state in ("finished", "failed"):
             self._counts[state] += 1
 

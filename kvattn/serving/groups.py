@@ -53,7 +53,7 @@ class LayerGroup:
         blocks = -(-self.stored(length) // block_size)
         if self.window is None:
             return blocks
-        return min(blocks, -(-(self.window - 1 + chunk) // block_size) + 1)
+        return min(blocks, -(-(self.window - 1 + chunk - 1) // block_size) + 1)
 
     def unseen(self, length: int) -> int:
         """Tokens, from the start, that no query after `length` tokens sees."""

@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from kvattn.serving.prefixes import Copies
 from kvattn.serving.request import Request
-from kvattn.serving.texts import Sequence
+from kvattn.serving.texts import Text
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -17,16 +17,16 @@ class Prefill:
 
     Attributes:
         job: whose.
-        sequence: which has the pages.
-        followers: sequences that fork from it when it is read.
+        text: which has the pages.
+        followers: texts that fork from it when it is read.
         tokens: all of them.
         start: those that lay in pages already.
         done: those that have been handed to the device, the ones before `start` included.
     """
 
     job: "Job"
-    sequence: Sequence
-    followers: list[Sequence]
+    text: Text
+    followers: list[Text]
     tokens: Int32[np.ndarray, " S"]
     start: int = 0
     done: int = 0
@@ -48,7 +48,6 @@ class Job:
         is_beam: whether its sequences grow by a search.
         passed: how often one that came later was let in before it.
         prefills: what is to be read before it grows.
-        shard: which part of the rows and pages it lies in.
         rows: those it has.
         was_in: whether it was let in before.
     """
@@ -57,14 +56,13 @@ class Job:
     number: int
     prompt: Int32[np.ndarray, " S"]
     limit: int
-    sequences: list[Sequence]
+    sequences: list[Text]
     width: int
     namespace: Hashable = ""
     priority: int = 0
     is_beam: bool = False
     passed: int = 0
     prefills: list[Prefill] = dataclasses.field(default_factory=list)
-    shard: int = -1
     rows: list[int] = dataclasses.field(default_factory=list)
     was_in: bool = False
 
@@ -73,7 +71,7 @@ class Job:
         """Who goes before whom."""
         return -self.priority, self.number, self.sequences[0].index
 
-    def text(self, sequence: Sequence) -> Int32[np.ndarray, " S"]:
+    def text(self, sequence: Text) -> Int32[np.ndarray, " S"]:
         """The prompt and a sequence's new tokens."""
         return np.concatenate([self.prompt, np.array(sequence.new, np.int32)])
 
@@ -109,7 +107,7 @@ class Admission:
     """
 
     job: Job
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Text, ...]
     start: int
 
 
@@ -128,7 +126,7 @@ class Tick:
     """
 
     copies: list[Copies] = dataclasses.field(default_factory=list)
-    steps: list[tuple[Job, Sequence]] = dataclasses.field(default_factory=list)
+    steps: list[tuple[Job, Text]] = dataclasses.field(default_factory=list)
     beams: list[Job] = dataclasses.field(default_factory=list)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     forks: list[Copies] = dataclasses.field(default_factory=list)

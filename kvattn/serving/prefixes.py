@@ -56,7 +56,6 @@ class PrefixPool:
     Attributes:
         evictions: pages of prefixes that had to leave.
         stamp: another one whenever `known` may give another number.
-        restored: pages that came back from below, of sequences that were let in since this list was emptied last.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class PrefixPool:
         self.below = below if self.tree is not None else None
         self.evictions = 0
         self.stamp = 0
-        self.restored: list[Restored] = []
+        self._restored: list[Restored] = []
         self._chunk = chunk
         self._reserves = [int(watermark * group.num_blocks) for group in groups]
         self._promised = [0] * len(groups)
@@ -184,8 +183,13 @@ class PrefixPool:
         if records:
             first = start // self.pool.block_size
             tables = [table[first : first + len(records)] for table in self.pool.tables(seq)]
-            self.restored.append(Restored(tables, records))
+            self._restored.append(Restored(tables, records))
         return found
+
+    def take_restored(self) -> list[Restored]:
+        """Pages that came back from below since it was asked last, before their sequences are read."""
+        restored, self._restored = self._restored, []
+        return restored
 
     def reach(self, seq: Hashable, num_tokens: int) -> None:
         """Takes the pages for the first so many tokens of its prompt; they were promised."""

@@ -8,9 +8,8 @@ from jaxtyping import Int32
 
 from kvattn.errors import ConfigError, KVAttnError
 from kvattn.serving.beams import Beam
-from kvattn.serving.texts import Sequence
+from kvattn.serving.texts import Text
 
-STATES = "waiting", "running", "preempted", "finished", "cancelled", "failed"
 ENDED = "finished", "cancelled", "failed"
 
 
@@ -44,7 +43,7 @@ class Request:
         self.max_new_tokens = max_new_tokens
         self.state = "waiting"
         self.error: KVAttnError | None = None
-        self.samples = [Sequence(i) for i in range(num_samples)]
+        self.samples = [Text(i) for i in range(num_samples)]
         self.beams: list[Beam] | None = None if beam_width is None else [Beam()]
         self.on_token = on_token
         self.left = num_samples

@@ -6,14 +6,14 @@ on the tokens that came, never on time: hosts that are told the same decide alik
 """
 
 import bisect
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 import numpy as np
 
-from kvattn.errors import ConfigError, OutOfBlocksError
+from kvattn.errors import BlockStateError, ConfigError, OutOfBlocksError
 from kvattn.serving.jobs import Admission, Job, Piece, Prefill, Tick
 from kvattn.serving.prefixes import Copies, PrefixPool, Tokens
-from kvattn.serving.texts import NO_ROW, Sequence
+from kvattn.serving.texts import NO_ROW, Text
 
 SCHEDULES = "longest-prefix", "fcfs"
 
@@ -28,14 +28,14 @@ class Scheduler:
     """Jobs that wait, jobs that run, and the rows and pages that they have.
 
     Args:
-        shards: the pages of each part of the batch. Rows are split over them in order.
+        pool: of pages.
         num_rows: of the batch.
         schedule: "longest-prefix" or "fcfs".
         chunk: a prompt is read up to the next multiple of so many tokens at a time.
         shapes: how many tokens of how many prompts can be read at once: (rows, tokens), by tokens.
         rereads: whether a preempted sequence may be read like a prompt, new tokens and all. If not, what a policy keeps
             depends on how tokens came: they are appended again one by one.
-        guesses: whether steps take `Sequence.guess` along.
+        guesses: whether steps take `Text.guess` along.
 
     Attributes:
         waiting: jobs, in the order in which they came.
@@ -45,18 +45,19 @@ class Scheduler:
 
     def __init__(
         self,
-        shards: Several[PrefixPool],
+        pool: PrefixPool,
         num_rows: int,
         *,
         schedule: str = "longest-prefix",
         chunk: int = 256,
-        shapes: Several[tuple[int, int]] = ((1, 256),),
+        shapes: Sequence[tuple[int, int]] = ((1, 256),),
         rereads: bool = True,
         guesses: bool = False,
     ):
         if schedule not in SCHEDULES:
             raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
-        self.shards = list(shards)
+        self.pool = pool
+        self.num_rows = num_rows
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.preemptions = 0
@@ -65,10 +66,8 @@ class Scheduler:
         self._shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
         self._rereads = rereads
         self._guesses = guesses
-        per_shard = num_rows // len(self.shards)
-        self.rows_per_shard = per_shard
-        self._free_rows = [list(range((i + 1) * per_shard - 1, i * per_shard - 1, -1)) for i in range(len(self.shards))]
-        self._known: dict[tuple[Job, int], tuple[int, int]] = {}
+        self._free_rows = list(reversed(range(num_rows)))
+        self._known: dict[Job, tuple[int, int]] = {}
 
     # What happens to jobs.
 
@@ -85,7 +84,7 @@ class Scheduler:
         self._read(tick)
         return tick
 
-    def finish(self, job: Job, sequence: Sequence, *, keep: bool = True) -> None:
+    def finish(self, job: Job, sequence: Text, *, keep: bool = True) -> None:
         """Ends a sequence: its row and its pages come back, and what others may find stays.
 
         Args:
@@ -108,15 +107,14 @@ class Scheduler:
             self._leave(job, sequence, keep)
         self._remove(job)
 
-    def fork(self, job: Job, parent: Sequence, child: Sequence) -> Copies:
+    def fork(self, job: Job, parent: Text, child: Text) -> Copies:
         """A second beam with the same past, in a row of its job that nobody has; others leave if it needs their pages.
 
         Returns:
             The pages to copy first.
         """
-        shard = self.shards[job.shard]
-        while (copies := shard.fork(parent, child)) is None:
-            others = [each for each in self.running if each.shard == job.shard and each is not job]
+        while (copies := self.pool.fork(parent, child)) is None:
+            others = [each for each in self.running if each is not job]
             if not others:
                 raise OutOfBlocksError(f"{job.width} beams of {len(job.prompt) + job.limit} tokens do not fit.")
             self._preempt(others[-1])
@@ -129,23 +127,21 @@ class Scheduler:
         """Ends everything, and forgets all prefixes."""
         for job in [*self.running, *self.waiting]:
             self.withdraw(job, keep=False)
-        for shard in self.shards:
-            shard.forget_prefixes()
+        self.pool.forget_prefixes()
 
     def check(self) -> None:
         """Counts everything anew; see `kvattn.serving.BlockPool.check`."""
-        for shard in self.shards:
-            shard.check()
-        rows = sorted([row for free in self._free_rows for row in free] + [r for job in self.running for r in job.rows])
-        if rows != list(range(self.rows_per_shard * len(self.shards))):
-            raise AssertionError(f"rows {rows} are free or taken.")
+        self.pool.check()
+        rows = sorted(self._free_rows + [row for job in self.running for row in job.rows])
+        if rows != list(range(self.num_rows)):
+            raise BlockStateError(f"of {self.num_rows} rows {rows} are free or taken.")
 
     # Growing.
 
     def _grow(self, tick: Tick) -> None:
         """Takes pages for the next token of everybody who goes on."""
         for job in list(self.running):
-            if job.shard < 0 or job.prefills:  # preempted just now, or its prompt is still being read
+            if not job.rows or job.prefills:  # preempted just now, or its prompt is still being read
                 continue
             if not job.is_beam:
                 sequence = job.sequences[0]
@@ -164,33 +160,31 @@ class Scheduler:
                 tick.copies += filter(None, several)
                 tick.beams.append(job)
 
-    def _grown(self, job: Job, sequence: Sequence, tick: Tick) -> Copies | None:
+    def _grown(self, job: Job, sequence: Text, tick: Tick) -> Copies | None:
         """The pages to copy before a sequence's next token, if any; None: its job had to leave."""
-        shard = self.shards[job.shard]
-        while (copies := self._room(shard, job, sequence)) is None:
+        while (copies := self._room(job, sequence)) is None:
             sequence.guess = []
-            others = [each for each in self.running if each.shard == job.shard]
-            last = others[-1]
-            if len(others) > 1:
+            last = self.running[-1]
+            if len(self.running) > 1:
                 self._preempt(last)
                 tick.is_short = True
                 if last is job:
                     return None
-            elif shard.cached_pages:
-                shard.forget_prefixes()
+            elif self.pool.cached_pages:
+                self.pool.forget_prefixes()
             else:
                 raise OutOfBlocksError(
                     f"a sequence of {len(job.prompt)} tokens and {job.limit} new ones does not fit into the pool."
                 )
         return copies
 
-    def _room(self, shard: PrefixPool, job: Job, sequence: Sequence) -> Copies | None:
+    def _room(self, job: Job, sequence: Text) -> Copies | None:
         """Room for the next token, and for those that are guessed; what wrong guesses took is still there."""
         if not self._guesses or job.is_beam:
-            return shard.grow(sequence)
+            return self.pool.grow(sequence)
         appended = len(job.prompt) + sequence.num_drawn - 1
-        more = max(appended + 1 + len(sequence.guess) - shard.length(sequence), 0)
-        return shard.grow(sequence, more, seen=appended)
+        more = max(appended + 1 + len(sequence.guess) - self.pool.length(sequence), 0)
+        return self.pool.grow(sequence, more, seen=appended)
 
     def _preempt(self, job: Job) -> None:
         """Sends a job back to those that wait."""
@@ -200,25 +194,24 @@ class Scheduler:
         self.preemptions += 1
         self.submit(job)
 
-    def _leave(self, job: Job, sequence: Sequence, keep: bool, is_over: bool = False) -> None:
+    def _leave(self, job: Job, sequence: Text, keep: bool, is_over: bool = False) -> None:
         """Takes a sequence's pages back; where it is over, its last token was never appended."""
-        shard = self.shards[job.shard]
-        if sequence in shard:
+        if sequence in self.pool:
             if keep and not job.prefills:
-                shard.keep(sequence, self._appended(job, sequence, is_over))
-            shard.close(sequence)
+                self.pool.keep(sequence, self._appended(job, sequence, is_over))
+            self.pool.close(sequence)
         if sequence.row != NO_ROW and not job.is_beam:
             job.rows.remove(sequence.row)
-            self._free_rows[job.shard].append(sequence.row)
+            self._free_rows.append(sequence.row)
         sequence.row = NO_ROW
 
     def _remove(self, job: Job) -> None:
         """Takes a job out of those that run."""
         self.running.remove(job)
-        self._free_rows[job.shard] += reversed(job.rows)
-        job.rows, job.prefills, job.shard = [], [], -1
+        self._free_rows += reversed(job.rows)
+        job.rows, job.prefills = [], []
 
-    def _appended(self, job: Job, sequence: Sequence, is_over: bool) -> Tokens:
+    def _appended(self, job: Job, sequence: Text, is_over: bool) -> Tokens:
         """A sequence's tokens that lie in its pages, as far as they are known."""
         if job.is_beam or is_over:
             return job.text(sequence)[:-1]
@@ -228,7 +221,7 @@ class Scheduler:
 
     def _admit(self, tick: Tick) -> None:
         """Lets in who is next, as long as there are rows and pages."""
-        while self.waiting and any(self._free_rows):
+        while self.waiting and self._free_rows:
             job = self._first()
             if job is None or not self._let_in(job):
                 return
@@ -248,19 +241,18 @@ class Scheduler:
             return by_rank[0]
         first: tuple[tuple[int, int], Job] | None = None
         for job in by_rank[:_LOOKED_AT]:
-            known = max(self._known_to(job, i) for i in range(len(self.shards)))
+            known = self._known_of(job)
             key = -job.priority, -known
             if (first is None or key < first[0]) and not self._comes_soon(job, known):
                 first = key, job
         return None if first is None else first[1]
 
-    def _known_to(self, job: Job, shard: int) -> int:
-        """How many of a job's tokens a shard has."""
-        pool = self.shards[shard]
-        stamp, known = self._known.get((job, shard), (-1, 0))
-        if stamp != pool.stamp:
-            known = pool.known(self._to_read(job, job.sequences[0]), job.namespace)
-            self._known[job, shard] = pool.stamp, known
+    def _known_of(self, job: Job) -> int:
+        """How many of a job's tokens lie in pages."""
+        stamp, known = self._known.get(job, (-1, 0))
+        if stamp != self.pool.stamp:
+            known = self.pool.known(self._to_read(job, job.sequences[0]), job.namespace)
+            self._known[job] = self.pool.stamp, known
         return known
 
     def _run(self, job: Job) -> None:
@@ -269,15 +261,14 @@ class Scheduler:
 
     def _forget(self, job: Job) -> None:
         """Drops what was looked up for a job."""
-        for i in range(len(self.shards)):
-            self._known.pop((job, i), None)
+        self._known.pop(job, None)
 
     def _comes_soon(self, job: Job, known: int) -> bool:
         """Whether more of a job's tokens are being read for another one, so that it will find them."""
-        if all(shard.tree is None for shard in self.shards):
+        if self.pool.tree is None:
             return False
         tokens = self._to_read(job, job.sequences[0])
-        more = known + self.shards[0].pool.block_size
+        more = known + self.pool.pool.block_size
         if more >= len(tokens):
             return False
         return any(
@@ -287,24 +278,17 @@ class Scheduler:
             for prefill in other.prefills
         )
 
-    def _to_read(self, job: Job, sequence: Sequence) -> Tokens:
+    def _to_read(self, job: Job, sequence: Text) -> Tokens:
         """What has to be read of a sequence that is let in."""
         if job.is_beam:
             return job.text(sequence)[:-1]
         return job.text(sequence) if sequence.new and self._rereads else job.prompt
 
     def _let_in(self, job: Job) -> bool:
-        """Gives a job rows and pages; whether there were enough."""
-        order = sorted(
-            (i for i, rows in enumerate(self._free_rows) if len(rows) >= job.width),
-            key=lambda i: (-self._known_to(job, i), -len(self._free_rows[i]), i),
-        )
-        return any(self._let_into(job, i) for i in order)
-
-    def _let_into(self, job: Job, shard: int) -> bool:
-        """Gives a job rows and pages of a shard; if these are too few, nothing has changed."""
-        pool = self.shards[shard]
-        alone = all(other.shard != shard for other in self.running)
+        """Gives a job rows and pages; if there are too few, nothing has changed."""
+        if len(self._free_rows) < job.width:
+            return False
+        pool, alone = self.pool, not self.running
         # Samples fork from the first when the prompt is read; beams that were preempted are read one by one.
         leaders = job.sequences if job.is_beam else job.sequences[:1]
         followers = [] if job.is_beam else job.sequences[1:]
@@ -314,14 +298,12 @@ class Scheduler:
             start = pool.open(sequence, tokens, job.namespace, alone=alone)
             if start is None:
                 for prefill in prefills:
-                    pool.close(prefill.sequence)
+                    pool.close(prefill.text)
                 return False
             prefills.append(Prefill(job, sequence, followers, tokens, start, start))
-        rows = self._free_rows[shard]
-        job.rows = [rows.pop() for _ in range(job.width)]
+        job.rows = [self._free_rows.pop() for _ in range(job.width)]
         for sequence, row in zip(job.sequences, job.rows, strict=False):
             sequence.row = row
-        job.shard = shard
         job.prefills = prefills
         return True
 
@@ -345,32 +327,32 @@ class Scheduler:
             del tick.pieces[1:]  # a call for one row takes less than the shape for many
         for piece in tick.pieces:
             prefill = piece.prefill
-            self.shards[prefill.job.shard].reach(prefill.sequence, piece.stop)
+            self.pool.reach(prefill.text, piece.stop)
             prefill.done = piece.stop
             if piece.is_last:
                 self._finish_reading(prefill, tick)
 
     def _finish_reading(self, prefill: Prefill, tick: Tick) -> None:
         """A prompt that is read: its pages are there for others, and its samples part."""
-        job, shard = prefill.job, self.shards[prefill.job.shard]
-        shard.keep(prefill.sequence, prefill.tokens)
+        job = prefill.job
+        self.pool.keep(prefill.text, prefill.tokens)
         job.prefills.remove(prefill)
         if job.is_beam:
             return
-        prefill.sequence.num_drawn = len(prefill.tokens) - len(job.prompt) + 1
+        prefill.text.num_drawn = len(prefill.tokens) - len(job.prompt) + 1
         for sequence in prefill.followers:
-            copies = shard.fork(prefill.sequence, sequence)
+            copies = self.pool.fork(prefill.text, sequence)
             sample = Job(job.owner, job.number, job.prompt, job.limit, [sequence], 1, job.namespace, job.priority)
             sample.was_in = True
             job.sequences.remove(sequence)
             job.rows.remove(sequence.row)
             if copies is None:  # no room for a copy of its pages: it is read by itself
-                self._free_rows[job.shard].append(sequence.row)
+                self._free_rows.append(sequence.row)
                 sequence.row = NO_ROW
                 self.submit(sample)
                 continue
             sequence.num_drawn = 1
-            sample.shard, sample.rows = job.shard, [sequence.row]
+            sample.rows = [sequence.row]
             self._run(sample)
             if copies:
                 tick.forks.append(copies)

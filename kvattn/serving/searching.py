@@ -13,7 +13,7 @@ from kvattn.serving.device import Device, Tables
 from kvattn.serving.jobs import Job
 from kvattn.serving.scheduler import Scheduler
 from kvattn.serving.sinking import Sinking
-from kvattn.serving.texts import Sequence
+from kvattn.serving.texts import Text
 
 
 class Outcome(NamedTuple):
@@ -82,10 +82,10 @@ def _move(job: Job, going: list[beams.Beam], device: Device, scheduler: Schedule
         if i not in children:
             scheduler.finish(job, parent, keep=False)
     copies, source = [], {}
-    of_beam: dict[tuple[int, ...], Sequence] = {}
+    of_beam: dict[tuple[int, ...], Text] = {}
     for i, (first, *others) in children.items():
         for beam in others:
-            child = Sequence(0, new=list(beam.tokens), logprobs=list(beam.logprobs))
+            child = Text(0, new=list(beam.tokens), logprobs=list(beam.logprobs))
             copies += filter(None, [scheduler.fork(job, parents[i], child)])
             source[child.row] = parents[i].row
             of_beam[beam.tokens] = child

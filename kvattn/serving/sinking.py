@@ -1,6 +1,6 @@
 """The way of pages from the device into the tiers below it, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,11 @@ class Sinking:
                 records.append(Record(name, there))
             self.below.tiers.store(records)
 
-    def save(self, shards: Sequence[PrefixPool]) -> None:
+    def save(self, pool: PrefixPool) -> None:
         """Copies every prefix that is on the device, and waits until the tiers have it."""
-        for shard in shards:
-            assert shard.tree is not None
-            for text in shard.tree.leaves():
-                self.below.leaves(text)
+        assert pool.tree is not None
+        for text in pool.tree.leaves():
+            self.below.leaves(text)
         self.read()
         self.store()
         self.below.tiers.flush()

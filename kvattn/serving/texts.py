@@ -6,7 +6,7 @@ NO_ROW = -1
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Sequence:
+class Text:
     """One text that grows: a sample, or a beam.
 
     Attributes:
