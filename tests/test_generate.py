@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import small_models
 from faulty_modules import planted
 from flax import nnx
 
@@ -43,13 +44,7 @@ DRAWN = dict(temperature=1.3, top_k=20, top_p=0.9, seed=7)
 
 
 def decoder(config=TINY):
-    """A model whose every parameter matters: larger than Flax initialises them, norms that are not one."""
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + (0.2 * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+    return small_models.decoder(config)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -36,13 +37,7 @@ CONFIGS = {
 
 
 def decoder(config=TINY, **options):
-    """A model whose every parameter matters: larger than Flax initialises them, norms that are not one."""
-    model = Decoder(config, rngs=nnx.Rngs(0), **options)
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + (0.2 * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+    return small_models.decoder(config, **options)
 
 
 def random_tokens(batch, length, seed=0):

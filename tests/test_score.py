@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import small_models
 from faulty_modules import planted
 from flax import nnx
 
@@ -26,14 +27,8 @@ NEW, CAPACITY = 10, 64
 DRAWN = dict(temperature=1.3, top_k=20, top_p=0.9, seed=7)
 
 
-def decoder(config=TINY, scale=0.05):
-    """A model whose every parameter matters."""
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + (scale * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+def decoder(config=TINY):
+    return small_models.decoder(config, 0.05)
 
 
 @pytest.fixture(scope="module")

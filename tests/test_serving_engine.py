@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from flax import nnx
 
 import kvattn
@@ -23,14 +24,8 @@ NEW, CHUNK, LENGTH = 12, 16, 48
 SMALL = dict(page_size=4, max_batch=3, max_length=LENGTH, prefill_chunk=CHUNK)
 
 
-def decoder(scale=0.3, **settings):
-    """A model whose next tokens depend on all that came before."""
-    model = Decoder(DecoderConfig(**{**SIZES, **settings}), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + (scale * jax.random.normal(k, x.shape)).astype(x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+def decoder(**settings):
+    return small_models.decoder(DecoderConfig(**{**SIZES, **settings}), 0.3)
 
 
 @pytest.fixture(scope="module")
