@@ -381,6 +381,8 @@ def test_refused_at_submit(monkeypatch, plain, windowed):
     ):
         with pytest.raises(error):
             engine.submit(prompt, count, **options)
+    with pytest.raises(errors.CapacityError, match="max_length is 64"):
+        text_engine(monkeypatch, plain).submit(range(40), 25)
     assert not engine.step() and engine.run() == {}
     at_rest(engine)
     exactly = engine.submit(range(30), 2)  # fills the pool

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32, UInt32
+from jaxtyping import Bool, UInt32
 
 from kvattn import _checks
 from kvattn.cache import groups_of
@@ -19,7 +19,6 @@ from kvattn.errors import (
     ConfigError,
     DTypeError,
     KVAttnError,
-    OutOfBlocksError,
     RangeError,
     UnsupportedError,
 )
@@ -28,7 +27,7 @@ from kvattn.models import prompts as given
 from kvattn.models.decoder import Decoder
 from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
-from kvattn.serving import checks
+from kvattn.serving import checks, limits
 from kvattn.serving.below import Below
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.device import Came, Device, Tables
@@ -159,17 +158,7 @@ class Engine:
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
         groups = groups_of(caches)
-        lengths = caches[0].lengths
-        if lengths.sharding.shard_shape(lengths.shape) != lengths.shape:
-            raise UnsupportedError(
-                f"the model splits its caches by rows (by={model.split.by!r} over {model.split.mesh}), and their pages "
-                'would have to lie with them: load it with by="heads" or by="sequence" and no "data" axis.'
-            )
-        if len({group.page_size for group in groups}) > 1:
-            raise ConfigError(
-                f"pages must have one size in all layers, got {[group.page_size for group in groups]}: give page_size, "
-                "and codecs that take it."
-            )
+        limits.caches(model, caches)
         self._is_shareable = all(layer.policy.in_order and layer.codec.rows is None for layer in caches)
         self._rereads = not any(
             layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in caches
@@ -260,8 +249,9 @@ class Engine:
         sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         stop = given.stop_mask(stop_tokens, vocab_size)
         if beam_width is not None:
-            self._check_beams(checks.integer("beam_width", beam_width, 1), num_samples, temperature, on_token)
-        self._check_room(tokens, max_new_tokens, beam_width or 1)
+            checks.integer("beam_width", beam_width, 1)
+            limits.beams(beam_width, min(self.max_batch, vocab_size), num_samples, temperature, on_token)
+        limits.room(self.model.config, self.max_length, self._scheduler.pool, tokens, max_new_tokens, beam_width or 1)
 
         request = Request(self, tokens, max_new_tokens, num_samples, beam_width, on_token)
         if max_new_tokens == 0:
@@ -284,37 +274,6 @@ class Engine:
         for job in jobs:
             self._scheduler.submit(job)
         return request
-
-    def _check_beams(self, width: int, num_samples: int, temperature: float, on_token: object) -> None:
-        if num_samples != 1 or temperature != 0:
-            raise ConfigError(
-                f"a beam search takes the most probable texts: it draws no samples, got {num_samples=}, "
-                f"{temperature=}. Leave them out, or leave beam_width out."
-            )
-        if on_token is not None:
-            raise ConfigError("beams change until the search has ended, so there is no on_token: read request.tokens.")
-        if width > min(self.max_batch, self.model.config.vocab_size):
-            raise ConfigError(
-                f"beam_width must be at most {min(self.max_batch, self.model.config.vocab_size)}, the "
-                f"rows of the engine (max_batch) or the tokens of the model, got {width}."
-            )
-
-    def _check_room(self, tokens: Int32[np.ndarray, " S"], max_new_tokens: int, width: int) -> None:
-        length = len(tokens) + max_new_tokens
-        if length > self.max_length:
-            raise CapacityError(
-                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones are {length}, max_length is "
-                f"{self.max_length}: make the engine with a larger one, or ask for fewer."
-            )
-        held, lengths = np.zeros((1,), np.int32), np.array([len(tokens)], np.int32)
-        given.reached(self.model.config, held, lengths, max_new_tokens, max(max_new_tokens - 1, 0))
-        if not self._scheduler.pool.fits_alone(length, width, len(tokens)):
-            pool = self._scheduler.pool.pool
-            raise OutOfBlocksError(
-                f"{'a sequence' if width == 1 else f'{width} beams'} of {length} tokens does not fit into "
-                f"{[group.num_blocks for group in pool.groups]} pages of {self.page_size}: make the engine with more "
-                "pages, or ask for fewer tokens."
-            )
 
     # What goes on.
 

@@ -1716,7 +1716,11 @@ FAULTS: list[Fault] = [
         ("Engine._sweep", 'keep=job.owner.state != "failed"', "keep=True"),
         ("Engine._take", "request.cancel()", "pass"),
         ("Engine.step", "keep = 1 if tick and not self._speculate else 0", "keep = 1 if tick else 0"),
-        ("Engine._check_room", "length > self.max_length", "length > self.max_length + 1"),
+    ),
+    *group(
+        "serving/limits.py",
+        "test_serving_scheduler.py::test_refused_at_submit",
+        ("room", "length > max_length", "length > max_length + 1"),
     ),
     *group(
         "serving/searching.py",
