@@ -138,6 +138,20 @@ def test_a_watermark_stays_free_for_those_that_grow():
     assert pool.open("a", tokens, "", alone=True) == 0
 
 
+def test_pages_of_a_window_are_promised_to_who_is_being_read():
+    """Of nine pages the first prompt has four and takes up to seven at once; another may have two, not three."""
+    pool = PrefixPool([LayerGroup(num_blocks=99), LayerGroup(num_blocks=9, window=7)], 4, chunk=16)
+    tokens = np.arange(40, dtype=np.int32)
+    assert pool.open("a", tokens, "") == 0
+    assert pool.open("b", 100 + tokens[:12], "") is None
+    assert pool.open("b", 100 + tokens[:8], "") == 0
+    for end in (16, 32, 40):
+        pool.reach("a", end)
+        pool.check()
+    pool.keep("a", tokens)
+    pool.check()
+
+
 def test_nobody_waits_for_another_tenants_prompt(monkeypatch, plain):
     """Both are read in the first tick: what the one reads the other will not find."""
     engine = text_engine(monkeypatch, plain, prefill_chunk=32)
