@@ -70,8 +70,12 @@ class DiskTier:
         self._writer = Worker[None]("kvattn-disk-writer", daemon=False)
         self._reader = Timed[bytearray | None]("kvattn-disk-reader", f"a read from {self._directory.path}")
         self._is_closed = False
-        for key, size in self._directory.entries():
-            self._delete(self._recent.add(key, size))
+        try:
+            for key, size in self._directory.entries():
+                self._delete(self._recent.add(key, size))
+        except OffloadError:
+            self._directory.close()
+            raise
 
     def __repr__(self) -> str:
         return f"DiskTier({self._directory.path}, {self.nbytes} of {self.max_bytes} bytes)"

@@ -53,7 +53,11 @@ class Directory:
                     raise ConfigError(f"path must be a directory, no symbolic link or file, got {self.path}.") from None
                 raise
             self.close = weakref.finalize(self, _close, self._fd)
-            mode = os.fstat(self._fd).st_mode
+            try:
+                mode = os.fstat(self._fd).st_mode
+            except OSError:
+                self.close()  # not when the error, which holds this object, has been collected
+                raise
         if mode & stat.S_IWOTH:
             self.close()
             raise ConfigError(f"everybody may write to {self.path}, mode {stat.S_IMODE(mode):o}: take it away (0700).")
