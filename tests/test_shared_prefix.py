@@ -272,21 +272,32 @@ def test_windows_that_have_given_pages_back():
     assert rows > 3
 
 
-def test_derivatives():
+@pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=["plain", "Int8"])
+def test_derivatives(codec):
+    """Those of keys too, where they have any."""
     table, lengths, shared = batch_of_two_levels()
-    for codec in (None, kvattn.Int8()):
-        cache, new = filled(make(codec), table, lengths), new_tokens(3)
+    cache, new = filled(make(codec), table, lengths), new_tokens(3)
 
-        @jax.jit
-        @functools.partial(jax.value_and_grad, argnums=(0, 1), allow_int=True)
-        def loss(new, keys, plan, cache=cache):
-            cache = cache.replace(keys=keys).with_tables(table, lengths, plan)
-            return jnp.sum(jnp.sin(kvattn.cached_attention(*new, cache)[0]))
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1) if codec is None else (0,))
+    def derivatives(new, keys, plan):
+        full = cache.replace(keys=keys).with_tables(table, lengths, plan)
+        return jnp.sum(jnp.sin(kvattn.cached_attention(*new, full)[0]))
 
-        for one, other in zip(*(jax.tree.leaves(loss(new, cache.keys, plan)) for plan in (shared, None)), strict=True):
-            if one.dtype == jnp.float32:
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-                assert np.abs(other).max() > 0
+    found = [jax.tree.leaves(derivatives(new, cache.keys, plan)) for plan in (shared, nothing())]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        assert np.abs(other).max() > 0
+
+
+def test_what_is_left_of_a_row_is_counted_from_its_first_token():
+    table, lengths, shared = batch_of_two_levels()
+    left = parted(given(filled(make(), table, lengths), table, lengths, shared), 1)
+    own = lengths - R * np.array([7, 7, 7, 5, 5, 5, 3, 3], np.int32)
+    np.testing.assert_array_equal(left.own.lengths, own)
+    for count in (left.slots, left.positions):
+        np.testing.assert_array_equal(count(jnp.asarray(lengths)[:, None]), own[:, None])
+    assert (left.slots(jnp.full((B, 1), -1, jnp.int32)) < 0).all()
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
