@@ -129,8 +129,8 @@ def test_json_is_the_plan():
 def test_every_option_reaches_the_plan():
     words = {
         "batch": 3, "length": 1_000, "mean-length": 100, "policy": "full", "codec": "float16", "weight-dtype": "int8",
-        "page-size": 32, "prefill-chunk": 64, "tensor-parallel": 4, "by": "sequence", "pipeline-parallel": 2, "reserve": "1.5GB",
-        "memory-fraction": 0.5,
+        "page-size": 32, "prefill-chunk": 64, "tensor-parallel": 4, "by": "sequence", "pipeline-parallel": 2,
+        "reserve": "1.5GB", "memory-fraction": 0.5,
     }  # fmt: skip
     options = [word for name, value in words.items() for word in (f"--{name}", value)]
     found = json.loads(printed("memory", "--model", "llama-2-7b", "--device", "a10", *options, "--json"))["plan"]

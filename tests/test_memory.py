@@ -314,26 +314,37 @@ def test_pages(codec, num_pages):
 PAGED = [*POLICIES, OrderedWindow(40)]
 
 
+def counted_in_pages(policy, codec, page_size, heads=2, head_dim=64, length=300):
+    """True: a cache of three sequences has the bytes that the planner says. False: both refuse it in equal words."""
+    rule, options = policy or Full(), {"policy": policy, "codec": codec}
+    sizes = {"batch_size": 3, "max_pages": -(-most_slots(rule, length) // page_size)}
+    pages = 3 * pages_at_once(rule, page_size, length)
+    count = functools.partial(cache_bytes, tiny(1, heads, heads, head_dim), 3, length, page_size=page_size, **options)
+    try:
+        real = jax.eval_shape(
+            lambda: kvattn.PagedKVCache.create(pages, page_size, heads, head_dim, **sizes, **options)
+        ).nbytes
+    except errors.KVAttnError as error:
+        with pytest.raises(type(error)) as caught:
+            count()
+        assert str(caught.value) == str(error)
+        return False
+    assert count() == real, (policy, codec, page_size, heads, head_dim, length)
+    return True
+
+
+def test_policies_and_codecs_in_pages():
+    """Each policy, each codec in the pages that it takes; all of them together is the test below."""
+    assert all(counted_in_pages(policy, None, 8) for policy in PAGED)
+    assert all(counted_in_pages(OrderedWindow(40), codec, (codec and codec.rows) or 16) for codec in CODECS)
+
+
 @pytest.mark.parametrize("page_size", [1, 8, 16, 128])
 def test_every_policy_and_codec_in_pages(page_size):
-    """To the byte, or refused in the words of the cache: at sizes that change from case to case, three sequences."""
-    sizes, counted = itertools.cycle(itertools.product([(2, 64), (1, 5), (3, 128)], (1, 50, 300, 1000))), 0
-    for (policy, codec), ((heads, head_dim), length) in zip(itertools.product(PAGED, CODECS), sizes, strict=False):
-        rule = policy or Full()
-        model, options = tiny(1, heads, heads, head_dim), {"policy": policy, "codec": codec}
-        pages, columns = 3 * pages_at_once(rule, page_size, length), -(-most_slots(rule, length) // page_size)
-        options |= {"batch_size": 3, "max_pages": columns}
-        create = functools.partial(kvattn.PagedKVCache.create, pages, page_size, heads, head_dim, **options)
-        try:
-            real = jax.eval_shape(create).nbytes
-        except errors.KVAttnError as error:
-            with pytest.raises(type(error)) as caught:
-                cache_bytes(model, 3, length, policy=policy, codec=codec, page_size=page_size)
-            assert str(caught.value) == str(error)
-            continue
-        assert cache_bytes(model, 3, length, policy=policy, codec=codec, page_size=page_size) == real, (policy, codec)
-        counted += 1
-    assert counted > 70
+    """At sizes that change from case to case."""
+    sizes = itertools.cycle(itertools.product([(2, 64), (1, 5), (3, 128)], (1, 50, 300, 1000)))
+    cases = zip(itertools.product(PAGED, CODECS), sizes, strict=False)
+    assert sum(counted_in_pages(*case, page_size, *heads, length) for case, (heads, length) in cases) > 70
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16, 128])
