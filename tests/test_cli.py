@@ -55,6 +55,7 @@ SCREENS = [
     ("--model", "palm-540b", "--device", "tpu-v4", "--devices", 64, "--by", "heads", "--memory-fraction", 0.3),
     ("--model", "gemma-3-27b", "--device", "h200", "--policy", "streaming:4,1020", "--pipeline-parallel", 2),
     ("--model", "gpt-oss-20b", "--device", "h100", "--page-size", 128, "--prefill-chunk", 256, "--length", 8192),
+    ("--model", "gpt2", "--device", "t4", "--page-size", 16, "--policy", "h2o:100,99", "--length", 512),
     ("--config", CHECKPOINT, "--device", "t4", "--page-size", 16, "--length", 64, "--mean-length", 20),
 ]
 

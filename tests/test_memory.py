@@ -1019,6 +1019,8 @@ def test_mean_length_and_pages():
     paged = plan(model, "t4", batch_size=4, length=1000, mean_length=300, page_size=16)
     assert one.cache_bytes == cache_bytes(model, 4, 1000) and one.unused_share == 0.7
     assert paged.cache_bytes == cache_bytes(model, 4, 1000, page_size=16, num_pages=4 * 19)
+    assert paged.device_cache_bytes == paged.cache_bytes
+    assert paged.max_batch == paged.free_bytes // (paged.cache_bytes // 4)
     assert math.isclose(paged.unused_share, 1 - 300 / 304)
     assert one.step_seconds == paged.step_seconds < plan(model, "t4", batch_size=4, length=1000).step_seconds
     # A budget fills no more pages than there are tokens; a window's pages hold tokens that it has left.
@@ -1205,7 +1207,7 @@ REFUSED = {
     ),
     "more strips of pages than int32": (
         errors.RangeError, "at most 715827882, so that int32 counts the strips",
-        lambda: cache_bytes(tiny(), 2**30, 9, page_size=8, policy=kvattn.FastGen()),
+        lambda: cache_bytes(tiny(), 2**29, 9, page_size=8, policy=kvattn.FastGen()),
     ),
     "KIVI in other pages": (
         errors.ConfigError, "same size", lambda: GPT2(length=9, page_size=16, codec=kvattn.KIVI()),

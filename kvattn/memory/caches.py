@@ -167,13 +167,13 @@ def cache_bytes(
     if page_size is None:
         if num_pages is not None:
             raise ConfigError("num_pages without page_size: a contiguous cache has no pages.")
-        return total(kinds, lambda layer: layer.rows_bytes(batch_size, length))
+        return total(kinds, lambda layer: layer.nbytes(batch_size, length))
     if num_pages is not None:
         _checks.integer("num_pages", num_pages, 1)
     for layer in kinds:
         _check_pages(layer, batch_size * layer.num_pages(length) if num_pages is None else num_pages)
     if num_pages is None:
-        return total(kinds, lambda layer: layer.rows_bytes(batch_size, length))
+        return total(kinds, lambda layer: layer.nbytes(batch_size, length))
     return total(kinds, lambda layer: layer.pool_bytes(num_pages) + batch_size * layer.table_bytes(length))
 
 

@@ -152,11 +152,7 @@ class Layer:
         window = self.policy.mask().window if self.policy.in_order else None  # else its slots are as few
         return kept if window is None else min(kept, window)
 
-    def row_bytes(self, length: int, held: int | None = None) -> int:
-        """Bytes of one sequence; see `rows_bytes`."""
-        return self.rows_bytes(1, length, held)
-
-    def rows_bytes(self, rows: int, length: int, held: int | None = None, parts: int = 1) -> int:
+    def nbytes(self, rows: int, length: int, held: int | None = None, parts: int = 1) -> int:
         """Bytes of some sequences, their slots divided into `parts` of which this is one.
 
         Only keys and values are divided: what the policy remembers of every slot each part has whole, and the tables of

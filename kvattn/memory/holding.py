@@ -91,12 +91,12 @@ class Holding:
 
     def row_bytes(self, length: int, held: int | None = None) -> int:
         """One copy of a sequence of up to `length` tokens, of which it has `held`."""
-        return total(self.whole, lambda layer: layer.row_bytes(length, held))
+        return total(self.whole, lambda layer: layer.nbytes(1, length, held))
 
     def device_bytes(self, num_rows: int, length: int, held: int | None = None) -> int:
         """What a device keeps of so many such sequences, as far as they come to it."""
         parts = self.placement.parts
-        return max(total(kinds, lambda layer: layer.rows_bytes(num_rows, length, held, parts)) for kinds in self.stages)
+        return max(total(kinds, lambda layer: layer.nbytes(num_rows, length, held, parts)) for kinds in self.stages)
 
     def device_token_bytes(self) -> float:
         """What a device keeps of one more token, on average."""

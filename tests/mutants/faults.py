@@ -1145,11 +1145,11 @@ FAULTS: list[Fault] = [
         ),
         ("Layer.kept", "min(kept, window)", "kept", "test_memory.py::test_a_window_is_read_however_much_is_kept"),
         (
-            "Layer.rows_bytes",
+            "Layer.nbytes",
             "-(-rows * (slots // self.page_size) // parts)",
             "rows * -(-slots // (self.page_size * parts))",
         ),
-        ("Layer.rows_bytes", "rows * self.table_bytes(length)", "rows * self.table_bytes(length) // parts"),
+        ("Layer.nbytes", "rows * self.table_bytes(length)", "rows * self.table_bytes(length) // parts"),
         ("Layer.table_bytes", "self.num_kv_heads if self.policy.is_uneven else 1", "1"),
         ("Layer.table_bytes", "slots_of(self.policy, self.page_size, columns)", "most_slots(self.policy, length)"),
         ("Layer.table_bytes", " + self.num_kv_heads * self.storage.rest", ""),
