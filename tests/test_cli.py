@@ -54,6 +54,8 @@ SCREENS = [
     ("--model", "gpt-oss-120b", "--device", "tpu-7x", "--batch", 256, "--codec", "int8", "--length", 131072),
     ("--model", "palm-540b", "--device", "tpu-v4", "--devices", 64, "--by", "heads", "--memory-fraction", 0.3),
     ("--model", "gemma-3-27b", "--device", "h200", "--policy", "streaming:4,1020", "--pipeline-parallel", 2),
+    ("--model", "gpt-oss-20b", "--device", "h100", "--page-size", 128, "--prefill-chunk", 256, "--length", 8192),
+    ("--model", "gpt2", "--device", "t4", "--page-size", 16, "--policy", "h2o:100,99", "--length", 512),
     ("--config", CHECKPOINT, "--device", "t4", "--page-size", 16, "--length", 64, "--mean-length", 20),
 ]
 
@@ -128,14 +130,14 @@ def test_json_is_the_plan():
 def test_every_option_reaches_the_plan():
     words = {
         "batch": 3, "length": 1_000, "mean-length": 100, "policy": "full", "codec": "float16", "weight-dtype": "int8",
-        "page-size": 32, "tensor-parallel": 4, "by": "sequence", "pipeline-parallel": 2, "reserve": "1.5GB",
-        "memory-fraction": 0.5,
+        "page-size": 32, "prefill-chunk": 64, "tensor-parallel": 4, "by": "sequence", "pipeline-parallel": 2,
+        "reserve": "1.5GB", "memory-fraction": 0.5,
     }  # fmt: skip
     options = [word for name, value in words.items() for word in (f"--{name}", value)]
     found = json.loads(printed("memory", "--model", "llama-2-7b", "--device", "a10", *options, "--json"))["plan"]
     p = memory.plan(
         "llama-2-7b", "a10", batch_size=3, length=1000, mean_length=100, policy=kvattn.Full(), dtype="float16",
-        weight_dtype="int8", page_size=32, num_devices=4, by="sequence", pipeline_stages=2,
+        weight_dtype="int8", page_size=32, prefill_chunk=64, num_devices=4, by="sequence", pipeline_stages=2,
         reserved_bytes=1_500_000_000, memory_fraction=0.5,
     )  # fmt: skip
     assert found == json.loads(json.dumps(p.to_json()))

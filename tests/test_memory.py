@@ -35,7 +35,8 @@ from memory_configs import (
 
 import kvattn
 from kvattn import errors, memory
-from kvattn.cache import Layout
+from kvattn.cache import Layout, groups_of, pages_at_once
+from kvattn.cache.groups import most_slots
 from kvattn.codecs import Plain
 from kvattn.memory import (
     DEVICES,
@@ -51,7 +52,8 @@ from kvattn.memory import (
 )
 from kvattn.memory.plan import _seen
 from kvattn.models import FAMILIES, describe
-from kvattn.policies import Full
+from kvattn.policies import Full, OrderedWindow
+from kvattn.serving.groups import GroupedPool, LayerGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = sorted(path.parent for path in (ROOT / "tests" / "golden" / "hf").glob("*/config.json"))
@@ -309,6 +311,111 @@ def test_pages(codec, num_pages):
     assert cache_bytes(model, 4, 70, codec=codec, page_size=16, num_pages=num_pages) == expected
 
 
+PAGED = [*POLICIES, OrderedWindow(40)]
+
+
+def counted_in_pages(policy, codec, page_size, heads=2, head_dim=64, length=300):
+    """True: a cache of three sequences has the bytes that the planner says. False: both refuse it in equal words."""
+    rule, options = policy or Full(), {"policy": policy, "codec": codec}
+    sizes = {"batch_size": 3, "max_pages": -(-most_slots(rule, length) // page_size)}
+    pages = 3 * pages_at_once(rule, page_size, length)
+    count = functools.partial(cache_bytes, tiny(1, heads, heads, head_dim), 3, length, page_size=page_size, **options)
+    try:
+        real = jax.eval_shape(
+            lambda: kvattn.PagedKVCache.create(pages, page_size, heads, head_dim, **sizes, **options)
+        ).nbytes
+    except errors.KVAttnError as error:
+        with pytest.raises(type(error)) as caught:
+            count()
+        assert str(caught.value) == str(error)
+        return False
+    assert count() == real, (policy, codec, page_size, heads, head_dim, length)
+    return True
+
+
+def test_policies_and_codecs_in_pages():
+    """Each policy, each codec in the pages that it takes; all of them together is the test below."""
+    assert all(counted_in_pages(policy, None, 8) for policy in PAGED)
+    assert all(counted_in_pages(OrderedWindow(40), codec, (codec and codec.rows) or 16) for codec in CODECS)
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 128])
+def test_every_policy_and_codec_in_pages(page_size):
+    """At sizes that change from case to case."""
+    sizes = itertools.cycle(itertools.product([(2, 64), (1, 5), (3, 128)], (1, 50, 300, 1000)))
+    cases = zip(itertools.product(PAGED, CODECS), sizes, strict=False)
+    assert sum(counted_in_pages(*case, page_size, *heads, length) for case, (heads, length) in cases) > 70
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 128])
+def test_pages_that_sequences_hold(page_size):
+    """As the host's pools count them, token by token and by chunks, layer by layer."""
+    model, length = tiny(5, window=(None, 20, None, 3, 20)), 90
+    for chunk, policy in itertools.product((1, 7), (None, Full(), kvattn.SlidingWindow(33), kvattn.StreamingLLM(2, 9))):
+        rules = [policy] * 5 if policy else [Full() if w is None else OrderedWindow(w) for w in model.window]
+        slots = [None if rule.in_order else rule.num_slots(None) for rule in rules]
+        windows = [rule.mask().window if rule.in_order else None for rule in rules]
+        pool = GroupedPool([LayerGroup(200, w, 1, s) for w, s in zip(windows, slots, strict=True)], page_size)
+        pool.allocate("a", chunk)
+        for have in range(chunk, length, chunk):
+            pool.append("a", min(chunk, length - have))
+        peaks = [usage.peak_blocks for usage in pool.usage()]
+        kinds = caches.layers(model, policy=policy, page_size=page_size, prefill_chunk=chunk)
+        most = sorted(layer.num_pages(length) for layer, count in kinds.items() for _ in range(count))
+        # Where chunks begin on no page the bound is one more than this walk meets.
+        assert all(real <= said <= real + (chunk > 1) for real, said in zip(sorted(peaks), most, strict=True))
+        options = {"policy": policy, "page_size": page_size, "prefill_chunk": chunk}
+        pools = 2 * 16 * 2 * 2 * page_size * sum(most)
+        tables = 4 * sum(-(-most_slots(rule, length) // page_size) for rule in rules) + 8 * 5
+        assert cache_bytes(model, 1, length, **options) == pools + tables
+
+
+@pytest.mark.parametrize(("length", "every", "own"), [(4096, 192, 102), (8192, 384, 198), (16384, 768, 390)])
+def test_window_groups_of_gpt_oss(length, every, own):
+    """MiB of a sequence in pages of 128, all layers with the tables of those that keep all, and in two groups."""
+    size = functools.partial(cache_bytes, MODELS["gpt-oss-20b"], 1, length, page_size=128)
+    tables = 24 * (4 * length // 128 + 8)
+    assert size() == (own << 20) + tables and size(policy=Full()) == (every << 20) + tables
+    p = plan("gpt-oss-20b", "h100", length=length, page_size=128)
+    assert p.cache_bytes == size()
+    assert p.notes[0].startswith(f"a sequence holds 2 pages in 12 layers and {length // 128} pages in 12 layers")
+    assert p.changed(policy=Full()).notes == p.changed(page_size=None).notes == p.changed(length=None).notes == ()
+    # A step reads as much; more tokens at a time need more pages.
+    assert math.isclose(p.step_seconds, p.changed(policy=Full()).step_seconds)
+    assert p.changed(prefill_chunk=257).cache_bytes == p.cache_bytes + 12 * 2 * (128 * 8 * 64 * 2 * 2)
+
+
+def test_heads_that_give_pages_back_are_counted_whole():
+    """A table of each head; pages for heads that keep everything, and a word on it."""
+    model = tiny(1, 4, 2, 16)
+    p = plan(model, "t4", batch_size=3, length=100, mean_length=60, policy=kvattn.FastGen(), page_size=16)
+    state = 12 * 2 * 7 * 16 + 4 * 2 + 4  # positions, scores and kinds of all slots; a choice of each head, the prompt
+    assert p.cache_bytes == 3 * (4 * 16 * 2 * 16 * 2 * 2 + 4 * 2 * 7 + state + 8)
+    assert p.notes == (
+        "FastGen heads give back pages as the text allows, which is not known before: counted is the most, with heads "
+        "that keep everything",
+    )
+
+
+@pytest.mark.parametrize("folder", [f for f in GOLDEN if f.name in ("gemma3", "gpt_oss")], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"codec": kvattn.KIVI(2, 8, 8)}, {"policy": kvattn.H2O(3, 4)}, {"policy": kvattn.FastGen()}],
+    ids=str,
+)
+def test_the_pools_of_a_model(folder, options):
+    """`make_paged_cache` of a checkpoint's model, each layer with the pages that its group says."""
+    model, sizes = models()[folder.name], {"batch_size": 2, "max_length": 40, "dtype": jnp.float32, **options}
+    make = lambda pages: jax.eval_shape(lambda: model.make_paged_cache(pages, 8, **sizes))
+    groups = groups_of(make(4))
+    pages = {i: 2 * group.pages(40) for group in groups for i in group.layers}
+    real = sum(cache.nbytes for cache in make([pages[i] for i in range(len(pages))]))
+    size = functools.partial(cache_bytes, from_config(folder), 2, 40, dtype="float32", page_size=8, **options)
+    assert size() == real and size(num_pages=4) == sum(cache.nbytes for cache in make(4))
+    if not options:
+        assert len(set(pages.values())) > 1
+
+
 @pytest.mark.parametrize("folder", [f for f in GOLDEN if f.name in ("gemma3", "mistral", "gpt_oss", "falcon7b")],
                          ids=lambda f: f.name)  # fmt: skip
 @pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=str)
@@ -377,6 +484,37 @@ def test_what_a_device_holds(by, kv_heads, batch, policy, codec):
     model, device = tiny(1, 8, kv_heads, 64), dataclasses.replace(DEVICES["a10"], backend="cpu")
     options = {"policy": policy, "codec": codec, "num_devices": 4, "by": by}
     p = plan(model, device, batch_size=batch, length=1024, **options)
+    assert p.device_cache_bytes == real
+
+
+MESH_PAGES = [
+    ("heads", 4, 4, None, kvattn.KIVI(2, 16, 32)),
+    ("heads", 8, 4, kvattn.H2O(20, 11), kvattn.Int8()),
+    ("heads", 2, 3, kvattn.FastGen(0.9), None),
+    ("batch", 1, 8, OrderedWindow(40), None),
+    ("batch", 2, 8, kvattn.StreamingLLM(4, 60), kvattn.Int4()),
+    ("batch", 2, 8, kvattn.FastGen(0.9), None),
+    ("sequence", 1, 3, None, kvattn.Int8()),
+    ("sequence", 2, 5, OrderedWindow(40), None),
+    ("sequence", 2, 4, kvattn.Scissorhands(60, 8, 10), kvattn.Int4()),
+    ("sequence", 1, 2, kvattn.FastGen(0.9), None),
+]
+
+
+@pytest.mark.parametrize(("by", "kv_heads", "batch", "policy", "codec"), MESH_PAGES)
+def test_what_a_device_holds_in_pages(by, kv_heads, batch, policy, codec):
+    """Pools are divided whole, not row by row: tables and what policies remember by rows or heads, or not at all."""
+    mesh, length, page_size = jax.make_mesh((4,), ("model",)), 1000, 32
+    rule = policy or Full()
+    pages = -(-batch * pages_at_once(rule, page_size, length) // 4) * 4
+    pages = batch * pages_at_once(rule, page_size, length) if by == "heads" else pages
+    sizes = {"batch_size": batch, "max_pages": -(-most_slots(rule, length) // page_size)}
+    cache = jax.eval_shape(
+        lambda: kvattn.PagedKVCache.create(pages, page_size, kv_heads, 64, policy=policy, codec=codec, **sizes)
+    )
+    real = kvattn.sharding.bytes_per_device(cache, mesh, by=by)
+    options = {"policy": policy, "codec": codec, "num_devices": 4, "by": by, "page_size": page_size}
+    p = plan(tiny(1, 8, kv_heads, 64), "a10", batch_size=batch, length=length, **options)
     assert p.device_cache_bytes == real
 
 
@@ -810,6 +948,10 @@ SMALL = dataclasses.replace(DEVICES["t4"], name="small", memory_bytes=3_000_000)
         {"num_devices": 2, "by": "sequence"},
         {"pipeline_stages": 3},
         {"page_size": 16},
+        {"page_size": 16, "prefill_chunk": 50},
+        {"page_size": 16, "num_devices": 2, "by": "sequence"},
+        {"page_size": 8, "policy": kvattn.H2O(50, 50)},
+        {"page_size": 8, "policy": kvattn.FastGen()},
         {"reserved_bytes": 500_000},
         {"memory_fraction": 0.25},
     ],
@@ -877,8 +1019,16 @@ def test_mean_length_and_pages():
     paged = plan(model, "t4", batch_size=4, length=1000, mean_length=300, page_size=16)
     assert one.cache_bytes == cache_bytes(model, 4, 1000) and one.unused_share == 0.7
     assert paged.cache_bytes == cache_bytes(model, 4, 1000, page_size=16, num_pages=4 * 19)
+    assert paged.device_cache_bytes == paged.cache_bytes
+    assert paged.max_batch == paged.free_bytes // (paged.cache_bytes // 4)
     assert math.isclose(paged.unused_share, 1 - 300 / 304)
     assert one.step_seconds == paged.step_seconds < plan(model, "t4", batch_size=4, length=1000).step_seconds
+    # A budget fills no more pages than there are tokens; a window's pages hold tokens that it has left.
+    heavy = plan(model, "t4", batch_size=4, length=1000, mean_length=20, policy=kvattn.H2O(40, 39), page_size=16)
+    state = 2 * 4 * (8 * 2 * 80 + 4 * 5 + 8)
+    assert heavy.cache_bytes == 2 * (4 * 2 * 16 * 2 * 2 * 2 * 16) + state
+    assert math.isclose(heavy.unused_share, 1 - 20 / 32)
+    assert plan(tiny(window=8), "t4", length=1000, page_size=4).unused_share == 1 - 8 / 12
     # A window's ring is full, whatever the longest sequence is.
     assert plan(tiny(window=8), "t4", length=1000, mean_length=300).unused_share == 0
 
@@ -894,6 +1044,11 @@ def test_a_window_is_read_however_much_is_kept(options):
     assert narrow.step_seconds == plan(tiny(2, window=8), "t4", length=512).step_seconds
     wide = plan(tiny(2, window=8), "t4", length=512, policy=kvattn.SlidingWindow(32), page_size=16)
     assert wide.step_seconds == narrow.step_seconds
+    # Whatever is set aside: what is kept in order is read as far as its window goes, a budget as far as it goes.
+    in_order = plan(tiny(2), "t4", length=512, policy=OrderedWindow(8))
+    assert in_order.step_seconds == in_order.changed(page_size=16).step_seconds == narrow.step_seconds
+    budget = plan(tiny(2), "t4", length=512, policy=kvattn.H2O(4, 3), page_size=16)
+    assert budget.step_seconds == budget.changed(page_size=None).step_seconds == narrow.step_seconds
 
 
 def test_what_attention_computes():
@@ -972,10 +1127,27 @@ def test_levers_that_are_pulled_or_do_not_go_together_are_left_out():
     assert not any(name.startswith("KIVI") for name in windowed)  # a ring's slots are given away one by one
     assert "SlidingWindow(4096)" not in windowed  # it has that window
     paged = [lever.name for lever in levers(plan("gpt2", "t4", length=512, page_size=16))]
-    assert not any("pages" in name or "H2O" in name for name in paged)
+    assert not any("pages" in name for name in paged)
+    assert {"H2O", "StreamingLLM", "SlidingWindow"} <= {name.partition("(")[0] for name in paged}
     mqa = {lever.name: lever for lever in levers(plan("palm-8b", "h100", batch_size=64, length=2048))}
     assert "8 devices, by heads" in mqa  # lighter weights make room, but the cache stays whole
     assert mqa["8 devices, by heads"].cache_ratio == 1 and mqa["8 devices, by batch"].cache_ratio == 1 / 8
+
+
+def test_pages_as_a_lever():
+    """For every policy whose slots short sequences leave empty, in the pages that the codec needs."""
+    p = plan("llama-3-8b", "a10", batch_size=2, length=4096, mean_length=1024)
+    for policy, size in ((None, 1024), (kvattn.H2O(1000, 999), 1024), (kvattn.FastGen(), 1024)):
+        of = p.changed(policy=policy)
+        (lever,) = [lever for lever in levers(of) if "pages" in lever.name]
+        assert (lever.name, lever.outputs) == ("pages of 16, sequences 25 % full", "the same")
+        assert lever.plan == of.changed(page_size=16) and lever.plan.policy == policy
+        numbers = 2 * 32 * 8 * 128 * 2 * 2 * size  # keys and values of two sequences
+        assert numbers < lever.plan.device_cache_bytes < of.device_cache_bytes
+    kivi = [lever.name for lever in levers(p.changed(codec=kvattn.KIVI(2, 32, 64)))]
+    assert "pages of 64, sequences 25 % full" in kivi and not any("sequence" in x and "devices" in x for x in kivi)
+    # A ring is as small: what it leaves empty is less than pages that a window has not left.
+    assert not any("pages" in lever.name for lever in levers(p.changed(policy=kvattn.SlidingWindow(256))))
 
 
 def test_levers_where_nothing_fits():
@@ -1020,8 +1192,22 @@ REFUSED = {
     "an unknown placement": (errors.ConfigError, "'rows'", lambda: GPT2(num_devices=2, by="rows")),
     "more stages than layers": (errors.ConfigError, "pipeline_stages", lambda: GPT2(pipeline_stages=13)),
     "pages of nothing": (errors.ConfigError, "page_size", lambda: GPT2(page_size=0)),
-    "pages of a policy": (
-        errors.UnsupportedError, "H2O", lambda: GPT2(length=9, page_size=16, policy=kvattn.H2O(1, 1)),
+    "a chunk of nothing": (errors.ConfigError, "prefill_chunk", lambda: GPT2(page_size=16, prefill_chunk=0)),
+    "a chunk without pages": (errors.ConfigError, "without page_size", lambda: GPT2(prefill_chunk=64)),
+    "KIVI under a ring in pages": (
+        errors.UnsupportedError, "does not work",
+        lambda: GPT2(page_size=128, codec=kvattn.KIVI(), policy=kvattn.SlidingWindow(8)),
+    ),
+    "KIVI by sequence": (
+        errors.UnsupportedError, 'by="heads"', lambda: GPT2(codec=kvattn.KIVI(), num_devices=2, by="sequence"),
+    ),
+    "more pages than int32": (
+        errors.RangeError, "at most 2147483647, so that int32 counts them",
+        lambda: cache_bytes(tiny(), 1, 9, page_size=8, num_pages=2**31),
+    ),
+    "more strips of pages than int32": (
+        errors.RangeError, "at most 715827882, so that int32 counts the strips",
+        lambda: cache_bytes(tiny(), 2**29, 9, page_size=8, policy=kvattn.FastGen()),
     ),
     "KIVI in other pages": (
         errors.ConfigError, "same size", lambda: GPT2(length=9, page_size=16, codec=kvattn.KIVI()),

@@ -79,6 +79,7 @@ def test_pages_at_once_are_those_that_the_rule_needs(window, chunk, page_size):
     assert most <= pages_at_once(policy, page_size, length, chunk) <= most + (chunk > 1)
     assert pages_at_once(kvattn.SlidingWindow(window), page_size, length) == -(-min(length, window) // page_size)
     assert pages_at_once(kvattn.H2O(4, 3), page_size, length) == -(-8 // page_size)
+    assert pages_at_once(kvattn.H2O(4, 3), page_size, 5) == -(-5 // page_size)  # no more than it fills
     assert pages_at_once(kvattn.Full(), page_size, length) == -(-length // page_size)
 
 

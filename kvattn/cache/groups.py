@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from kvattn import _checks
+from kvattn import _checks, _paging
 from kvattn.cache.axes import axis_of
 from kvattn.cache.base import nbytes_of
 from kvattn.cache.paged import PagedKVCache
@@ -88,13 +88,9 @@ def pages_at_once(policy: Policy, page_size: int, length: int, chunk: int = 1) -
         length: tokens.
         chunk: tokens that come at a time.
     """
-    pages_for = lambda tokens: -(-tokens // page_size)
-    if not policy.in_order:
-        return pages_for(min(length, most_slots(policy, max(length, 1))))
-    window = policy.mask().window
-    if window is None:
-        return pages_for(length)
-    return min(pages_for(length), pages_for(window - 1 + chunk - 1) + 1)
+    if policy.in_order:
+        return _paging.pages_at_once(length, page_size, window=policy.mask().window, chunk=chunk)
+    return _paging.pages_at_once(length, page_size, slots=most_slots(policy, max(length, 1)))
 
 
 def most_slots(policy: Policy, length: int) -> int:
@@ -157,7 +153,7 @@ def waste(groups: Sequence[Group], length: int, lengths: Sequence[int] | None = 
     if len(lengths) != len(groups):
         raise ShapeError(f"lengths must hold one number for each of {len(groups)} groups, got {len(lengths)}.")
     held = sum(group.nbytes(n) for group, n in zip(groups, lengths, strict=True))
-    every = sum(len(group.layers) * -(-length // group.page_size) * group.page_bytes for group in groups)
+    every = sum(len(group.layers) * _paging.pages_for(length, group.page_size) * group.page_bytes for group in groups)
     return 1 - held / every
 
 

@@ -36,6 +36,7 @@ def memory(
         str | None, parse.option("DTYPE", "Of the weights: bfloat16, int8, int4, mxfp4, ...; else as --config says.")
     ] = None,
     page_size: Annotated[str | None, parse.option("INT", "Tokens of a page of a shared pool.")] = None,
+    prefill_chunk: Annotated[str, parse.option("INT", "In pages: tokens of a prompt read at a time.")] = "1",
     tensor_parallel: Annotated[
         str, typer.Option("--tensor-parallel", "--devices", metavar="INT", help="Devices that share every layer.")
     ] = "1",
@@ -62,6 +63,7 @@ def memory(
         "dtype": dtype or "bfloat16",
         "weight_dtype": weight_dtype,
         "page_size": parse.count("page-size", page_size),
+        "prefill_chunk": parse.required("prefill-chunk", prefill_chunk),
         "num_devices": parse.required("tensor-parallel", tensor_parallel),
         "by": by,
         "pipeline_stages": parse.required("pipeline-parallel", pipeline_parallel),

@@ -1,5 +1,7 @@
 """What ``kvattn memory`` prints of models, devices, plans and levers."""
 
+from typing import Any
+
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -43,6 +45,7 @@ def sizes(p: Plan) -> list[RenderableType]:
     how = [p.dtype if p.codec is None else str(p.codec)]
     how += [] if p.policy is None else [str(p.policy)]
     how += [] if p.page_size is None else [f"pages of {p.page_size}"]
+    how += [] if p.prefill_chunk == 1 else [f"prompts {p.prefill_chunk} tokens at a time"]
     about = "about " * m.cache_is_estimate
     params = f"{'about ' * m.is_estimate}{m.num_params:,} parameters in {p.weight_dtype}"
     if (stored := m.params_in(p.weight_dtype)) < m.num_params:
@@ -142,5 +145,6 @@ def notes(p: Plan, with_device: bool = True) -> list[str]:
 def one_sequence(p: Plan) -> int:
     """Bytes of the caches of one sequence, on one device, wherever they lie."""
     assert p.length is not None
-    options = {"policy": p.policy, "codec": p.codec, "dtype": p.dtype, "page_size": p.page_size}
+    names = ("policy", "codec", "dtype", "page_size", "prefill_chunk")
+    options: dict[str, Any] = {name: getattr(p, name) for name in names}
     return cache_bytes(p.model, 1, p.length, backend=p.device.backend, **options)

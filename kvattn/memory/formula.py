@@ -8,9 +8,10 @@ where C' is C rounded up to whole rows of its layout, `token` the bytes of one t
 its scales, `rest` what a codec keeps besides (KIVI: the last tokens as they are), `state` what the policy remembers
 (positions and scores of every slot), and 8 the length and the status of a sequence. A paged cache holds
 
-    K * P * R * token + B * (K * rest + 4 * W + 8)
+    K * P * R * token + B * (K * rest + 4 * W + state(C) + 8)
 
-for P pages of R tokens and tables of W pages. Policies and codecs are asked for their part, so a new one needs nothing
+for P pages of R tokens and tables of W pages; 4 * K * W where heads have tables of their own. Pages are taken as a
+sequence grows (`kvattn.cache.pages_at_once`). Policies and codecs are asked for their part, so a new one needs nothing
 here; nothing is allocated and no device is touched.
 """
 
@@ -20,11 +21,12 @@ import functools
 import jax
 import numpy as np
 
-from kvattn import _checks
+from kvattn._paging import pages_for
 from kvattn.cache.base import nbytes_of
+from kvattn.cache.groups import most_slots, pages_at_once
 from kvattn.cache.layout import Layout
+from kvattn.cache.pages import slots_of
 from kvattn.codecs import Codec
-from kvattn.errors import ConfigError
 from kvattn.policies import Policy
 
 ROW_BYTES = 8
@@ -102,6 +104,7 @@ class Layer:
         backend: whose layout: "cpu", "gpu" or "tpu".
         window: the model's, of this layer: what a step reads of the tokens kept; None: all of them.
         page_size: R, where it lies in pages; 0: contiguous.
+        chunk: tokens that come at a time: a window gives its pages back once they are there.
     """
 
     policy: Policy
@@ -112,6 +115,7 @@ class Layer:
     backend: str
     window: int | None = None
     page_size: int = 0
+    chunk: int = 1
 
     @property
     def storage(self) -> Storage:
@@ -127,64 +131,79 @@ class Layer:
         """Bytes of a token where its slots are divided into `parts`, in one of them, on average."""
         return self.num_kv_heads * self.storage.token / parts + state_bytes(self.policy, self.num_kv_heads)[0]
 
+    def num_pages(self, length: int) -> int:
+        """The most pages that a sequence holds at once while it grows to `length` tokens."""
+        return pages_at_once(self.policy, self.page_size, length, self.chunk)
+
     def num_slots(self, length: int, held: int | None = None) -> int:
-        """C, for a sequence of up to `length` tokens. Pages are set aside for those that it has, `held` or `length`."""
-        if self.page_size:
-            return pages_for(held or length, self.page_size) * self.page_size
-        try:
-            return self.policy.num_slots(length)
-        except ConfigError:
-            return self.policy.num_slots(None)  # a budget larger than the sequences: it is set aside all the same
-
-    def row_bytes(self, length: int, held: int | None = None, parts: int = 1) -> int:
-        """Bytes of one sequence, its slots divided into `parts` of which this is one.
-
-        Only keys and values are divided: what the policy remembers of every slot each part has whole, and the table of
-        pages too.
+        """Slots set aside for a sequence of up to `length` tokens: C, or in pages those of the ones it holds.
 
         Args:
             length: most tokens it may have.
             held: tokens that it has; they matter in pages only. None: `length`.
-            parts: devices that share its slots.
+        """
+        if self.page_size:
+            return self.num_pages(length if held is None else held) * self.page_size
+        return most_slots(self.policy, length)
+
+    def kept(self, length: int) -> int:
+        """Tokens that the policy keeps of so many."""
+        kept = min(length, most_slots(self.policy, max(length, 1)))
+        window = self.policy.mask().window if self.policy.in_order else None  # else its slots are as few
+        return kept if window is None else min(kept, window)
+
+    def nbytes(self, rows: int, length: int, held: int | None = None, parts: int = 1) -> int:
+        """Bytes of some sequences, their slots divided into `parts` of which this is one.
+
+        Only keys and values are divided: what the policy remembers of every slot each part has whole, and the tables of
+        pages too. Pages are divided all together, the slots of contiguous caches row by row.
+
+        Args:
+            rows: sequences.
+            length: most tokens that one may have.
+            held: tokens that each has; they matter in pages only. None: `length`.
+            parts: devices that share the slots.
         """
         slots = self.num_slots(length, held)
         if self.page_size:
-            return self.pool_bytes(-(-slots // (self.page_size * parts))) + self.table_bytes(length)
+            pages = -(-rows * (slots // self.page_size) // parts)
+            return self.pool_bytes(pages) + rows * self.table_bytes(length)
         store = self.storage
-        per_slot, besides = state_bytes(self.policy, self.num_kv_heads)
         layout = self._layout(slots, parts)
         heads = self.num_kv_heads * (layout.num_blocks * layout.rows // parts // store.rows * store.block + store.rest)
-        return heads + slots * per_slot + besides + ROW_BYTES
+        return rows * (heads + self._state_bytes(slots) + ROW_BYTES)
 
     def pool_bytes(self, num_pages: int) -> int:
         """Bytes of so many pages of all heads."""
-        if self.codec.rows not in (None, self.page_size):
-            raise ConfigError(
-                f"{self.codec} encodes {self.storage.rows} tokens together, a page holds {self.page_size}: give both "
-                "the same size."
-            )
         return self.num_kv_heads * num_pages * (self.page_size // self.storage.rows) * self.storage.block
 
     def table_bytes(self, length: int) -> int:
-        """Bytes of a sequence of up to `length` tokens besides its pages: their numbers, and what a codec keeps."""
-        return self.num_kv_heads * self.storage.rest + 4 * pages_for(length, self.page_size) + ROW_BYTES
+        """Bytes of a sequence of up to `length` tokens besides its pages.
+
+        Their numbers, of each head where heads have tables of their own; what the policy remembers of every slot that
+        the table has room for; what a codec keeps.
+        """
+        columns = pages_for(most_slots(self.policy, length), self.page_size)
+        tables = self.num_kv_heads if self.policy.is_uneven else 1
+        state = self._state_bytes(slots_of(self.policy, self.page_size, columns))
+        return 4 * tables * columns + state + self.num_kv_heads * self.storage.rest + ROW_BYTES
 
     def read_bytes(self, length: int, parts: int = 1) -> float:
         """Bytes a decode step reads of one sequence that has `length` tokens: those it keeps and may see, once."""
-        kept = min(length, self.num_slots(max(length, 1)), self.window or length) / parts
+        kept = min(self.kept(length), self.window or length) / parts
         store = self.storage
         raw = min(kept, store.rows) if store.rest else 0  # KIVI: the last ones are read as they are
         share = raw / store.rows
         return self.num_kv_heads * ((kept - raw) * store.token + share * store.rest)
 
+    def _state_bytes(self, slots: int) -> int:
+        """Bytes that the policy remembers of a sequence of so many slots."""
+        per_slot, besides = state_bytes(self.policy, self.num_kv_heads)
+        return slots * per_slot + besides
+
     def _layout(self, slots: int, parts: int) -> Layout:
-        """Blocks of so many slots that divide into `parts`."""
-        if (rows := self.codec.rows) is not None:  # tokens that are encoded together do not lie apart
-            return Layout(slots, -(-slots // (rows * parts)) * rows * parts, False)
+        """Blocks of so many slots that divide into `parts`, which those of a codec's own size do not."""
+        if (rows := self.codec.rows) is not None:
+            return Layout(slots, -(-slots // rows) * rows, False)
         layout = Layout.best(slots, self.storage.key, self.backend, self.head_dim)
         return layout if parts == 1 else layout.divided(parts, self.head_dim, self.backend)
-
-
-def pages_for(length: int, page_size: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-length // _checks.integer("page_size", page_size, 1))

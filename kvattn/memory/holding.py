@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from kvattn.errors import UnsupportedError
 from kvattn.memory import caches
 from kvattn.memory.caches import Kinds, total
 from kvattn.memory.placement import Placement
@@ -25,14 +26,23 @@ class Holding:
 
     @classmethod
     def of(cls, asked: Scenario) -> "Holding":
-        """Divides as the scenario says."""
+        """Divides as the scenario says.
+
+        Raises:
+            UnsupportedError: slots divided, of tokens that are encoded together.
+        """
         placement = Placement(asked.model, asked.batch_size, asked.num_devices, asked.pipeline_stages, asked.by)
+        if placement.parts > 1 and asked.codec is not None and asked.codec.rows is not None:
+            raise UnsupportedError(
+                f"{asked.codec} encodes {asked.codec.rows} tokens together, so devices cannot share the slots of a "
+                'sequence: use by="heads" or by="batch", or a codec of single tokens such as kvattn.Int4().'
+            )
         return cls(asked, placement)
 
     def kinds(self, only: range | None = None, num_kv_heads: int | None = None, reading: bool = False) -> Kinds:
         """Kinds of caches, as `kvattn.memory.caches.layers` has them."""
         asked = self.scenario
-        found = caches.layers(
+        return caches.layers(
             asked.model,
             policy=asked.policy,
             codec=asked.codec,
@@ -41,8 +51,9 @@ class Holding:
             only=only,
             num_kv_heads=num_kv_heads,
             reading=reading,
+            page_size=asked.page_size,
+            prefill_chunk=asked.prefill_chunk,
         )
-        return found if asked.page_size is None else caches.paged(found, asked.page_size)
 
     @functools.cached_property
     def whole(self) -> Kinds:
@@ -59,14 +70,33 @@ class Holding:
         """What its layers attend to: a cache once for each of them."""
         return [self.kinds(only, self.placement.num_kv_heads, reading=True) for only in self.placement.stage_layers]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What one should know about its pages."""
+        asked, notes = self.scenario, []
+        if asked.page_size is not None and asked.length is not None:
+            layers_of: dict[int, int] = {}
+            for layer, count in self.whole.items():
+                pages = layer.num_pages(asked.mean_length or asked.length)
+                layers_of[pages] = layers_of.get(pages, 0) + count
+            each = [f"{_plural(pages, 'page')} in {_plural(n, 'layer')}" for pages, n in sorted(layers_of.items())]
+            if len(each) > 1:  # one number for all would have windows hold what they never read
+                notes.append(f"a sequence holds {' and '.join(each)}: give each layer's pool its own num_pages")
+        if asked.page_size is not None and asked.policy is not None and asked.policy.is_uneven:
+            notes.append(
+                f"{type(asked.policy).__name__} heads give back pages as the text allows, which is not known before: "
+                "counted is the most, with heads that keep everything"
+            )
+        return tuple(notes)
+
     def row_bytes(self, length: int, held: int | None = None) -> int:
         """One copy of a sequence of up to `length` tokens, of which it has `held`."""
-        return total(self.whole, lambda layer: layer.row_bytes(length, held))
+        return total(self.whole, lambda layer: layer.nbytes(1, length, held))
 
-    def device_row_bytes(self, length: int, held: int | None = None) -> int:
-        """What a device keeps of such a sequence."""
+    def device_bytes(self, num_rows: int, length: int, held: int | None = None) -> int:
+        """What a device keeps of so many such sequences, as far as they come to it."""
         parts = self.placement.parts
-        return max(total(kinds, lambda layer: layer.row_bytes(length, held, parts)) for kinds in self.stages)
+        return max(total(kinds, lambda layer: layer.nbytes(num_rows, length, held, parts)) for kinds in self.stages)
 
     def device_token_bytes(self) -> float:
         """What a device keeps of one more token, on average."""
@@ -76,3 +106,7 @@ class Holding:
         """What a step reads on a device of a sequence that has `length` tokens."""
         parts = self.placement.parts
         return max(total(kinds, lambda layer: layer.read_bytes(length, parts)) for kinds in self.readers)
+
+
+def _plural(count: int, of: str) -> str:
+    return f"{count:,} {of}{'s' * (count > 1)}"

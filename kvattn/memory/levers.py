@@ -7,7 +7,6 @@ from typing import Any
 from kvattn import codecs, policies
 from kvattn.errors import KVAttnError
 from kvattn.families.settings import Value
-from kvattn.memory.formula import pages_for
 from kvattn.memory.plan import Plan
 from kvattn.memory.specs import ModelSpec
 
@@ -21,6 +20,8 @@ type _Change = tuple[str, str, dict[str, Any]]
 DEFAULT_LENGTH = 4096
 """Tokens per sequence where neither the plan nor the model says."""
 
+PAGE_SIZE = 16
+"""Tokens of a page, unless the codec encodes more together."""
 
 _OF_PLAN = (
     "bytes_per_token", "device_cache_bytes", "max_batch", "max_length", "step_seconds", "tokens_per_second",
@@ -117,11 +118,11 @@ def _changes(base: Plan, length: int) -> list[_Change]:
             changes += [(label, ROUNDED, {"codec": codec}) for label, codec in entry.levers(length)]
     if base.weight_dtype in ("float32", "bfloat16", "float16"):
         changes += [(f"weights in {name}", ROUNDED, {"weight_dtype": name}) for name in ("int8", "int4")]
-    if base.page_size is None and keeps_all and (base.codec is None or base.codec.rows is None):
+    if base.page_size is None:
         mean = base.mean_length or max(length // 2, 1)
+        size = (base.codec and base.codec.rows) or PAGE_SIZE
         share = f"{100 * mean / length:.0f} % full"
-        if pages_for(mean, 16) * 16 < length:
-            changes.append((f"pages of 16, sequences {share}", SAME, {"page_size": 16, "mean_length": mean}))
+        changes.append((f"pages of {size}, sequences {share}", SAME, {"page_size": size, "mean_length": mean}))
     for more in (2, 8):
         n = base.num_devices * more
         changes.append((f"{n} devices, by heads", SAME, {"num_devices": n, "by": "heads"}))

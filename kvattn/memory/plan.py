@@ -1,6 +1,7 @@
 """`plan`: what fits on a device, how fast a decode step can be at best, and where the cache outweighs the weights."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from kvattn.families.settings import Value
 from kvattn.memory.caches import Kinds, total
 from kvattn.memory.devices import DEVICES
 from kvattn.memory.dtypes import name_of
+from kvattn.memory.formula import ROW_BYTES
 from kvattn.memory.holding import Holding
 from kvattn.memory.models import MODELS
 from kvattn.memory.scenario import Scenario
@@ -74,6 +76,7 @@ class Plan(Time, Memory, Scenario):
         memory_fraction: share of a device's memory that caches may take at most.
         reserved_bytes: per device, for neither weights nor caches.
         page_size: tokens of a page; None: contiguous.
+        prefill_chunk: tokens of a prompt that come at a time, in pages.
         weight_bytes: all weights.
         device_weight_bytes: per device.
         bytes_per_token: what one more token takes in all layers that keep keys and values, one copy, scales and policy
@@ -131,6 +134,7 @@ def plan(
     reserved_bytes: int = 0,
     page_size: int | None = None,
     mean_length: int | None = None,
+    prefill_chunk: int = 1,
 ) -> Plan:
     """What fits, and how fast a decode step can be at best.
 
@@ -151,14 +155,18 @@ def plan(
         pipeline_stages: stages of layers, each on `num_devices` devices of its own.
         reserved_bytes: per device: activations, the runtime, others. (A decode step's activations are small; those of a
             long prompt are not.)
-        page_size: tokens of a page, for pages of a shared pool instead of contiguous caches.
+        page_size: tokens of a page, for pages of shared pools instead of contiguous caches. Each group of layers has as
+            many as its sequences hold at once (`kvattn.cache.pages_at_once`): rings and budgets use theirs again, and
+            without a policy layers with a window give back those that it has left.
         mean_length: tokens a sequence has on average, at most `length`: what pages are needed for, and what a step
             reads. Contiguous caches are as long as the longest in any case. None: `length`.
+        prefill_chunk: in pages, most tokens of a prompt that come at a time, as `kvattn.serving.Engine` has it. A layer
+            with a window gives pages back once those are there, so it holds more; 1: what decoding takes.
 
     Raises:
         UnknownNameError: a model or device that the tables do not have.
         ConfigError, DTypeError, RangeError: settings that cannot be.
-        UnsupportedError: a policy, a codec and pages that do not go together.
+        UnsupportedError: a policy, a codec and a way to divide the cache that do not go together.
 
     Example:
         >>> import kvattn
@@ -190,6 +198,7 @@ def plan(
         memory_fraction=memory_fraction,
         reserved_bytes=reserved_bytes,
         page_size=page_size,
+        prefill_chunk=prefill_chunk,
     )
     holding = Holding.of(asked)
     memory, time = _memory(holding), _time(holding)
@@ -199,7 +208,7 @@ def plan(
         **vars(memory),
         **vars(time),
         crossover_length=_crossover(outweighed),
-        notes=holding.placement.notes + about(asked.model),
+        notes=holding.placement.notes + holding.notes + about(asked.model),
     )
 
 
@@ -211,10 +220,12 @@ def _memory(holding: Holding) -> Memory:
     free = max(min(int(asked.memory_fraction * asked.device.memory_bytes), left), 0)
     cache_bytes = device_cache_bytes = max_batch = unused = None
     if asked.length is not None:
-        row = holding.device_row_bytes(asked.length, asked.mean_length)
         cache_bytes = (asked.batch_size or 1) * holding.row_bytes(asked.length, asked.mean_length)
-        device_cache_bytes = placement.num_rows * row
-        max_batch = free // row * placement.groups
+        of_rows = functools.partial(holding.device_bytes, length=asked.length, held=asked.mean_length)
+        device_cache_bytes = of_rows(placement.num_rows)
+        most = _largest(lambda rows: of_rows(rows) <= free, free // ROW_BYTES + 1)  # a row takes that at least
+        assert most is not None
+        max_batch = most * placement.groups
         unused = _unused(holding.whole, asked.length, asked.mean_length or asked.length)
     return Memory(
         weight_bytes=weight_bytes,
@@ -226,7 +237,7 @@ def _memory(holding: Holding) -> Memory:
         fits=left >= 0 and (device_cache_bytes or 0) <= free,
         max_tokens=int(free / holding.device_token_bytes()) * placement.groups,
         max_batch=max_batch,
-        max_length=_longest(lambda tokens: placement.num_rows * holding.device_row_bytes(tokens) <= free),
+        max_length=_largest(lambda tokens: holding.device_bytes(placement.num_rows, tokens) <= free),
         unused_share=unused,
     )
 
@@ -259,11 +270,11 @@ def about(model: ModelSpec) -> tuple[str, ...]:
     return cache + params + model.notes
 
 
-def _longest(fits: Callable[[int], bool]) -> int | None:
-    """The largest length that fits, 0 if none does; None if all do."""
-    if fits(_checks.INT32_MAX):
+def _largest(fits: Callable[[int], bool], bound: int = _checks.INT32_MAX) -> int | None:
+    """The largest count up to a bound that fits, 0 if none does; None if all do."""
+    if fits(bound):
         return None
-    low, high = 0, _checks.INT32_MAX
+    low, high = 0, bound
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -272,7 +283,7 @@ def _longest(fits: Callable[[int], bool]) -> int | None:
 
 def _crossover(lighter: Callable[[int], bool]) -> int | None:
     """The first length at which it is no longer lighter; None if it always is."""
-    last = _longest(lighter)
+    last = _largest(lighter)
     return None if last is None else last + 1
 
 
@@ -291,5 +302,5 @@ def _seen(length: int, window: int | None) -> int:
 
 def _unused(kinds: Kinds, length: int, held: int) -> float:
     """Share of the slots set aside that hold no token."""
-    used = total(kinds, lambda layer: min(held, layer.num_slots(length, held)))
+    used = total(kinds, lambda layer: layer.kept(held))
     return 1 - used / total(kinds, lambda layer: layer.num_slots(length, held))

@@ -15,8 +15,8 @@ from kvattn.policies import Policy
 class Scenario:
     """The arguments of `kvattn.memory.plan`, which explains them and names what is raised.
 
-    Model, device and types are looked up already; `by` becomes what "auto" means. Policy and codec are checked where
-    caches are sized (`kvattn.memory.caches.layers`).
+    Model, device and types are looked up already; `by` becomes what "auto" means. Policy, codec and pages are checked
+    where caches are sized (`kvattn.memory.caches.layers`).
     """
 
     model: ModelSpec
@@ -34,6 +34,7 @@ class Scenario:
     memory_fraction: float
     reserved_bytes: int
     page_size: int | None
+    prefill_chunk: int
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "mean_length"):
@@ -44,8 +45,6 @@ class Scenario:
             raise RangeError(f"mean_length ({self.mean_length}) must be at most length, got length {self.length}.")
         _checks.integer("reserved_bytes", self.reserved_bytes, 0, RangeError)
         object.__setattr__(self, "memory_fraction", _share("memory_fraction", self.memory_fraction))
-        if self.page_size is not None:
-            _checks.integer("page_size", self.page_size, 1)
         by = settled(self.by, self.model, self.batch_size, self.num_devices, self.pipeline_stages)
         object.__setattr__(self, "by", by)
 

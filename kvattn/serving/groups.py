@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
+from kvattn import _paging
 from kvattn.errors import ConfigError, OutOfBlocksError, ShapeError
 from kvattn.serving import checks
 from kvattn.serving.blocks import BlockPool
@@ -50,10 +51,7 @@ class LayerGroup:
 
     def blocks_at_once(self, length: int, chunk: int, block_size: int) -> int:
         """The most blocks that a sequence has at once while it grows to `length` tokens, `chunk` at a time."""
-        blocks = -(-self.stored(length) // block_size)
-        if self.window is None:
-            return blocks
-        return min(blocks, -(-(self.window - 1 + chunk - 1) // block_size) + 1)
+        return _paging.pages_at_once(length, block_size, slots=self.slots, window=self.window, chunk=chunk)
 
     def unseen(self, length: int) -> int:
         """Tokens, from the start, that no query after `length` tokens sees."""

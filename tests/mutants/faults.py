@@ -82,7 +82,7 @@ FAULTS: list[Fault] = [
         test_paged_groups.py::test_pages_at_once_are_those_that_the_rule_needs
         test_paged_groups.py::test_groups_of_every_kind
         """,
-        ("pages_at_once", "window - 1 + chunk - 1", "window + chunk - 1"),
+        ("pages_at_once", "if policy.in_order", "if policy.mask().window is not None"),
         ("groups_of", "i if cache.policy.is_uneven else None", "None"),
     ),
     *group(
@@ -1127,6 +1127,81 @@ FAULTS: list[Fault] = [
         "test_extending_family.py",
         ("Fields.finish", "n not in known and not is_harmless(n, x)", "False"),
         ("Fields.get", 'name not in self.format.defaults and name != "quantization_config"', "False"),
+    ),
+    # How many pages tokens take, and what the planner makes of it ------------------------------------------------
+    *group(
+        "_paging.py",
+        """
+        test_paged_groups.py::test_pages_at_once_are_those_that_the_rule_needs
+        test_memory.py::test_pages_that_sequences_hold
+        """,
+        ("pages_for", "-(-num_tokens // page_size)", "num_tokens // page_size + 1"),
+        ("pages_at_once", "window - 1 + chunk - 1", "window + chunk - 1"),
+        ("pages_at_once", "window - 1 + chunk - 1", "window - 1", "test_memory.py::test_pages_that_sequences_hold"),
+        ("pages_at_once", "min(length, slots)", "slots"),
+        ("pages_at_once", "min(pages, pages_for", "max(pages, pages_for"),
+    ),
+    *group(
+        "memory/formula.py",
+        """
+        test_memory.py::test_policies_and_codecs_in_pages
+        test_memory.py::test_heads_that_give_pages_back_are_counted_whole
+        test_memory.py::test_what_a_device_holds_in_pages
+        """,
+        ("Layer.num_pages", "length, self.chunk", "length", "test_memory.py::test_window_groups_of_gpt_oss"),
+        (
+            "Layer.num_slots",
+            "length if held is None else held",
+            "length",
+            "test_memory.py::test_mean_length_and_pages",
+        ),
+        ("Layer.kept", "min(kept, window)", "kept", "test_memory.py::test_a_window_is_read_however_much_is_kept"),
+        (
+            "Layer.nbytes",
+            "-(-rows * (slots // self.page_size) // parts)",
+            "rows * -(-slots // (self.page_size * parts))",
+        ),
+        ("Layer.nbytes", "rows * self.table_bytes(length)", "rows * self.table_bytes(length) // parts"),
+        ("Layer.table_bytes", "self.num_kv_heads if self.policy.is_uneven else 1", "1"),
+        ("Layer.table_bytes", "slots_of(self.policy, self.page_size, columns)", "most_slots(self.policy, length)"),
+        ("Layer.table_bytes", " + self.num_kv_heads * self.storage.rest", ""),
+    ),
+    *group(
+        "memory/caches.py",
+        """
+        test_memory.py::test_refused
+        test_memory.py::test_window_groups_of_gpt_oss
+        """,
+        ("layers", "SlidingWindow if page_size is None else OrderedWindow", "SlidingWindow"),
+        ("layers", "codec.rows not in (None, page_size)", "False"),
+        ("layers", " > 1 and page_size is None", " > 1 and False"),
+        ("_check_pages", "num_pages * (1 + strips)", "num_pages"),
+    ),
+    *group(
+        "memory/holding.py",
+        """
+        test_memory.py::test_refused
+        test_memory.py::test_window_groups_of_gpt_oss
+        test_memory.py::test_heads_that_give_pages_back_are_counted_whole
+        """,
+        ("Holding.of", "placement.parts > 1", "placement.parts > 2"),
+        ("Holding.notes", "len(each) > 1", "each"),
+        ("Holding.notes", "asked.policy is not None and asked.policy.is_uneven", "False"),
+    ),
+    *group(
+        "memory/plan.py",
+        """
+        test_memory.py::test_mean_length_and_pages
+        test_memory.py::test_the_largest_batch_and_length
+        """,
+        ("_memory", "length=asked.length, held=asked.mean_length", "length=asked.length"),
+        ("_memory", "most * placement.groups", "most"),
+        ("_unused", "layer.kept(held)", "min(held, layer.num_slots(length, held))"),
+    ),
+    *group(
+        "memory/levers.py",
+        "test_memory.py::test_pages_as_a_lever",
+        ("_changes", "(base.codec and base.codec.rows) or PAGE_SIZE", "PAGE_SIZE"),
     ),
     *group("memory/hf_config.py", "test_extending_family.py", ("_refuse", "not is_known and _ENCODERS", "_ENCODERS")),
     *group("models/pretrained.py", "test_extending_family.py", ("_check_blueprint", "made != parameters", "False")),
