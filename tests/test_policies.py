@@ -404,6 +404,33 @@ SMALL = [policy for policy in variants.POLICIES.values() if not policy.in_order]
 each_small = pytest.mark.parametrize("policy", SMALL, ids=variants.name)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": kvattn.Full()},
+        {"policy": kvattn.policies.OrderedWindow(3)},
+        {"policy": kvattn.SlidingWindow(4)},
+        {"policy": kvattn.Full(), "codec": kvattn.KIVI(bits=2, group_size=8, residual=8)},
+    ],
+    ids=lambda settings: "-".join(map(variants.name, settings.values())),
+)
+def test_a_few_tokens_at_a_time(settings):
+    """Whether they are stored before they attend, as where that loses nothing, or after, shows in nothing."""
+    new = [jnp.asarray(x, jnp.float32) for x in tokens(5, batch=2, length=18, heads=(2, 1))]
+    before = kvattn.KVCache.create(2, 1, H, capacity=18, dtype=jnp.float32, **settings)
+    copied = functools.partial(jax.tree.map, jnp.copy)  # a step donates
+    _, before = step()(*(x[:, :12] for x in new), before, num_new=np.array([6, 6], np.int32))
+    few, cache = step()(*(x[:, 6:11] for x in new), copied(before))
+    padded, _ = step()(*(x[:, 6:] for x in new), copied(before), num_new=np.array([5, 5], np.int32))
+    np.testing.assert_allclose(few, padded[:, :5], atol=1e-6)
+    if "codec" in settings and settings["codec"].rows is not None:
+        return  # a chunk attends to its own tokens as they came
+    for t in range(6, 11):
+        out, before = step()(*(x[:, t : t + 1] for x in new), before)
+        np.testing.assert_allclose(few[:, t - 6], out[:, 0], atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, cache, before)
+
+
 @each_small
 @pytest.mark.parametrize(
     "heads", [(4, 2), *(pytest.param(h, marks=pytest.mark.slow) for h in [(2, 2), (4, 1)])], ids=["GQA", "MHA", "MQA"]

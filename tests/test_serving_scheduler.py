@@ -9,6 +9,7 @@ from engine_models import UNSOUND, V, check, continued, model, next_token, repea
 
 from kvattn import errors
 from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
+from kvattn.serving.drafts import Lookup
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import Request
 
@@ -250,6 +251,19 @@ def test_the_longest_prefix_first_computes_every_page_once(monkeypatch, plain):
         reached[schedule] = engine.stats().cached_prompt_tokens / optimum
     assert reached["longest-prefix"] == 1
     assert reached["fcfs"] < 0.15
+
+
+def test_what_repeats_itself_goes_on():
+    """However short it is; and what is new is not guessed at, nor what was not foreseen."""
+    for period in range(1, 9):
+        tokens = [i % period for i in range(40)]
+        text = Lookup([50, 51, 52, *tokens])
+        assert text.foresaw and text.guess(7) == [i % period for i in range(40, 47)]
+        text.push(60)
+        assert not text.foresaw and text.guess(7) == []
+    assert Lookup([]).guess(3) == Lookup([1]).guess(3) == Lookup(range(30)).guess(3) == []
+    assert Lookup([1, 2, 3, 9, 1, 2, 4, 1, 2]).guess(2) == [4, 1]  # the last time counts
+    assert Lookup([1, 2, 3, 9, 0, 2, 4, 1, 2]).guess(2) == [3, 9]  # but more tokens count more
 
 
 @pytest.mark.parametrize("kind", ["plain", "windowed"])

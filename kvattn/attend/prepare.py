@@ -9,6 +9,7 @@ from kvattn._typing import Array
 from kvattn.attend import api, step
 from kvattn.attend.rules import Rules
 from kvattn.attend.step import Step
+from kvattn.attend.together import FEW_TOKENS
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
@@ -103,7 +104,7 @@ def prepared[C: Cache](
         fits = _fits(cache, num_new, length)
         cache.refuse_overflow(fits, num_new)
         num_new, refused = jnp.where(fits, num_new, 0), ~fits
-        run = step.decode if length == 1 else step.chunk
+        run = step.append if _may_come_first(cache, length) else step.chunk
     if length == 0 or batch == 0:
         run = step.nothing
     new = NewTokens(query, key, value, num_new, refused, bad_count, token_ids)
@@ -123,6 +124,12 @@ def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array,
     """Which rows can take their tokens; lengths are int32 and must not wrap."""
     room = cache.lengths <= _checks.INT32_MAX - num_new
     return room & cache.policy.fits(cache.state, _context(cache, num_new, length))
+
+
+def _may_come_first(cache: Cache, length: int) -> bool:
+    """Whether the new tokens may take their slots before they attend: nothing they attend to is lost by that."""
+    stays = cache.policy.in_order and cache.policy.mask().window is None and cache.codec.rows is None
+    return length == 1 or (stays and length <= FEW_TOKENS)
 
 
 def _context(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Context:

@@ -45,7 +45,7 @@ class Step:
     """A step on arguments that fit together (`kvattn.attend.prepare`), on one device or on a device's part. Hashable.
 
     Attributes:
-        run: what kind of step: `decode`, `chunk`, `cross` or `nothing`.
+        run: what kind of step: `append`, `chunk`, `cross` or `nothing`.
         rules: by which queries attend.
         rope: rotates queries, and keys before they are stored.
         padding: where pads lie, "right" or "left".
@@ -84,8 +84,8 @@ def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Step
     return jnp.zeros((*new.query.shape[:3], cache.value_head_dim), new.query.dtype), cache
 
 
-def decode(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
-    """One new token: write it, attend to all that is kept, let the policy look."""
+def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
+    """One new token, or a few that overwrite nothing: write, attend to all that is kept, let the policy look."""
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
     slots = policy.place(cache.state, told)
     cache = part.write(cache, slots, tokens.key, tokens.value, step.implementation)

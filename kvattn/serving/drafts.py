@@ -4,6 +4,7 @@ What followed the last tokens when they came before follows them again (Saxena, 
 arXiv:2304.04487): in code, quotations and answers about a given text often enough.
 """
 
+import itertools
 from collections.abc import Iterable
 
 from kvattn.serving.jobs import Job
@@ -22,11 +23,17 @@ class Lookup:
     >>> text.push(9)
     >>> text.guess(3)
     []
+    >>> Lookup([4, 1, 2, 1, 2]).guess(5)  # what repeats itself goes on
+    [1, 2, 1, 2, 1]
+
+    Attributes:
+        foresaw: whether the last token is the one it would have guessed: a text that has begun to repeat something.
     """
 
-    __slots__ = ("_after", "_text")
+    __slots__ = ("_after", "_text", "foresaw")
 
     def __init__(self, tokens: Iterable[int]):
+        self.foresaw = False
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         for token in tokens:
@@ -37,18 +44,20 @@ class Lookup:
 
     def push(self, token: int) -> None:
         """The next token."""
+        self.foresaw = self.guess(1) == [token]
         end = len(self._text)
         for count in range(SHORTEST, min(LONGEST, end) + 1):
             self._after[tuple(self._text[end - count :])] = end
         self._text.append(token)
 
     def guess(self, count: int) -> list[int]:
-        """At most so many tokens that may come next."""
+        """So many tokens that may come next; none where the last ones are new."""
         end = len(self._text)
         for last in range(min(LONGEST, end), SHORTEST - 1, -1):
             start = self._after.get(tuple(self._text[end - last :]))
             if start is not None:
-                return self._text[start : start + count]
+                again = itertools.cycle(self._text[start : start + count])  # its end may be the end of the text
+                return list(itertools.islice(again, count))
         return []
 
 
@@ -64,7 +73,11 @@ class Guesses:
         self._lookups: dict[Text, Lookup] = {}
 
     def guess(self, running: Iterable[Job]) -> None:
-        """Says of every text that is going on what may come next (`Text.guess`)."""
+        """Says of every text that is going on what may come next (`Text.guess`).
+
+        Only of texts whose last token was foreseen: to verify a guess costs about two steps or more where a step is
+        short, so a wrong one is dearer than one that comes a token late.
+        """
         for job in running:
             if job.is_beam or job.prefills:
                 continue
@@ -74,7 +87,7 @@ class Guesses:
                 lookup = self._lookups[text] = Lookup(job.prompt.tolist())
             for token in text.new[len(lookup) - len(job.prompt) :]:
                 lookup.push(token)
-            text.guess = lookup.guess(min(self._most, job.limit - text.num_drawn - 1))
+            text.guess = lookup.guess(min(self._most, job.limit - text.num_drawn - 1)) if lookup.foresaw else []
 
     def forget(self, texts: Iterable[Text]) -> None:
         """Drops what is known of texts that have ended."""

@@ -672,7 +672,12 @@ FAULTS: list[Fault] = [
         ("Spans.positions", "taken - self.first[:, None, None]", "taken", "test_shared_prefix.py::test_rules"),
         ("Spans.by_row", "rows(lse), -jnp.inf", "rows(lse), 0"),
         ("Spans.by_row", "jnp.full((self.batch,), count", "jnp.full((self.batch,), 0"),
-        ("Parted.slots", "slots - self.first[:, None]", "slots", "test_shared_prefix.py::test_what_is_left_of_a_row_is_counted_from_its_first_token"),
+        (
+            "Parted.slots",
+            "slots - self.first[:, None]",
+            "slots",
+            "test_shared_prefix.py::test_what_is_left_of_a_row_is_counted_from_its_first_token",
+        ),
         ("Parted.positions", "positions - self.first[:, None]", "positions", "test_shared_prefix.py::test_rules"),
     ),
     *group(
@@ -722,6 +727,13 @@ FAULTS: list[Fault] = [
             "test_verbs.py::test_positions_end_where_int32_does",
         ),
         ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
+        (
+            "_may_come_first",
+            "cache.policy.mask().window is None",
+            "True",
+            "test_policies.py::test_a_few_tokens_at_a_time",
+        ),
+        ("_may_come_first", "cache.codec.rows is None", "True", "test_policies.py::test_a_few_tokens_at_a_time"),
         ("_real_tokens", "jnp.where(bad, 0, given)", "given"),
     ),
     *group(
@@ -1825,10 +1837,15 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "serving/drafts.py",
-        "test_serving_scheduler.py::test_guesses_change_nothing",
+        """
+        test_serving_scheduler.py::test_what_repeats_itself_goes_on
+        test_serving_scheduler.py::test_guesses_change_nothing
+        """,
         ("Guesses.guess", "text.num_drawn - 1)", "text.num_drawn)"),
         ("Lookup.push", "] = end", "] = end - 1"),
         ("Lookup.guess", "start : start + count", "start + 1 : start + count"),
+        ("Lookup.guess", "itertools.cycle(self._text[start : start + count])", "self._text[start : start + count]"),
+        ("Lookup.push", "self.guess(1) == [token]", "True"),
     ),
     *group(
         "serving/device.py",
