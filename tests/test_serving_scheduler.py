@@ -340,6 +340,42 @@ def test_what_left_comes_back(monkeypatch, request, kind):
     assert cached == {0: 0, 1: 8 * 24}
 
 
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_who_comes_back_computes_less_than_a_page_again(monkeypatch, request, kind, chunk):
+    """Nothing is shared, and much does not fit: with room below, each resumption costs the end of a last page."""
+    computed = {}
+    for tiers in ((), (HostTier(10**6),)):
+        rng = random.Random(11)
+        settings = dict(num_pages=14, max_batch=3, prefill_chunk=chunk, max_length=40, schedule="fcfs")
+        engine = text_engine(monkeypatch, request.getfixturevalue(kind), tiers=tiers, **settings)
+        prompts = [[i, *(rng.randrange(UNSOUND) for _ in range(rng.randrange(9, 20)))] for i in range(20)]
+        asked = {engine.submit(each, 20): [continued(each, 20)] for each in prompts}
+        assert engine.run() == asked
+        preemptions = engine.stats().preemptions
+        again = engine._device.read_tokens - sum(map(len, prompts))
+        computed[bool(tiers)] = again
+        if tiers:  # one of these tokens is its last one, which was not in a page before
+            assert preemptions > 5 and again <= preemptions * engine.page_size
+        at_rest(engine)
+    assert computed[True] < computed[False]
+
+
+def test_a_prompt_that_is_being_read_keeps_its_pages(monkeypatch, plain):
+    """One that leaves after half of its prompt goes on there."""
+    engine = text_engine(monkeypatch, plain, prefill_chunk=8)
+    gone = engine.submit(range(40), 3)
+    for _ in range(3):
+        engine.step()
+    gone.cancel()
+    engine.step()
+    assert engine._device.read_tokens == 24
+    again = engine.submit(range(40), 3)
+    assert engine.run() == {again: [continued(range(40), 3)]}
+    assert engine._device.read_tokens == 40
+    at_rest(engine)
+
+
 def test_prefixes_outlive_an_engine(monkeypatch, plain, tmp_path):
     prompt = list(range(30))
     with DiskTier(tmp_path / "pages", 10**6) as disk:

@@ -194,7 +194,7 @@ class Engine:
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "failed", "ticks"), 0
         )
-        self._seconds = 0.0
+        self._seconds = self._device_seconds = 0.0
 
     # What comes in.
 
@@ -299,7 +299,7 @@ class Engine:
             Exception: what `on_token` raised, once the request's pages are back; what else went wrong on the device,
                 which fails every request that is not waiting for its first tick.
         """
-        began = time.perf_counter()
+        began, on_device = time.perf_counter(), self._device.seconds
         self._counts["ticks"] += 1
         try:
             self._sweep()
@@ -321,6 +321,7 @@ class Engine:
             raise
         finally:
             self._seconds += time.perf_counter() - began
+            self._device_seconds += self._device.seconds - on_device
         if raised is not None:
             raise raised
         return bool(self._in_flight or self._scheduler.waiting or self._scheduler.running)
@@ -338,6 +339,7 @@ class Engine:
             waiting=sum(request.state in ("waiting", "preempted") for request in self._jobs),
             running=sum(request.state == "running" for request in self._jobs),
             tokens_per_second=self._counts["new_tokens"] / self._seconds if self._seconds else 0.0,
+            host_seconds=self._seconds - self._device_seconds,
             tier_prompt_tokens=() if self._sinking is None else tuple(self._sinking.below.prompt_tokens),
             tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )

@@ -218,7 +218,7 @@ class PrefixPool:
         self.stamp += 1
         space = self._spaces[seq]
         full = len(tokens) // self.pool.block_size
-        self.pool.hold(self.tree.adopt(tokens, self.pool.pages(seq)[:full], space))
+        self.pool.hold(self.tree.adopt(tokens, self.pool.pages(seq, full), space))
         match = self.tree.match(tokens, space)
         self.tree.lock(match)
         if (old := self._matches.pop(seq, None)) is not None:

@@ -1425,6 +1425,12 @@ FAULTS: list[Fault] = [
         test_serving_groups.py::test_windows_give_blocks_back_and_reuse_them
         test_serving_groups.py::test_gpt_oss_20b
         """,
+        (
+            "GroupedPool.pages",
+            "table[:count]",
+            "table",
+            "test_serving_scheduler.py::test_who_comes_back_computes_less_than_a_page_again",
+        ),
         ("LayerGroup.unseen", "length - self.window + 1", "length - self.window + 2"),
         ("LayerGroup.unseen", "length - self.window + 1", "length - 2 * self.window"),
         (
@@ -1682,6 +1688,9 @@ FAULTS: list[Fault] = [
         "serving/scheduler.py",
         "test_serving_scheduler.py",
         ("Scheduler._first", "by_rank[0].passed >= PATIENCE", "by_rank[0].passed > 10**9"),
+        ("Scheduler._appended", "prefill.tokens[: prefill.done]", "prefill.tokens[: prefill.start]"),
+        ("Scheduler._appended", "prefill.tokens[: prefill.done]", "prefill.tokens"),
+        ("Scheduler._leave", "            if keep:\n", "            if False:\n"),
         ("Scheduler._first", "key = -job.priority, -known", "key = -job.priority, known"),
         ("Scheduler._first", "and not self._comes_soon(job, known)", ""),
         ("Scheduler._comes_soon", "if other.namespace == job.namespace", "if True"),
@@ -1724,7 +1733,21 @@ FAULTS: list[Fault] = [
         ("Engine._collect", "job.owner.is_over", "False"),
         ("Engine._sweep", 'keep=job.owner.state != "failed"', "keep=True"),
         ("Engine._take", "request.cancel()", "pass"),
+        (
+            "Engine.stats",
+            "self._seconds - self._device_seconds",
+            "self._seconds",
+            "test_serving_engine.py::test_tokens_are_those_of_each_alone",
+        ),
         ("Engine.step", "keep = 1 if tick and not self._speculate else 0", "keep = 1 if tick else 0"),
+    ),
+    *group(
+        "cli/bench_engine.py",
+        "test_cli.py::test_what_an_engine_is_measured_by",
+        ("measured", "max(pages, stats.pages)", "stats.pages"),
+        ("measured", "prefix_cache=keeps_prefixes", "prefix_cache=True"),
+        ("measured", "[*tokens, *request.tokens[0]]", "[*tokens, *request.tokens[0][1:]]"),
+        ("Chat.num_new", "self.turns * self.new", "self.new"),
     ),
     *group(
         "serving/tables.py",
