@@ -376,6 +376,27 @@ def test_a_prompt_that_is_being_read_keeps_its_pages(monkeypatch, plain):
     at_rest(engine)
 
 
+def test_what_is_below_outlives_an_error_in_a_tick(monkeypatch, plain):
+    """The device's pages are lost, and who runs with them; who waits goes on, with what the tiers have."""
+    engine = text_engine(monkeypatch, plain, max_batch=1, tiers=(HostTier(10**6),))
+    engine.submit(range(20), 2)
+    engine.run()
+    engine.save_prefixes()
+    failed, waits = engine.submit(range(22), 9), engine.submit(range(24), 4)
+    for _ in range(3):
+        engine.step()
+    engine._device.fails = lambda what: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine._device.fails = None
+    assert failed.state == "failed" and "ZeroDivisionError" in str(failed.error)
+    assert failed.tokens[0] == continued(range(22), 9)[: len(failed.tokens[0])]
+    assert engine._scheduler.pool.cached_pages == 0
+    assert engine.run() == {waits: [continued(range(24), 4)]}
+    assert engine.stats().tier_prompt_tokens == (20,)
+    at_rest(engine)
+
+
 def test_prefixes_outlive_an_engine(monkeypatch, plain, tmp_path):
     prompt = list(range(30))
     with DiskTier(tmp_path / "pages", 10**6) as disk:

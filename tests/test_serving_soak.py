@@ -70,7 +70,7 @@ class Load:
         while time.monotonic() - began < seconds:
             while sum(request.state == "waiting" for request in alive) < 8:
                 alive.append(self.submit(engine))
-            if self.rng.random() < 0.05:
+            if self.rng.random() < 0.01:
                 self.rng.choice(alive).cancel()
             engine.step()
             tick += 1
@@ -148,7 +148,7 @@ def test_full_load(tmp_path, speculate):
     # By the third round every program is compiled and every tier is full.
     assert objects[-1] < 1.05 * objects[2] + 2000, objects
     assert bytes_resident[-1] < bytes_resident[2] + 30e6, bytes_resident
-    assert load.states["finished"] > 10 * load.states["cancelled"] > 0 and load.beams
+    assert load.states["finished"] > 4 * load.states["cancelled"] > 0 and load.beams
     assert stats.failed == 0 and stats.preemptions > 10 and stats.evictions > 100
     assert all(tokens > 0 for tokens in stats.tier_prompt_tokens)
     assert compared >= 5

@@ -1706,7 +1706,6 @@ FAULTS: list[Fault] = [
         ("Scheduler._room", "self.pool.length(sequence), 0)", "0, 0)"),
         ("Scheduler._room", "seen=appended", "seen=None"),
         ("Scheduler._leave", "self.pool.close(sequence)", "pass"),
-        ("Scheduler._leave", "keep and not job.prefills", "keep"),
         ("Scheduler._let_in", "pool.close(prefill.text)", "pass"),
         ("Scheduler._finish_reading", "- len(job.prompt) + 1", "- len(job.prompt)"),
         ("Scheduler._read", "start // self._chunk * self._chunk + self._chunk", "start + self._chunk"),
