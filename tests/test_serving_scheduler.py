@@ -284,9 +284,12 @@ def test_tables_of_rows_are_those_of_their_texts(windows):
     kept, widths = RowTables(pool, 5, [12] * len(windows)), [12] * len(windows)
     free, texts, given = list(range(5)), [], []
     for _ in range(400):
-        what = rng.choice(["come", "grow", "grow", "grow", "part", "go", "nothing"])
-        if what == "come" and free:
-            text = Text(0, row=free.pop(rng.randrange(len(free))))
+        what = rng.choice(["come", "grow", "grow", "grow", "part", "go", "again", "nothing"])
+        if (what == "come" and free) or (what == "again" and texts):
+            if what == "again":  # preempted, and let in to the same row
+                pool.close(text := texts.pop(rng.randrange(len(texts))))
+            else:
+                text = Text(0, row=free.pop(rng.randrange(len(free))))
             prompt = np.arange(rng.randrange(1, 9), dtype=np.int32)
             assert pool.open(text, prompt, "") is not None
             pool.reach(text, len(prompt))
