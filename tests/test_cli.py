@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engine_models
 import jax.numpy as jnp
 import pytest
 
@@ -20,9 +21,10 @@ from kvattn import (  # noqa: E402
     measure,
     memory,
 )
-from kvattn.cli import parse  # noqa: E402
+from kvattn.cli import bench_engine, parse  # noqa: E402
 from kvattn.cli.app import app  # noqa: E402
 from kvattn.pallas import tuning  # noqa: E402
+from kvattn.serving import engine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "tests" / "golden" / "hf" / "llama3"
@@ -346,6 +348,67 @@ def test_bench_takes_heads_from_a_model():
     ],
 )
 def test_bench_refuses(words, part):
+    done = call("bench", *words)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert part in done.stderr
+
+
+CHAT = ("bench", "--engine", "--checkpoint", CHECKPOINT, "--conversations", 3, "--turns", 2, "--shared", 32, "--new", 4)
+
+
+def by_hand(kept, none):
+    """Three conversations of two turns: two find what all share, and every next turn what was said before."""
+    turns = [32 + 32, 32 + 32 + 4 + 32]
+    assert kept.requests == none.requests == 6
+    assert kept.prompt_tokens == none.prompt_tokens == 3 * sum(turns)
+    assert none.cached_prompt_tokens == 0 and none.hit_rate == 0
+    whole_pages = (turns[0] + 4 - 1) // 8 * 8  # the last token was never appended
+    assert kept.cached_prompt_tokens == 2 * 32 + 3 * whole_pages
+    assert (none.pages, kept.pages) == (2 * 13, 2 * 13 - 4)  # of two rows, of which one reads the other's first pages
+    assert 0 < kept.waste < 0.2
+    assert kept.evictions == kept.preemptions == 0 and 0 < kept.ticks < none.ticks
+    assert all(run.host_seconds > 0 and run.tokens_per_second > 0 for run in (kept, none))
+
+
+def test_what_an_engine_is_measured_by(monkeypatch):
+    monkeypatch.setattr(engine, "Device", engine_models.TextDevice)
+    model, chat = engine_models.model(vocab_size=49), bench_engine.Chat(3, 2, 32, 32, 4)
+    told = []
+    settings = bench_engine.Settings(num_pages=None, page_size=8, max_batch=2, codec=None)
+    progress = lambda *given: told.append(given)
+    by_hand(*(bench_engine.measured(model, chat, settings, keeps, progress) for keeps in (True, False)))
+    assert told[-1] == (24, 24) and told[0] == (0, 24)
+
+
+def test_bench_of_an_engine():
+    found = json.loads(printed(*CHAT, "--batch", 2, "--page-size", 8, "--json"))
+    assert found["chat"]["conversations"] == 3 and found["settings"]["max_batch"] == 2
+    rates = [run.pop("hit_rate") for run in found["runs"]]
+    runs = [bench_engine.Run(**run) for run in found["runs"]]
+    assert rates == [run.hit_rate for run in runs]
+    by_hand(*runs)
+
+
+def test_the_screen_of_an_engine():
+    text = printed(*CHAT, "--batch", 2, "--page-size", 8, "--pages", 14)
+    assert max(map(len, text.splitlines())) <= 80
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("kept", "none"))}
+    assert int(rows["kept"][2]) < int(rows["none"][2]) == 3 * (64 + 100)
+    assert int(rows["kept"][8]) > 0  # a pool in which not everything stays
+    assert "3 conversations of 2 turns" in flat(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--engine", "--context", 64), "--context does not go with --engine"),
+        (("--engine", "--kv-heads", 2), "--kv-heads does not go with --engine"),
+        (("--turns", 2), "--turns goes with --engine"),
+        (("--engine", "--turns", 0), "--turns must be >= 1"),
+        (("--engine", "--codec", "float32"), "give it as --dtype float32"),
+    ],
+)
+def test_bench_of_an_engine_refuses(words, part):
     done = call("bench", *words)
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert part in done.stderr

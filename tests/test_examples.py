@@ -2,25 +2,28 @@
 
 import csv
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import engine_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvattn.models import load
+from kvattn.serving import engine
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 WEIGHTS = EXAMPLES / "weights" / "bytes.safetensors"
 
 
-def run(script, *arguments):
+def run(script, *arguments, timeout=240):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
     return subprocess.run(
         [sys.executable, EXAMPLES / script, *map(str, arguments)],
@@ -28,7 +31,7 @@ def run(script, *arguments):
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=240,
+        timeout=timeout,
     )
 
 
@@ -55,6 +58,48 @@ def test_training_writes_weights_log_and_plot(trained):
     # Untrained: about one of 256 bytes.
     assert all(6 < float(row[name]) < 9 for row in rows for name in ("train", "valid"))
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_serving_prefixes_counts_what_is_computed(monkeypatch):
+    """The example's traffic on pages of text: every number it prints, by hand."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(engine, "Device", engine_models.TextDevice)
+    serve_prefixes = importlib.import_module("serve_prefixes")
+    encode = lambda text: [ord(letter) % 49 for letter in text]
+    traffic = serve_prefixes.Traffic(encode, "s" * 32, [chr(97 + i) * 8 for i in range(24)], 4)
+    settings = dict(num_pages=200, page_size=8, max_batch=8, max_length=96)
+    waves = {"chat": traffic.chat, "few shots": traffic.few_shot, "samples": traffic.samples}
+    runs = {}
+    for shared in (True, False):
+        for name, each in waves.items():
+            served = engine.Engine(engine_models.model(), prefix_cache=shared, **settings)
+            runs[name, shared] = serve_prefixes.serve(served, each, lambda: None)
+    lengths = {"chat": [32 + 8 + turn * 12 for turn in range(4)] * 6, "few shots": [40] * 16, "samples": [40] * 8}
+    for name, prompts in lengths.items():
+        kept, none = runs[name, True], runs[name, False]
+        assert kept.tokens == none.tokens
+        assert none.computed == (40 if name == "samples" else sum(prompts))  # samples part when their prompt is read
+        assert kept.hit_rate == pytest.approx(1 - kept.computed / sum(prompts))
+    assert runs["few shots", True].computed == 40 + 15 * 8
+    assert runs["samples", True].computed == 40
+    found = [0 if turn == 0 else (32 + 8 + turn * 12 - 8 - 1) // 8 * 8 for turn in range(4)]
+    assert runs["chat", True].computed == sum(lengths["chat"]) - 6 * sum(found) - 5 * 32
+    assert 0 < runs["chat", True].waste < runs["chat", True].peak_pages
+    assert all(held >= 0 for run in runs.values() for held, _ in run.pages)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_serving_prefixes(trained, tmp_path):
+    weights, _ = trained
+    words = ("--weights", weights, "--max-new-tokens", 3, "--shared", 40, "--pages", 200)
+    done = run("serve_prefixes.py", *words, "--plot", tmp_path / "pages.png", timeout=900)  # nearly all of it compiling
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same tokens on every engine") == 3
+    assert (
+        len([line for line in done.stdout.splitlines() if line.startswith(("chat ", "few shots ", "samples "))]) == 15
+    )
+    assert (tmp_path / "pages.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_text(trained):

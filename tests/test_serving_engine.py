@@ -71,6 +71,7 @@ def test_tokens_are_those_of_each_alone(model, alone, num_pages):
     stats = check(Engine(model, num_pages=num_pages, **SMALL), alone)
     assert stats.cached_prompt_tokens > 0
     assert (stats.preemptions > 0) == (num_pages == 10)
+    assert 0 < stats.host_seconds < stats.new_tokens / stats.tokens_per_second
     again = Engine(model, num_pages=num_pages, schedule="fcfs", prefix_cache=False, **SMALL)
     assert check(again, alone, arrivals=(0, 0, 0, 0, 0)).cached_prompt_tokens == 0
 

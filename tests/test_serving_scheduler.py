@@ -12,6 +12,8 @@ from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
 from kvattn.serving.drafts import Lookup
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import Request
+from kvattn.serving.tables import RowTables, padded
+from kvattn.serving.texts import Text
 
 FULL_RUN = pytest.mark.slow
 
@@ -30,7 +32,7 @@ def windowed():
 def unshareable(engine):
     """As under policies that go by attention: pages cannot be shared, and tokens must come as they came."""
     engine._is_shareable = engine._rereads = False
-    engine._scheduler = engine._new_scheduler()
+    engine._begin()
     return engine
 
 
@@ -288,6 +290,50 @@ def test_guesses_change_nothing(monkeypatch, request, kind):
         text_engine(monkeypatch, request.getfixturevalue(kind), speculate=8)
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_tables_of_rows_are_those_of_their_texts(windows):
+    """Whatever comes, grows, parts and goes. What was given out once is not written to again."""
+    rng = random.Random(2)
+    pool = PrefixPool([LayerGroup(num_blocks=90, window=window) for window in windows], 2, chunk=8)
+    kept, widths = RowTables(pool, 5, [12] * len(windows)), [12] * len(windows)
+    free, texts, given = list(range(5)), [], []
+    for _ in range(400):
+        what = rng.choice(["come", "grow", "grow", "grow", "part", "go", "again", "nothing"])
+        if (what == "come" and free) or (what == "again" and texts):
+            if what == "again":  # preempted, and let in to the same row
+                pool.close(text := texts.pop(rng.randrange(len(texts))))
+            else:
+                text = Text(0, row=free.pop(rng.randrange(len(free))))
+            prompt = np.arange(rng.randrange(1, 9), dtype=np.int32)
+            assert pool.open(text, prompt, "") is not None
+            pool.reach(text, len(prompt))
+            pool.keep(text, prompt)
+            texts.append(text)
+        elif what == "grow":
+            for text in texts:
+                if pool.length(text) < 24:
+                    assert pool.grow(text) is not None
+        elif what == "part" and free and texts:
+            child = Text(0, row=free.pop())
+            assert pool.fork(rng.choice(texts), child) is not None
+            texts.append(child)
+        elif what == "go" and texts:
+            text = texts.pop(rng.randrange(len(texts)))
+            pool.close(text)
+            free.append(text.row)
+        rng.shuffle(texts)
+        given.append((now := kept.of(texts), [table.copy() for table in now]))
+        expected = padded(pool.tables(texts, widths), 5)
+        for table, right in zip(now, expected, strict=True):
+            rows = [text.row for text in texts]
+            np.testing.assert_array_equal(table[rows], right[: len(rows)])
+            assert (np.delete(table, rows, axis=0) == -1).all()
+    for tables, copies in given:
+        for table, copy in zip(tables, copies, strict=True):
+            np.testing.assert_array_equal(table, copy)
+    assert len({id(tables) for tables, _ in given}) < 350  # as they were, where nothing has changed
+
+
 # Tiers --------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +355,63 @@ def test_what_left_comes_back(monkeypatch, request, kind):
         assert stats.evictions > 0 and sum(stats.tier_prompt_tokens) == (stats.cached_prompt_tokens if tiers else 0)
         at_rest(engine)
     assert cached == {0: 0, 1: 8 * 24}
+
+
+@pytest.mark.parametrize("kind", ["plain", "windowed"])
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_who_comes_back_computes_less_than_a_page_again(monkeypatch, request, kind, chunk):
+    """Nothing is shared, and much does not fit: with room below, each resumption costs the end of a last page."""
+    computed = {}
+    for tiers in ((), (HostTier(10**6),)):
+        rng = random.Random(11)
+        settings = dict(num_pages=14, max_batch=3, prefill_chunk=chunk, max_length=40, schedule="fcfs")
+        engine = text_engine(monkeypatch, request.getfixturevalue(kind), tiers=tiers, **settings)
+        prompts = [[i, *(rng.randrange(UNSOUND) for _ in range(rng.randrange(9, 20)))] for i in range(20)]
+        asked = {engine.submit(each, 20): [continued(each, 20)] for each in prompts}
+        assert engine.run() == asked
+        preemptions = engine.stats().preemptions
+        again = engine._device.read_tokens - sum(map(len, prompts))
+        computed[bool(tiers)] = again
+        if tiers:  # one of these tokens is its last one, which was not in a page before
+            assert preemptions > 5 and again <= preemptions * engine.page_size
+        at_rest(engine)
+    assert computed[True] < computed[False]
+
+
+def test_a_prompt_that_is_being_read_keeps_its_pages(monkeypatch, plain):
+    """One that leaves after half of its prompt goes on there."""
+    engine = text_engine(monkeypatch, plain, prefill_chunk=8)
+    gone = engine.submit(range(40), 3)
+    for _ in range(3):
+        engine.step()
+    gone.cancel()
+    engine.step()
+    assert engine._device.read_tokens == 24
+    again = engine.submit(range(40), 3)
+    assert engine.run() == {again: [continued(range(40), 3)]}
+    assert engine._device.read_tokens == 40
+    at_rest(engine)
+
+
+def test_what_is_below_outlives_an_error_in_a_tick(monkeypatch, plain):
+    """The device's pages are lost, and who runs with them; who waits goes on, with what the tiers have."""
+    engine = text_engine(monkeypatch, plain, max_batch=1, tiers=(HostTier(10**6),))
+    engine.submit(range(20), 2)
+    engine.run()
+    engine.save_prefixes()
+    failed, waits = engine.submit(range(22), 9), engine.submit(range(24), 4)
+    for _ in range(3):
+        engine.step()
+    engine._device.fails = lambda what: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine._device.fails = None
+    assert failed.state == "failed" and "ZeroDivisionError" in str(failed.error)
+    assert failed.tokens[0] == continued(range(22), 9)[: len(failed.tokens[0])]
+    assert engine._scheduler.pool.cached_pages == 0
+    assert engine.run() == {waits: [continued(range(24), 4)]}
+    assert engine.stats().tier_prompt_tokens == (20,)
+    at_rest(engine)
 
 
 def test_prefixes_outlive_an_engine(monkeypatch, plain, tmp_path):

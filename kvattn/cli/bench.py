@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from kvattn import measure
-from kvattn.cli import parse, show
+from kvattn.cli import bench_engine, parse, show
 from kvattn.errors import ConfigError
 from kvattn.memory import MODELS
 
@@ -27,8 +27,13 @@ DType = Annotated[str, parse.option("DTYPE", "Of queries and tokens: bfloat16, f
 CodecOption = Annotated[str | None, parse.option("CODEC", "Cache in int8, float8 or int4:64.")]
 
 
+_OF_A_LAYER = ("model", "heads", "kv_heads", "head_dim", "context", "window", "implementation", "repeats")
+_OF_AN_ENGINE = ("checkpoint", "conversations", "turns", "shared", "new", "pages", "page_size")
+
+
 @show.reports_errors
 def bench(
+    ctx: typer.Context,
     model: Model = None,
     heads: Heads = None,
     kv_heads: KVHeads = None,
@@ -42,9 +47,43 @@ def bench(
         list[str] | None, parse.option("NAME", "Time this one; may be given several times. Default: the best.")
     ] = None,
     repeats: Annotated[str, parse.option("INT", "Timings; the median counts.")] = "15",
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Measure an engine instead: conversations, with prefixes kept and without.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, parse.option("CHECKPOINT", "Of the engine: as for `kvattn generate`. Default: random weights.")
+    ] = None,
+    conversations: Annotated[str, parse.option("INT", "Of the engine, at a time.")] = "8",
+    turns: Annotated[str, parse.option("INT", "Of each conversation.")] = "3",
+    shared: Annotated[str, parse.option("INT", "Tokens that all conversations begin with.")] = "256",
+    new: Annotated[str, parse.option("INT", "Tokens of an answer.")] = "24",
+    pages: Annotated[str | None, parse.option("INT", "Of the engine's pool. Default: room for all.")] = None,
+    page_size: Annotated[str | None, parse.option("INT", "Tokens per page (16).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:
-    """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run."""
+    """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run. Or a whole engine."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    strange = [name for name in (_OF_A_LAYER if engine else _OF_AN_ENGINE) if name in given]
+    if strange:
+        raise ConfigError(f"--{strange[0].replace('_', '-')} {'does not go' if engine else 'goes'} with --engine.")
+    if engine:
+        chosen, plain = parse.codec(codec)
+        _refuse_dtypes(codec, plain, dtype)
+        chat = bench_engine.Chat(
+            conversations=parse.required("conversations", conversations),
+            turns=parse.required("turns", turns),
+            shared=parse.required("shared", shared, 0),
+            new=parse.required("new", new),
+        )
+        settings = bench_engine.Settings(
+            num_pages=parse.count("pages", pages),
+            page_size=parse.count("page-size", page_size),
+            max_batch=parse.required("batch", batch),
+            codec=chosen,
+        )
+        _bench_engine(checkpoint, dtype if "dtype" in given else None, chat, settings, as_json)
+        return
     case = _case(_heads(model, heads, kv_heads, head_dim), batch, context, window, dtype, codec)
     times = parse.required("repeats", repeats)
     names: list[str | None] = list(implementation or [None])
@@ -142,14 +181,43 @@ def _heads(model: str | None, heads: str | None, kv_heads: str | None, head_dim:
     return given if model is None else {name: getattr(MODELS[model], name) for name in texts} | given
 
 
-def _case(
-    heads: dict[str, int], batch: str, context: str, window: str | None, dtype: str, codec: str | None
-) -> measure.Case:
-    chosen, plain = parse.codec(codec)
+def _bench_engine(
+    checkpoint: Path | None, dtype: str | None, chat: bench_engine.Chat, settings: bench_engine.Settings, as_json: bool
+) -> None:
+    """Runs the conversations with prefixes kept and without, and prints what came of it."""
+    with show.waiting("reading ..."):
+        model, name = bench_engine.opened(checkpoint, dtype)
+    runs = []
+    for keeps in (True, False):
+        with show.progress("prefixes kept" if keeps else "without") as progress:
+            runs.append(bench_engine.measured(model, chat, settings, keeps, progress))
+    kind = jax.devices()[0].device_kind
+    if as_json:
+        content = {
+            "device": kind,
+            "model": name,
+            "chat": dataclasses.asdict(chat),
+            "settings": dataclasses.asdict(settings) | {"codec": settings.codec and repr(settings.codec)},
+            "runs": [dataclasses.asdict(run) | {"hit_rate": run.hit_rate} for run in runs],
+        }
+        typer.echo(json.dumps(content, indent=1))
+        return
+    show.display(*bench_engine.screen(f"{kind}, {name}", chat, settings, runs))
+
+
+def _refuse_dtypes(codec: str | None, plain: str | None, dtype: str) -> None:
+    """Refuses a codec that is only a dtype, and dtypes that are not known."""
     if plain is not None and plain != dtype:
         raise ConfigError(f"--codec {codec} is no codec but a dtype: give it as --dtype {plain}.")
     if dtype not in parse.DTYPES:
         raise ConfigError(f"unknown --dtype {dtype!r}; the known ones are {', '.join(parse.DTYPES)}.")
+
+
+def _case(
+    heads: dict[str, int], batch: str, context: str, window: str | None, dtype: str, codec: str | None
+) -> measure.Case:
+    chosen, plain = parse.codec(codec)
+    _refuse_dtypes(codec, plain, dtype)
     return measure.Case(
         **heads,
         batch_size=parse.required("batch", batch),

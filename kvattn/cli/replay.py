@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
@@ -45,7 +41,7 @@ def replay_trace(
         from kvattn.cli.replay_plot import draw
 
         writable(plot)
-    with _progress(f"reading {trace.name}") as progress:
+    with show.progress(f"reading {trace.name}") as progress:
         requests = read_trace(trace, progress=progress)
     if not requests:
         raise ConfigError(f"{trace} holds no requests.")
@@ -80,21 +76,9 @@ def steps(sizes: Sequence[int], distinct: int) -> list[int]:
 def _replayed(requests: Sequence[TraceRequest], sizes: Sequence[int], block_size: int) -> list[Replay]:
     results = []
     for size in sizes:
-        with _progress(f"{size:,} blocks") as progress:
+        with show.progress(f"{size:,} blocks") as progress:
             results.append(replay(requests, num_blocks=size, block_size=block_size, progress=progress))
     return results
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A function that moves a bar on a terminal's standard error; None where there is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _bytes_per_token(name: str) -> int:

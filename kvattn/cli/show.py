@@ -4,10 +4,11 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import typer
 from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvattn.errors import KVAttnError
@@ -28,6 +29,18 @@ def waiting(what: str) -> contextlib.AbstractContextManager[object]:
     if not sys.stderr.isatty():
         return contextlib.nullcontext()
     return Console(stderr=True).status(what)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
+    """A function of what is done and of all, which moves a bar on a terminal's standard error; None without one."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def display(*parts: RenderableType) -> None:

@@ -6,6 +6,7 @@ copies pages. Nothing else is compiled, whatever is submitted.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -23,15 +24,15 @@ from kvattn.models.decoder import Decoder
 from kvattn.models.programs import ProgramsOf, Weights
 from kvattn.models.sampling import Sampler
 from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.pieces import Pieces, scattered
+from kvattn.serving.pieces import Pieces
 from kvattn.serving.prefixes import Copies
 from kvattn.serving.reads import Shared
+from kvattn.serving.tables import Tables
 
 AT_ONCE = 8
 """Pages that are read from the device, or put back, by one call."""
 
 Caches = tuple[PagedKVCache, ...]
-Tables = tuple[Int32[np.ndarray, "B W"], ...]
 
 
 class Came(NamedTuple):
@@ -232,11 +233,16 @@ class Device:
     Args:
         model: the decoder.
         cache: its caches in pages, which every call takes over.
+
+    Attributes:
+        seconds: spent in calls of compiled programs, and in waiting for what they bring.
     """
 
     def __init__(self, model: Decoder, cache: Caches):
         self.model = model
-        self.weights, self.programs = PROGRAMS.of(model)
+        self.seconds = 0.0
+        self.weights, programs = PROGRAMS.of(model)
+        self.programs = Programs(*(cast(Any, self._timed(program)) for program in programs))
         self.groups = groups_of(cache)
         self.num_rows = cache[0].batch_size
         self.widths = [group.max_pages for group in self.groups]
@@ -275,10 +281,6 @@ class Device:
             placed = self._placed_settings = self._place(jax.tree.map(np.array, self._settings))
         return placed
 
-    def row_tables(self, rows: Sequence[int], tables: Sequence[Int32[np.ndarray, "M W"]]) -> Tables:
-        """The tables of all rows, from those of some."""
-        return tuple(scattered(table, rows, self.num_rows) for table in tables)
-
     # What it does.
 
     def copy(self, copies: Sequence[Copies]) -> None:
@@ -316,10 +318,9 @@ class Device:
             given = self._place(tokens)
         return self._taken_on(self.programs.step, tables, self._mask(held), self._mask(goes), given, shared)
 
-    def on_host(self, came: Came) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What came; waits for it."""
-        new, logprob, status = (np.asarray(x) for x in came)
-        return new, logprob, status
+    def on_host[T](self, arrays: T) -> T:
+        """A tree of arrays on the host; waits for them."""
+        return self._timed(jax.tree.map)(np.asarray, arrays)
 
     def verify(
         self, tables: Tables, held: Sequence[int], goes: Sequence[int], guesses: dict[int, list[int]], most: int
@@ -339,7 +340,7 @@ class Device:
         tokens = np.full((self.num_rows,), loop.NOTHING, np.int32)
         tokens[list(given)] = list(given.values())
         found, self.cache = self.programs.grow(self.weights, self.cache, tables, self._mask(held), tokens, count)
-        return Candidates(*map(np.asarray, found))
+        return self.on_host(found)
 
     def move(self, source: dict[int, int]) -> None:
         """Rows take over the past of others."""
@@ -395,6 +396,18 @@ class Device:
         self.rows, came, self.cache = program(self.weights, self.cache, self.rows, self.settings, *given)
         jax.copy_to_host_async(tuple(came))
         return came
+
+    def _timed[**P, T](self, call: Callable[P, T]) -> Callable[P, T]:
+        """A call whose time is counted."""
+
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
 
     def _mask(self, rows: Sequence[int]) -> Bool[np.ndarray, " B"]:
         mask = np.zeros((self.num_rows,), bool)

@@ -102,9 +102,9 @@ class GroupedPool:
         """A sequence's table in every group; see `BlockPool.table`."""
         return tuple(pool.table(seq) for pool in self.pools)
 
-    def pages(self, seq: Hashable) -> Blocks:
-        """A sequence's tables page by page, as `RadixTree.insert` takes them."""
-        tables = self.tables(seq)
+    def pages(self, seq: Hashable, count: int | None = None) -> Blocks:
+        """A sequence's tables page by page, as `RadixTree.insert` takes them; the first so many."""
+        tables = tuple(table[:count] for table in self.tables(seq))
         if len(tables) == 1:
             return tables[0]
         if len({len(table) for table in tables}) > 1:

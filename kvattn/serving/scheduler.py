@@ -197,7 +197,7 @@ class Scheduler:
     def _leave(self, job: Job, sequence: Text, keep: bool, is_over: bool = False) -> None:
         """Takes a sequence's pages back; where it is over, its last token was never appended."""
         if sequence in self.pool:
-            if keep and not job.prefills:
+            if keep:
                 self.pool.keep(sequence, self._appended(job, sequence, is_over))
             self.pool.close(sequence)
         if sequence.row != NO_ROW and not job.is_beam:
@@ -213,6 +213,9 @@ class Scheduler:
 
     def _appended(self, job: Job, sequence: Text, is_over: bool) -> Tokens:
         """A sequence's tokens that lie in its pages, as far as they are known."""
+        for prefill in job.prefills:
+            if prefill.text is sequence:  # what has been read of them
+                return prefill.tokens[: prefill.done]
         if job.is_beam or is_over:
             return job.text(sequence)[:-1]
         return job.text(sequence)[: len(job.prompt) + min(len(sequence.new), sequence.num_drawn - 1)]

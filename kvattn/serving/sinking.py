@@ -1,9 +1,6 @@
 """The way of pages from the device into the tiers below it, and back."""
 
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from kvattn.serving.below import Below
 from kvattn.serving.counts import NO_BLOCK
@@ -35,7 +32,9 @@ class Sinking:
         """Gives the tiers what has been read."""
         under_way, self._under_way = self._under_way, []
         for names, rows, parts in under_way:
-            pages = [{n: x[i] for n, x in part.items()} for part in map(_on_host, parts) for i in range(AT_ONCE)]
+            pages = [
+                {n: x[i] for n, x in part.items()} for part in map(self._device.on_host, parts) for i in range(AT_ONCE)
+            ]
             records = []
             for name, row, arrays in zip(names, rows, pages, strict=False):
                 specs = name.kind.arrays
@@ -56,7 +55,3 @@ class Sinking:
         """Nothing is on its way any more: what the device held is lost."""
         self.below.take()
         self._under_way.clear()
-
-
-def _on_host(part: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in part.items()}

@@ -25,7 +25,9 @@ class Stats(Mapping[str, Any]):
         finished: requests that came to their end.
         failed: requests that could not go on.
         ticks: calls of `Engine.step`.
-        tokens_per_second: new tokens by the time spent in them.
+        tokens_per_second: new tokens by the time spent in ticks.
+        host_seconds: of that time, what the host took for itself: neither in calls of compiled programs nor in waiting
+            for what they bring.
         tier_prompt_tokens: of `cached_prompt_tokens` those that came from each tier.
         tiers: what each tier has seen.
     """
@@ -44,6 +46,7 @@ class Stats(Mapping[str, Any]):
     failed: int = 0
     ticks: int = 0
     tokens_per_second: float = 0.0
+    host_seconds: float = 0.0
     tier_prompt_tokens: tuple[int, ...] = ()
     tiers: tuple[TierCounters, ...] = ()
 

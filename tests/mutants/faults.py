@@ -1317,6 +1317,15 @@ FAULTS: list[Fault] = [
         test_serving_bad_input.py::test_rows
         """,
         ("BlockPool.free", "self._sequences.pop(", "self._sequences.get("),
+        *(
+            (
+                name,
+                "has_changed = True",
+                "has_changed = False",
+                "test_serving_scheduler.py::test_tables_of_rows_are_those_of_their_texts",
+            )
+            for name in ("BlockPool.append", "BlockPool.forget", "_Sequence.__init__")
+        ),
         ("BlockPool.free", "reversed(state.table[state.forgotten :])", "reversed(state.table[state.forgotten : -1])"),
         ("BlockPool.forget", "            state.forgotten = end\n", ""),
         ("BlockPool.forget", "            self._counts.let_go(gone)\n", ""),
@@ -1515,6 +1524,12 @@ FAULTS: list[Fault] = [
         test_serving_groups.py::test_windows_give_blocks_back_and_reuse_them
         test_serving_groups.py::test_gpt_oss_20b
         """,
+        (
+            "GroupedPool.pages",
+            "table[:count]",
+            "table",
+            "test_serving_scheduler.py::test_who_comes_back_computes_less_than_a_page_again",
+        ),
         ("LayerGroup.unseen", "length - self.window + 1", "length - self.window + 2"),
         ("LayerGroup.unseen", "length - self.window + 1", "length - 2 * self.window"),
         (
@@ -1772,6 +1787,9 @@ FAULTS: list[Fault] = [
         "serving/scheduler.py",
         "test_serving_scheduler.py",
         ("Scheduler._first", "by_rank[0].passed >= PATIENCE", "by_rank[0].passed > 10**9"),
+        ("Scheduler._appended", "prefill.tokens[: prefill.done]", "prefill.tokens[: prefill.start]"),
+        ("Scheduler._appended", "prefill.tokens[: prefill.done]", "prefill.tokens"),
+        ("Scheduler._leave", "            if keep:\n", "            if False:\n"),
         ("Scheduler._first", "key = -job.priority, -known", "key = -job.priority, known"),
         ("Scheduler._first", "and not self._comes_soon(job, known)", ""),
         ("Scheduler._comes_soon", "if other.namespace == job.namespace", "if True"),
@@ -1787,7 +1805,6 @@ FAULTS: list[Fault] = [
         ("Scheduler._room", "self.pool.length(sequence), 0)", "0, 0)"),
         ("Scheduler._room", "seen=appended", "seen=None"),
         ("Scheduler._leave", "self.pool.close(sequence)", "pass"),
-        ("Scheduler._leave", "keep and not job.prefills", "keep"),
         ("Scheduler._let_in", "pool.close(prefill.text)", "pass"),
         ("Scheduler._finish_reading", "- len(job.prompt) + 1", "- len(job.prompt)"),
         ("Scheduler._read", "start // self._chunk * self._chunk + self._chunk", "start + self._chunk"),
@@ -1814,7 +1831,30 @@ FAULTS: list[Fault] = [
         ("Engine._collect", "job.owner.is_over", "False"),
         ("Engine._sweep", 'keep=job.owner.state != "failed"', "keep=True"),
         ("Engine._take", "request.cancel()", "pass"),
+        (
+            "Engine.stats",
+            "self._seconds - self._device_seconds",
+            "self._seconds",
+            "test_serving_engine.py::test_tokens_are_those_of_each_alone",
+        ),
         ("Engine.step", "keep = 1 if tick and not self._speculate else 0", "keep = 1 if tick else 0"),
+    ),
+    *group(
+        "cli/bench_engine.py",
+        "test_cli.py::test_what_an_engine_is_measured_by",
+        ("measured", "max(pages, stats.pages)", "stats.pages"),
+        ("measured", "prefix_cache=keeps_prefixes", "prefix_cache=True"),
+        ("measured", "[*tokens, *request.tokens[0]]", "[*tokens, *request.tokens[0][1:]]"),
+        ("Chat.num_new", "self.turns * self.new", "self.new"),
+    ),
+    *group(
+        "serving/tables.py",
+        "test_serving_scheduler.py::test_tables_of_rows_are_those_of_their_texts",
+        ("RowTables.of", " or text in changed", ""),
+        ("RowTables.of", "text is not self._texts[row] or ", ""),
+        ("RowTables.of", "table[rows] = NO_BLOCK", "pass"),
+        ("RowTables.of", "np.array(table)", "table"),
+        ("RowTables.of", "        if rows:\n", "        if True:\n"),
     ),
     *group(
         "serving/limits.py",
