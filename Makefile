@@ -48,6 +48,7 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev kernels-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --shapes=1 $(TESTS)
 	$(MAKE) mutants MUTANTS="--sample 30"
 
 # Planted faults: each must fail a test. MUTANTS="--sample 30" plants 30 of them, others every day; MUTANTS="kivi
@@ -66,8 +67,9 @@ $(VENV)/.aot: pyproject.toml $(VENV)/.demo
 kernels-aot: $(VENV)/.aot
 	$(BIN)/python benchmarks/kernels_aot.py
 
+# Annotations of shapes are checked in one test of eight, which makes these twice as slow; test-full checks all.
 test-oldest:
-	$(MAKE) test JAX_VERSION=$(OLDEST_JAX) TESTS="$(CORE)"
+	$(MAKE) test JAX_VERSION=$(OLDEST_JAX) TESTS="--shapes=8 $(CORE)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
