@@ -696,8 +696,9 @@ def test_lives(monkeypatch, plain, windowed):
 
 
 @FULL_RUN
-def test_many_lives(monkeypatch, plain, windowed):
-    for seed in range(1000, 1100):
+@pytest.mark.parametrize("first", range(1000, 1100, 10))
+def test_many_lives(monkeypatch, plain, windowed, first):
+    for seed in range(first, first + 10):
         lives(monkeypatch, plain, windowed, seed, 200)
 
 
