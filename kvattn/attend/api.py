@@ -118,5 +118,6 @@ def writer(store: Store, implementation: Implementation = None) -> Blocks:
         implementation: as in `choose`; the first one decides.
     """
     record = named(candidates(implementation)[0])
-    writes = record.writer is not None and record.blocked() is None and not store.on_host
-    return record.writer()(store) if writes else store
+    if record.writer is None or record.blocked() is not None or store.on_host:
+        return store
+    return record.writer()(store)

@@ -24,6 +24,10 @@ from kvattn.codecs.base import accumulator
 QUERY_ROWS = 512
 """Rows of the score matrix per key/value head and block: new tokens times query heads per group."""
 
+HOST_SCORES = 2**25
+"""Scores that are computed at once, 128 MiB, where each block of queries has all keys and values come over from the
+host: then so many rows as that makes, if they are more."""
+
 
 def unsupported(request: Request) -> str | None:
     """Why this implementation cannot take the request; None: it can."""
@@ -57,8 +61,11 @@ def attend(request: Request) -> Result:
 
 def _query_blocks(request: Request) -> tuple[int, int]:
     """Queries per block, and the number of blocks."""
-    length, group = request.query.shape[1], request.query.shape[2] // request.view.num_kv_heads
-    size = max(1, min(length, QUERY_ROWS // group))
+    view, (batch, length, heads, _) = request.view, request.query.shape
+    group, rows = heads // view.num_kv_heads, QUERY_ROWS
+    if view.on_host:
+        rows = max(rows, HOST_SCORES // (batch * view.num_kv_heads * view.layout.rows))
+    size = max(1, min(length, rows // group))
     return size, -(-length // size)
 
 
