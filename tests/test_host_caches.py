@@ -298,6 +298,18 @@ def test_generated_tokens():
     assert set().union(*map(kinds, caches)) == {"pinned_host"}
 
 
+def test_an_encoder():
+    query, key, value = tokens(9)
+    lengths = [9, 4, 0, 1]
+    far, near = (
+        kvattn.KVCache.from_encoder(key, value, lengths, memory_kind=kind) for kind in ("pinned_host", "device")
+    )
+    assert kinds(far) == {"pinned_host"} and far.is_static
+    assert_same(far, near)
+    attend = lambda cache: kvattn.cached_attention(query, None, None, cache)[0]
+    np.testing.assert_array_equal(np.asarray(attend(far)), np.asarray(attend(near)))
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +355,19 @@ def test_derivatives_and_vmap(filled):
     stacked = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[None], x.sharding), filled[1])
     with pytest.raises(UnsupportedError, match=r"jax.vmap"):
         jax.vmap(lambda cache: kvattn.cached_attention(query, key, value, cache)[0])(stacked)
+
+
+def test_derivatives_that_pass(filled):
+    """Those of the queries; and where a codec rounds, which passes them by, those of the call's keys and values."""
+    args = tokens(1)
+    loss = lambda query, key, value, cache: jnp.sum(kvattn.cached_attention(query, key, value, cache)[0] ** 2)
+    near, far = (jax.grad(loss)(*args, cache) for cache in filled)
+    np.testing.assert_array_equal(np.asarray(far), np.asarray(near))
+    caches = (made(kind, codec=kvattn.Int8()) for kind in (Layout, HostLayout))
+    near, far = (jax.grad(loss, argnums=(0, 1, 2))(*args, cache) for cache in caches)
+    for a, b in zip(near, far, strict=True):
+        np.testing.assert_array_equal(np.asarray(b), np.asarray(a))
+    assert np.abs(np.asarray(far[2])).max() > 0
 
 
 def test_stages_refuse_them(filled):

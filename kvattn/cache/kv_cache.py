@@ -151,6 +151,7 @@ class KVCache(Cache):
         *,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        memory_kind: str | None = None,
     ) -> "KVCache":
         """A static cache for cross-attention: the encoder's keys and values, written once.
 
@@ -160,6 +161,7 @@ class KVCache(Cache):
             lengths: int32 [B], real tokens per row (right padded). None: S.
             codec: how they are stored. None: as they are.
             dtype: None: the dtype of `key`.
+            memory_kind: as in `create`.
 
         Returns:
             a cache with ``is_static``; `kvattn.cached_attention` takes it with key and value None.
@@ -182,6 +184,7 @@ class KVCache(Cache):
             codec=codec,
             dtype=key.dtype if dtype is None else dtype,
             value_head_dim=value.shape[3],
+            memory_kind=memory_kind,
         )
         lengths = length if lengths is None else lengths
         lengths = _checks.counts("lengths", lengths, batch, 0, length)
