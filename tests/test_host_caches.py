@@ -214,6 +214,7 @@ def test_a_larger_cache_needs_no_more_of_the_device():
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 32 * more < size / 16
 
 
+@pytest.mark.wrong_types
 def test_a_block_is_fetched_once_while_the_one_before_is_computed():
     """In the order in which a program has it, so that the copy can begin first."""
     events = []
@@ -233,6 +234,19 @@ def test_a_block_is_fetched_once_while_the_one_before_is_computed():
         kvattn.attend.xla._Walk.over_blocks(walk, fetch, step, jnp.int32(0))
     order = [("fetch", 2), ("fetch", 3), ("compute", 2), ("fetch", 4), ("compute", 3), ("compute", 4)]
     assert events == order
+
+
+def test_a_prompt_has_the_cache_come_over_once(filled):
+    """Queries are cut only where their scores would not fit: each of their blocks reads all keys and values."""
+    query, positions = jnp.zeros((B, 4096, N, H)), jnp.zeros((B, 4096), jnp.int32)
+    requests = (kvattn.attend.Request(query, positions, x.view(), None, mask=Mask(), scale=1.0) for x in filled)
+    near, far = map(kvattn.attend.xla._query_blocks, requests)
+    assert near == (256, 16) and far == (4096, 1)
+    large = dataclasses.replace(
+        filled[1].view(), layout=HostLayout(SLOTS, 4096, True)
+    )  # of as many slots as scores fit
+    request = kvattn.attend.Request(query, positions, large, None, mask=Mask(), scale=1.0)
+    assert kvattn.attend.xla._query_blocks(request) == (512, 8)
 
 
 # What one does with them ----------------------------------------------------------------------------------------------
@@ -375,7 +389,7 @@ def test_stages_refuse_them(filled):
         sharding.layer_caches(lambda: filled[1], 2, 1)
     with pytest.raises(UnsupportedError, match=r"stages.*host"):
         mesh = jax.make_mesh((1,), ("stage",))
-        sharding.pipeline(None, jnp.ones((1,)), jnp.ones((1, 2)), [filled[1]], mesh=mesh)
+        sharding.pipeline(lambda w, x, cache: (x, cache), jnp.ones((1,)), jnp.ones((1, 2)), [filled[1]], mesh=mesh)
 
 
 def test_a_row_that_does_not_exist(filled):

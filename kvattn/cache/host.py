@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Int32, Shaped
 
 from kvattn import _manual
@@ -50,9 +50,9 @@ def is_on_host(x: object) -> bool:
     return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def to_host(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def to_host(x: Shaped[ArrayLike, "*shape"]) -> Shaped[Array, "*shape"]:
     """The array in the host's memory; on a mesh, split as it was."""
-    return x if is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
+    return x if isinstance(x, jax.Array) and is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
 
 
 def to_device(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
