@@ -77,11 +77,11 @@ CASES = {
 ON_HOST = {
     "GQA 32/8": Case(on_host=True),
     "GQA 32/8, 8 times the slots": Case(on_host=True, slots=32768),
-    "GQA 32/8, Int4(64)": Case(on_host=True, codec=kvattn.Int4(64)),
     "GQA 32/8, 512 tokens": Case(on_host=True, new=512),
     "heads of 64": Case(on_host=True, size=64),
 }
-"""Steps of `"xla"` over caches in the host's memory."""
+"""Steps of `"xla"` over caches in the host's memory. Without codes of eight bits: the compiler lays these out otherwise
+where a block is written than where it is kept, and brings the whole array over to do so."""
 
 
 def first_device(target: str) -> Any:
