@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn.attend import Request
-from kvattn.cache import Layout
+from kvattn.cache import HostLayout, Layout
 from kvattn.masks import Mask
 from kvattn.pallas import tpu_decode
 
@@ -40,6 +40,7 @@ class Case:
     new: int = 1
     mask: Mask = CAUSAL
     mass: bool = False
+    on_host: bool = False
 
 
 CASES = {
@@ -73,6 +74,15 @@ CASES = {
     "pool of 2^31 numbers and more": Case(page_size=128, slots=65536, batch=33),
 }
 
+ON_HOST = {
+    "GQA 32/8": Case(on_host=True),
+    "GQA 32/8, 8 times the slots": Case(on_host=True, slots=32768),
+    "GQA 32/8, 512 tokens": Case(on_host=True, new=512),
+    "heads of 64": Case(on_host=True, size=64),
+}
+"""Steps of `"xla"` over caches in the host's memory. Without codes of eight bits: the compiler lays these out otherwise
+where a block is written than where it is kept, and brings the whole array over to do so."""
+
 
 def first_device(target: str) -> Any:
     """A device to compile for; there need be none."""
@@ -101,17 +111,19 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
                 codec=codec,
                 dtype=case.dtype,
             )
-        layout = Layout(slots, slots, False)
+        layout = HostLayout.best(slots, 0, "tpu", size) if case.on_host else Layout(slots, slots, False)
         return kvattn.KVCache.create(
             batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, layout=layout
         )
 
-    def on_device(x):
+    def on_device(x, axes):
         # Eight-bit floats are bits in uint8 on CPUs only.
         narrow = isinstance(codec, kvattn.Float8) and x.dtype == jnp.uint8
-        return jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn if narrow else x.dtype, sharding=sharding)
+        where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding
+        return jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn if narrow else x.dtype, sharding=where)
 
-    cache = jax.tree.map(on_device, jax.eval_shape(make))
+    shapes = jax.eval_shape(make)
+    cache = jax.tree.map(on_device, shapes, shapes.axes)
     query, new = (
         jax.ShapeDtypeStruct((batch, case.new, n, size), dtype, sharding=sharding)
         for n, dtype in ((heads, case.query or case.dtype), (kv_heads, case.dtype))

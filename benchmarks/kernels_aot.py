@@ -9,6 +9,9 @@ memory, cache-sized copies, and of a donated cache what is not updated in place.
 (`tpu_bundles.py`). Ends with status 1 if a program does not compile, needs temporary memory of the cache's size or
 copies it, if a schedule cannot be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
 
+A third program is the step of `"xla"` over a cache in the host's memory (`memory_kind="pinned_host"`): the host has the
+cache, in place, and the device a few blocks.
+
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
 flight, and the same of the step; what is refused says why. Status 1 for a spill too, and for programs that do not
 fit a multiprocessor together.
@@ -25,6 +28,8 @@ import jax
 import tpu_bundles
 from rich.console import Console
 from rich.table import Table
+
+from kvattn.cache.base import nbytes_of
 
 GPUS = ("h200", "b200")
 
@@ -123,6 +128,37 @@ def print_tpu(console: Console, target: str) -> int:
     return failures
 
 
+def print_host(console: Console, target: str) -> int:
+    """Prints what steps over caches in the host's memory need of a TPU, and returns how many are not well.
+
+    Well: the host has the cache, updated in place, and what the device needs is a few blocks, whatever the capacity.
+    """
+    device, failures = aot_cases.first_device(target), 0
+    table = Table(title=f"{target}: keys and values on the host", title_justify="left")
+    for name in ("case", "cache MiB", "block MiB", "host MiB", "not in place KiB", "device: temporary MiB"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for name, case in aot_cases.ON_HOST.items():
+        try:
+            cache = aot_cases.arguments(device, case)[2]
+            needed = aot_cases.append(device, case, "xla").memory_analysis()
+            stored = sum(nbytes_of(x) for x in jax.tree.leaves((cache.keys, cache.values)))
+            block, moved = stored / cache.layout.num_blocks, stored - needed.host_alias_size_in_bytes
+            numbers = case.batch * case.kv_heads * cache.layout.rows * case.size
+            read = max(block, 2 * 2 * numbers)  # codes are widened, block by block
+            temporary, scores = needed.temp_size_in_bytes, 4 * case.batch * case.heads * case.new * cache.layout.rows
+            well = moved <= 0 and needed.host_argument_size_in_bytes >= stored and needed.host_temp_size_in_bytes == 0
+            well &= temporary <= 3 * read + 3 * scores
+            figures = (stored, block, needed.host_argument_size_in_bytes)
+            row = [f"{size / 2**20:.0f}" for size in figures] + [f"{max(moved, 0) / 2**10:.0f}"]
+            row.append(f"{temporary / 2**20:.1f}")
+        except Exception as error:  # whatever the compiler says is the answer
+            well, row = False, ["", "", "", "", f"failed: {str(error).splitlines()[0][:60]}"]
+        failures += not well
+        table.add_row(name if well else f"{name} (!)", *row)
+    console.print(table)
+    return failures
+
+
 def main() -> int:
     """Compiles all, prints, says whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +168,7 @@ def main() -> int:
     console, failures = Console(highlight=False, width=150), 0
     for target in (t for t in args.targets if t in aot_cases.TOPOLOGIES):
         failures += print_tpu(console, target)
+        failures += print_host(console, target)
     for target in (t for t in args.targets if t in tpu_bundles.TARGETS):
         failures += not print_bundles(console, target)
     for target in (t for t in args.targets if t in GPUS):

@@ -563,6 +563,14 @@ def test_generate_with_settings(checkpoint):
     assert re.findall(r"w\d+", done.stdout)[1:] == [f"w{t}" for t in expected]
 
 
+@pytest.mark.parametrize("kind", [None, "device", "pinned_host"])
+def test_generate_from_the_hosts_memory(monkeypatch, kind):
+    given = []
+    monkeypatch.setattr(kvattn.models, "generate", lambda *args, **options: given.append(options) or [[7]])
+    done = call("generate", BYTES, "--prompt", "x", *(() if kind is None else ("--cache-memory", kind)))
+    assert done.exit_code == 0 and given[0].get("memory_kind") == kind
+
+
 def test_generate_samples_and_searches(checkpoint):
     model = kvattn.models.from_pretrained(checkpoint)
     words = ("generate", checkpoint, "--prompt", "w5 w17 w3", "--max-new-tokens", 4, "--ignore-end")
@@ -597,6 +605,8 @@ def test_generate_with_a_model_of_bytes():
         ((BYTES, "--prompt", "x", "--dtype", "int8"), "unknown --dtype"),
         ((BYTES, "--prompt", "x", "--start-token", "256"), "--start-token must lie in [0, 256), got 256"),
         ((BYTES, "--prompt", ""), "prompt 0"),
+        ((BYTES, "--prompt", "x", "--cache-memory", "disk"), "unknown --cache-memory 'disk'"),
+        ((BYTES, "--prompt", "x", "--beams", 2, "--cache-memory", "pinned_host"), "leave --cache-memory out"),
     ],
 )
 def test_generate_refuses(words, part):

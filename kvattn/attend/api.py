@@ -22,8 +22,8 @@ from kvattn.errors import ConfigError, UnsupportedError
 Implementation = str | Sequence[str] | None
 """What `implementation=` takes: a name, several to try in order, or None for the best that works."""
 
-register(Record("reference", lambda: reference, is_complete=True))
-register(Record("xla", lambda: xla, is_complete=True))
+register(Record("reference", lambda: reference, is_complete=True, reads_host=True))
+register(Record("xla", lambda: xla, is_complete=True, reads_host=True))
 
 
 def candidates(implementation: Implementation) -> tuple[str, ...]:
@@ -59,6 +59,8 @@ def choose(request: Request, implementation: Implementation = None) -> tuple[str
     reasons = []
     for name in candidates(implementation):
         reason = unsupported(name)
+        if reason is None and request.view.on_host and not named(name).reads_host:
+            reason = "it reads the device's memory, and these keys and values lie in the host's; \"xla\" brings them"
         if reason is None:
             reason = named(name).load().unsupported(request)
         if reason is None:
@@ -116,4 +118,6 @@ def writer(store: Store, implementation: Implementation = None) -> Blocks:
         implementation: as in `choose`; the first one decides.
     """
     record = named(candidates(implementation)[0])
-    return store if record.writer is None or record.blocked() is not None else record.writer()(store)
+    if record.writer is None or record.blocked() is not None or store.on_host:
+        return store
+    return record.writer()(store)

@@ -64,6 +64,8 @@ class Implementation:
         blocked: why it cannot run in this process at all, to follow "it"; returns None where it can.
         is_complete: whether it has derivatives of its own, and gives nothing of NaN values to queries that may not
             attend to them. Where it has not, both are added: derivatives are those of "reference".
+        reads_host: whether it reads keys and values that lie in the host's memory (`View.on_host`): through the view's
+            blocks, never the arrays themselves.
         writer: hands over what writes single tokens by a kernel: called with a cache's store, it returns one that takes
             its place. None: XLA writes.
         tuning: what can be tuned of it. None: nothing.
@@ -74,6 +76,7 @@ class Implementation:
     platform: str | None = None
     blocked: Callable[[], str | None] = lambda: None
     is_complete: bool = False
+    reads_host: bool = False
     writer: Callable[[], Callable[[Any], Any]] | None = None
     tuning: Tuning | None = None
 

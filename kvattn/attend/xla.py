@@ -24,6 +24,10 @@ from kvattn.codecs.base import accumulator
 QUERY_ROWS = 512
 """Rows of the score matrix per key/value head and block: new tokens times query heads per group."""
 
+HOST_SCORES = 2**25
+"""Scores that are computed at once, 128 MiB, where each block of queries has all keys and values come over from the
+host: then so many rows as that makes, if they are more."""
+
 
 def unsupported(request: Request) -> str | None:
     """Why this implementation cannot take the request; None: it can."""
@@ -57,8 +61,11 @@ def attend(request: Request) -> Result:
 
 def _query_blocks(request: Request) -> tuple[int, int]:
     """Queries per block, and the number of blocks."""
-    length, group = request.query.shape[1], request.query.shape[2] // request.view.num_kv_heads
-    size = max(1, min(length, QUERY_ROWS // group))
+    view, (batch, length, heads, _) = request.view, request.query.shape
+    group, rows = heads // view.num_kv_heads, QUERY_ROWS
+    if view.on_host:
+        rows = max(rows, HOST_SCORES // (batch * view.num_kv_heads * view.layout.rows))
+    size = max(1, min(length, rows // group))
     return size, -(-length // size)
 
 
@@ -80,16 +87,16 @@ def _query_block(request: Request) -> Result:
     walk = _Walk(request)
     shape = walk.shape
 
-    def step(i: Int32[Array, ""], carry: tuple) -> tuple:
+    def step(i: Int32[Array, ""], carry: tuple, block: Block) -> tuple:
         """Maximum and sum [B, K, G, T], output [B, K, G, T, Hv], scores [blocks, B, K, G, T, R] or None."""
         top, total, out, seen = carry
-        scores, kv_positions = walk.scores(i)
+        scores, kv_positions = walk.scores(i, block)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # A row that has met nothing yet has maximum -inf, and -inf - -inf is NaN.
         shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
         keep = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
-        values = view.value_block(i)
+        values = block[1] if block else view.value_block(i)
         mixed = walk.mixed(weights, values, kv_positions)
         if request.want_mass:
             seen = jax.lax.dynamic_update_index_in_dim(seen, scores, i, 0)
@@ -102,7 +109,7 @@ def _query_block(request: Request) -> Result:
         jnp.zeros((*shape, view.value_head_dim), walk.acc),
         jnp.full((layout.num_blocks, *shape, layout.rows), -jnp.inf, walk.acc) if request.want_mass else None,
     )
-    top, total, out, seen = _manual.fori_loop(walk.first, walk.last, step, carry)
+    top, total, out, seen = walk.over_blocks(lambda i: (view.key_block(i), view.value_block(i)), step, carry)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out = jnp.where(empty[..., None], 0, out / total[..., None])
@@ -114,6 +121,10 @@ def _query_block(request: Request) -> Result:
         mass = jnp.sum(jnp.mean(probs, axis=3, dtype=jnp.float32), axis=3)
         mass = layout.from_blocks(mass[..., None], False)[..., 0]
     return ungrouped(out), ungrouped(lse), mass
+
+
+Block = tuple[Encoded, ...]
+"""The keys of a block, and its values where they are wanted, once they are here; empty: they are read where used."""
 
 
 class _Walk:
@@ -131,11 +142,33 @@ class _Walk:
         end = view.layout.num_blocks - jnp.argmax(near[::-1]).astype(jnp.int32)
         self.last = jnp.where(jnp.any(near), end, self.first)
 
-    def scores(self, i: Int32[Array, ""]) -> tuple[Float[Array, "B K G T R"], Int32[Array, "B K1 R"]]:
+    def over_blocks[T](
+        self, fetch: Callable[[Int32[Array, ""]], Block], step: Callable[[Int32[Array, ""], T, Block], T], start: T
+    ) -> T:
+        """What `step` makes of `start`, block by block.
+
+        Where they lie on the host, a block is fetched while the one before is computed: it is known a step ahead, so
+        that XLA can start the copy and go on. No block is fetched twice.
+        """
+        if not self.request.view.on_host:
+            return _manual.fori_loop(self.first, self.last, lambda i, carry: step(i, carry, ()), start)
+
+        def ahead(i: Int32[Array, ""], state: tuple[T, Block]) -> tuple[T, Block]:
+            carry, block = state
+            following = fetch(i + 1)
+            return step(i, carry, block), following
+
+        end = jnp.maximum(self.last - 1, self.first)
+        carry, block = _manual.fori_loop(self.first, end, ahead, (start, fetch(self.first)))
+        return _manual.fori_loop(end, self.last, lambda i, carry: step(i, carry, block), carry)
+
+    def scores(
+        self, i: Int32[Array, ""], block: Block = ()
+    ) -> tuple[Float[Array, "B K G T R"], Int32[Array, "B K1 R"]]:
         """Scores against block i, -inf where masked, and the positions it holds (of one head or all)."""
         request, view = self.request, self.request.view
         kv_positions = jax.lax.dynamic_index_in_dim(view.positions, i, 0, keepdims=False)
-        keys, transposed = view.key_block(i), view.layout.transposed_keys
+        keys, transposed = block[0] if block else view.key_block(i), view.layout.transposed_keys
         if request.key_rope is None:
             scores = view.codec.scores(self.rows, keys, transposed).astype(self.acc)
         else:
@@ -201,8 +234,8 @@ def measure(request: Request, lse: Float[Array, "B T N"], function: Callable[...
     by_block = _blocked(size, blocks)
     pieces = by_block(request.query), by_block(request.positions, -1), by_block(lse, jnp.inf)
 
-    def at(i: Int32[Array, ""], walk: _Walk, block_lse: Float[Array, "B size N"]) -> PyTree:
-        scores, kv_positions = walk.scores(i)
+    def at(i: Int32[Array, ""], walk: _Walk, block_lse: Float[Array, "B size N"], block: Block = ()) -> PyTree:
+        scores, kv_positions = walk.scores(i, block)
         block_lse = grouped(block_lse[..., None], view.num_kv_heads)
         probs = jnp.exp(scores - jnp.where(jnp.isneginf(block_lse), jnp.inf, block_lse))
         return function(jnp.mean(probs, axis=2, dtype=jnp.float32), walk.request.positions, kv_positions)
@@ -213,11 +246,11 @@ def measure(request: Request, lse: Float[Array, "B T N"], function: Callable[...
         shapes = jax.eval_shape(lambda i: at(i, walk, block_lse), walk.first)
         empty = jax.tree.map(lambda x: jnp.zeros((layout.num_blocks, *x.shape), x.dtype), shapes)
 
-        def step(i: Int32[Array, ""], total: PyTree) -> PyTree:
+        def step(i: Int32[Array, ""], total: PyTree, block: Block) -> PyTree:
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return jax.tree.map(lambda whole, part: put(whole, part), total, at(i, walk, block_lse))
+            return jax.tree.map(lambda whole, part: put(whole, part), total, at(i, walk, block_lse, block))
 
-        return _manual.fori_loop(walk.first, walk.last, step, empty)
+        return walk.over_blocks(lambda i: (view.key_block(i),), step, empty)
 
     def add(total: PyTree, piece: Piece) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, one(piece)), None

@@ -6,6 +6,7 @@ from kvattn.cache.groups import groups_of as groups_of
 from kvattn.cache.groups import pages_at_once as pages_at_once
 from kvattn.cache.groups import waste as waste
 from kvattn.cache.groups import with_tables as with_tables
+from kvattn.cache.host import HostLayout as HostLayout
 from kvattn.cache.kv_cache import KVCache as KVCache
 from kvattn.cache.layout import Layout as Layout
 from kvattn.cache.paged import PagedKVCache as PagedKVCache
@@ -14,6 +15,7 @@ from kvattn.cache.view import View as View
 __all__ = [
     "Cache",
     "Group",
+    "HostLayout",
     "KVCache",
     "Layout",
     "PagedKVCache",

@@ -25,6 +25,7 @@ import jax
 from jaxtyping import Shaped
 
 from kvattn._typing import Array
+from kvattn.cache.host import by_block, is_on_host
 
 
 def axis_of(name: str, axes: str) -> int | None:
@@ -34,7 +35,7 @@ def axis_of(name: str, axes: str) -> int | None:
 
 
 def along[T](name: str, change: Callable[[Shaped[Array, "..."], int], Shaped[Array, "..."]], tree: T, axes: T) -> T:
-    """The tree with ``change(array, axis)`` for every array that has an axis of that name.
+    """The tree with ``change(array, axis)`` for every array that has an axis of that name; on the host, block by block.
 
     Args:
         name: of the axis.
@@ -45,6 +46,8 @@ def along[T](name: str, change: Callable[[Shaped[Array, "..."], int], Shaped[Arr
 
     def one(x: Shaped[Array, "..."], axes: str) -> Shaped[Array, "..."]:
         axis = axis_of(name, axes)
-        return x if axis is None else change(x, axis)
+        if axis is None:
+            return x
+        return by_block(lambda block: change(block, axis - 1), x) if is_on_host(x) else change(x, axis)
 
     return jax.tree.map(one, tree, axes)

@@ -14,6 +14,8 @@ from kvattn import _checks
 from kvattn._trees import Tree, array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
+from kvattn.cache.axes import axis_of
+from kvattn.cache.host import to_device, to_host
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Store
 from kvattn.cache.shared import Levels
@@ -51,7 +53,7 @@ class Cache(Tree):
     shared: Levels | None
 
     def usable(self) -> Self:
-        """This cache, with its arrays on the device: one that came back from the host holds NumPy's.
+        """This cache, with its arrays where it has them: one that came back from the host holds NumPy's.
 
         Raises:
             StaleCacheError: it was donated.
@@ -59,9 +61,13 @@ class Cache(Tree):
         """
         self._refuse_other_trees()
         leaves, tree = jax.tree.flatten(self)
-        if all(isinstance(x, jax.Array) for x in leaves):
-            return self
-        return jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves])
+        if not self.layout.on_host:
+            there = leaves if all(isinstance(x, jax.Array) for x in leaves) else [jnp.asarray(x) for x in leaves]
+        else:
+            are_slots = [axis_of("blocks", axes) is not None for axes in jax.tree.leaves(self.axes)]
+            put = lambda x, on_host: to_host(x) if on_host else to_device(jnp.asarray(x))
+            there = [put(x, on_host) for x, on_host in zip(leaves, are_slots, strict=True)]
+        return self if all(a is b for a, b in zip(there, leaves, strict=True)) else jax.tree.unflatten(tree, there)
 
     def _refuse_other_trees(self) -> None:
         """Raises what `usable` does."""

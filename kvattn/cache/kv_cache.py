@@ -20,6 +20,7 @@ from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.axes import along
 from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
+from kvattn.cache.host import MEMORY_KIND, HostLayout, check_platform
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
 from kvattn.codecs import Codec, Plain
@@ -85,6 +86,7 @@ class KVCache(Cache):
         dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
         layout: Layout | None = None,
+        memory_kind: str | None = None,
     ) -> "KVCache":
         """An empty cache.
 
@@ -98,11 +100,15 @@ class KVCache(Cache):
             dtype: float32, bfloat16, float16 (float64 under x64): what is stored without a codec.
             value_head_dim: head dim of the values. None: H.
             layout: where the slots lie. None: what measured best on the default backend.
+            memory_kind: "pinned_host": keys and values lie in the host's memory, and blocks of them come to the device
+                while the attention to the block before is computed (`kvattn.cache.host`), so that a cache may be larger
+                than the device. None or "device": in the device's.
 
         Raises:
-            ConfigError: a size below its minimum, a missing capacity, something that is no policy or codec.
+            ConfigError: a size below its minimum, a missing capacity, something that is no policy or codec, an unknown
+                kind of memory, a layout of another kind.
             DTypeError: a size that is no int, a dtype that is not floating.
-            UnsupportedError: a policy and a codec that do not go together.
+            UnsupportedError: a policy and a codec that do not go together; a device whose host has no such memory.
         """
         tell_flax()
         _checks.integer("batch_size", batch_size, 0)
@@ -121,7 +127,7 @@ class KVCache(Cache):
         reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
-        layout = _layout(layout, codec, num_slots, head_dim, dtype)
+        layout = _layout(layout, memory_kind, codec, num_slots, head_dim, dtype)
         return cls(
             keys=codec.empty(layout, "keys", batch_size, num_kv_heads, head_dim, dtype),
             values=codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype),
@@ -145,6 +151,7 @@ class KVCache(Cache):
         *,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        memory_kind: str | None = None,
     ) -> "KVCache":
         """A static cache for cross-attention: the encoder's keys and values, written once.
 
@@ -154,6 +161,7 @@ class KVCache(Cache):
             lengths: int32 [B], real tokens per row (right padded). None: S.
             codec: how they are stored. None: as they are.
             dtype: None: the dtype of `key`.
+            memory_kind: as in `create`.
 
         Returns:
             a cache with ``is_static``; `kvattn.cached_attention` takes it with key and value None.
@@ -176,6 +184,7 @@ class KVCache(Cache):
             codec=codec,
             dtype=key.dtype if dtype is None else dtype,
             value_head_dim=value.shape[3],
+            memory_kind=memory_kind,
         )
         lengths = length if lengths is None else lengths
         lengths = _checks.counts("lengths", lengths, batch, 0, length)
@@ -202,6 +211,11 @@ class KVCache(Cache):
     def store(self) -> Layout:
         """Where the arrays have their slots."""
         return self.layout
+
+    @property
+    def memory_kind(self) -> str:
+        """The memory that keys and values lie in, as JAX names it: "device" or "pinned_host"."""
+        return MEMORY_KIND if self.layout.on_host else "device"
 
     # What one does with it.
 
@@ -235,8 +249,20 @@ def _selected(cache: KVCache, rows: Int32[Array, " rows"], known: Bool[Array, " 
     )
 
 
-def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, dtype: DTypeLike) -> Layout:
-    """The given layout or the best one, with the rows the codec needs."""
+def _layout(
+    layout: Layout | None, memory_kind: str | None, codec: Codec, num_slots: int, head_dim: int, dtype: DTypeLike
+) -> Layout:
+    """The given layout or the best one of a kind of memory, with the rows the codec needs."""
+    if memory_kind is not None:
+        _checks.one_of("memory_kind", memory_kind, ("device", MEMORY_KIND))
+    on_host = memory_kind == MEMORY_KIND if layout is None or memory_kind is not None else layout.on_host
+    if layout is not None and layout.on_host != on_host:
+        raise ConfigError(
+            f"memory_kind {memory_kind!r} does not fit {layout!r}: give a kvattn.cache.HostLayout for "
+            f"{MEMORY_KIND!r}, a kvattn.cache.Layout for 'device', or leave one of the two out."
+        )
+    if on_host:
+        check_platform()
     if layout is None:
         token_bytes = (
             0
@@ -245,5 +271,5 @@ def _layout(layout: Layout | None, codec: Codec, num_slots: int, head_dim: int, 
                 nbytes_of(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
             )
         )
-        layout = Layout.best(num_slots, token_bytes, head_dim=head_dim)
+        layout = (HostLayout if on_host else Layout).best(num_slots, token_bytes, head_dim=head_dim)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)

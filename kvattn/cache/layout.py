@@ -12,6 +12,7 @@ is what the codec stores per token and head. Arrays whose tokens are wanted alon
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ class Layout:
     num_slots: int
     rows: int
     transposed_keys: bool
+
+    on_host: ClassVar[bool] = False
+    """Whether the arrays lie in the host's memory (`kvattn.cache.host`) and not in the device's."""
 
     @classmethod
     def best(cls, num_slots: int, token_bytes: int, backend: str | None = None, head_dim: int = 128) -> "Layout":
@@ -86,7 +90,7 @@ class Layout:
     def share(self, parts: int) -> "Layout":
         """Where the slots of one of `parts` shares lie."""
         rows = self.rows // parts
-        return Layout(self.num_blocks * rows, rows, self.transposed_keys)
+        return dataclasses.replace(self, num_slots=self.num_blocks * rows, rows=rows)
 
     def slots_in_share(
         self, slots: Int32[Array, "B *K T"], part: Int32[Array, ""], parts: int

@@ -44,6 +44,7 @@ class Pages:
     num_pages: int
 
     transposed_keys = False
+    on_host = False
 
     @staticmethod
     def axes(page: str) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import PyTree, Shaped
 
 from kvattn import _checks
 from kvattn._typing import Array
+from kvattn.cache.host import MEMORY_KIND, is_on_host
 
 Shardings = tuple[NamedSharding | None, ...]
 """One for every array of a tree; None: on no mesh, or on Auto axes where nobody can see it."""
@@ -32,7 +33,7 @@ def _sharding_of(x: object) -> NamedSharding | None:
     mesh = sharding.mesh
     if not mesh.are_all_axes_explicit and (isinstance(x, Tracer) or not mesh.are_all_axes_auto or mesh.size == 1):
         return None
-    return sharding
+    return sharding.with_memory_kind(MEMORY_KIND) if is_on_host(x) else sharding
 
 
 def placed[T](call: Callable[..., T], shardings: Shardings, *args: PyTree) -> T:
@@ -52,7 +53,9 @@ def _run(call: Callable[..., PyTree], shardings: Shardings, args: tuple[PyTree, 
     leaves, tree = jax.tree.flatten(shapes)
     mesh = next(sharding.mesh for sharding in shardings if sharding is not None)
     specs = [_dividing(x.shape, sharding) for x, sharding in zip(leaves, shardings, strict=True)]
-    where = jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs])
+    kinds = [None if sharding is None else sharding.memory_kind for sharding in shardings]
+    where = [NamedSharding(mesh, spec, memory_kind=kind) for spec, kind in zip(specs, kinds, strict=True)]
+    where = jax.tree.unflatten(tree, where)
     if mesh.are_all_axes_explicit:
         return jax.sharding.auto_axes(call, out_sharding=where)(*args)
     return jax.lax.with_sharding_constraint(call(*args), where)

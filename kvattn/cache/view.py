@@ -80,6 +80,11 @@ class View:
         return dataclasses.replace(self, layout=wide, positions=positions)
 
     @property
+    def on_host(self) -> bool:
+        """Whether the arrays lie in the host's memory; single blocks and dense tokens are on the device always."""
+        return self.layout.on_host
+
+    @property
     def num_kv_heads(self) -> int:
         """K."""
         return next(iter(self.keys.values())).shape[2 if self.page_table is None else 0]

@@ -67,6 +67,9 @@ def generate(
     seed: Annotated[str, typer.Option(metavar="INT")] = "0",
     policy: Annotated[str | None, parse.option("POLICY", "As for `kvattn memory`.")] = None,
     codec: Annotated[str | None, parse.option("CODEC", "As for `kvattn memory`.")] = None,
+    cache_memory: Annotated[
+        str | None, parse.option("KIND", "pinned_host: keys and values lie in the host's memory.")
+    ] = None,
     dtype: Annotated[
         str | None, parse.option("DTYPE", "Compute in bfloat16, float16 or float32. Default: as stored.")
     ] = None,
@@ -94,6 +97,10 @@ def generate(
         import jax.numpy as jnp
 
         settings["codec"] = Plain(jnp.dtype(plain))
+    if cache_memory is not None:
+        if cache_memory not in ("device", "pinned_host"):
+            raise ConfigError(f"unknown --cache-memory {cache_memory!r}; the known ones are device, pinned_host.")
+        settings["memory_kind"] = cache_memory
     count = parse.required("max-new-tokens", max_new_tokens, 0)
     first = parse.count("start-token", start_token, 0)
     if dtype is not None and dtype not in parse.DTYPES:
@@ -139,6 +146,11 @@ def _searched(
     from kvattn.serving import Engine
 
     policy, codec = settings.pop("policy"), settings.pop("codec")
+    if settings.pop("memory_kind", "device") != "device":
+        raise UnsupportedError(
+            "--samples and --beams share pages, which lie in the device's memory: leave --cache-memory out, or ask for "
+            "one continuation at a time."
+        )
     page_size = getattr(codec, "rows", None) or 16
     longest = max(map(len, prompts)) + count
     rows = beams or min(8, samples * len(prompts))

@@ -354,6 +354,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         policy: Policy | None = None,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        memory_kind: str | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer(x, cache=cache)``.
 
@@ -363,6 +364,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
+            memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
 
         Raises:
             ConfigError: no capacity where one is needed.
@@ -378,7 +380,8 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             >>> y.shape, cache.lengths.tolist()
             ((2, 1, 32), [6, 6])
         """
-        return caching.create(self.settings, batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype)
+        choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
+        return caching.create(self.settings, batch_size, capacity=capacity, **choices)
 
     def make_paged_cache(
         self,

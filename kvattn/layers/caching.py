@@ -30,6 +30,7 @@ def create(
     policy: Policy | None,
     codec: Codec | None,
     dtype: DTypeLike | None,
+    memory_kind: str | None = None,
 ) -> KVCache:
     """An empty cache for a layer, whose settings fill in what is None."""
     batch_size = _checks.integer("batch_size", batch_size, 0)
@@ -46,6 +47,7 @@ def create(
             codec=settings.codec if codec is None else codec,
             dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
+            memory_kind=memory_kind,
         )
 
     return _placed(settings, empty, batch_size)

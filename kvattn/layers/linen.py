@@ -200,6 +200,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         policy: Policy | None = None,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        memory_kind: str | None = None,
         in_features: int | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer.apply(variables, x, cache=cache)``.
@@ -210,6 +211,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
+            memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
             in_features: D, needed where neither `qkv_features` nor `head_dim` is set.
 
         Raises:
@@ -217,9 +219,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         """
         if in_features is not None:
             _checks.integer("in_features", in_features, 1)
-        return caching.create(
-            self._settings(in_features), batch_size, capacity=capacity, policy=policy, codec=codec, dtype=dtype
-        )
+        choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
+        return caching.create(self._settings(in_features), batch_size, capacity=capacity, **choices)
 
     def make_paged_cache(
         self,

@@ -256,6 +256,7 @@ class Decoder(nnx.Module):
         policy: Policy | Sequence[Policy | None] | None = None,
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
+        memory_kind: str | None = None,
     ) -> Caches:
         """Empty caches, one per layer.
 
@@ -266,13 +267,16 @@ class Decoder(nnx.Module):
                 one for each layer.
             codec: in how many bits. None: as they are. A list or tuple: one for each layer.
             dtype: what is stored without a codec. None: the dtype the model computes in.
+            memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
 
         Raises:
             ShapeError: a list with more or fewer entries than there are layers.
         """
         choices = zip(self.layers, self._each("policy", policy), self._each("codec", codec), strict=True)
         return tuple(
-            layer.attention.make_cache(batch_size, capacity, policy=policy, codec=codec, dtype=dtype)
+            layer.attention.make_cache(
+                batch_size, capacity, policy=policy, codec=codec, dtype=dtype, memory_kind=memory_kind
+            )
             for layer, policy, codec in choices
         )
 

@@ -27,6 +27,7 @@ class _Options(TypedDict, total=False):
     capacity: int | None
     policy: Policy | Sequence[Policy | None] | None
     codec: Codec | Sequence[Codec | None] | None
+    memory_kind: str | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -94,6 +95,7 @@ def generate(
     capacity: int | None = None,
     policy: Policy | Sequence[Policy | None] | None = None,
     codec: Codec | Sequence[Codec | None] | None = None,
+    memory_kind: str | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -124,6 +126,7 @@ def generate(
         capacity: slots of the caches. None: what the longest sequence needs. For a conversation: what all of it needs.
         policy: which tokens the caches keep; as in `Decoder.make_cache`.
         codec: in how many bits.
+        memory_kind: "pinned_host" for caches in the host's memory, which may be larger than the device's.
         temperature: 0 takes the most probable token; otherwise logits are divided by it and a token is drawn.
         top_k: draw from the `top_k` most probable tokens only; ties go to lower ids. None: from all.
         top_p: draw from the nucleus only (Holtzman et al., arXiv:1904.09751): the smallest set of most probable tokens
@@ -143,8 +146,8 @@ def generate(
             tokens: `total` is what there will be if no row ends early.
         cache: what an earlier call returned with `return_cache`, to go on from it: row i of the prompts is what is new
             in row i of the cache. (Or any caches of the model, one per layer, with what they hold.) It is donated: go
-            on from what this call returns. None: new caches, of `capacity`, `policy` and `codec`, which belong to the
-            first call only.
+            on from what this call returns. None: new caches, of `capacity`, `policy`, `codec` and `memory_kind`, which
+            belong to the first call only.
         return_cache: the caches are returned too. Row by row they hold all that was said: what they held before, the
             prompt, and every new token with the last one, a stop token too. The next call's prompts are only what is
             new.
@@ -160,7 +163,7 @@ def generate(
         DTypeError: an argument of a wrong type, a prompt that does not hold ints.
         RangeError: a token id outside the vocabulary, a number outside its range. Later: logits that are NaN or
             infinite.
-        ConfigError: `top_k` or `top_p` at temperature 0; `capacity`, `policy` or `codec` beside `cache`.
+        ConfigError: `top_k` or `top_p` at temperature 0; `capacity`, `policy`, `codec` or `memory_kind` beside `cache`.
         CapacityError: the caches cannot take prompts and new tokens. Nothing was computed, and a `cache` is as it was.
         StaleCacheError: a `cache` that was given to an earlier call.
         MissingLibraryError: a bar is wanted and tqdm is not installed.
@@ -196,7 +199,8 @@ def generate(
     rows = given.checked(prompts, vocab_size)
     caches, held = None, np.zeros(len(rows), np.int32)
     if cache is not None:
-        caches, held = given.continued(cache, model, len(rows), capacity=capacity, policy=policy, codec=codec)
+        settings = {"capacity": capacity, "policy": policy, "codec": codec, "memory_kind": memory_kind}
+        caches, held = given.continued(cache, model, len(rows), **settings)
     results: list[list[int]] = [[] for _ in rows]
     logprobs: list[list[float]] = [[] for _ in rows]
 
@@ -213,7 +217,7 @@ def generate(
     reached = given.reached(model.config, held, lengths, max_new_tokens, more)
     if caches is None:
         capacity = given.rounded(reached + more) if capacity is None else capacity
-        caches = model.make_cache(len(rows), capacity, policy=policy, codec=codec)
+        caches = model.make_cache(len(rows), capacity, policy=policy, codec=codec, memory_kind=memory_kind)
     given.fitting(caches, lengths + np.int32(more))
     if not rows:
         return result(caches)

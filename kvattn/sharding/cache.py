@@ -9,7 +9,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kvattn import _checks
 from kvattn.cache import Cache
+from kvattn.cache.axes import axis_of
 from kvattn.cache.base import nbytes_of
+from kvattn.cache.host import MEMORY_KIND
 from kvattn.errors import ShardingError
 from kvattn.sharding import scheme as schemes
 from kvattn.sharding.batch import Batch
@@ -46,7 +48,13 @@ def cache_sharding(
     split = split_over(mesh, axis, data_axis)
     scheme = resolved(split, cache, by)
     scheme.check(split, cache, None)
-    return jax.tree.map(lambda x, spec: split.named(spec, x.ndim), cache, scheme.cache_specs(split, cache))
+
+    def sharding(x: Any, spec: PartitionSpec, axes: str) -> NamedSharding:
+        on_host = cache.layout.on_host and axis_of("blocks", axes) is not None
+        sharding = split.named(spec, x.ndim)
+        return sharding.with_memory_kind(MEMORY_KIND) if on_host else sharding
+
+    return jax.tree.map(sharding, cache, scheme.cache_specs(split, cache), cache.axes)
 
 
 def shard_cache[C: Cache](
@@ -128,7 +136,7 @@ def arrange[C: Cache](
 def bytes_per_device(
     cache: Cache, mesh: Mesh | AbstractMesh, *, by: str = "auto", axis: str = "model", data_axis: str | None = "data"
 ) -> int:
-    """Bytes of a cache on each device of the mesh: codes, scales, policy state, tables, all of it.
+    """Bytes of a cache on each device of the mesh, or its host: codes, scales, policy state, tables, all of it.
 
     Args:
         cache: a cache or its shapes, placed or not.

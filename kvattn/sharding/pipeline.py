@@ -15,7 +15,8 @@ from jaxtyping import Int32, PyTree, Shaped
 
 from kvattn import _checks, _manual
 from kvattn._typing import Array
-from kvattn.errors import ConfigError, ShapeError, ShardingError
+from kvattn.cache.host import is_on_host
+from kvattn.errors import ConfigError, ShapeError, ShardingError, UnsupportedError
 from kvattn.sharding.split import Split, split_over
 
 Layer = Callable[..., tuple[Shaped[Array, "*activations"], PyTree]]
@@ -52,7 +53,9 @@ def pipeline(
     Raises:
         ShardingError: an axis that the mesh does not have, layers that do not divide.
         ShapeError: leading axes that are not L and M.
+        UnsupportedError: caches in the host's memory.
     """
+    _refuse_host(caches)
     split = split_over(mesh, axis, None)
     num_layers, count = _leading(weights, "weights", 1)[0], _leading(inputs, "inputs", 1)[0]
     if num_layers % split.size:
@@ -84,7 +87,18 @@ def layer_caches[T](make: Callable[[], T], num_layers: int, num_microbatches: in
     """
     _checks.integer("num_layers", num_layers, 1)
     _checks.integer("num_microbatches", num_microbatches, 1)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), make())
+    one = make()
+    _refuse_host(one)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), one)
+
+
+def _refuse_host(caches: PyTree) -> None:
+    """A stage takes a layer's cache out of the others whole; from the host only single blocks can be taken."""
+    if any(map(is_on_host, jax.tree.leaves(caches))):
+        raise UnsupportedError(
+            "stages hold their caches in the device's memory, and these lie in the host's: create them with "
+            'memory_kind="device", or split them by heads, batch or sequence (kvattn.sharding.shard_cache).'
+        )
 
 
 def _stages(split: Split, layer: Layer) -> Callable[..., tuple[Shaped[Array, "M *activations"], PyTree]]:

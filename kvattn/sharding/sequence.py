@@ -25,6 +25,7 @@ from kvattn.attend.step import Step, Stepped
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache, Layout, View
 from kvattn.cache import status as bits
+from kvattn.cache.host import to_host
 from kvattn.cache.pages import Store
 from kvattn.codecs.base import Role
 from kvattn.errors import ShardingError, UnsupportedError
@@ -70,7 +71,8 @@ class Sequence(Scheme):
 
         def moved(role: Role, arrays: Encoded) -> Encoded:
             lie = {name: cache.codec.transposed(old, role, name) for name in arrays}
-            return {name: new.to_blocks(old.from_blocks(x, lie[name]), lie[name]) for name, x in arrays.items()}
+            whole = {name: new.to_blocks(old.from_blocks(x, lie[name]), lie[name]) for name, x in arrays.items()}
+            return {name: to_host(x) for name, x in whole.items()} if new.on_host else whole
 
         return cache.replace(keys=moved("keys", cache.keys), values=moved("values", cache.values), layout=new)
 

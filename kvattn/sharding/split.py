@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache import Cache
+from kvattn.cache.host import MEMORY_KIND, is_on_host
 from kvattn.errors import ShardingError
 
 MeshAxes = str | tuple[str, ...] | None
@@ -76,6 +77,8 @@ class Split:
 
         def one(x: Shaped[Array, "*shape"], spec: PartitionSpec) -> Shaped[Array, "*shape"]:
             sharding = self.named(spec, x.ndim)
+            if is_on_host(x):
+                sharding = sharding.with_memory_kind(MEMORY_KIND)
             if not isinstance(x, Tracer):
                 return jax.device_put(x, sharding)
             return jax.reshard(x, sharding) if self.is_explicit else jax.lax.with_sharding_constraint(x, sharding)

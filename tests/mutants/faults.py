@@ -132,6 +132,67 @@ FAULTS: list[Fault] = [
         ("Layout.num_blocks", "-(-self.num_slots // self.rows)", "self.num_slots // self.rows"),
     ),
     *group(
+        "cache/host.py",
+        """
+        test_host_caches.py::test_tokens_are_written_where_they_belong[None]
+        test_host_caches.py::test_verbs
+        """,
+        ("_write.write.change", "jnp.where(number == i, slots % rows, -1)", "slots % rows"),
+        ("_write.write.change", "jnp.where(number == i, slots % rows, -1)", "jnp.where(number == i, slots, -1)"),
+        (
+            "_write.write",
+            "jnp.where(slots < 0, layout.num_blocks, slots // rows)",
+            "jnp.maximum(slots, 0) // rows",
+            "test_host_caches.py::test_only_blocks_that_take_tokens_go_back",
+        ),
+        ("_changed", "jnp.sum(touched, dtype=jnp.int32)", "jnp.sum(touched, dtype=jnp.int32) - 1"),
+        ("_changed", "jnp.argsort(~touched)", "jnp.argsort(touched)"),
+        ("_changed.step", "to_host(block[None]), i, 0", "to_host(block[None]), n, 0"),
+        ("by_block.one", "blocks, i, 0", "blocks, 0 * i, 0", "test_host_caches.py::test_verbs"),
+        (
+            "_put.change",
+            "jnp.where(jnp.any(here, axis=1)[:, None, None, None], found, block)",
+            "found",
+            "test_host_caches.py::test_whole_blocks_of_single_rows",
+        ),
+        (
+            "_put.change",
+            "jnp.argmax(here, axis=1)",
+            "jnp.argmin(here, axis=1)",
+            "test_host_caches.py::test_whole_blocks_of_single_rows",
+        ),
+        ("HostLayout.from_blocks", "to_device(blocks)", "blocks", "test_host_caches.py::test_dense_is_on_the_device"),
+        ("HostLayout.best", "min(num_slots, BLOCK_TOKENS)", "num_slots", "test_host_caches.py::test_blocks_on_devices"),
+    ),
+    *group(
+        "attend/xla.py",
+        "test_host_caches.py::test_a_block_is_fetched_once_while_the_one_before_is_computed",
+        ("_Walk.over_blocks", "jnp.maximum(self.last - 1, self.first)", "self.last"),
+        ("_Walk.over_blocks.ahead", "fetch(i + 1)", "fetch(i)"),
+        ("_Walk.over_blocks", "fetch(self.first))", "fetch(self.first + 1))"),
+        (
+            "_query_blocks",
+            "HOST_SCORES // (batch * view.num_kv_heads * view.layout.rows)",
+            "HOST_SCORES // (batch * view.num_kv_heads)",
+            "test_host_caches.py::test_a_prompt_has_the_cache_come_over_once",
+        ),
+    ),
+    *group(
+        "attend/api.py",
+        "test_host_caches.py::test_kernels_refuse_by_name",
+        ("choose", "and not named(name).reads_host", "and named(name).reads_host"),
+    ),
+    *group(
+        "cache/base.py",
+        "test_host_caches.py::test_verbs\ntest_host_caches.py::test_arrays_elsewhere_are_brought_back",
+        ("Cache.usable", "to_host(x) if on_host", "jnp.asarray(x) if on_host"),
+    ),
+    *group(
+        "cache/axes.py",
+        "test_host_caches.py::test_verbs",
+        ("along.one", "axis - 1", "axis"),
+    ),
+    *group(
         "cache/kv_cache.py",
         """
         test_verbs.py::test_select
