@@ -1290,6 +1290,86 @@ FAULTS: list[Fault] = [
         ("BlockPool.usage", "entries.total()", "len(entries)", "test_serving_blocks.py::test_usage"),
     ),
     *group(
+        "serving/ledger.py",
+        """
+        test_serving_ledger.py::test_moves_apply_in_order
+        test_serving_ledger.py::test_a_host_that_cannot_be_emptied_stays
+        test_serving_ledger.py::test_a_host_comes_back_under_its_number
+        test_serving_ledger.py::test_random_operations
+        test_serving_ledger.py::test_each_call_is_another_digest
+        test_serving_ledger.py::test_rows
+        """,
+        ("Ledger.free", "        del self._accounts[name]\n", ""),
+        ("Ledger.free", "            self._borrowers.pop(block, None)\n", "            pass\n"),
+        ("Ledger.repay", "len(moves) < limit", "len(moves) <= limit"),
+        ("Ledger.repay", "table[table.index(move[0])] = move[1]", "table.append(move[1])"),
+        ("Ledger.add_host", "if number not in", "if number + 1 not in"),
+        ("Ledger.remove_host", "self._lending.copy()", "self._lending"),
+        ("Ledger.remove_host", "home = after.richest()", "home = min(after.free)"),
+        ("Ledger.remove_host", "not in (home, host)", "not in (home,)"),
+        ("Ledger.remove_host", "                after.owed[home].pop(block, None)\n", ""),
+        ("Ledger._extend", "count > (room := lending.room(home))", "count > (room := lending.room(home)) + 1"),
+        ("Ledger._extend", "tuple(blocks))", "())", "test_serving_ledger.py::test_the_digest_is_known"),
+        ("Ledger._note", "what, *done", "what", "test_serving_ledger.py::test_each_call_is_another_digest"),
+        ("Ledger.check", "max(named.values()) > 1", "False", "test_serving_ledger.py::test_check_finds"),
+        (
+            "Ledger.check",
+            "if borrowed != noted",
+            "if len(borrowed) != len(noted)",
+            "test_serving_ledger.py::test_check_finds",
+        ),
+    ),
+    *group(
+        "serving/lending.py",
+        """
+        test_serving_ledger.py::test_who_has_most_lends
+        test_serving_ledger.py::test_the_oldest_loan_is_repaid_first
+        test_serving_ledger.py::test_a_trace_fits_exactly_if_its_sum_does
+        test_serving_ledger.py::test_random_operations
+        """,
+        ("Lending.__init__", "math.floor", "math.ceil"),
+        ("Lending.richest", "-len(", "len("),
+        ("Lending.richest", ", host))", ", -host))"),
+        ("Lending.lendable", " - self.reserve, 0", ", 0"),
+        ("Lending.room", "if host != home", ""),
+        ("Lending.take", "            self.owe(home, block)\n", ""),
+        ("Lending.take", "        del own[len(own) - kept :]\n", ""),
+        ("Lending.owe", "        self._loans_made += 1\n", ""),
+        ("Lending.give_back", "            self.owed[home].pop(block, None)\n", ""),
+        ("Lending.give_back", "self.host_of(block)", "home"),
+        ("Lending.repay_oldest", "if owed and self.free[debtor]", "if owed"),
+        ("Lending.repay_oldest", "min(able)", "max(able)"),
+        ("Lending.repay_oldest", "last=False", "last=True"),
+    ),
+    *group(
+        "serving/digests.py",
+        """
+        test_serving_ledger.py::test_no_two_values_are_written_alike
+        test_serving_ledger.py::test_names_that_are_equal_are_one
+        test_serving_ledger.py::test_each_call_is_another_digest
+        """,
+        ("written", 'b"t%x:" % len(value) + ', ""),
+        ("written", 'b"s%x:" % len(text) + text', 'b"s" + text'),
+        ("written", "i%x;", "i%x"),
+        ("written", 'return b"b%x', 'return b"s%x'),
+        ("after", "digest + written", "written"),
+        ("plain", "return int(value)", "return value"),
+        ("plain", "return str.__str__(value)", "return value"),
+    ),
+    *group(
+        "serving/agreement.py",
+        """
+        test_serving_ledger.py::test_the_first_step_at_which_processes_differ
+        test_serving_ledger.py::test_a_process_that_did_fewer_steps_differs
+        test_serving_ledger.py::test_equal_processes_go_on
+        """,
+        ("Agreement.compare", "self._compared + step, ", "step, "),
+        ("Agreement.compare", "        self._noted.clear()\n", ""),
+        ("Agreement.step", "self.every * DIGEST_BYTES", "(self.every + 1) * DIGEST_BYTES"),
+        ("first_difference", "max(map(len", "min(map(len"),
+        ("first_difference", "start + DIGEST_BYTES", "start + 1"),
+    ),
+    *group(
         "serving/counts.py",
         """
         test_serving_blocks.py::test_random_operations
