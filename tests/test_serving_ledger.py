@@ -460,7 +460,7 @@ BROKEN = {
     "a block twice free": lambda l: lending(l).free[1].append(lending(l).free[1][0]),
     "a block that is free elsewhere": lambda l: lending(l).free[0].append(lending(l).free[1].pop()),
     "a block beyond all hosts": lambda l: lending(l).free[1].append(8),
-    "a loan that is forgotten": lambda l: lending(l).owed[0].popitem(),
+    "a loan that is forgotten": lambda l: lending(l).settle(next(iter(lending(l).owed[0]))),
     "a loan that is none": lambda l: lending(l).owed[0].update({0: 99}),
     "a loan of another": lambda l: lending(l).owed[1].update(lending(l).owed[0]),
     "loans in another order": lambda l: lending(l).owed[0].move_to_end(next(iter(lending(l).owed[0]))),

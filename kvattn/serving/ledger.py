@@ -115,10 +115,7 @@ class Ledger:
     @property
     def loans(self) -> dict[tuple[int, int], int]:
         """Blocks that are lent, by (creditor, debtor); pairs without any are left out."""
-        pairs = Counter(
-            (self._lending.host_of(block), debtor) for debtor, owed in self._lending.owed.items() for block in owed
-        )
-        return dict(sorted(pairs.items()))
+        return self._lending.pairs()
 
     def free_blocks(self, host: int) -> int:
         """Free blocks of a host.
@@ -193,7 +190,8 @@ class Ledger:
         del self._accounts[name]
         for block in account.table:
             self._borrowers.pop(block, None)
-        self._lending.give_back(account.home, account.table)
+        for block in reversed(account.table):  # so that they are taken again in the same order
+            self._lending.give_back(block)
         self._note("free", name)
 
     def repay(self, limit: int) -> Moves:
@@ -210,11 +208,14 @@ class Ledger:
             RangeError, DTypeError: a negative limit, no int.
         """
         limit = checks.integer("limit", limit, 0)
-        moves: Moves = []
-        while len(moves) < limit and (move := self._lending.repay_oldest()) is not None:
-            table = self._borrowers.pop(move[0]).table
-            table[table.index(move[0])] = move[1]
-            moves.append(move)
+        lending, moves = self._lending, []
+        while len(moves) < limit and (able := lending.able()):
+            _, source = min(
+                (number, block) for debtor in able for block, number in [next(iter(lending.owed[debtor].items()))]
+            )
+            target, table = lending.repay(source), self._borrowers.pop(source).table
+            table[table.index(source)] = target
+            moves.append((source, target))
         self._note("repay", limit, tuple(moves))
         return moves
 
@@ -260,7 +261,7 @@ class Ledger:
             if home == host:
                 home = after.richest()
                 for block in table:
-                    after.owed[host].pop(block, None)
+                    after.settle(block)
                     if after.host_of(block) not in (home, host):
                         after.owe(home, block)
             for column, block in enumerate(table):
@@ -271,9 +272,11 @@ class Ledger:
                         f"host {host} cannot leave: sequence {name!r} has blocks there that no other host has room for "
                         f"(each keeps {after.reserve} for its own). Nothing was changed: free a sequence first."
                     )
-                after.owed[home].pop(block, None)
-                (table[column],) = after.take(home, 1)
-                moves.append((block, table[column]))
+                after.settle(block)
+                target = after.planned(home, 1)
+                after.take(home, target)
+                table[column] = target[0]
+                moves.append((block, target[0]))
             changed.append((account, home, table))
         del after.owed[host]
         for account, home, table in changed:
@@ -315,7 +318,7 @@ class Ledger:
             raise BlockStateError(f"hosts {self.hosts} are there, {sorted(lending.owed)} have loans.")
         borrowed = sorted((account.home, block) for account, block in self._borrowed())
         noted = sorted((debtor, block) for debtor, owed in lending.owed.items() for block in owed)
-        if borrowed != noted:
+        if borrowed != noted or noted != sorted((debtor, block) for block, debtor in lending.debtors.items()):
             raise BlockStateError(f"sequences borrow {borrowed} (home, block), loans are {noted}.")
         if self._borrowers != {block: account for account, block in self._borrowed()}:
             raise BlockStateError("a borrowed block is said to be of another sequence.")
@@ -351,10 +354,11 @@ class Ledger:
             own = len(lending.free[home])
             raise OutOfBlocksError(
                 f"{count} block{'s' * (count > 1)} for sequence {name!r} at home on host {home}: {room} can be had, "
-                f"{own} there and {room - own} that others lend (each keeps {lending.reserve} of its {self.blocks_per_host} "
-                "for its own). Nothing was taken: free a sequence, or wait."
+                f"{own} there and {room - own} that others lend (each keeps {lending.reserve} of its "
+                f"{self.blocks_per_host} for its own). Nothing was taken: free a sequence, or wait."
             )
-        blocks = lending.take(home, count)
+        blocks = lending.planned(home, count)
+        lending.take(home, blocks)
         account.table += blocks
         for block in blocks:
             if lending.host_of(block) != home:

@@ -5,7 +5,7 @@ its home first, then one block at a time from the host that has most free. Whoev
 """
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Self
 
 from kvattn.errors import ConfigError
@@ -24,7 +24,8 @@ class Lending:
 
     Attributes:
         free: of each host its free blocks; the next to be taken is the last.
-        owed: of each host the blocks that its sequences borrow, in the order in which they were borrowed.
+        owed: of each host the blocks that its sequences borrow, with the number of the loan: the oldest first.
+        debtors: of each block that is lent the host that owes it.
         reserve: blocks that a host does not lend: floor(watermark * blocks_per_host).
 
     Raises:
@@ -32,7 +33,7 @@ class Lending:
         DTypeError: sizes that are no ints.
     """
 
-    __slots__ = ("_loans_made", "blocks_per_host", "free", "owed", "reserve", "watermark")
+    __slots__ = ("_loans_made", "blocks_per_host", "debtors", "free", "owed", "reserve", "watermark")
 
     def __init__(self, num_hosts: int, blocks_per_host: int, watermark: float):
         num_hosts = checks.integer("num_hosts", num_hosts, 1, ConfigError)
@@ -43,6 +44,7 @@ class Lending:
         self.reserve = math.floor(self.watermark * self.blocks_per_host)
         self.free: dict[int, list[int]] = {}
         self.owed: dict[int, OrderedDict[int, int]] = {}
+        self.debtors: dict[int, int] = {}
         self._loans_made = 0
         for host in range(num_hosts):
             self.come(host)
@@ -53,6 +55,7 @@ class Lending:
         new.blocks_per_host, new.reserve, new.watermark = self.blocks_per_host, self.reserve, self.watermark
         new.free = {host: list(blocks) for host, blocks in self.free.items()}
         new.owed = {host: OrderedDict(blocks) for host, blocks in self.owed.items()}
+        new.debtors = dict(self.debtors)
         new._loans_made = self._loans_made
         return new
 
@@ -78,35 +81,52 @@ class Lending:
         """How many blocks a sequence of that home can have now, those of others included."""
         return len(self.free[home]) + sum(self.lendable(host) for host in self.free if host != home)
 
-    def take(self, home: int, count: int) -> list[int]:
-        """Takes so many blocks, of which there must be `room`; those that others lend are owed from now on."""
-        own = self.free[home]
-        kept = min(count, len(own))
-        taken = own[: -kept - 1 : -1] if kept else []
-        del own[len(own) - kept :]
-        for _ in range(count - kept):
-            block = self.free[self.richest()].pop()
-            self.owe(home, block)
-            taken.append(block)
-        return taken
+    def planned(self, home: int, count: int) -> list[int]:
+        """The blocks that a sequence of that home takes next, of which there must be `room`; nothing is changed."""
+        blocks = self.free[home][: -count - 1 : -1]
+        if len(blocks) < count:
+            left = {host: len(free) for host, free in self.free.items() if host != home}
+            for _ in range(count - len(blocks)):
+                host = min(left, key=lambda host: (-left[host], host))
+                left[host] -= 1
+                blocks.append(self.free[host][left[host]])
+        return blocks
+
+    def pairs(self) -> dict[tuple[int, int], int]:
+        """How many blocks are lent, by (creditor, debtor)."""
+        return dict(sorted(Counter((self.host_of(block), debtor) for block, debtor in self.debtors.items()).items()))
+
+    def take(self, home: int, blocks: list[int]) -> None:
+        """Takes what was `planned`; what others lend is owed from now on."""
+        for block in blocks:
+            host = self.host_of(block)
+            self.free[host].pop()
+            if host != home:
+                self.owe(home, block)
 
     def owe(self, debtor: int, block: int) -> None:
         """Notes a loan, as the newest."""
         self._loans_made += 1
         self.owed[debtor][block] = self._loans_made
+        self.debtors[block] = debtor
 
-    def give_back(self, home: int, blocks: list[int]) -> None:
-        """Frees blocks of sequences of that home, the last first, so that they are taken again in the same order."""
-        for block in reversed(blocks):
-            self.owed[home].pop(block, None)
-            self.free[self.host_of(block)].append(block)
+    def settle(self, block: int) -> None:
+        """Ends a loan, if the block is lent."""
+        debtor = self.debtors.pop(block, None)
+        if debtor is not None:
+            del self.owed[debtor][block]
 
-    def repay_oldest(self) -> tuple[int, int] | None:
-        """Moves the oldest loan whose debtor has a free block of its own: (source, target). None: there is none."""
-        able = [(next(iter(owed.values())), debtor) for debtor, owed in self.owed.items() if owed and self.free[debtor]]
-        if not able:
-            return None
-        _, debtor = min(able)
-        source, _ = self.owed[debtor].popitem(last=False)
-        self.free[self.host_of(source)].append(source)
-        return source, self.free[debtor].pop()
+    def give_back(self, block: int) -> None:
+        """Frees a block."""
+        self.settle(block)
+        self.free[self.host_of(block)].append(block)
+
+    def able(self) -> list[int]:
+        """The hosts that owe blocks and have free ones."""
+        return [debtor for debtor, owed in self.owed.items() if owed and self.free[debtor]]
+
+    def repay(self, block: int) -> int:
+        """Moves a lent block to the next free one of its debtor, of which there must be one: the target."""
+        target = self.free[self.debtors[block]].pop()
+        self.give_back(block)
+        return target
