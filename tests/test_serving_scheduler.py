@@ -11,6 +11,8 @@ from kvattn import errors
 from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import Request
+from kvattn.serving.tables import RowTables, padded
+from kvattn.serving.texts import Text
 
 FULL_RUN = pytest.mark.slow
 
@@ -29,7 +31,7 @@ def windowed():
 def unshareable(engine):
     """As under policies that go by attention: pages cannot be shared, and tokens must come as they came."""
     engine._is_shareable = engine._rereads = False
-    engine._scheduler = engine._new_scheduler()
+    engine._begin()
     return engine
 
 
@@ -272,6 +274,47 @@ def test_guesses_change_nothing(monkeypatch, request, kind):
     assert steps[7] < 0.6 * steps[0]
     with pytest.raises(errors.RangeError, match="speculate"):
         text_engine(monkeypatch, request.getfixturevalue(kind), speculate=8)
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_tables_of_rows_are_those_of_their_texts(windows):
+    """Whatever comes, grows, parts and goes. What was given out once is not written to again."""
+    rng = random.Random(2)
+    pool = PrefixPool([LayerGroup(num_blocks=90, window=window) for window in windows], 2, chunk=8)
+    kept, widths = RowTables(pool, 5, [12] * len(windows)), [12] * len(windows)
+    free, texts, given = list(range(5)), [], []
+    for _ in range(400):
+        what = rng.choice(["come", "grow", "grow", "grow", "part", "go", "nothing"])
+        if what == "come" and free:
+            text = Text(0, row=free.pop(rng.randrange(len(free))))
+            prompt = np.arange(rng.randrange(1, 9), dtype=np.int32)
+            assert pool.open(text, prompt, "") is not None
+            pool.reach(text, len(prompt))
+            pool.keep(text, prompt)
+            texts.append(text)
+        elif what == "grow":
+            for text in texts:
+                if pool.length(text) < 24:
+                    assert pool.grow(text) is not None
+        elif what == "part" and free and texts:
+            child = Text(0, row=free.pop())
+            assert pool.fork(rng.choice(texts), child) is not None
+            texts.append(child)
+        elif what == "go" and texts:
+            text = texts.pop(rng.randrange(len(texts)))
+            pool.close(text)
+            free.append(text.row)
+        rng.shuffle(texts)
+        given.append((now := kept.of(texts), [table.copy() for table in now]))
+        expected = padded(pool.tables(texts, widths), 5)
+        for table, right in zip(now, expected, strict=True):
+            rows = [text.row for text in texts]
+            np.testing.assert_array_equal(table[rows], right[: len(rows)])
+            assert (np.delete(table, rows, axis=0) == -1).all()
+    for tables, copies in given:
+        for table, copy in zip(tables, copies, strict=True):
+            np.testing.assert_array_equal(table, copy)
+    assert len({id(tables) for tables, _ in given}) < 350  # as they were, where nothing has changed
 
 
 # Tiers --------------------------------------------------------------------------------------------------------------

@@ -31,14 +31,18 @@ NOTHING = array("i", [NO_BLOCK])
 
 
 class _Sequence:
-    """One sequence: its blocks in order, how many tokens lie in them, how many blocks at the start are forgotten."""
+    """One sequence: its blocks in order, how many tokens lie in them, how many blocks at the start are forgotten.
 
-    __slots__ = ("forgotten", "length", "table")
+    And whether its blocks are others than when `BlockPool.take_changed` was called last.
+    """
+
+    __slots__ = ("forgotten", "has_changed", "length", "table")
 
     def __init__(self, table: array[int], length: int, forgotten: int):
         self.table = table
         self.length = length
         self.forgotten = forgotten
+        self.has_changed = True
 
 
 class BlockPool:
@@ -149,6 +153,13 @@ class BlockPool:
             block_size=self.block_size,
             peak_blocks=self._counts.peak,
         )
+
+    def take_changed(self) -> set[Hashable]:
+        """The sequences that live whose tables are new, or others than when this was asked last."""
+        changed = {seq for seq, state in self._sequences.items() if state.has_changed}
+        for seq in changed:
+            self._sequences[seq].has_changed = False
+        return changed
 
     # What may come.
 
@@ -264,6 +275,7 @@ class BlockPool:
             raise self._out_of_blocks(
                 f"{num_tokens} more tokens of sequence {seq!r} need {missing + bool(copied)} blocks"
             )
+        state.has_changed = True
         copies = []
         if copied:
             source, (target,) = table[-1], counts.next_free(1)
@@ -328,6 +340,7 @@ class BlockPool:
             gone = state.table[state.forgotten : end]
             state.table[state.forgotten : end] = NOTHING * len(gone)
             state.forgotten = end
+            state.has_changed = True
             self._counts.let_go(gone)
 
     # References that are no sequence's.

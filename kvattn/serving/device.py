@@ -23,15 +23,15 @@ from kvattn.models.decoder import Decoder
 from kvattn.models.programs import ProgramsOf, Weights
 from kvattn.models.sampling import Sampler
 from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.pieces import Pieces, scattered
+from kvattn.serving.pieces import Pieces
 from kvattn.serving.prefixes import Copies
 from kvattn.serving.reads import Shared
+from kvattn.serving.tables import Tables
 
 AT_ONCE = 8
 """Pages that are read from the device, or put back, by one call."""
 
 Caches = tuple[PagedKVCache, ...]
-Tables = tuple[Int32[np.ndarray, "B W"], ...]
 
 
 class Came(NamedTuple):
@@ -274,10 +274,6 @@ class Device:
             # A copy: the arrays go on to change here while a program reads them.
             placed = self._placed_settings = self._place(jax.tree.map(np.array, self._settings))
         return placed
-
-    def row_tables(self, rows: Sequence[int], tables: Sequence[Int32[np.ndarray, "M W"]]) -> Tables:
-        """The tables of all rows, from those of some."""
-        return tuple(scattered(table, rows, self.num_rows) for table in tables)
 
     # What it does.
 

@@ -29,11 +29,10 @@ from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import checks, limits
 from kvattn.serving.below import Below
-from kvattn.serving.counts import NO_BLOCK
-from kvattn.serving.device import Came, Device, Tables
+from kvattn.serving.device import Came, Device
 from kvattn.serving.drafts import Guesses
 from kvattn.serving.jobs import Admission, Job, Tick
-from kvattn.serving.pieces import pieces_of, scattered
+from kvattn.serving.pieces import pieces_of
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.reads import SharedReads
 from kvattn.serving.request import ENDED, Request
@@ -43,6 +42,7 @@ from kvattn.serving.sinking import Sinking
 from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
 from kvattn.serving.stats import Stats
+from kvattn.serving.tables import RowTables, Tables, nobodys, padded
 from kvattn.serving.texts import NO_ROW, Text
 from kvattn.serving.tiers import Tier
 
@@ -55,6 +55,7 @@ class _Choice(NamedTuple):
 
     samplers: list[Sampler]
     stop: Bool[np.ndarray, " V"]
+    stop_tokens: frozenset[int]
     stop_bits: UInt32[np.ndarray, " W"]
     width: int | None
 
@@ -184,7 +185,7 @@ class Engine:
         if self._tiers.tiers and self._is_shareable and prefix_cache:
             kind = kind_of(model, caches, self._device, self._layer_groups)
             self._sinking = Sinking(Below(self._tiers, kind), self._device)
-        self._scheduler = self._new_scheduler()
+        self._begin()
         self._numbers = itertools.count()
         self._jobs: dict[Request, list[Job]] = {}
         self._choices: dict[Request, _Choice] = {}
@@ -260,7 +261,9 @@ class Engine:
             self._ended.append(request)
             return request
         samplers = [dataclasses.replace(sampler, stream=np.uint32(i)) for i in range(num_samples)]
-        self._choices[request] = _Choice(samplers, stop, loop.as_bits(stop), beam_width)
+        self._choices[request] = _Choice(
+            samplers, stop, frozenset(np.flatnonzero(stop).tolist()), loop.as_bits(stop), beam_width
+        )
         number, rows = next(self._numbers), self.max_batch
         make = lambda sequences, width: Job(
             request, number, tokens, max_new_tokens, sequences, width, namespace, priority, beam_width is not None
@@ -352,12 +355,11 @@ class Engine:
             raise ConfigError(
                 "warm_up takes the caches of all rows: call it before requests run, or when they are done."
             )
-        nobody = [np.full((0, width), NO_BLOCK, np.int32) for width in self._device.widths]
+        widths = self._device.widths
         for most, width in self._shapes:
             for rows in sorted({1, most}):
-                tables = tuple(scattered(table, [], rows) for table in nobody)
-                self._device.read(tables, pieces_of([], (rows, width), self.max_batch))
-        tables = self._device.row_tables([], nobody)
+                self._device.read(nobodys(rows, widths), pieces_of([], (rows, width), self.max_batch))
+        tables = nobodys(self.max_batch, widths)
         self._device.step(tables, [], [], {})
         if any(shared := self._shared_reads.nothing()):
             self._device.step(tables, [], [], {}, shared)
@@ -371,7 +373,8 @@ class Engine:
 
     # Below.
 
-    def _new_scheduler(self) -> Scheduler:
+    def _begin(self) -> None:
+        """An empty pool, in which nobody waits or runs."""
         pool = PrefixPool(
             self._layer_groups,
             self.page_size,
@@ -380,7 +383,8 @@ class Engine:
             keeps_prefixes=self._prefix_cache,
             below=None if self._sinking is None else self._sinking.below,
         )
-        return Scheduler(
+        self._row_tables = RowTables(pool, self.max_batch, self._device.widths)
+        self._scheduler = Scheduler(
             pool,
             self.max_batch,
             schedule=self._schedule,
@@ -408,10 +412,11 @@ class Engine:
         for job in tick.beams:  # last: others may have to leave for them, once they have had their turn
             if job in self._scheduler.running:
                 self._search_on(job)
-        running = {job.owner for job in self._scheduler.running}
-        for job in self._scheduler.waiting:
-            if job.was_in and job.owner not in running and not job.owner.is_over:
-                job.owner.state = "preempted"
+        left = [job.owner for job in self._scheduler.waiting if job.was_in and not job.owner.is_over]
+        running = {job.owner for job in self._scheduler.running} if left else ()
+        for request in left:
+            if request not in running:
+                request.state = "preempted"
         return reads
 
     def save_prefixes(self) -> None:
@@ -441,22 +446,19 @@ class Engine:
         sequences = [
             s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])
         ]
-        rows = [sequence.row for sequence in sequences]
-        tables = self._scheduler.pool.tables(sequences, self._device.widths)
-        return rows, self._device.row_tables(rows, tables)
+        return [sequence.row for sequence in sequences], self._row_tables.of(sequences)
 
     def _stepped(self, steps: list[tuple[Job, Text]]) -> _Read:
         rows, tables = self._held()
-        guesses = {sequence.row: sequence.guess for _, sequence in steps if sequence.guess}
+        goes = [sequence.row for _, sequence in steps]
+        guesses = {s.row: s.guess for _, s in steps if s.guess} if self._speculate else {}
         if guesses:
             self._shared_reads.forget()
-            goes = [sequence.row for _, sequence in steps]
             came = self._device.verify(tables, rows, goes, guesses, self._speculate)
-            return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
-        again = () if self._rereads else steps
-        forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
-        goes, shared = [sequence.row for _, sequence in steps], self._shared_reads.of(steps, tables)
-        came = self._device.step(tables, rows, goes, forced, shared)
+        else:
+            again = () if self._rereads else steps
+            forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
+            came = self._device.step(tables, rows, goes, forced, self._shared_reads.of(steps, tables))
         return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
 
     def _read_pieces(self, tick: Tick) -> _Read:
@@ -465,9 +467,7 @@ class Engine:
         longest = max(piece.stop - piece.start for piece in tick.pieces)
         most, width = next(shape for shape in self._shapes if shape[1] >= longest)
         shape = (1 if len(tick.pieces) == 1 else most), width
-        rows = range(len(sequences))
-        wide = tuple(scattered(table, rows, shape[0]) for table in tables)
-        came = self._device.read(wide, pieces_of(tick.pieces, shape, self.max_batch))
+        came = self._device.read(padded(tables, shape[0]), pieces_of(tick.pieces, shape, self.max_batch))
         jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
         of = []
         for piece in tick.pieces:
@@ -486,15 +486,15 @@ class Engine:
             new, logprob, status = self._device.on_host(came)
             if new.ndim == 1:
                 new, logprob = new[:, None], logprob[:, None]
-            tokens, logprobs = new.tolist(), logprob.tolist()
+            tokens, logprobs, statuses = new.tolist(), logprob.tolist(), status.tolist()
             for job, sequence, index, row in of:
                 if index != len(sequence.new):  # known: it was appended again
                     continue
                 for token, number in zip(tokens[row], logprobs[row], strict=True):
                     if token == loop.NOTHING or job.owner.is_over:
                         break
-                    if status[row] or token == loop.UNSOUND:
-                        self._fail(job.owner, reason_for(int(status[row]), len(sequence.new)))
+                    if statuses[row] or token == loop.UNSOUND:
+                        self._fail(job.owner, reason_for(statuses[row], len(sequence.new)))
                         break
                     error = self._take(job, sequence, token, number)
                     raised = raised or error
@@ -508,7 +508,7 @@ class Engine:
         sequence.new.append(token)
         sequence.logprobs.append(logprob)
         self._counts["new_tokens"] += 1
-        if len(sequence.new) == job.limit or bool(self._choices[request].stop[token]):
+        if len(sequence.new) == job.limit or token in self._choices[request].stop_tokens:
             self._finish(job, sequence)
         if request.on_token is not None:
             try:
@@ -568,7 +568,7 @@ class Engine:
                     )
                 self._end(request, request.state)
         left = [job for job in self._scheduler.waiting if job.owner in self._jobs]
-        self._scheduler = self._new_scheduler()
+        self._begin()
         for job in left:
             self._scheduler.submit(job)
         self._device.restart(self._make_caches())

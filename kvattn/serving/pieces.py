@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
 
-from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.jobs import Piece
 from kvattn.serving.texts import NO_ROW, Text
 
@@ -35,14 +33,6 @@ class Pieces(NamedTuple):
     ends: Any
     drawn: Any
     forced: Any
-
-
-def scattered(table: Int32[np.ndarray, "M W"], rows: Sequence[int], count: int) -> Int32[np.ndarray, "count W"]:
-    """A table of `count` rows, of which some are given."""
-    every = np.full((count, table.shape[1]), NO_BLOCK, np.int32)
-    if len(rows):
-        every[list(rows)] = table
-    return every
 
 
 def pieces_of(pieces: Sequence[Piece], shape: tuple[int, int], num_rows: int) -> Pieces:

@@ -128,6 +128,10 @@ class PrefixPool:
         """The tables of some sequences in every group."""
         return [pool.page_table(seqs, width) for pool, width in zip(self.pool.pools, widths, strict=True)]
 
+    def take_changed(self) -> set[Hashable]:
+        """See `BlockPool.take_changed`, of any group."""
+        return set().union(*(pool.take_changed() for pool in self.pool.pools))
+
     def length(self, seq: Hashable) -> int:
         """Tokens that a sequence has room for."""
         return self.pool.pools[0].length(seq)

@@ -9,10 +9,11 @@ from jaxtyping import Bool
 from kvattn.cache import status as bits
 from kvattn.errors import KVAttnError, RangeError
 from kvattn.serving import beams
-from kvattn.serving.device import Device, Tables
+from kvattn.serving.device import Device
 from kvattn.serving.jobs import Job
 from kvattn.serving.scheduler import Scheduler
 from kvattn.serving.sinking import Sinking
+from kvattn.serving.tables import Tables
 from kvattn.serving.texts import Text
 
 

@@ -1218,6 +1218,15 @@ FAULTS: list[Fault] = [
         test_serving_bad_input.py::test_rows
         """,
         ("BlockPool.free", "self._sequences.pop(", "self._sequences.get("),
+        *(
+            (
+                name,
+                "has_changed = True",
+                "has_changed = False",
+                "test_serving_scheduler.py::test_tables_of_rows_are_those_of_their_texts",
+            )
+            for name in ("BlockPool.append", "BlockPool.forget", "_Sequence.__init__")
+        ),
         ("BlockPool.free", "reversed(state.table[state.forgotten :])", "reversed(state.table[state.forgotten : -1])"),
         ("BlockPool.forget", "            state.forgotten = end\n", ""),
         ("BlockPool.forget", "            self._counts.let_go(gone)\n", ""),
@@ -1798,6 +1807,15 @@ FAULTS: list[Fault] = [
         ("Engine._sweep", 'keep=job.owner.state != "failed"', "keep=True"),
         ("Engine._take", "request.cancel()", "pass"),
         ("Engine.step", "keep = 1 if tick and not self._speculate else 0", "keep = 1 if tick else 0"),
+    ),
+    *group(
+        "serving/tables.py",
+        "test_serving_scheduler.py::test_tables_of_rows_are_those_of_their_texts",
+        ("RowTables.of", " or text in changed", ""),
+        ("RowTables.of", "text is not self._texts[row] or ", ""),
+        ("RowTables.of", "table[rows] = NO_BLOCK", "pass"),
+        ("RowTables.of", "np.array(table)", "table"),
+        ("RowTables.of", "        if rows:\n", "        if True:\n"),
     ),
     *group(
         "serving/limits.py",
