@@ -18,6 +18,8 @@ __all__ = [
     "DTypeError",
     "DivergedError",
     "DuplicateSequenceError",
+    "HostLostError",
+    "HostMismatchError",
     "KVAttnError",
     "MissingFileError",
     "MissingLibraryError",
@@ -99,6 +101,14 @@ class DivergedError(KVAttnError, RuntimeError):
 
     def __reduce__(self) -> tuple[type["DivergedError"], tuple[int, list[list[int]]]]:
         return type(self), (self.step, self.processes)
+
+
+class HostMismatchError(KVAttnError, ValueError):
+    """Processes that were to work as one began with something different: another version, model or setting."""
+
+
+class HostLostError(KVAttnError, ConnectionError):
+    """A process that ended, broke off, or did not come in time. The others cannot go on without it."""
 
 
 class StaleCacheError(KVAttnError, RuntimeError):

@@ -237,6 +237,7 @@ def refused(machine, rng, known, unknown):
     assert (ledger.digest(), pickle.dumps(ledger)) == (before, state)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [12_500, pytest.param(250_000, marks=FULL_RUN)])
 @pytest.mark.parametrize(("num_hosts", "size", "watermark"), [(3, 6, 0.2), (2, 4, 0.0), (4, 5, 0.45), (1, 7, 0.3)])
 def test_random_operations(num_hosts, size, watermark, count):

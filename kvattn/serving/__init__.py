@@ -13,6 +13,7 @@ from kvattn.serving.blocks import BlockPool as BlockPool
 from kvattn.serving.disk import DiskTier as DiskTier
 from kvattn.serving.groups import GroupedPool as GroupedPool
 from kvattn.serving.groups import LayerGroup as LayerGroup
+from kvattn.serving.hosts import Hosts as Hosts
 from kvattn.serving.kinds import ArraySpec as ArraySpec
 from kvattn.serving.kinds import Kind as Kind
 from kvattn.serving.ledger import Ledger as Ledger
@@ -49,6 +50,7 @@ __all__ = [
     "Engine",
     "GroupedPool",
     "HostTier",
+    "Hosts",
     "Kind",
     "LayerGroup",
     "Ledger",

@@ -245,6 +245,9 @@ class Device:
         self._settings = loop.Settings.alike(self.num_rows, greedy, np.zeros((model.config.vocab_size,), bool), 0)
         self.restart(cache)
 
+    wait: Callable[[Sequence[Any]], object] = staticmethod(lambda arrays: None)
+    """What is called before the host waits for arrays: several processes wait for each other with a limit."""
+
     def restart(self, cache: Caches) -> None:
         """Begins anew, with other caches."""
         self.cache = cache
@@ -314,6 +317,7 @@ class Device:
 
     def on_host(self, came: Came) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What came; waits for it."""
+        self.wait(came)
         new, logprob, status = (np.asarray(x) for x in came)
         return new, logprob, status
 
@@ -335,6 +339,7 @@ class Device:
         tokens = np.full((self.num_rows,), loop.NOTHING, np.int32)
         tokens[list(given)] = list(given.values())
         found, self.cache = self.programs.grow(self.weights, self.cache, tables, self._mask(held), tokens, count)
+        self.wait(found)
         return Candidates(*map(np.asarray, found))
 
     def move(self, source: dict[int, int]) -> None:

@@ -154,8 +154,10 @@ class HostedPool(BlockPool):
             _, source = min(movable, default=(0, None))
             if source is None:
                 break
-            target, table = lending.repay(source), tables.pop(source).table
+            target, state = lending.repay(source), tables.pop(source)
+            table = state.table
             table[table.index(source)] = target
+            state.has_changed = True
             self._hosted.moved(source, target)
             moves.append((source, target))
         return moves
