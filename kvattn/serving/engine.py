@@ -32,6 +32,7 @@ from kvattn.serving.arrivals import Arrival
 from kvattn.serving.below import Below
 from kvattn.serving.device import Came, Device
 from kvattn.serving.drafts import Guesses
+from kvattn.serving.hosted import HostedPool
 from kvattn.serving.hosts import Hosts
 from kvattn.serving.jobs import Admission, Job, Tick
 from kvattn.serving.pieces import pieces_of
@@ -167,8 +168,9 @@ class Engine:
         options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
         if self._together is not None:
             pool = {"num_pages": num_pages, "page_size": page_size, "prefix_cache": prefix_cache}
+            rows = {"max_batch": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
             ticks = {"schedule": schedule, "prefill_chunk": prefill_chunk, "speculate": speculate}
-            self._together.meet(model, {**options, **pool, **ticks})
+            self._together.meet(model, {**pool, **rows, **ticks})
         pages = pages_for(model, num_pages, page_size, options, self._together)
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
@@ -406,6 +408,11 @@ class Engine:
             tier_prompt_tokens=() if self._sinking is None else tuple(self._sinking.below.prompt_tokens),
             tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )
+
+    def loans(self) -> list[dict[tuple[int, int], int]]:
+        """Pages that hosts lend each other now: of every group of layers, by (creditor, debtor)."""
+        pools = self._scheduler.pool.pool.pools
+        return [pool.loans for pool in pools if isinstance(pool, HostedPool)]
 
     def warm_up(self, beam_widths: Sequence[int] = ()) -> None:
         """Compiles every program that requests may need, so that none of them waits for it.

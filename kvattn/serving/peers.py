@@ -132,8 +132,12 @@ class Peers:
                 self._look(_LOOK)
             except HostLostError as lost:
                 return lost
-        kind = "" if isinstance(error, KVAttnError) else f"{type(error).__name__}: "
-        return self.lose(f"process {self.number} could not go on: {kind}{error}")
+        if isinstance(error, KVAttnError):
+            return self.lose(f"process {self.number} could not go on: {error}")
+        return self.lose(
+            f"process {self.number} could not go on, which is what it looks like where another has ended: "
+            f"{type(error).__name__}: {error}"
+        )
 
     # Below.
 
