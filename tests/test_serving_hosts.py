@@ -143,6 +143,15 @@ def test_shared_blocks_stay_where_they_are():
     pool.check()
 
 
+def test_the_digest_of_a_pool_is_of_its_blocks():
+    """The same calls on pools whose free blocks are others."""
+    one, other = hosted(), hosted()
+    other._lending.free[0].reverse()
+    for pool in (one, other):
+        pool.allocate("a", 2)
+    assert one.digest() != other.digest()
+
+
 BROKEN = {
     "a loan that is none": lambda pool: pool._lending.owe(0, pool.table("a")[0]),
     "a home that is lost": lambda pool: pool._homes.pop("a"),

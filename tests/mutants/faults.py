@@ -1312,7 +1312,7 @@ FAULTS: list[Fault] = [
         ("Ledger.free", "            self._borrowers.pop(block, None)\n", "            pass\n"),
         ("Ledger.repay", "len(moves) < limit", "len(moves) <= limit"),
         ("Ledger.repay", "min(", "max("),
-        ("Ledger.repay", "table[table.index(move[0])] = move[1]", "table.append(move[1])"),
+        ("Ledger.repay", "table[table.index(source)] = target", "table.append(target)"),
         ("Ledger.add_host", "if number not in", "if number + 1 not in"),
         ("Ledger.remove_host", "self._lending.copy()", "self._lending"),
         ("Ledger.remove_host", "home = after.richest()", "home = min(after.free)"),
@@ -1366,6 +1366,72 @@ FAULTS: list[Fault] = [
         ("after", "digest + written", "written"),
         ("plain", "return int(value)", "return value"),
         ("plain", "return str.__str__(value)", "return value"),
+    ),
+    *group(
+        "serving/hosted.py",
+        """
+        test_serving_hosts.py::test_home_first_then_who_has_most
+        test_serving_hosts.py::test_shared_blocks_stay_where_they_are
+        test_serving_hosts.py::test_a_pool_of_hosts_is_a_pool
+        test_serving_hosts.py::test_check_finds
+        """,
+        ("HostedPool.allocate", "self._lending.richest()", "0"),
+        ("HostedPool.append", "self._homes[seq] if seq in self else 0", "0"),
+        ("HostedPool.fork", "self._homes[parent]", "0"),
+        ("HostedPool.repay", "if refs[block] == 1 and block in tables", "if block in tables"),
+        ("HostedPool.repay", "            table[table.index(source)] = target\n", ""),
+        (
+            "HostedPool.repay",
+            "            state.has_changed = True\n",
+            "",
+            "test_serving_hosts.py::test_texts_longer_than_any_hosts_pool",
+        ),
+        ("_Counts.moved", "            self.partial[target] = tokens\n", "            pass\n"),
+        ("_Counts.moved", "self.refs[source], self.refs[target] = 0, ", "_, self.refs[target] = 0, "),
+        (
+            "_Counts.leave_free",
+            "self.home, tuple(blocks))",
+            "self.home)",
+            "test_serving_hosts.py::test_the_digest_of_a_pool_is_of_its_blocks",
+        ),
+        ("HostedPool.check", "if noted != lending.debtors", "if False"),
+    ),
+    *group(
+        "serving/peers.py",
+        """
+        test_serving_hosts.py::test_all_hear_all
+        test_serving_hosts.py::test_one_that_does_not_come
+        test_serving_hosts.py::test_a_device_that_never_answers
+        test_serving_hosts.py::test_a_fault_of_one_ends_all
+        test_serving_hosts.py::test_a_store_that_is_gone
+        """,
+        ("Peers.exchange", '        self._forget(f"exchange/{self._rounds - 1}/{self.number}")\n', ""),
+        ("Peers.exchange", "        self._rounds += 1\n", ""),
+        ("Peers._get", "            self._look(0.0)\n", ""),
+        ("Peers.wait", "self._look(0.0)", "pass"),
+        ("Peers.lose", "self._store.put(self._full(_NOBODY), why.encode())", "pass"),
+        ("Peers._who", "int(at) < step", "int(at) <= step"),
+        ("Peers._put", "            raise self._unreachable(error) from error\n", "            return\n"),
+        ("Peers.meet", "!= each[0].get(what)", "!= other.get(what)", "test_serving_hosts.py::test_other_facts"),
+    ),
+    *group(
+        "serving/together.py",
+        """
+        test_serving_hosts.py::test_all_processes_do_the_same
+        test_serving_hosts.py::test_a_process_that_does_something_else
+        test_serving_hosts.py::test_an_error_in_one_is_an_error_in_all
+        """,
+        ("Together.begin", 'request.state = "cancelled"', "pass"),
+        ("Together.begin", "            raise self._broken\n", "            pass\n"),
+        ("Together.end", "        self._step += 1\n", ""),
+        ("Together.end", "        self._digest = digests.after(self._digest, digest)\n", ""),
+        ("Together.cancel", "        return True\n", "        return False\n"),
+        ("Together.error_of", "lost = self._peers.failed(error)", "lost = error"),
+    ),
+    *group(
+        "serving/arrivals.py",
+        "test_serving_hosts.py::test_messages",
+        ("unpacked", "tuple(a.namespace) if isinstance(a.namespace, list) else a.namespace", "a.namespace"),
     ),
     *group(
         "serving/agreement.py",
