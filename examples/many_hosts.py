@@ -13,11 +13,13 @@ pool of any host. When a process dies or is late, the others say so within --tim
 import argparse
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 from typing import TextIO
 
@@ -29,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvattn
-from kvattn.serving import Engine, Hosts
+from kvattn.serving import Engine, Hosts, Ledger
 
 LINGER = 5.0
 """Seconds that process 0 stays after a failure: it keeps the store in which the others read why."""
@@ -50,7 +52,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=16)
     p.add_argument("--no-check", dest="check", action="store_false", help="do not compare with one large pool")
     p.add_argument("--out", type=Path, help="a JSON file for what is printed")
-    p.add_argument("--plot", type=Path, help="a picture of the loans over time")
+    p.add_argument("--plot", type=Path, help="a picture: loans over time, and what lending is worth")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
     if (args.coordinator is None) != (args.process_id is None):
@@ -178,31 +180,67 @@ def prompts(args: argparse.Namespace, vocab_size: int, total: int) -> list[list[
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
+# What lending is worth ----------------------------------------------------------------------------
+
+
+def trace(seed: int, hosts: int = 4, size: int = 64, gap: int = 14, count: int = 200) -> list[tuple[int, int, int]]:
+    """Requests as (step at which it comes, host, pages in the end), half of them short, half up to 1.6 of a host's."""
+    rng = random.Random(seed)
+    pages = lambda: rng.randint(size * 5 // 8, size * 25 // 16) if rng.random() < 0.5 else rng.randint(5, 20)
+    return [(i * gap, rng.randrange(hosts), pages()) for i in range(count)]
+
+
+def replayed(requests: list[tuple[int, int, int]], hosts: int = 4, size: int = 64, *, lend: bool) -> tuple[int, list]:
+    """How many requests get all their pages, one in each step, and which share of all pages is used over time.
+
+    One that lacks a page has to leave. Without lending a host has a ledger of its own.
+    """
+    ledgers = [Ledger(hosts, size)] if lend else [Ledger(1, size) for _ in range(hosts)]
+    waiting, running, served, used = deque(enumerate(requests)), {}, 0, []
+    while waiting or running:
+        while waiting and waiting[0][1][0] <= len(used):
+            number, (_, home, pages) = waiting.popleft()
+            running[number] = ledgers[0 if lend else home], pages
+            running[number][0].allocate(number, 0, home=home if lend else 0)
+        for number, (ledger, pages) in list(running.items()):
+            if len(ledger.table(number)) < pages:
+                try:
+                    ledger.append(number)
+                    continue
+                except kvattn.errors.OutOfBlocksError:
+                    pass
+            else:
+                served += 1
+            ledger.free(number)
+            del running[number]
+        for ledger in ledgers:
+            ledger.repay(4)
+        used.append(1 - sum(ledger.num_free for ledger in ledgers) / (hosts * size))
+    return served, used
+
+
 def plot(reports: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    loans, pools = figure.subplots(1, 2)
     for report in reports:
         share = np.array(report["loans"]) / (report["pages"] * report["hosts"])
-        axes.plot(100 * share, label=f"{report['hosts']} hosts")
-    axes.set(xlabel="step", ylabel="pages lent, % of all", ylim=(0, 100))
-    axes.legend(frameon=False)
+        loans.plot(100 * share, label=f"{report['hosts']} hosts")
+    loans.set(xlabel="step", ylabel="pages lent, % of all", ylim=(0, 100), title="this run")
+    requests = trace(seed=0)
+    for lend, label in ((True, "with lending"), (False, "each host alone")):
+        served, used = replayed(requests, lend=lend)
+        pools.plot(100 * np.array(used), linewidth=0.8, label=f"{label}: {served} of {len(requests)} served")
+    pools.set(xlabel="step", ylabel="pages used, % of all", ylim=(0, 100), title="long and short texts on 4 hosts")
+    for axes in (loans, pools):
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def show(reports: list[dict], out: TextIO) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (
-        "processes",
-        "hosts",
-        "longest text",
-        "one host holds",
-        "tokens/s",
-        "preempted",
-        "most pages lent",
-        "",
-    ):
+    for name in ["processes", "hosts", "longest text", "of one host", "tokens/s", "preempted", "most lent", ""]:
         table.add_column(name, justify="right")
     for r in reports:
         same = {True: "same tokens as one large pool", False: "OTHER TOKENS", None: ""}[r.get("same_tokens")]
