@@ -130,7 +130,7 @@ def serve(args: argparse.Namespace, out: TextIO) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("host",))
     model = kvattn.models.from_pretrained(args.checkpoint, dtype=np.float32, mesh=mesh, by="sequence", axis="host")
     total = args.pages * jax.device_count() * args.page_size
-    settings = dict(page_size=args.page_size, max_batch=args.batch, max_length=total, prefill_chunk=64)
+    settings = dict(page_size=args.page_size, max_batch=args.batch, max_length=total, prefill_chunk=16)
     hosts = Hosts("host", timeout=args.timeout, compare_every=16)
     engine = Engine(model, num_pages=args.pages, hosts=hosts, **settings)
     engine.warm_up()

@@ -15,6 +15,7 @@ import time
 import engine_models
 import hosts_worker
 import jax
+import numpy as np
 import pytest
 from engine_models import TextDevice, continued
 from flax import nnx
@@ -24,6 +25,8 @@ from kvattn.models import Decoder, DecoderConfig
 from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, arrivals, together
 from kvattn.serving.hosted import HostedPool
 from kvattn.serving.peers import Peers
+from kvattn.serving.tables import nobodys
+from kvattn.sharding import collectives
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=engine_models.V, model_dim=4, num_layers=1, num_heads=4, num_kv_heads=1, head_dim=2, mlp_dim=4)
@@ -495,6 +498,26 @@ def test_an_error_in_one_is_an_error_in_all(monkeypatch, text_model):
 
     found = engines(monkeypatch, text_model, program, timeout=3.0)
     assert all("process 2 could not go on" in said for said, _ in found) and found[0][1] == "failed"
+
+
+# What is exchanged ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_is_exchanged_does_not_grow_with_the_text():
+    """Of a step and of pages that are copied: the same collectives, of the same bytes, for four times the length."""
+    mesh, found = jax.make_mesh((4,), ("host",), devices=jax.devices()[:4]), []
+    for length in (48, 192):
+        settings = {**hosts_worker.SETTINGS, "max_length": length}
+        device = Engine(hosts_worker.decoder(mesh), num_pages=length // 4, hosts="host", **settings)._device
+        rows, pairs = np.ones((2,), bool), (np.full((2, 2), -1, np.int32),)
+        given = nobodys(2, device.widths), rows, rows, device._free, None
+        step = device.programs.step.lower(device.weights, device.cache, device.rows, device.settings, *given)
+        copy = device.programs.copy.lower(device.cache, pairs)
+        found.append([collectives(program.compile()) for program in (step, copy)])
+    assert found[0] == found[1] and all(found[0])
+    page = 2 * 4 * 2 * 8 * 4  # keys and values, tokens, heads, features, bytes
+    assert sum(each.nbytes for each in found[0][1]) <= 2 * 2 * page
 
 
 # What it is worth -----------------------------------------------------------------------------------------------------
