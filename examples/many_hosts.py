@@ -232,7 +232,7 @@ def plot(reports: list[dict], path: Path) -> None:
     for lend, label in ((True, "with lending"), (False, "each host alone")):
         served, used = replayed(requests, lend=lend)
         pools.plot(100 * np.array(used), linewidth=0.8, label=f"{label}: {served} of {len(requests)} served")
-    pools.set(xlabel="step", ylabel="pages used, % of all", ylim=(0, 100), title="long and short texts on 4 hosts")
+    pools.set(xlabel="step", ylabel="pages used, % of all", ylim=(0, 130), title="long and short texts on 4 hosts")
     for axes in (loans, pools):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

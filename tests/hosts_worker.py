@@ -66,9 +66,10 @@ def main():
     other = what if number == 1 else ""
     clock = {"since": time.monotonic()}
     try:
+        mesh = jax.make_mesh((count,), ("host",))
         if other == "late":
             time.sleep(3600)
-        model = decoder(jax.make_mesh((count,), ("host",)), seed=int(other == "other model"))
+        model = decoder(mesh, seed=int(other == "other model"))
         settings = SETTINGS | ({"max_batch": 3} if other == "other setting" else {})
         if what == "tokens" and count == 2:
             settings |= {"max_batch": 1}  # fewer programs to compile
