@@ -1,19 +1,14 @@
 """What process 0 tells the others at every step: requests that came, and requests that were cancelled."""
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 
 class Arrival(NamedTuple):
-    """A request as it is sent: the arguments of `Engine.submit`, whatever they were given as.
+    """A request: the arguments of `Engine.submit`. Those that are sent have lists of tokens."""
 
-    Attributes:
-        prompt: its tokens.
-        max_new_tokens: likewise; and so on.
-    """
-
-    prompt: list[int]
+    prompt: Sequence[int]
     max_new_tokens: int
     num_samples: int
     beam_width: int | None
@@ -21,7 +16,7 @@ class Arrival(NamedTuple):
     top_k: int | None
     top_p: float | None
     seed: int
-    stop_tokens: list[int]
+    stop_tokens: int | Iterable[int] | None
     namespace: Hashable
     priority: int
 

@@ -259,45 +259,18 @@ class Engine:
         """
         if self._together is not None:
             self._together.check_submit()
-        request = self._accept(
-            prompt,
-            max_new_tokens,
-            num_samples=num_samples,
-            beam_width=beam_width,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_tokens=stop_tokens,
-            namespace=namespace,
-            priority=priority,
-            on_token=on_token,
-        )
+        drawn = num_samples, beam_width, temperature, top_k, top_p, seed
+        arrival = Arrival(prompt, max_new_tokens, *drawn, stop_tokens, namespace, priority)
+        request = self._accept(arrival, on_token)
         if self._together is not None:
             stops = sorted(self._choices[request].stop_tokens) if request in self._choices else []
-            drawn = num_samples, beam_width, temperature, top_k, top_p, seed
-            self._together.submitted(
-                request, Arrival(request.prompt.tolist(), max_new_tokens, *drawn, stops, namespace, priority)
-            )
+            self._together.submitted(request, arrival._replace(prompt=request.prompt.tolist(), stop_tokens=stops))
         return request
 
-    def _accept(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        *,
-        num_samples: int,
-        beam_width: int | None,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        stop_tokens: int | Iterable[int] | None,
-        namespace: Hashable,
-        priority: int,
-        on_token: Callable[[int, int], object] | None = None,
-    ) -> Request:
+    def _accept(self, arrival: Arrival, on_token: Callable[[int, int], object] | None = None) -> Request:
         """See `submit`."""
+        prompt, max_new_tokens, num_samples, beam_width, temperature, top_k, top_p, seed, *_ = arrival
+        stop_tokens, namespace, priority = arrival.stop_tokens, arrival.namespace, arrival.priority
         vocab_size = self.model.config.vocab_size
         (tokens,) = given.checked([prompt], vocab_size)
         _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
@@ -655,7 +628,7 @@ class Engine:
 
     def _begin_together(self, together: Together) -> None:
         """Takes over what came in at process 0, and moves pages home."""
-        together.begin(lambda arrival: self._accept(**arrival._asdict()))
+        together.begin(self._accept)
         moves = self._scheduler.pool.pool.repay(together.hosts.repay)
         if any(moves):
             self._shared_reads.forget()
