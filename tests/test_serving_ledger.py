@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from bad_input_table import Table, run
 
@@ -438,7 +439,10 @@ def test_names_that_are_equal_are_one():
     one, other = Ledger(2, 4), Ledger(2, 4)
     one.allocate(1, 1, home=0)
     other.allocate(True, 1, home=False + 0)
-    assert 1 in other and one.digest() == other.digest()
+    assert 1 in other and np.int64(1) in other and one.digest() == other.digest()
+    one.append(1)
+    other.append(np.int64(1))
+    assert one.digest() == other.digest()
     one.allocate(Name("x"), 1, home=0)
     other.allocate("x", 1, home=0)
     assert one.table("x") == one.table(Name("x")) and one.digest() == other.digest()
