@@ -313,7 +313,7 @@ def test_all_hear_all():
         return heard, len(store.held)
 
     for heard, held in all_of(3, do):
-        assert heard == [b"%d" % step for step in range(50)] and held < 30
+        assert heard == [b"%d" % step for step in range(50)] and held < 16
 
 
 def test_other_facts():
@@ -367,7 +367,7 @@ def test_a_fault_of_one_ends_all():
         if peers.number == 1:
             return peers.failed(ValueError("what happened"))
         with pytest.raises(errors.HostLostError) as caught:
-            peers.wait(0, lambda: False)
+            peers.wait(0, lambda: False) if peers.number == 0 else peers.tell(0, b"")
         return caught.value
 
     found = all_of(3, do, timeout=30)
@@ -379,7 +379,7 @@ def test_a_store_that_is_gone():
         peers.exchange(b"")
         both.wait()
         store.is_gone = True
-        for call in (lambda: peers.exchange(b""), lambda: peers.tell(0, b"")):
+        for call in (lambda: peers.tell(0, b""), lambda: peers.exchange(b"")):
             with pytest.raises(errors.HostLostError, match="process 0, by which"):
                 call()
 
