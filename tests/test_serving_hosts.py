@@ -412,6 +412,9 @@ def test_all_processes_do_the_same(monkeypatch, text_model):
             requests.append(engine.submit([5], 9, stop_tokens=iter([11, 3]), on_token=lambda s, t: seen.append(t)))
             engine.submit([7], 30, priority=5, on_token=lambda s, t: requests[1].cancel())
             engine.submit([7], 0)
+            early = engine.submit([9], 9)
+            early.cancel()
+            assert early.state == "waiting"  # until all are told
         else:
             with pytest.raises(errors.UnsupportedError, match="process 0"):
                 engine.submit([1], 1)
@@ -426,6 +429,7 @@ def test_all_processes_do_the_same(monkeypatch, text_model):
                     with pytest.raises(errors.UnsupportedError, match="process 0"):
                         request.cancel()
         done = engine.run()
+        assert number or early.state == "cancelled"
         stats = engine.stats()
         return list(done.values()), ticks, stats.preemptions, stats.evictions, stats.cached_prompt_tokens
 
