@@ -16,7 +16,10 @@ __all__ = [
     "CapacityError",
     "ConfigError",
     "DTypeError",
+    "DivergedError",
     "DuplicateSequenceError",
+    "HostLostError",
+    "HostMismatchError",
     "KVAttnError",
     "MissingFileError",
     "MissingLibraryError",
@@ -77,6 +80,35 @@ class UnknownSequenceError(KVAttnError, KeyError):
 
 class DuplicateSequenceError(KVAttnError, ValueError):
     """A sequence id that is taken."""
+
+
+class DivergedError(KVAttnError, RuntimeError):
+    """Processes that must decide alike did not. Nothing that they computed since can be relied on.
+
+    Attributes:
+        step: the first step, counted from 0, after which they were not in the same state.
+        processes: the processes that agree with each other, one list for each state.
+    """
+
+    def __init__(self, step: int, processes: list[list[int]]):
+        states = " and ".join(", ".join(map(str, each)) for each in processes)
+        super().__init__(
+            f"processes differ since step {step}: {states} are not in the same state. Each must be given the same "
+            "calls in the same order, and run the same version: begin anew, and compare more often to come closer."
+        )
+        self.step = step
+        self.processes = processes
+
+    def __reduce__(self) -> tuple[type["DivergedError"], tuple[int, list[list[int]]]]:
+        return type(self), (self.step, self.processes)
+
+
+class HostMismatchError(KVAttnError, ValueError):
+    """Processes that were to work as one began with something different: another version, model or setting."""
+
+
+class HostLostError(KVAttnError, ConnectionError):
+    """A process that ended, broke off, or did not come in time. The others cannot go on without it."""
 
 
 class StaleCacheError(KVAttnError, RuntimeError):

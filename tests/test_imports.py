@@ -122,7 +122,7 @@ def test_the_package_never_imports_itself_as_a_whole():
 def test_host_side_serving_needs_no_jax():
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("kvattn", include_external_packages=True, cache_dir=None)
-    modules = ("blocks", "groups", "radix", "replay", "trace", "scheduler")
+    modules = ("blocks", "groups", "radix", "replay", "trace", "scheduler", "agreement", "digests", "ledger", "lending")
     modules += ("disk", "encoding", "files", "kinds", "records", "stack", "tiers", "workers")
     names = [name for name in modules if (PACKAGE / "serving" / f"{name}.py").exists()]
     for name in names:

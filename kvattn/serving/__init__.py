@@ -8,12 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvattn.cache import with_tables as with_tables
+from kvattn.serving.agreement import Agreement as Agreement
 from kvattn.serving.blocks import BlockPool as BlockPool
 from kvattn.serving.disk import DiskTier as DiskTier
 from kvattn.serving.groups import GroupedPool as GroupedPool
 from kvattn.serving.groups import LayerGroup as LayerGroup
+from kvattn.serving.hosts import Hosts as Hosts
 from kvattn.serving.kinds import ArraySpec as ArraySpec
 from kvattn.serving.kinds import Kind as Kind
+from kvattn.serving.ledger import Ledger as Ledger
 from kvattn.serving.radix import Match as Match
 from kvattn.serving.radix import RadixTree as RadixTree
 from kvattn.serving.records import PageName as PageName
@@ -40,14 +43,17 @@ if TYPE_CHECKING:
     from kvattn.serving.stats import Stats as Stats
 
 __all__ = [
+    "Agreement",
     "ArraySpec",
     "BlockPool",
     "DiskTier",
     "Engine",
     "GroupedPool",
     "HostTier",
+    "Hosts",
     "Kind",
     "LayerGroup",
+    "Ledger",
     "Match",
     "PageName",
     "RadixTree",

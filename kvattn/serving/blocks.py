@@ -76,7 +76,7 @@ class BlockPool:
             raise ConfigError(f"watermark must lie in [0, 1), got {watermark!r}.")
         self.watermark = watermark
         self._reserve = math.floor(watermark * self.num_blocks)
-        self._counts = Counts(self.num_blocks, self.block_size)
+        self._counts = self._make_counts()
         self._sequences: dict[Hashable, _Sequence] = {}
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._counts.free)
+        return self._counts.num_free
 
     @property
     def num_held(self) -> int:
@@ -402,6 +402,9 @@ class BlockPool:
                     )
 
     # Below.
+
+    def _make_counts(self) -> Counts:
+        return Counts(self.num_blocks, self.block_size)
 
     def _sequence(self, seq: Hashable) -> _Sequence:
         try:

@@ -64,14 +64,31 @@ class Counts:
         """Takes the next free blocks; the last of them ends at `length` tokens of its sequence."""
         if not blocks:
             return
-        free, refs = self.free, self.refs
-        del free[-len(blocks) :]
+        refs = self.refs
+        self.leave_free(blocks)
         for block in blocks:
             refs[block] = 1
         if tail := length % self.block_size:
             self.partial[blocks[-1]] = tail
-        if (taken := self.num_blocks - len(free)) > self.peak:
+        if (taken := self.num_blocks - self.num_free) > self.peak:
             self.peak = taken
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self.free)
+
+    def all_free(self) -> list[int]:
+        """The blocks that nobody holds."""
+        return self.free
+
+    def come_free(self, block: int) -> None:
+        """A block that nobody holds any more."""
+        self.free.append(block)
+
+    def leave_free(self, blocks: list[int]) -> None:
+        """The next free blocks are free no more."""
+        del self.free[-len(blocks) :]
 
     def let_go(self, blocks: Iterable[int]) -> None:
         """One reference less of each; those that have none left are free."""
@@ -79,7 +96,7 @@ class Counts:
             self.refs[block] -= 1
             if not self.refs[block]:
                 self.partial.pop(block, None)
-                self.free.append(block)
+                self.come_free(block)
 
     def hold(self, blocks: list[int]) -> None:
         """One reference more of each, which is no table's; see `holdable`."""
@@ -129,5 +146,5 @@ class Counts:
         for block, tokens in self.partial.items():
             if not self.refs[block] or not 0 < tokens < self.block_size:
                 raise BlockStateError(f"block {block} counts {tokens} tokens of {self.block_size}.")
-        if sorted(self.free) != [block for block, refs in enumerate(self.refs) if not refs]:
-            raise BlockStateError(f"blocks {sorted(self.free)} are said to be free, and others are not in use.")
+        if sorted(self.all_free()) != [block for block, refs in enumerate(self.refs) if not refs]:
+            raise BlockStateError(f"blocks {sorted(self.all_free())} are said to be free, and others are not in use.")

@@ -251,6 +251,9 @@ class Device:
         self._settings = loop.Settings.alike(self.num_rows, greedy, np.zeros((model.config.vocab_size,), bool), 0)
         self.restart(cache)
 
+    wait: Callable[[Sequence[Any]], object] = staticmethod(lambda arrays: None)
+    """What is called before the host waits for arrays: several processes wait for each other with a limit."""
+
     def restart(self, cache: Caches) -> None:
         """Begins anew, with other caches."""
         self.cache = cache
@@ -320,6 +323,7 @@ class Device:
 
     def on_host[T](self, arrays: T) -> T:
         """A tree of arrays on the host; waits for them."""
+        self._timed(self.wait)(jax.tree.leaves(arrays))
         return self._timed(jax.tree.map)(np.asarray, arrays)
 
     def verify(

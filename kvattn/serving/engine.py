@@ -28,9 +28,12 @@ from kvattn.models.decoder import Decoder
 from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import checks, limits
+from kvattn.serving.arrivals import Arrival
 from kvattn.serving.below import Below
 from kvattn.serving.device import Came, Device
 from kvattn.serving.drafts import Guesses
+from kvattn.serving.hosted import HostedPool
+from kvattn.serving.hosts import Hosts
 from kvattn.serving.jobs import Admission, Job, Tick
 from kvattn.serving.pieces import pieces_of
 from kvattn.serving.prefixes import PrefixPool
@@ -45,6 +48,7 @@ from kvattn.serving.stats import Stats
 from kvattn.serving.tables import RowTables, Tables, nobodys, padded
 from kvattn.serving.texts import NO_ROW, Text
 from kvattn.serving.tiers import Tier
+from kvattn.serving.together import Together
 
 _MOST_GUESSED = 7
 """Tokens that a step verifies beside its own."""
@@ -95,7 +99,10 @@ class Engine:
         tiers: where prefixes go that have to leave the device, the fastest first: `HostTier`, `DiskTier`. They come
             back where a prompt begins with them, also to another engine, and are found there by model, settings,
             namespace and tokens. They stay the caller's, to be closed by whoever made them.
-        hosts: the mesh axis of hosts. Engines over several hosts are not built yet.
+        hosts: the mesh axis of hosts, of a model that is split by sequence along it, or `Hosts`; `num_pages` is then
+            per host. Hosts lend each other pages, so a sequence may be longer than any host's pool. Where they are
+            processes, each makes the same engine, requests come in at process 0, `step` and `run` are called equally
+            often in all, and all get all tokens.
         speculate: how many tokens are guessed, at most 7, by what followed the last ones when they came before in the
             same text (`kvattn.serving.drafts`), and verified in one step. What comes out is the same, sampled tokens
             too; where a text repeats itself it comes faster, elsewhere up to as much slower as a step with so many
@@ -103,7 +110,10 @@ class Engine:
 
     Raises:
         ConfigError, DTypeError, RangeError: an argument outside its range, an unknown schedule.
-        UnsupportedError: speculation where tokens cannot be taken back; a mesh that splits the rows of caches; `hosts`.
+        UnsupportedError: speculation where tokens cannot be taken back; a mesh that splits the rows of caches; tiers
+            below hosts that are processes.
+        HostMismatchError: processes that began with another version, model or setting.
+        HostLostError: a process that did not come.
         Else as `Decoder.make_paged_cache`.
 
     Example:
@@ -136,7 +146,7 @@ class Engine:
         codec: Codec | Sequence[Codec | None] | None = None,
         prefill_chunk: int = 256,
         tiers: Sequence[Tier] = (),
-        hosts: str | None = None,
+        hosts: str | Hosts | None = None,
         speculate: int = 0,
     ):
         if not isinstance(model, Decoder):
@@ -148,14 +158,20 @@ class Engine:
             raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
         if not isinstance(prefix_cache, bool):
             raise DTypeError(f"prefix_cache must be a bool, got {prefix_cache!r}.")
+        self._together = None
         if hosts is not None:
-            raise UnsupportedError(
-                f"one engine over several hosts (hosts={hosts!r}) is not built yet: leave hosts out."
-            )
+            settings = hosts if isinstance(hosts, Hosts) else Hosts(hosts)
+            limits.hosts(model, settings.axis, tiers)
+            self._together = Together(settings, model)
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
-        pages = pages_for(model, num_pages, page_size, options)
+        if self._together is not None:
+            pool = {"num_pages": num_pages, "page_size": page_size, "prefix_cache": prefix_cache}
+            rows = {"max_batch": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
+            ticks = {"schedule": schedule, "prefill_chunk": prefill_chunk, "speculate": speculate}
+            self._together.meet(model, {**pool, **rows, **ticks})
+        pages = pages_for(model, num_pages, page_size, options, self._together)
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
         groups = groups_of(caches)
@@ -180,6 +196,8 @@ class Engine:
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
         self._shapes = shapes(prefill_chunk, max_batch)
         self._device = Device(model, caches)
+        if self._together is not None:
+            self._device.wait = self._together.wait
         self._tiers = Tiers(tiers)
         self._sinking = None
         if self._tiers.tiers and self._is_shareable and prefix_cache:
@@ -236,8 +254,23 @@ class Engine:
         Raises:
             CapacityError: prompt and new tokens are more than `max_length`; OutOfBlocksError: more than the pool.
             ConfigError: beams with samples, a temperature or a callback; more beams than rows.
+            UnsupportedError: in another process than 0, where several are one engine.
             Else as `kvattn.generate`.
         """
+        if self._together is not None:
+            self._together.check_submit()
+        drawn = num_samples, beam_width, temperature, top_k, top_p, seed
+        arrival = Arrival(prompt, max_new_tokens, *drawn, stop_tokens, namespace, priority)
+        request = self._accept(arrival, on_token)
+        if self._together is not None:
+            stops = sorted(self._choices[request].stop_tokens) if request in self._choices else []
+            self._together.submitted(request, arrival._replace(prompt=request.prompt.tolist(), stop_tokens=stops))
+        return request
+
+    def _accept(self, arrival: Arrival, on_token: Callable[[int, int], object] | None = None) -> Request:
+        """See `submit`."""
+        prompt, max_new_tokens, num_samples, beam_width, temperature, top_k, top_p, seed, *_ = arrival
+        stop_tokens, namespace, priority = arrival.stop_tokens, arrival.namespace, arrival.priority
         vocab_size = self.model.config.vocab_size
         (tokens,) = given.checked([prompt], vocab_size)
         _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
@@ -302,6 +335,8 @@ class Engine:
         began, on_device = time.perf_counter(), self._device.seconds
         self._counts["ticks"] += 1
         try:
+            if self._together is not None:
+                self._begin_together(self._together)
             self._sweep()
             if self._guesses is not None:
                 self._guesses.guess(self._scheduler.running)
@@ -316,8 +351,13 @@ class Engine:
                 error = self._collect(self._in_flight.popleft())
                 raised = raised or error
             self._sweep()
+            if self._together is not None:
+                self._together.end(self._scheduler.pool.pool.digest())
         except BaseException as error:
-            self._abandon(error)
+            told = error if self._together is None else self._together.error_of(error)
+            self._abandon(told)
+            if told is not error:
+                raise told from error
             raise
         finally:
             self._seconds += time.perf_counter() - began
@@ -343,6 +383,11 @@ class Engine:
             tier_prompt_tokens=() if self._sinking is None else tuple(self._sinking.below.prompt_tokens),
             tiers=tuple(dataclasses.replace(tier.counters) for tier in self._tiers.tiers),
         )
+
+    def loans(self) -> list[dict[tuple[int, int], int]]:
+        """Pages that hosts lend each other now: of every group of layers, by (creditor, debtor)."""
+        pools = self._scheduler.pool.pool.pools
+        return [pool.loans for pool in pools if isinstance(pool, HostedPool)]
 
     def warm_up(self, beam_widths: Sequence[int] = ()) -> None:
         """Compiles every program that requests may need, so that none of them waits for it.
@@ -383,6 +428,7 @@ class Engine:
             chunk=self._chunk,
             is_shareable=self._is_shareable,
             keeps_prefixes=self._prefix_cache,
+            num_hosts=None if self._together is None else self._together.num_hosts,
             below=None if self._sinking is None else self._sinking.below,
         )
         self._row_tables = RowTables(pool, self.max_batch, self._device.widths)
@@ -486,6 +532,8 @@ class Engine:
             if not of:
                 continue
             new, logprob, status = self._device.on_host(came)
+            if self._together is not None:
+                self._together.came(new)
             if new.ndim == 1:
                 new, logprob = new[:, None], logprob[:, None]
             tokens, logprobs, statuses = new.tolist(), logprob.tolist(), status.tolist()
@@ -573,7 +621,20 @@ class Engine:
         self._begin()
         for job in left:
             self._scheduler.submit(job)
-        self._device.restart(self._make_caches())
+        if self._together is None or self._together.is_alone:  # no program runs without the others
+            self._device.restart(self._make_caches())
+
+    def cancels_later(self, request: Request) -> bool:
+        """Whether a request that is to be cancelled is so with the next tick only: other processes are told first."""
+        return self._together is not None and self._together.cancel(request)
+
+    def _begin_together(self, together: Together) -> None:
+        """Takes over what came in at process 0, and moves pages home."""
+        together.begin(self._accept)
+        moves = self._scheduler.pool.pool.repay(together.hosts.repay)
+        if any(moves):
+            self._shared_reads.forget()
+            self._device.copy([moves])
 
     def _search_on(self, job: Job) -> None:
         """Takes a beam search on by a token."""

@@ -7,6 +7,7 @@ each.
 """
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
@@ -15,6 +16,7 @@ from kvattn.errors import ConfigError, OutOfBlocksError, ShapeError
 from kvattn.serving import checks
 from kvattn.serving.blocks import BlockPool
 from kvattn.serving.counts import NO_BLOCK
+from kvattn.serving.hosted import HostedPool
 from kvattn.serving.usage import Usage
 
 Blocks = Sequence[int | tuple[int, ...]]
@@ -65,9 +67,10 @@ class GroupedPool:
         groups: of layers.
         block_size: tokens per block, in all of them.
         watermark: see `BlockPool`.
+        num_hosts: hosts on which the blocks of every group lie (`kvattn.serving.hosted`); None: they lie together.
 
     Raises:
-        ConfigError: no groups, sizes below 1.
+        ConfigError: no groups, sizes below 1; else as `HostedPool`.
 
     >>> full, window = LayerGroup(num_blocks=8), LayerGroup(num_blocks=3, window=4)
     >>> pool = GroupedPool([full, window], block_size=2)
@@ -78,11 +81,16 @@ class GroupedPool:
     ([0, 1, 2, 3], [-1, 1, 2, 0])
     """
 
-    def __init__(self, groups: Sequence[LayerGroup], block_size: int, *, watermark: float = 0.01):
+    def __init__(
+        self, groups: Sequence[LayerGroup], block_size: int, *, watermark: float = 0.01, num_hosts: int | None = None
+    ):
         self.groups = tuple(groups)
         if not self.groups:
             raise ConfigError("groups must name one group of layers or more, got none.")
-        self.pools = tuple(BlockPool(group.num_blocks, block_size, watermark=watermark) for group in self.groups)
+        make = BlockPool if num_hosts is None else functools.partial(HostedPool, num_hosts=num_hosts)
+        self.pools: tuple[BlockPool, ...] = tuple(
+            make(group.num_blocks, block_size, watermark=watermark) for group in self.groups
+        )
         self.block_size = self.pools[0].block_size
 
     def __repr__(self) -> str:
@@ -217,6 +225,14 @@ class GroupedPool:
             pool.releasable(each)
         for pool, each in zip(self.pools, shares, strict=True):
             pool.release(each)
+
+    def repay(self, limit: int) -> tuple[list[tuple[int, int]], ...]:
+        """See `HostedPool.repay`, of every group; nothing where blocks lie together."""
+        return tuple(pool.repay(limit) if isinstance(pool, HostedPool) else [] for pool in self.pools)
+
+    def digest(self) -> bytes:
+        """See `HostedPool.digest`, of all groups."""
+        return b"".join(pool.digest() for pool in self.pools if isinstance(pool, HostedPool))
 
     def check(self) -> None:
         """See `BlockPool.check`."""

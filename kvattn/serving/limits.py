@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from kvattn.cache import PagedKVCache
@@ -11,6 +12,7 @@ from kvattn.families import DecoderConfig
 from kvattn.models import prompts
 from kvattn.models.decoder import Decoder
 from kvattn.serving.prefixes import PrefixPool
+from kvattn.serving.tiers import Tier
 
 
 def caches(model: Decoder, layers: Sequence[PagedKVCache]) -> None:
@@ -30,6 +32,34 @@ def caches(model: Decoder, layers: Sequence[PagedKVCache]) -> None:
     if len(sizes) > 1:
         raise ConfigError(
             f"pages must have one size in all layers, got {sizes}: give page_size, and codecs that take it."
+        )
+
+
+def hosts(model: Decoder, axis: str, tiers: Sequence[Tier]) -> None:
+    """Checks that the caches of a model lie over an axis of hosts.
+
+    Raises:
+        ConfigError: a model without a mesh, or whose pages are split otherwise.
+        UnsupportedError: tiers below pages that lie in several processes.
+    """
+    split = model.split
+    if split.mesh is None:
+        raise ConfigError(
+            f'the model is on one device: load it with mesh=jax.make_mesh((n,), ({axis!r},)), by="sequence" and '
+            f"axis={axis!r}, and give hosts={axis!r} then."
+        )
+    if axis not in split.mesh.axis_names:
+        raise ConfigError(f"hosts must name one of the mesh axes {split.mesh.axis_names}, got {axis!r}.")
+    if split.by != "sequence" or split.axis != axis:
+        raise ConfigError(
+            f"pages lie over the axis of hosts where a model is split by sequence along it: load it with "
+            f'by="sequence", axis={axis!r}, got by={split.by!r}, axis={split.axis!r}.'
+        )
+    processes = {device.process_index for device in split.mesh.devices.flat} if isinstance(split.mesh, Mesh) else {0}
+    if tiers and len(processes) > 1:
+        raise UnsupportedError(
+            "tiers below an engine over several processes are not built yet: each process would find other records. "
+            "Leave tiers out."
         )
 
 

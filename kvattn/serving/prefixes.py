@@ -51,6 +51,7 @@ class PrefixPool:
             them is kept elsewhere. If not, a fork copies its pages.
         keeps_prefixes: whether pages stay when their sequence has ended. Only where they are shareable.
         watermark: see `BlockPool`.
+        num_hosts: see `GroupedPool`.
         below: where pages of prefixes go when they leave, and come back from.
 
     Attributes:
@@ -67,9 +68,10 @@ class PrefixPool:
         is_shareable: bool = True,
         keeps_prefixes: bool = True,
         watermark: float = 0.01,
+        num_hosts: int | None = None,
         below: Below | None = None,
     ):
-        self.pool = GroupedPool(groups, block_size, watermark=watermark)
+        self.pool = GroupedPool(groups, block_size, watermark=watermark, num_hosts=num_hosts)
         self.is_shareable = is_shareable
         self.tree = RadixTree(block_size, windows=self.pool.windows) if is_shareable and keeps_prefixes else None
         self.below = below if self.tree is not None else None

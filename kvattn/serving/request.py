@@ -18,6 +18,10 @@ class _Stepping(Protocol):
         """One tick; whether anything is left to do."""
         ...
 
+    def cancels_later(self, request: "Request") -> bool:
+        """Whether a request that is to be cancelled is so with the next tick only."""
+        ...
+
 
 class Request:
     """One prompt and its continuations.
@@ -73,8 +77,14 @@ class Request:
         return self.state in ENDED
 
     def cancel(self) -> None:
-        """Ends it; the tokens so far stay. Its pages come back with the next tick. Harmless where it has ended."""
-        if not self.is_over:
+        """Ends it; the tokens so far stay. Its pages come back with the next tick. Harmless where it has ended.
+
+        Where several processes are one engine, process 0 cancels, and the request ends with the next tick in all.
+
+        Raises:
+            UnsupportedError: in another process than 0.
+        """
+        if not self.is_over and not self._engine.cancels_later(self):
             self.state = "cancelled"
 
     def stream(self) -> Iterator[tuple[int, int]]:

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from kvattn import _checks
 from kvattn.cache import Group, PagedKVCache
 from kvattn.errors import ConfigError
 from kvattn.models.decoder import Decoder
 from kvattn.serving.device import Device
 from kvattn.serving.groups import LayerGroup
 from kvattn.serving.kinds import ArraySpec, Kind
+from kvattn.serving.together import Together
 
 _NARROWEST = 16
 """Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
@@ -66,19 +68,32 @@ def kind_of(model: Decoder, caches: Sequence[PagedKVCache], device: Device, grou
 
 
 def pages_for(
-    model: Decoder, num_pages: int | str | Sequence[int], page_size: int | None, options: dict[str, Any]
+    model: Decoder,
+    num_pages: int | str | Sequence[int],
+    page_size: int | None,
+    options: dict[str, Any],
+    together: Together | None = None,
 ) -> int | Sequence[int]:
-    """Pages of the pools; "auto": those that the memory has room for."""
+    """Pages of the pools, of all hosts; "auto": those that the memory has room for, of the host that has least."""
+    hosts = 1 if together is None else together.num_hosts
     if num_pages != "auto":
         if isinstance(num_pages, str):
             raise ConfigError(f'num_pages must be an int, one for each layer, or "auto", got {num_pages!r}.')
-        return num_pages
+        if together is None:
+            return num_pages
+        each = num_pages if isinstance(num_pages, Sequence) else [num_pages]
+        total = [_checks.integer("num_pages", pages, 1) * hosts for pages in each]
+        return total if isinstance(num_pages, Sequence) else total[0]
     one, two = (
-        sum(layer.nbytes for layer in jax.eval_shape(lambda n=n: model.make_paged_cache(n, page_size, **options)))
+        sum(
+            layer.nbytes
+            for layer in jax.eval_shape(lambda n=n: model.make_paged_cache(n * hosts, page_size, **options))
+        )
         for n in (options["batch_size"] * 1, options["batch_size"] * 2)
     )
-    per_page = (two - one) / options["batch_size"]
-    return max(int(memory_left() * _AUTO_SHARE / per_page), 1)
+    per_page = (two - one) / (options["batch_size"] * hosts)
+    pages = max(int(memory_left() * _AUTO_SHARE / per_page), 1)
+    return pages if together is None else together.least(pages) * hosts
 
 
 def memory_left() -> float:

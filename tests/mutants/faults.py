@@ -1459,6 +1459,146 @@ FAULTS: list[Fault] = [
         ("BlockPool.usage", "entries.total()", "len(entries)", "test_serving_blocks.py::test_usage"),
     ),
     *group(
+        "serving/ledger.py",
+        """
+        test_serving_ledger.py::test_moves_apply_in_order
+        test_serving_ledger.py::test_a_host_that_cannot_be_emptied_stays
+        test_serving_ledger.py::test_a_host_comes_back_under_its_number
+        test_serving_ledger.py::test_random_operations
+        test_serving_ledger.py::test_each_call_is_another_digest
+        test_serving_ledger.py::test_rows
+        """,
+        ("Ledger.free", "        del self._accounts[name]\n", ""),
+        ("Ledger.free", "            self._borrowers.pop(block, None)\n", "            pass\n"),
+        ("Ledger.repay", "len(moves) < limit", "len(moves) <= limit"),
+        ("Ledger.repay", "min(", "max("),
+        ("Ledger.repay", "table[table.index(source)] = target", "table.append(target)"),
+        ("Ledger.add_host", "if number not in", "if number + 1 not in"),
+        ("Ledger.remove_host", "self._lending.copy()", "self._lending"),
+        ("Ledger.remove_host", "home = after.richest()", "home = min(after.free)"),
+        ("Ledger.remove_host", "                after.settle(block)\n                target", "                target"),
+        ("Ledger._extend", "count > (room := lending.room(home))", "count > (room := lending.room(home)) + 1"),
+        ("Ledger._extend", "tuple(blocks))", "())", "test_serving_ledger.py::test_the_digest_is_known"),
+        ("Ledger._note", "what, *done", "what", "test_serving_ledger.py::test_each_call_is_another_digest"),
+    ),
+    *group(
+        "serving/lending.py",
+        """
+        test_serving_ledger.py::test_who_has_most_lends
+        test_serving_ledger.py::test_the_oldest_loan_is_repaid_first
+        test_serving_ledger.py::test_a_trace_fits_exactly_if_its_sum_does
+        test_serving_ledger.py::test_random_operations
+        """,
+        ("Lending.__init__", "math.floor", "math.ceil"),
+        ("Lending.richest", "-len(", "len("),
+        ("Lending.richest", ", host))", ", -host))"),
+        ("Lending.lendable", " - self.reserve, 0", ", 0"),
+        ("Lending.room", "if host != home", ""),
+        ("Lending.take", "                self.owe(home, block)\n", "                pass\n"),
+        ("Lending.take", "            self.free[host].pop()\n", ""),
+        ("Lending.planned", "                left[host] -= 1\n", "                left[host] -= 2\n"),
+        ("Lending.planned", "-left[host], host", "left[host], host"),
+        ("Lending.owe", "        self._loans_made += 1\n", ""),
+        ("Lending.settle", "            del self.owed[debtor][block]\n", "            pass\n"),
+        ("Lending.give_back", "        self.settle(block)\n", ""),
+        ("Lending.able", "if owed and self.free[debtor]", "if owed"),
+        ("Lending.repay", "        self.give_back(block)\n", "        self.settle(block)\n"),
+    ),
+    *group(
+        "serving/digests.py",
+        """
+        test_serving_ledger.py::test_no_two_values_are_written_alike
+        test_serving_ledger.py::test_names_that_are_equal_are_one
+        test_serving_ledger.py::test_each_call_is_another_digest
+        """,
+        ("written", 'b"t%x:" % len(value) + ', ""),
+        ("written", 'b"s%x:" % len(text) + text', 'b"s" + text'),
+        ("written", "i%x;", "i%x"),
+        ("written", 'return b"b%x', 'return b"s%x'),
+        ("after", "digest + written", "written", "test_serving_ledger.py::test_the_digest_is_known"),
+        ("plain", "return int(value)", "return value"),
+        ("plain", "return str.__str__(value)", "return value"),
+    ),
+    *group(
+        "serving/hosted.py",
+        """
+        test_serving_hosts.py::test_home_first_then_who_has_most
+        test_serving_hosts.py::test_shared_blocks_stay_where_they_are
+        test_serving_hosts.py::test_a_pool_of_hosts_is_a_pool
+        test_serving_hosts.py::test_check_finds
+        """,
+        ("HostedPool.allocate", "self._lending.richest()", "0"),
+        ("HostedPool.append", "self._homes[seq] if seq in self else 0", "0"),
+        ("HostedPool.fork", "self._homes[parent]", "0"),
+        ("HostedPool.repay", "if refs[block] == 1 and block in tables", "if block in tables"),
+        ("HostedPool.repay", "            table[table.index(source)] = target\n", ""),
+        (
+            "HostedPool.repay",
+            "            state.has_changed = True\n",
+            "",
+            "test_serving_hosts.py::test_texts_longer_than_any_hosts_pool",
+        ),
+        ("_Counts.moved", "            self.partial[target] = tokens\n", "            pass\n"),
+        ("_Counts.moved", "self.refs[source], self.refs[target] = 0, ", "_, self.refs[target] = 0, "),
+        (
+            "_Counts.leave_free",
+            "self.home, tuple(blocks))",
+            "self.home)",
+            "test_serving_hosts.py::test_the_digest_of_a_pool_is_of_its_blocks",
+        ),
+        ("HostedPool.check", "if noted != lending.debtors", "if False"),
+    ),
+    *group(
+        "serving/peers.py",
+        """
+        test_serving_hosts.py::test_all_hear_all
+        test_serving_hosts.py::test_one_that_does_not_come
+        test_serving_hosts.py::test_a_device_that_never_answers
+        test_serving_hosts.py::test_a_fault_of_one_ends_all
+        test_serving_hosts.py::test_a_store_that_is_gone
+        """,
+        ("Peers.exchange", '        self._forget(f"exchange/{self._rounds - 1}/{self.number}")\n', ""),
+        ("Peers.exchange", "        self._rounds += 1\n", ""),
+        ("Peers._get", "            self._look(0.0)\n", ""),
+        ("Peers.wait", "self._look(0.0)", "pass"),
+        ("Peers.lose", "self._store.put(self._full(_NOBODY), why.encode())", "pass"),
+        ("Peers._who", "int(at) < step", "int(at) <= step"),
+        ("Peers._put", "            raise self._unreachable(error) from error\n", "            return\n"),
+        ("Peers.meet", "!= each[0].get(what)", "!= other.get(what)", "test_serving_hosts.py::test_other_facts"),
+    ),
+    *group(
+        "serving/together.py",
+        """
+        test_serving_hosts.py::test_all_processes_do_the_same
+        test_serving_hosts.py::test_a_process_that_does_something_else
+        test_serving_hosts.py::test_an_error_in_one_is_an_error_in_all
+        """,
+        ("Together.begin", 'request.state = "cancelled"', "pass"),
+        ("Together.begin", "            raise self._broken\n", "            pass\n"),
+        ("Together.end", "        self._step += 1\n", ""),
+        ("Together.end", "        self._digest = digests.after(self._digest, digest)\n", ""),
+        ("Together.cancel", "        return True\n", "        return False\n"),
+        ("Together.error_of", "lost = self._peers.failed(error)", "lost = error"),
+    ),
+    *group(
+        "serving/arrivals.py",
+        "test_serving_hosts.py::test_messages",
+        ("unpacked", "tuple(a.namespace) if isinstance(a.namespace, list) else a.namespace", "a.namespace"),
+    ),
+    *group(
+        "serving/agreement.py",
+        """
+        test_serving_ledger.py::test_the_first_step_at_which_processes_differ
+        test_serving_ledger.py::test_a_process_that_did_fewer_steps_differs
+        test_serving_ledger.py::test_equal_processes_go_on
+        """,
+        ("Agreement.compare", "self._compared + step, ", "step, "),
+        ("Agreement.compare", "        self._noted.clear()\n", ""),
+        ("Agreement.step", "self.every * DIGEST_BYTES", "(self.every + 1) * DIGEST_BYTES"),
+        ("first_difference", "max(map(len", "min(map(len"),
+        ("first_difference", "start + DIGEST_BYTES", "start + 1"),
+    ),
+    *group(
         "serving/counts.py",
         """
         test_serving_blocks.py::test_random_operations
@@ -1466,7 +1606,7 @@ FAULTS: list[Fault] = [
         """,
         ("Counts.let_go", "                self.partial.pop(block, None)\n", ""),
         ("Counts.let_go", "if not self.refs[block]", "if self.refs[block] <= 1"),
-        ("Counts.take", "        del free[-len(blocks) :]\n", ""),
+        ("Counts.take", "        self.leave_free(blocks)\n", ""),
         ("Counts.take", "self.partial[blocks[-1]] = tail", "self.partial[blocks[0]] = tail"),
         ("Counts.take", "> self.peak", "> -1", "test_serving_blocks.py::test_usage"),
         ("Counts.filled", "if tokens < self.block_size", "if tokens <= self.block_size"),
@@ -1479,8 +1619,8 @@ FAULTS: list[Fault] = [
         ("Counts.check", "refs != named[block] + held", "refs < 0", "test_serving_blocks.py::test_check_finds"),
         (
             "Counts.check",
-            "sorted(self.free) !=",
-            "sorted(set(self.free)) !=",
+            "sorted(self.all_free()) !=",
+            "sorted(set(self.all_free())) !=",
             "test_serving_blocks.py::test_check_finds",
         ),
     ),
