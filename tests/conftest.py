@@ -5,7 +5,7 @@ Nothing here imports kvattn. The platform and the device count are set before JA
     KVATTN_TEST_PLATFORM=cuda pytest -m gpu    run the accelerator tests on the accelerator
     KVATTN_TEST_CACHE=0 pytest                 compile everything anew
     pytest --shapes=1                          check every shape annotation of kvattn at run time
-    pytest --shapes=8                          in one test of eight, always the same ones
+    pytest --shapes=16                         in one test of sixteen, always the same ones
 """
 
 import hashlib

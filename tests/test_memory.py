@@ -501,6 +501,7 @@ MESH_PAGES = [
 ]
 
 
+@pytest.mark.wrong_types  # shapes of caches instead of caches
 @pytest.mark.parametrize(("by", "kv_heads", "batch", "policy", "codec"), MESH_PAGES)
 def test_what_a_device_holds_in_pages(by, kv_heads, batch, policy, codec):
     """Pools are divided whole, not row by row: tables and what policies remember by rows or heads, or not at all."""

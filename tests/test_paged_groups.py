@@ -39,6 +39,7 @@ def layers_of(*windows, page_size=1, num_kv_heads=8, head_dim=64, length=4096):
 # Accounting -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types  # shapes of caches instead of caches
 @pytest.mark.parametrize(("length", "every", "own"), [(4096, 192, 102), (8192, 384, 198), (16384, 768, 390)])
 def test_gpt_oss_20b(length, every, own):
     """MiB of a sequence in sglang #30091: 24 layers, every other one with a window of 128; pages of 128 tokens."""
@@ -63,6 +64,7 @@ def test_the_waste_of_one_block_size():
         waste((text, image), 6236, (43,))
 
 
+@pytest.mark.wrong_types  # policies are asked on the host
 @pytest.mark.parametrize("page_size", [1, 3, 8, 16])
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("window", [1, 5, 8, 17])

@@ -204,6 +204,7 @@ def test_bits_in_half_precision_and_on_a_mesh():
 # Refusals -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("arguments", "error", "part"),
     [
@@ -229,6 +230,7 @@ def test_scoring_refuses(model, arguments, error, part):
     assert isinstance(caught.value, KVAttnError) and part in str(caught.value)
 
 
+@pytest.mark.wrong_types
 def test_learned_positions_and_other_flags(model):
     learned = decoder(dataclasses.replace(TINY, positions="learned", max_positions=8))
     assert score(learned, [range(9)])[0].shape == (8,)  # the last token needs no position

@@ -1,5 +1,6 @@
 """The arguments of `kvattn.cached_attention`, checked once and brought to the form that a step takes."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int32
@@ -127,9 +128,11 @@ def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array,
 
 
 def _may_come_first(cache: Cache, length: int) -> bool:
-    """Whether the new tokens may take their slots before they attend: nothing they attend to is lost by that."""
-    stays = cache.policy.in_order and cache.policy.mask().window is None and cache.codec.rows is None
-    return length == 1 or (stays and length <= FEW_TOKENS)
+    """Whether the new tokens may take their slots before they attend: one by one, or nothing is lost by that."""
+    policy = cache.policy
+    keeps_all = policy.in_order and policy.mask().window is None and not jax.tree.leaves(cache.state)
+    few = length <= FEW_TOKENS and not policy.needs_mass
+    return length == 1 or (few and keeps_all and cache.codec.rows is None)
 
 
 def _context(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Context:

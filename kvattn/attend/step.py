@@ -87,9 +87,9 @@ def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Step
 def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """One new token, or a few that overwrite nothing: write, attend to all that is kept, let the policy look."""
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
-    slots = policy.place(cache.state, told)
+    slots, is_one = policy.place(cache.state, told), new.length == 1  # several: of a policy without a state
     cache = part.write(cache, slots, tokens.key, tokens.value, step.implementation)
-    cache = cache.replace(state=policy.enter(cache.state, slots, told))
+    cache = cache.replace(state=policy.enter(cache.state, slots, told)) if is_one else cache
 
     parts = parted(cache, new.length, new.num_new)
     view = part.view(parts.own)
@@ -106,7 +106,8 @@ def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepp
         mass = part.all_slots(cache, functools.reduce(jnp.add, received))
     mass = None if mass is None else part.of_group(mass)
 
-    cache = cache.replace(state=policy.observe(cache.state, slots, mass, told), status=_scorable(cache, lse))
+    state = policy.observe(cache.state, slots, mass, told) if is_one else cache.state
+    cache = cache.replace(state=state, status=_scorable(cache, lse))
     return out, cache.advance(new.num_new, new.refused, new.bad_count)
 
 

@@ -1,14 +1,14 @@
 """Whether a step would write to a page that something else holds: what can be seen outside jit, on the host."""
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int
 
 from kvattn.errors import BlockStateError, RangeError
 
 Columns = Bool[np.ndarray, "B *K columns"]
 
 
-def refuse_shared(pages: Int32[np.ndarray, "B *K columns"], written: Columns, seen: Columns, page_size: int) -> None:
+def refuse_shared(pages: Int[np.ndarray, "B *K columns"], written: Columns, seen: Columns, page_size: int) -> None:
     """Refuses steps whose new tokens would go to a page that another column of a table writes to, or reads.
 
     Args:

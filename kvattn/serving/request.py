@@ -1,7 +1,7 @@
 """What `Engine.submit` returns: a request, its tokens so far, and what has become of it."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -13,6 +13,7 @@ from kvattn.serving.texts import Text
 ENDED = "finished", "cancelled", "failed"
 
 
+@runtime_checkable
 class _Stepping(Protocol):
     def step(self) -> bool:
         """One tick; whether anything is left to do."""

@@ -790,7 +790,7 @@ FAULTS: list[Fault] = [
         ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
         (
             "_may_come_first",
-            "cache.policy.mask().window is None",
+            "policy.mask().window is None",
             "True",
             "test_policies.py::test_a_few_tokens_at_a_time",
         ),
