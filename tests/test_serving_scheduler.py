@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from engine_models import UNSOUND, V, check, continued, model, next_token, repea
 
 from kvattn import errors
 from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
-from kvattn.serving.drafts import Lookup
+from kvattn.serving.drafts import Guesses, Lookup
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.request import Request
 from kvattn.serving.tables import RowTables, padded
@@ -266,6 +267,17 @@ def test_what_repeats_itself_goes_on():
     assert Lookup([]).guess(3) == Lookup([1]).guess(3) == Lookup(range(30)).guess(3) == []
     assert Lookup([1, 2, 3, 9, 1, 2, 4, 1, 2]).guess(2) == [4, 1]  # the last time counts
     assert Lookup([1, 2, 3, 9, 0, 2, 4, 1, 2]).guess(2) == [3, 9]  # but more tokens count more
+
+
+def test_no_more_is_guessed_than_is_wanted():
+    """A step gives one token besides the guessed ones."""
+    for drawn in range(7):
+        text = Text(0, new=[1, 2] * 4, num_drawn=8 + drawn)
+        job = types.SimpleNamespace(
+            is_beam=False, prefills=[], sequences=[text], prompt=np.array([1, 2] * 3, np.int32), limit=15
+        )
+        Guesses(4).guess([job])
+        assert text.guess == [1, 2, 1, 2][: max(15 - text.num_drawn - 1, 0)]
 
 
 @pytest.mark.parametrize("kind", ["plain", "windowed"])

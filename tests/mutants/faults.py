@@ -2082,7 +2082,12 @@ FAULTS: list[Fault] = [
         test_serving_scheduler.py::test_what_repeats_itself_goes_on
         test_serving_scheduler.py::test_guesses_change_nothing
         """,
-        ("Guesses.guess", "text.num_drawn - 1)", "text.num_drawn)"),
+        (
+            "Guesses.guess",
+            "text.num_drawn - 1)",
+            "text.num_drawn)",
+            "test_serving_scheduler.py::test_no_more_is_guessed_than_is_wanted",
+        ),
         ("Lookup.push", "] = end", "] = end - 1"),
         ("Lookup.guess", "start : start + count", "start + 1 : start + count"),
         ("Lookup.guess", "itertools.cycle(self._text[start : start + count])", "self._text[start : start + count]"),
