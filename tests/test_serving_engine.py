@@ -99,6 +99,19 @@ def test_samples_are_the_rows_of_generate(model):
     assert len({*map(tuple, expected)}) == 3
 
 
+def test_samples_that_stop_and_give_way(model):
+    """In too few pages for all of them, and each to an end of its own: what one drew, it draws again, and no more."""
+    drawn = dict(temperature=1.3, top_k=20, seed=7)
+    longest = generate(model, [PROMPTS[3]] * 3, NEW, capacity=LENGTH, **drawn)
+    for stop in (longest[0][3], longest[2][5]):
+        expected = generate(model, [PROMPTS[3]] * 3, NEW, capacity=LENGTH, stop_tokens=stop, **drawn)
+        engine = Engine(model, num_pages=10, **SMALL)
+        some = engine.submit(PROMPTS[3], NEW, num_samples=3, stop_tokens=stop, **drawn)
+        engine.run()
+        assert some.tokens == expected and engine.stats().preemptions
+        assert len(set(map(len, expected))) > 1
+
+
 def test_guessed_tokens_are_those_of_each_alone(model, alone):
     engine = Engine(model, num_pages=30, speculate=3, **SMALL)
     engine.warm_up()

@@ -6,9 +6,10 @@ import types
 
 import numpy as np
 import pytest
-from engine_models import UNSOUND, V, check, continued, model, next_token, repeating, scores_after, text_engine
+from engine_models import POISON, UNSOUND, V, check, continued, model, next_token, repeating, scores_after, text_engine
 
 from kvattn import errors
+from kvattn.cache.status import OVERFLOW
 from kvattn.serving import DiskTier, HostTier, LayerGroup, beams, sharing
 from kvattn.serving.drafts import Guesses, Lookup
 from kvattn.serving.prefixes import PrefixPool
@@ -557,6 +558,26 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(monkeypatch, plain)
     assert engine.stats().failed == 1
     with pytest.raises(errors.RangeError):
         list(bad.stream())
+    at_rest(engine)
+
+
+def test_what_was_not_written_is_no_prefix(monkeypatch, plain):
+    """A step that is refused, for what its caches recorded, has written nothing: its page may not be found again."""
+    engine = text_engine(monkeypatch, plain)
+    step, prompt = engine._device.step, [1, 2, 3, 4, 5, 6]
+
+    def refused(tables, *args):
+        came, device = step(tables, *args), engine._device
+        if device.lengths[0] == 8:  # the last token of its second page
+            device.memory[0][tables[0][0][1], 3] = POISON
+            came.status[0], device.running[0] = OVERFLOW, False
+        return came
+
+    engine._device.step = refused
+    bad = engine.submit(prompt, 9)
+    engine.run()
+    assert bad.state == "failed" and bad.tokens == [continued(prompt, 9)[:2]]
+    check(engine)
     at_rest(engine)
 
 

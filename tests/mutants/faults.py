@@ -2030,7 +2030,12 @@ FAULTS: list[Fault] = [
         "test_serving_scheduler.py",
         ("Engine._collect", "index != len(sequence.new)", "False"),
         ("Engine._collect", "job.owner.is_over", "False"),
-        ("Engine._sweep", 'keep=job.owner.state != "failed"', "keep=True"),
+        (
+            "Engine._sweep",
+            'keep=job.owner.state != "failed"',
+            "keep=True",
+            "test_serving_scheduler.py::test_what_was_not_written_is_no_prefix",
+        ),
         ("Engine._take", "request.cancel()", "pass"),
         (
             "Engine.stats",
@@ -2097,19 +2102,35 @@ FAULTS: list[Fault] = [
         "serving/device.py",
         "test_serving_engine.py",
         ("_compiled.read", "jnp.where(pieces.fresh, 0, x.status)", "x.status"),
-        ("_compiled.step", "rows.running & goes", "goes", "test_serving_engine.py::test_stop_tokens"),
+        (
+            "_compiled.step",
+            "rows.running & goes",
+            "goes",
+            "test_serving_engine.py::test_samples_that_stop_and_give_way",
+        ),
         ("_compiled.verify", "layer.trim(num_new - used)", "layer"),
     ),
     *group(
         "serving/pieces.py",
         "test_serving_engine.py",
         ("pieces_of", "piece.start == prefill.start", "False"),
-        ("_goes_on", "text.num_drawn - 1\n", "0\n"),
+        (
+            "_goes_on",
+            "text.num_drawn - 1\n",
+            "0\n",
+            "test_serving_engine.py::test_samples_that_stop_and_give_way",
+        ),
     ),
     *group(
         "serving/reads.py",
         "test_serving_scheduler.py::test_rows_read_what_they_share_together",
-        ("SharedReads.of", "text.num_drawn - 2", "text.num_drawn + 9"),
+        (
+            "SharedReads.of",
+            "text.num_drawn - 2",
+            "text.num_drawn + 9",
+            "",
+            "pages that several rows name are full: a tail that is shared is copied before anybody steps",
+        ),
     ),
     *group(
         "cache/rows.py",
