@@ -1,5 +1,6 @@
 """What `tests/structure.py` counts, on a package of a few lines, and the picture that is drawn from the code."""
 
+import ast
 import importlib.util
 import pathlib
 import shutil
@@ -159,3 +160,15 @@ def test_the_picture_shows_imports_that_point_the_wrong_way(tmp_path, monkeypatc
     monkeypatch.setattr(module, "TARGET", tmp_path / "architecture.svg")
     assert module.main(["--check"]) == 1 and "is not what the code says" in capsys.readouterr().out
     assert module.main([]) == 0 == module.main(["--check"])
+
+
+def test_protocols_can_be_checked_at_run_time():
+    """`--shapes` checks arguments against them when a module is imported; one that cannot be checked stops it."""
+    found = {}
+    for path in (ROOT / "kvattn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
+                found[node.name] = [ast.unparse(decorator) for decorator in node.decorator_list]
+    assert (
+        len(found) >= 7 and [name for name, decorators in found.items() if "runtime_checkable" not in decorators] == []
+    )

@@ -66,7 +66,7 @@ def by_block(
     """What becomes of every block [...] of an array on the host, on the host again."""
 
     def one(i: Int32[Array, ""]) -> Shaped[Array, "..."]:
-        return to_host(change(to_device(jax.lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False))))
+        return to_host(change(_block(blocks, i)))
 
     return jax.lax.map(one, jnp.arange(blocks.shape[0], dtype=jnp.int32))
 
@@ -153,9 +153,12 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Array, "blocks ...
     return jax.lax.map(lambda _: to_host(jnp.zeros(shape[1:], dtype)), jnp.arange(shape[0], dtype=jnp.int32))
 
 
-@_forward_only
-def _take(blocks: Shaped[Array, "blocks B K _ _"], i: Int32[Array, ""]) -> Shaped[Array, "B K _ _"]:
+def _block(blocks: Shaped[Array, "blocks ..."], i: Int32[Array, ""]) -> Shaped[Array, "..."]:
+    """Block i, on the device."""
     return to_device(jax.lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False))
+
+
+_take = _forward_only(_block)
 
 
 @_forward_only
@@ -201,7 +204,7 @@ def _changed(
 
     def step(n: Int32[Array, ""], blocks: Shaped[Array, "blocks B K _ _"]) -> Shaped[Array, "blocks B K _ _"]:
         i = order[n]
-        block = change(i, to_device(jax.lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)))
+        block = change(i, _block(blocks, i))
         return jax.lax.dynamic_update_index_in_dim(blocks, to_host(block[None]), i, 0)
 
     return _manual.fori_loop(jnp.int32(0), jnp.sum(touched, dtype=jnp.int32), step, blocks)

@@ -72,9 +72,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, watermark: float = 0.01):
         self.num_blocks = checks.integer("num_blocks", num_blocks, 1, ConfigError)
         self.block_size = checks.integer("block_size", block_size, 1, ConfigError)
-        if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
-            raise ConfigError(f"watermark must lie in [0, 1), got {watermark!r}.")
-        self.watermark = watermark
+        self.watermark = checks.watermark(watermark)
         self._reserve = math.floor(watermark * self.num_blocks)
         self._counts = self._make_counts()
         self._sequences: dict[Hashable, _Sequence] = {}

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable
 from numbers import Integral
 from typing import Any
 
-from kvattn.errors import DTypeError, KVAttnError, RangeError
+from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
 
 TOKEN_BYTES = array("i").itemsize
 """Bytes of a token id: int32."""
@@ -20,6 +20,13 @@ def integer(name: str, value: object, minimum: int, error: type[KVAttnError] = R
     if value < minimum:
         raise error(f"{name} must be >= {minimum}, got {value}.")
     return int(value)
+
+
+def watermark(value: object) -> float:
+    """Checks a share of blocks that is kept free, in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"watermark must lie in [0, 1), got {value!r}.")
+    return value
 
 
 def hashable(name: str, value: object) -> Hashable:

@@ -5,11 +5,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple
-
-import jax
-import numpy as np
-from jaxtyping import Bool, UInt32
 
 from kvattn import _checks
 from kvattn.cache import groups_of
@@ -20,55 +15,33 @@ from kvattn.errors import (
     DTypeError,
     KVAttnError,
     RangeError,
-    UnsupportedError,
 )
 from kvattn.models import loop
 from kvattn.models import prompts as given
 from kvattn.models.decoder import Decoder
-from kvattn.models.sampling import Sampler
 from kvattn.policies import Policy
 from kvattn.serving import checks, limits
 from kvattn.serving.arrivals import Arrival
 from kvattn.serving.below import Below
-from kvattn.serving.device import Came, Device
+from kvattn.serving.choices import Choice, choice_of
+from kvattn.serving.device import Device
+from kvattn.serving.dispatch import Dispatcher, Read
 from kvattn.serving.drafts import Guesses
 from kvattn.serving.hosted import HostedPool
 from kvattn.serving.hosts import Hosts
 from kvattn.serving.jobs import Admission, Job, Tick
-from kvattn.serving.pieces import pieces_of
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.reads import SharedReads
 from kvattn.serving.request import ENDED, Request
-from kvattn.serving.scheduler import SCHEDULES, Scheduler
+from kvattn.serving.scheduler import Scheduler
 from kvattn.serving.searching import reason_for, search_on
 from kvattn.serving.sinking import Sinking
 from kvattn.serving.sizes import kind_of, layer_group, pages_for, shapes
 from kvattn.serving.stack import Tiers
 from kvattn.serving.stats import Stats
-from kvattn.serving.tables import RowTables, Tables, nobodys, padded
 from kvattn.serving.texts import NO_ROW, Text
 from kvattn.serving.tiers import Tier
 from kvattn.serving.together import Together
-
-_MOST_GUESSED = 7
-"""Tokens that a step verifies beside its own."""
-
-
-class _Choice(NamedTuple):
-    """How a request's tokens are chosen: of each sample how, and what ends it."""
-
-    samplers: list[Sampler]
-    stop: Bool[np.ndarray, " V"]
-    stop_tokens: frozenset[int]
-    stop_bits: UInt32[np.ndarray, " W"]
-    width: int | None
-
-
-class _Read(NamedTuple):
-    """Tokens on their way: of which job and sequence each is, the how many-th, and in which row."""
-
-    came: Came
-    of: list[tuple[Job, Text, int, int]]
 
 
 class Engine:
@@ -151,13 +124,8 @@ class Engine:
     ):
         if not isinstance(model, Decoder):
             raise DTypeError(f"model must be a kvattn.models.Decoder, got {type(model).__name__}.")
-        checks.integer("max_batch", max_batch, 1, ConfigError)
-        checks.integer("max_length", max_length, 1, ConfigError)
-        checks.integer("prefill_chunk", prefill_chunk, 1, ConfigError)
-        if schedule not in SCHEDULES:
-            raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
-        if not isinstance(prefix_cache, bool):
-            raise DTypeError(f"prefix_cache must be a bool, got {prefix_cache!r}.")
+        limits.sizes(max_batch=max_batch, max_length=max_length, prefill_chunk=prefill_chunk)
+        limits.prefixes(schedule, prefix_cache)
         self._together = None
         if hosts is not None:
             settings = hosts if isinstance(hosts, Hosts) else Hosts(hosts)
@@ -165,12 +133,12 @@ class Engine:
             self._together = Together(settings, model)
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
-        options = {"batch_size": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
+        cached = {"max_length": max_length, "policy": policy, "codec": codec}
+        options = {"batch_size": max_batch, **cached}
         if self._together is not None:
             pool = {"num_pages": num_pages, "page_size": page_size, "prefix_cache": prefix_cache}
-            rows = {"max_batch": max_batch, "max_length": max_length, "policy": policy, "codec": codec}
             ticks = {"schedule": schedule, "prefill_chunk": prefill_chunk, "speculate": speculate}
-            self._together.meet(model, {**pool, **rows, **ticks})
+            self._together.meet(model, {**pool, "max_batch": max_batch, **cached, **ticks})
         pages = pages_for(model, num_pages, page_size, options, self._together)
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
@@ -180,19 +148,11 @@ class Engine:
         self._rereads = not any(
             layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in caches
         )
-        if checks.integer("speculate", speculate, 0) > _MOST_GUESSED:
-            raise RangeError(f"speculate must be at most {_MOST_GUESSED} tokens, got {speculate}.")
-        if speculate and not (self._is_shareable and self._rereads):
-            raise UnsupportedError(
-                "guessed tokens that were wrong are taken back, which policies that let tokens go, and codecs that "
-                f"encode several together, cannot do: {policy or 'Full()'}, {codec}. Leave speculate out."
-            )
+        limits.guesses(speculate, self._is_shareable and self._rereads, f"{policy or 'Full()'}, {codec}")
         self._speculate = speculate
         self._guesses = Guesses(speculate) if speculate else None
         self._layer_groups = [layer_group(group, caches[group.layers[0]]) for group in groups]
         self.page_size = groups[0].page_size
-        windows = [group.window for group in self._layer_groups]
-        self._shared_reads = SharedReads(self.page_size, max_batch, windows, can_share=self._is_shareable)
         self._chunk, self._schedule, self._prefix_cache = prefill_chunk, schedule, prefix_cache
         self._shapes = shapes(prefill_chunk, max_batch)
         self._device = Device(model, caches)
@@ -206,9 +166,9 @@ class Engine:
         self._begin()
         self._numbers = itertools.count()
         self._jobs: dict[Request, list[Job]] = {}
-        self._choices: dict[Request, _Choice] = {}
+        self._choices: dict[Request, Choice] = {}
         self._ended: list[Request] = []
-        self._in_flight: deque[list[_Read]] = deque()
+        self._in_flight: deque[list[Read]] = deque()
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "new_tokens", "finished", "failed", "ticks"), 0
         )
@@ -269,37 +229,36 @@ class Engine:
 
     def _accept(self, arrival: Arrival, on_token: Callable[[int, int], object] | None = None) -> Request:
         """See `submit`."""
-        prompt, max_new_tokens, num_samples, beam_width, temperature, top_k, top_p, seed, *_ = arrival
-        stop_tokens, namespace, priority = arrival.stop_tokens, arrival.namespace, arrival.priority
-        vocab_size = self.model.config.vocab_size
-        (tokens,) = given.checked([prompt], vocab_size)
+        max_new_tokens, beam_width, priority = arrival.max_new_tokens, arrival.beam_width, arrival.priority
+        (tokens,) = given.checked([arrival.prompt], self.model.config.vocab_size)
         _checks.integer("max_new_tokens", max_new_tokens, 0, RangeError)
-        checks.integer("num_samples", num_samples, 1)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise DTypeError(f"priority must be an int, got {priority!r}.")
-        checks.namespace(namespace)
+        checks.namespace(arrival.namespace)
         if on_token is not None and not callable(on_token):
             raise DTypeError(f"on_token must be a function of a sample and a token, got {on_token!r}.")
-        sampler = Sampler.create(vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        stop = given.stop_mask(stop_tokens, vocab_size)
-        if beam_width is not None:
-            checks.integer("beam_width", beam_width, 1)
-            limits.beams(beam_width, min(self.max_batch, vocab_size), num_samples, temperature, on_token)
+        choice = choice_of(arrival, self.model.config.vocab_size, self.max_batch, on_token)
         limits.room(self.model.config, self.max_length, self._scheduler.pool, tokens, max_new_tokens, beam_width or 1)
 
+        num_samples = arrival.num_samples
         request = Request(self, tokens, max_new_tokens, num_samples, beam_width, on_token)
         if max_new_tokens == 0:
             request.state = "finished"
             self._counts["finished"] += 1
             self._ended.append(request)
             return request
-        samplers = [dataclasses.replace(sampler, stream=np.uint32(i)) for i in range(num_samples)]
-        self._choices[request] = _Choice(
-            samplers, stop, frozenset(np.flatnonzero(stop).tolist()), loop.as_bits(stop), beam_width
-        )
+        self._choices[request] = choice
         number, rows = next(self._numbers), self.max_batch
         make = lambda sequences, width: Job(
-            request, number, tokens, max_new_tokens, sequences, width, namespace, priority, beam_width is not None
+            request,
+            number,
+            tokens,
+            max_new_tokens,
+            sequences,
+            width,
+            arrival.namespace,
+            priority,
+            beam_width is not None,
         )
         if beam_width is not None:
             jobs = [make([Text(0)], beam_width)]
@@ -402,21 +361,7 @@ class Engine:
             raise ConfigError(
                 "warm_up takes the caches of all rows: call it before requests run, or when they are done."
             )
-        widths = self._device.widths
-        for most, width in self._shapes:
-            for rows in sorted({1, most}):
-                self._device.read(nobodys(rows, widths), pieces_of([], (rows, width), self.max_batch))
-        tables = nobodys(self.max_batch, widths)
-        self._device.step(tables, [], [], {})
-        if any(shared := self._shared_reads.nothing()):
-            self._device.step(tables, [], [], {}, shared)
-        if self._speculate:
-            self._device.verify(tables, [], [], {}, self._speculate)
-        for width in beam_widths:
-            self._device.grow(tables, [], {}, width)
-        self._device.copy([tuple([(0, 0)] for _ in self._device.groups)])
-        self._device.move({})
-        jax.block_until_ready(self._device.cache)
+        self._dispatcher.warm_up(beam_widths)
 
     # Below.
 
@@ -431,7 +376,6 @@ class Engine:
             num_hosts=None if self._together is None else self._together.num_hosts,
             below=None if self._sinking is None else self._sinking.below,
         )
-        self._row_tables = RowTables(pool, self.max_batch, self._device.widths)
         self._scheduler = Scheduler(
             pool,
             self.max_batch,
@@ -441,8 +385,18 @@ class Engine:
             rereads=self._rereads,
             guesses=self._speculate > 0,
         )
+        windows = [group.window for group in self._layer_groups]
+        self._dispatcher = Dispatcher(
+            self._device,
+            self._scheduler,
+            num_rows=self.max_batch,
+            shapes=self._shapes,
+            shared=SharedReads(self.page_size, self.max_batch, windows, can_share=self._is_shareable),
+            most_guessed=self._speculate,
+            rereads=self._rereads,
+        )
 
-    def _dispatch(self, tick: Tick) -> list[_Read]:
+    def _dispatch(self, tick: Tick) -> list[Read]:
         """Hands a tick to the device; what will come of it."""
         for admission in tick.admitted:
             self._admitted(admission)
@@ -451,11 +405,11 @@ class Engine:
             self._sinking.read()
         device.copy(tick.copies)
         if tick.steps:
-            reads.append(self._stepped(tick.steps))
+            reads.append(self._dispatcher.step(tick.steps))
         for tables, records in self._scheduler.pool.take_restored():
             device.restore(tables, [record.arrays for record in records])
         if tick.pieces:
-            reads.append(self._read_pieces(tick))
+            reads.append(self._dispatcher.read(tick))
         device.copy(tick.forks)
         for job in tick.beams:  # last: others may have to leave for them, once they have had their turn
             if job in self._scheduler.running:
@@ -489,43 +443,7 @@ class Engine:
                 if sequence.row != NO_ROW:
                     self._device.set_row(sequence.row, choice.samplers[sequence.index], choice.stop_bits, job.limit)
 
-    def _held(self) -> tuple[list[int], Tables]:
-        """The rows that sequences have, and the tables of all rows."""
-        sequences = [
-            s for job in self._scheduler.running for s in (job.sequences if job.is_beam else job.sequences[:1])
-        ]
-        return [sequence.row for sequence in sequences], self._row_tables.of(sequences)
-
-    def _stepped(self, steps: list[tuple[Job, Text]]) -> _Read:
-        rows, tables = self._held()
-        goes = [sequence.row for _, sequence in steps]
-        guesses = {s.row: s.guess for _, s in steps if s.guess} if self._speculate else {}
-        if guesses:
-            self._shared_reads.forget()
-            came = self._device.verify(tables, rows, goes, guesses, self._speculate)
-        else:
-            again = () if self._rereads else steps
-            forced = {s.row: s.new[s.num_drawn - 1] for _, s in again if s.num_drawn - 1 < len(s.new)}
-            came = self._device.step(tables, rows, goes, forced, self._shared_reads.of(steps, tables))
-        return _Read(came, [(job, s, s.num_drawn - 1, s.row) for job, s in steps])
-
-    def _read_pieces(self, tick: Tick) -> _Read:
-        sequences = [piece.prefill.text for piece in tick.pieces]
-        tables = self._scheduler.pool.tables(sequences, self._device.widths)
-        longest = max(piece.stop - piece.start for piece in tick.pieces)
-        most, width = next(shape for shape in self._shapes if shape[1] >= longest)
-        shape = (1 if len(tick.pieces) == 1 else most), width
-        came = self._device.read(padded(tables, shape[0]), pieces_of(tick.pieces, shape, self.max_batch))
-        jobs = {sequence: job for job in self._scheduler.running for sequence in job.sequences}
-        of = []
-        for piece in tick.pieces:
-            if piece.is_last and not piece.prefill.job.is_beam:
-                for sequence in (piece.prefill.text, *piece.prefill.followers):
-                    if sequence in jobs:
-                        of.append((jobs[sequence], sequence, sequence.num_drawn - 1, sequence.row))
-        return _Read(came, of)
-
-    def _collect(self, reads: list[_Read]) -> Exception | None:
+    def _collect(self, reads: list[Read]) -> Exception | None:
         """Takes tokens that came; what a callback raised, if one did."""
         raised = None
         for came, of in reads:
@@ -631,16 +549,14 @@ class Engine:
     def _begin_together(self, together: Together) -> None:
         """Takes over what came in at process 0, and moves pages home."""
         together.begin(self._accept)
-        moves = self._scheduler.pool.pool.repay(together.hosts.repay)
-        if any(moves):
-            self._shared_reads.forget()
-            self._device.copy([moves])
+        self._dispatcher.move_home(self._scheduler.pool.pool.repay(together.hosts.repay))
 
     def _search_on(self, job: Job) -> None:
         """Takes a beam search on by a token."""
         request, choice = job.owner, self._choices[job.owner]
         assert choice.width is not None
-        outcome = search_on(job, choice.width, choice.stop, self._held(), self._device, self._scheduler, self._sinking)
+        where = self._dispatcher.held(), self._device, self._scheduler, self._sinking
+        outcome = search_on(job, choice.width, choice.stop, *where)
         self._counts["new_tokens"] += outcome.new_tokens
         if outcome.error is not None:
             self._fail(request, outcome.error)

@@ -38,9 +38,7 @@ class Lending:
     def __init__(self, num_hosts: int, blocks_per_host: int, watermark: float):
         num_hosts = checks.integer("num_hosts", num_hosts, 1, ConfigError)
         self.blocks_per_host = checks.integer("blocks_per_host", blocks_per_host, 1, ConfigError)
-        if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
-            raise ConfigError(f"watermark must lie in [0, 1), got {watermark!r}.")
-        self.watermark = float(watermark)
+        self.watermark = float(checks.watermark(watermark))
         self.reserve = math.floor(self.watermark * self.blocks_per_host)
         self.free: dict[int, list[int]] = {}
         self.owed: dict[int, OrderedDict[int, int]] = {}

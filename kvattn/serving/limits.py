@@ -7,12 +7,61 @@ from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from kvattn.cache import PagedKVCache
-from kvattn.errors import CapacityError, ConfigError, OutOfBlocksError, UnsupportedError
+from kvattn.errors import CapacityError, ConfigError, DTypeError, OutOfBlocksError, RangeError, UnsupportedError
 from kvattn.families import DecoderConfig
 from kvattn.models import prompts
 from kvattn.models.decoder import Decoder
+from kvattn.serving import checks
 from kvattn.serving.prefixes import PrefixPool
+from kvattn.serving.scheduler import SCHEDULES
 from kvattn.serving.tiers import Tier
+
+MOST_GUESSED = 7
+"""Tokens that a step verifies beside its own."""
+
+
+def sizes(**given: int) -> None:
+    """Checks numbers that are 1 or more.
+
+    Raises:
+        ConfigError, DTypeError: another one.
+    """
+    for name, value in given.items():
+        checks.integer(name, value, 1, ConfigError)
+
+
+def prefixes(schedule: str, prefix_cache: bool) -> None:
+    """Checks in which order prompts are let in, and whether what was computed stays.
+
+    Raises:
+        ConfigError: an unknown schedule.
+        DTypeError: no bool.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}.")
+    if not isinstance(prefix_cache, bool):
+        raise DTypeError(f"prefix_cache must be a bool, got {prefix_cache!r}.")
+
+
+def guesses(most: int, can_go_back: bool, about: str) -> None:
+    """Checks how many tokens are to be guessed.
+
+    Args:
+        most: at most so many at a time.
+        can_go_back: whether the caches can take tokens back.
+        about: what they are.
+
+    Raises:
+        RangeError, DTypeError: more than `MOST_GUESSED`, fewer than none, no int.
+        UnsupportedError: caches that cannot.
+    """
+    if checks.integer("speculate", most, 0) > MOST_GUESSED:
+        raise RangeError(f"speculate must be at most {MOST_GUESSED} tokens, got {most}.")
+    if most and not can_go_back:
+        raise UnsupportedError(
+            "guessed tokens that were wrong are taken back, which policies that let tokens go, and codecs that encode "
+            f"several together, cannot do: {about}. Leave speculate out."
+        )
 
 
 def caches(model: Decoder, layers: Sequence[PagedKVCache]) -> None:

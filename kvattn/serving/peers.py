@@ -8,7 +8,7 @@ his time is up.
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvattn.errors import HostLostError, HostMismatchError, KVAttnError
 
@@ -21,6 +21,7 @@ _SHORTEST, _LONGEST = 5e-5, 2e-3
 _NOBODY = "all is lost"
 
 
+@runtime_checkable
 class Store(Protocol):
     """Bytes by name, that all processes see."""
 

@@ -1,13 +1,10 @@
 """How large an engine is: its pages, the shapes that it compiles, and what its records are."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
 from kvattn import _checks
 from kvattn.cache import Group, PagedKVCache
@@ -17,6 +14,7 @@ from kvattn.serving.device import Device
 from kvattn.serving.groups import LayerGroup
 from kvattn.serving.kinds import ArraySpec, Kind
 from kvattn.serving.together import Together
+from kvattn.serving.weights import digest_of
 
 _NARROWEST = 16
 """Fewest tokens of a piece of a prompt for which a program is compiled; wider ones by fours."""
@@ -50,14 +48,9 @@ def layer_group(group: Group, cache: PagedKVCache) -> LayerGroup:
 
 def kind_of(model: Decoder, caches: Sequence[PagedKVCache], device: Device, groups: Sequence[LayerGroup]) -> Kind:
     """What a record must have been made by, to be of use here."""
-    hashed = hashlib.sha256(repr(model.config).encode())
-    for path, x in nnx.to_flat_state(nnx.state(model)):
-        array = np.ascontiguousarray(np.asarray(x[...]))
-        hashed.update(repr((path, array.shape, str(array.dtype))).encode())
-        hashed.update(array.view(np.uint8).data)
     each = lambda of: repr(sorted({repr(of(layer)) for layer in caches}))
     return Kind(
-        model=hashed.hexdigest(),
+        model=digest_of(model, model.config),
         dtype=each(lambda layer: layer.dtype),
         codec=each(lambda layer: layer.codec),
         policy=repr([layer.policy for layer in caches]),

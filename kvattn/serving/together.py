@@ -5,13 +5,11 @@ then decide alike, by what they were told and by the tokens that came, which are
 compared every so many steps.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from kvattn.errors import DivergedError, HostLostError, UnsupportedError
 from kvattn.models.decoder import Decoder
@@ -21,6 +19,7 @@ from kvattn.serving.arrivals import Arrival, packed, unpacked
 from kvattn.serving.hosts import Hosts
 from kvattn.serving.processes import peers_of
 from kvattn.serving.request import Request
+from kvattn.serving.weights import digest_of
 
 
 class Together:
@@ -71,7 +70,10 @@ class Together:
             from kvattn import __version__
 
             versions = {"version of kvattn": __version__, "version of jax": jax.__version__}
-            found = {"model": _digest_of(model), **{name: repr(value) for name, value in settings.items()}}
+            found = {
+                "model": digest_of(model, (model.config, model.split), whole_only=True),
+                **{name: repr(value) for name, value in settings.items()},
+            }
             self._peers.meet({**versions, **found, "hosts": repr(self.hosts)})
 
     # Requests.
@@ -163,14 +165,3 @@ class Together:
             return error
         lost = self._peers.failed(error)
         return lost if isinstance(error, Exception) else error
-
-
-def _digest_of(model: Decoder) -> str:
-    """Of settings, shapes and placement, and of the numbers that every process holds whole: embeddings, norms."""
-    hashed = hashlib.sha256(repr((model.config, model.split)).encode())
-    for path, x in nnx.to_flat_state(nnx.state(model)):
-        array = x[...]
-        hashed.update(repr((path, array.shape, str(array.dtype), str(getattr(array, "sharding", "")))).encode())
-        if isinstance(array, jax.Array) and array.is_fully_replicated:
-            hashed.update(np.ascontiguousarray(np.asarray(array.addressable_data(0))).view(np.uint8).data)
-    return hashed.hexdigest()
