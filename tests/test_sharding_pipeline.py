@@ -35,10 +35,12 @@ def weights():
     return {name: (rng.normal(size=shape) / D**0.5).astype(np.float32) for name, shape in size.items()}
 
 
-def layer(w, x, cache, num_new):
-    q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[name]) for name in "qkv")
-    out, cache = kvattn.cached_attention(q, k, v, cache, num_new=num_new, rope=kvattn.RoPE(H))
-    return x + jnp.tanh(jnp.einsum("btnh,nhd->btd", out, w["out"])), cache
+def layer(w, x, cache, num_new, attention=kvattn.cached_attention, whole=False):
+    """Results of projections are whole where the types of arrays say where they lie."""
+    heads, features = (P(*[None] * 4), P(*[None] * 3)) if whole else (None, None)
+    q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[name], out_sharding=heads) for name in "qkv")
+    out, cache = attention(q, k, v, cache, num_new=num_new, rope=kvattn.RoPE(H))
+    return x + jnp.tanh(jnp.einsum("btnh,nhd->btd", out, w["out"], out_sharding=features)), cache
 
 
 def make(name):
@@ -72,9 +74,8 @@ def one_after_the_other(name):
 
 
 def placed(mesh, name):
-    where = NamedSharding(mesh, P("stage"))
-    caches = jax.jit(lambda: sharding.layer_caches(make(name), L, M), out_shardings=where)()
-    return jax.device_put(weights(), where), caches
+    caches = sharding.layer_caches(make(name), L, M, mesh=mesh)
+    return jax.device_put(weights(), NamedSharding(mesh, P("stage"))), caches
 
 
 def pipelined(mesh):
@@ -97,13 +98,61 @@ def test_other_caches_and_numbers_of_stages(name, kind, stages):
 def check(name, kind, stages):
     mesh = mesh_of(kind, stages)
     w, caches = placed(mesh, name)
-    step = pipelined(mesh)
-    for (inputs, num_new), expected in zip(calls(), one_after_the_other(name), strict=True):
-        out, caches = step(w, inputs, caches, num_new)
-        np.testing.assert_allclose(np.asarray(out), expected, atol=1e-5)
+    caches = run(name, pipelined(mesh), w, caches)
     for cache in jax.tree.leaves(caches):
         assert cache.sharding.shard_shape(cache.shape)[0] == L // stages, "a stage has its own layers' caches only"
     assert (np.asarray(caches.lengths) == [[6, 6], [4, 6], [6, 6]]).all()
+
+
+def run(name, step, w, caches):
+    """Compares every call with layers in a row; the caches in the end."""
+    for (inputs, num_new), expected in zip(calls(), one_after_the_other(name), strict=True):
+        out, caches = step(w, inputs, caches, num_new)
+        np.testing.assert_allclose(np.asarray(out), expected, atol=1e-5)
+    return caches
+
+
+def test_stages_whose_devices_have_some_heads_each():
+    """Nothing more is exchanged than the output projection's sums within a stage."""
+    step, w, caches = check_split("full", "auto", (4, 2), "heads")
+    inputs, num_new = list(calls())[1]
+    program = step.lower(w, inputs, caches, num_new).compile()
+    assert [c.kind for c in sharding.collectives(program)] == ["all-reduce", "collective-permute", "all-reduce"]
+    assert program.memory_analysis().alias_size_in_bytes == sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(caches)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "sizes", "by"),
+    [
+        ("full", (2, 4), "heads"),  # each key/value head twice
+        ("h2o", (4, 2), "heads"),
+        ("int8", (2, 2), "batch"),
+        ("full", (2, 2), "sequence"),
+        ("h2o", (4, 2), "sequence"),
+    ],
+)
+def test_stages_that_are_split_otherwise(name, kind, sizes, by):
+    check_split(name, kind, sizes, by)
+
+
+def check_split(name, kind, sizes, by):
+    """A stage's caches are split, and its projections by heads."""
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = jax.make_mesh(sizes, ("stage", "model"), axis_types=(KINDS[kind],) * 2, devices=devices)
+    caches = sharding.layer_caches(make(name), L, M, mesh=mesh, by=by)
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(caches))
+    assert own == sharding.bytes_per_device(make(name)(), mesh, by=by) * L // sizes[0] * M
+    specs = {"q": P("stage", None, "model"), "out": P("stage", "model")}
+    w = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P("stage")))) for n, x in weights().items()}
+    attention = functools.partial(sharding.cached_attention, mesh=mesh, by=by)
+    one = functools.partial(layer, attention=attention, whole=kind == "explicit")
+    step = lambda w, x, caches, num_new: sharding.pipeline(one, w, x, caches, mesh=mesh, extras=(num_new,))
+    step = kvattn.jit(step, donate="caches")
+    return step, w, run(name, step, w, caches)
 
 
 def test_the_program():
@@ -137,3 +186,7 @@ def test_refused():
         call({**weights(), "k": jnp.zeros((3, 1))}, *args[1:], mesh=mesh)
     with pytest.raises(errors.ConfigError, match="weights has no arrays"):
         call({}, *args[1:], mesh=mesh)
+    with pytest.raises(errors.ConfigError, match="give mesh as well"):
+        sharding.layer_caches(make("full"), L, M, by="heads")
+    with pytest.raises(errors.ShardingError, match="6 layers do not divide over 4 stages"):
+        sharding.layer_caches(make("full"), 6, M, mesh=mesh)

@@ -190,6 +190,7 @@ def _run[C: Cache](
     return jax.shard_map(
         local,
         mesh=program.split.mesh,
+        axis_names=program.split.own_axes,
         in_specs=specs,
         out_specs=(specs[0].query, specs[2]),
         check_vma=scheme.is_checked(cache),

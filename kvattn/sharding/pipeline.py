@@ -6,18 +6,22 @@ S - 1 ticks.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Int32, PyTree, Shaped
 
 from kvattn import _checks, _manual
 from kvattn._typing import Array
+from kvattn.cache import Cache
 from kvattn.cache.host import is_on_host
 from kvattn.errors import ConfigError, ShapeError, ShardingError, UnsupportedError
-from kvattn.sharding.split import Split, split_over
+from kvattn.sharding.cache import arrange, cache_sharding
+from kvattn.sharding.split import Split, names, split_over
 
 Layer = Callable[..., tuple[Shaped[Array, "*activations"], PyTree]]
 
@@ -39,16 +43,17 @@ def pipeline(
 
     Args:
         layer: ``layer(weights, x, cache, *extras) -> (x, cache)``, one layer on one microbatch, x keeping shape and
-            dtype: `kvattn.cached_attention` and whatever surrounds it. It sees no mesh.
+            dtype: `kvattn.cached_attention` and whatever surrounds it. Over other axes of the mesh a stage may be split
+            further, as it would be without stages: by ``kvattn.sharding.cached_attention(..., mesh=mesh, by="heads")``.
         weights: a tree whose arrays are [L, ...].
         inputs: [M, B / M, ...], the activations of M microbatches.
         caches: a tree whose arrays are [L, M, ...]: of each layer, one cache per microbatch (`layer_caches`).
         mesh: of Explicit or Auto axes.
-        axis: the one that splits the layers; L is a multiple of its size. Over other axes all is whole.
+        axis: the one that splits the layers; L is a multiple of its size. Over other axes arrays stay as they lie.
         extras: a tuple of trees whose arrays are [M, ...]: what layers want to know of a microbatch (`num_new`).
 
     Returns:
-        outputs [M, B / M, ...], on every device, and the caches, on their stages.
+        outputs [M, B / M, ...], on every stage, and the caches, on their stages.
 
     Raises:
         ShardingError: an axis that the mesh does not have, layers that do not divide.
@@ -58,11 +63,7 @@ def pipeline(
     _refuse_host(caches)
     split = split_over(mesh, axis, None)
     num_layers, count = _leading(weights, "weights", 1)[0], _leading(inputs, "inputs", 1)[0]
-    if num_layers % split.size:
-        raise ShardingError(
-            f"{num_layers} layers do not divide over {split.size} stages (mesh axis {axis!r}): use a divisor of "
-            f"{num_layers}."
-        )
+    _check_layers(split, num_layers)
     if jax.tree.leaves(caches) and _leading(caches, "caches", 2) != (num_layers, count):
         raise ShapeError(
             f"caches must be [L, M, ...] = [{num_layers}, {count}, ...] for these weights and inputs, got "
@@ -74,22 +75,82 @@ def pipeline(
     whole = lambda tree: jax.tree.map(lambda _: P(), tree)
     args, specs = (weights, inputs, caches, extras), (staged(weights), P(), staged(caches), whole(extras))
     if split.is_explicit:
-        args = split.put(args, specs)
+        args = split.put(args, jax.tree.map(lambda x, spec: _with_stages(split, x, spec), args, specs))
     # Unchecked: `layer` is the user's, and may hold loops that JAX's types do not let through.
-    run = jax.shard_map(_stages(split, layer), mesh=mesh, in_specs=specs, out_specs=(P(), specs[2]), check_vma=False)
+    run = jax.shard_map(
+        _stages(split, layer),
+        mesh=mesh,
+        axis_names={axis},
+        in_specs=specs,
+        out_specs=(P(), specs[2]),
+        check_vma=False,
+    )
     return run(*args)
 
 
-def layer_caches[T](make: Callable[[], T], num_layers: int, num_microbatches: int) -> T:
+def layer_caches[T](
+    make: Callable[[], T],
+    num_layers: int,
+    num_microbatches: int,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str = "stage",
+    by: str | None = None,
+    by_axis: str = "model",
+    data_axis: str | None = "data",
+) -> T:
     """The caches of `pipeline`, all as `make` makes one (of B / M rows): arrays [L, M, ...].
 
-    Best under ``jax.jit(..., out_shardings=NamedSharding(mesh, P("stage")))``, so that no device holds them all.
+    Args:
+        make: makes the cache of one layer and microbatch, or a tree of arrays.
+        num_layers: L.
+        num_microbatches: M.
+        mesh: makes each device's part on that device; None: all of it where JAX puts what is new.
+        axis: the mesh axis that splits the layers.
+        by: how each cache is split within its stage, as in `kvattn.sharding.shard_cache`; None: not at all.
+        by_axis: the mesh axis that splits it.
+        data_axis: the mesh axis that splits its rows besides, where the mesh has it.
+
+    Raises:
+        ConfigError: `by` without a mesh.
+        ShardingError: as `kvattn.sharding.shard_cache`; layers that do not divide.
+        UnsupportedError: caches in the host's memory.
     """
     _checks.integer("num_layers", num_layers, 1)
     _checks.integer("num_microbatches", num_microbatches, 1)
-    one = make()
-    _refuse_host(one)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), one)
+    placing: dict[str, Any] = {"by": by, "axis": by_axis, "data_axis": data_axis}
+
+    def one() -> Any:
+        cache = make()
+        _refuse_host(cache)
+        return cache if by is None or mesh is None else arrange(cast(Cache, cache), mesh, **placing)
+
+    def every() -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_layers, num_microbatches, *x.shape)), one())
+
+    if mesh is None:
+        if by is not None:
+            raise ConfigError(f"by={by!r} splits caches over a mesh: give mesh as well.")
+        return every()
+    split = split_over(mesh, axis, None)
+    _check_layers(split, num_layers)
+    shapes = jax.eval_shape(one)
+    where = jax.tree.map(lambda _: P(), shapes) if by is None else _placed(shapes, mesh, placing)
+    named = lambda x, spec: split.named(P(axis, None, *spec), x.ndim + 2)
+    return jax.jit(every, out_shardings=jax.tree.map(named, shapes, where))()
+
+
+def _placed(cache: Cache, mesh: Mesh | AbstractMesh, placing: dict[str, Any]) -> PyTree:
+    """The placement of each array of one cache."""
+    return jax.tree.map(lambda sharding: sharding.spec, cache_sharding(cache, mesh, **placing))
+
+
+def _check_layers(split: Split, num_layers: int) -> None:
+    if num_layers % split.size:
+        raise ShardingError(
+            f"{num_layers} layers do not divide over {split.size} stages (mesh axis {split.axis!r}): use a divisor of "
+            f"{num_layers}."
+        )
 
 
 def _refuse_host(caches: PyTree) -> None:
@@ -99,6 +160,15 @@ def _refuse_host(caches: PyTree) -> None:
             "stages hold their caches in the device's memory, and these lie in the host's: create them with "
             'memory_kind="device", or split them by heads, batch or sequence (kvattn.sharding.shard_cache).'
         )
+
+
+def _with_stages(split: Split, x: Shaped[ArrayLike, "..."], spec: P) -> P:
+    """Where x lies, but for the stages: over them as the spec says."""
+    sharding = jax.typeof(x).sharding
+    entries = [*sharding.spec] if sharding.mesh.axis_names == split.mesh.axis_names else []
+    entries += [None] * (jnp.ndim(x) - len(entries))
+    others = [tuple(n for n in names(entry) if n != split.axis) or None for entry in entries]
+    return P(*spec, *others[len(spec) :])
 
 
 def _stages(split: Split, layer: Layer) -> Callable[..., tuple[Shaped[Array, "M *activations"], PyTree]]:

@@ -49,7 +49,12 @@ class Split:
     @property
     def is_explicit(self) -> bool:
         """Whether arrays carry their placement in their types."""
-        return self.mesh.are_all_axes_explicit
+        return AxisType.Explicit in self.mesh.axis_types
+
+    @property
+    def own_axes(self) -> frozenset[str]:
+        """The axes of the mesh that no `jax.shard_map` around has."""
+        return frozenset(self.mesh.axis_names) - set(self.mesh.manual_axes)
 
     def check_rows(self, batch_size: int, shards: int, advice: str) -> None:
         """Raises `ShardingError` where the rows do not divide."""
@@ -98,7 +103,7 @@ class Split:
     def _is(self, other: Mesh | AbstractMesh) -> bool:
         if isinstance(other, Mesh) and isinstance(self.mesh, Mesh):
             return other == self.mesh
-        return other.axis_names == self.mesh.axis_names and other.axis_sizes == self.mesh.axis_sizes
+        return _alike(other, self.mesh)
 
 
 def split_over(mesh: object, axis: str, data_axis: str | None) -> Split:
@@ -113,16 +118,22 @@ def split_over(mesh: object, axis: str, data_axis: str | None) -> Split:
         raise ShardingError(
             f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, mesh.axis_names))}: name one of them as axis."
         )
+    mesh = _here(mesh)
     if axis == data_axis:
         data_axis = None
-    types = set(mesh.axis_types)
-    if AxisType.Manual in types or axis in _manual_axes():
+    if axis in mesh.manual_axes or axis in jax.sharding.get_abstract_mesh().manual_axes:
         raise ShardingError(
             f"the axis {axis!r} is jax.shard_map's here: call kvattn.cached_attention on each device's part instead."
         )
-    if len(types) > 1:
+    if len(set(mesh.axis_types) - {AxisType.Manual}) > 1:
         raise ShardingError(f"the axes of the mesh are of types {mesh.axis_types}: make all Explicit, or all Auto.")
-    return Split(mesh, axis, data_axis if data_axis in mesh.axis_names else None)
+    return Split(mesh, axis, data_axis if data_axis in mesh.axis_names and data_axis not in mesh.manual_axes else None)
+
+
+def _here(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """The mesh as it is inside a `jax.shard_map` over some of its axes, which arrays there have in their types."""
+    context = jax.sharding.get_abstract_mesh()
+    return context if context.manual_axes and _alike(context, mesh) else mesh
 
 
 def specs_of[C: Cache](cache: C, **mesh_axes: MeshAxes) -> C:
@@ -140,9 +151,8 @@ def names(entry: MeshAxes) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _manual_axes() -> tuple[str, ...]:
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+def _alike(one: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
+    return one.axis_names == other.axis_names and one.axis_sizes == other.axis_sizes
 
 
 def _mesh_of(x: object) -> Mesh | AbstractMesh | None:
