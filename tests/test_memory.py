@@ -258,7 +258,7 @@ def test_a_fault_in_the_formula_is_seen(monkeypatch, fault):
         monkeypatch.setattr(formula, "storage", lambda *a: dataclasses.replace(whole(*a), block=whole(*a).block // 2))
     else:
 
-        def bare(codec, head_dim, dtype):
+        def bare(codec, head_dim, dtype, *values):
             store = whole(codec, head_dim, dtype)
             bits = {kvattn.Int8: 8, kvattn.Float8: 8, kvattn.Int4: 4, kvattn.KIVI: getattr(codec, "bits", 0)}
             kind = type(codec)
