@@ -160,6 +160,15 @@ class RoPE:
         theta = self.theta * ratio ** (self.num_pairs / (self.num_pairs - 1))
         return dataclasses.replace(self, theta=theta, scaling=None)
 
+    def behind(self, features: int) -> "RoPE":
+        """This embedding for heads that have so many more entries in front, which do not turn.
+
+        Args:
+            features: how many.
+        """
+        features = _checks.integer("features", features, 0)
+        return dataclasses.replace(self, head_dim=self.head_dim + features, rotary_begin=self.rotary_begin + features)
+
     def cos_sin(self, positions: Any, dtype: DTypeLike = jnp.float32) -> CosSin:
         """Cosine and sine of every pair's phase, times `attention_factor`.
 
