@@ -11,9 +11,10 @@ whose cache stores C + R numbers a token. The two are the same function of the s
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
@@ -131,6 +132,12 @@ def _rope(settings: AttentionSettings, sizes: LatentSizes, before: int) -> RoPE 
         return None
     begin = rope.rotary_begin - sizes.latent + before
     return dataclasses.replace(rope, head_dim=before + sizes.rotary, rotary_begin=begin)
+
+
+def normed(norm: Callable[[Array], Array], x: Float[Array, "*B T C"]) -> Float[Array, "*B T C"]:
+    """A latent through Flax's norm, which promotes bfloat16 as it goes, whatever `jax_numpy_dtype_promotion` says."""
+    with jax.numpy_dtype_promotion("standard"):
+        return norm(x)
 
 
 def to_heads(

@@ -289,10 +289,11 @@ class MultiHeadLatentAttention(HasSettings, nnx.Module):
     def _queries(self, inputs: Array) -> Float[Array, "*B T N _"]:
         if self.sizes.query_latent is None:
             return projections.to_heads(self.query, inputs, clip=None)
-        down = projections.to_heads(self.query_down, inputs, norm=self.query_norm, clip=None)
-        return projections.to_heads(self.query_up, down, clip=None)
+        down = projections.to_heads(self.query_down, inputs, clip=None)
+        return projections.to_heads(self.query_up, latent.normed(self.query_norm, down), clip=None)
 
     def _latents(self, inputs: Array) -> tuple[Float[Array, "*B T C"], Float[Array, "*B T R"]]:
         """The latents, normed, and what the keys of all heads share."""
         down = projections.to_heads(self.kv_down, inputs, clip=None)
-        return self.kv_norm(down[..., : self.sizes.latent]), down[..., self.sizes.latent :]
+        size = self.sizes.latent
+        return latent.normed(self.kv_norm, down[..., :size]), down[..., size:]

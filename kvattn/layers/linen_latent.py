@@ -125,10 +125,10 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         if sizes.query_latent is None:
             query = heads("query", (self.num_heads, sizes.query))(inputs)
         else:
-            down = self._norm("query_norm")(self._project("query_down", sizes.query_latent)(inputs))
-            query = heads("query_up", (self.num_heads, sizes.query))(down)
+            down = self._project("query_down", sizes.query_latent)(inputs)
+            query = heads("query_up", (self.num_heads, sizes.query))(latent.normed(self._norm("query_norm"), down))
         down = self._project("kv_down", sizes.cached)(inputs)
-        down, shared = self._norm("kv_norm")(down[..., : sizes.latent]), down[..., sizes.latent :]
+        shared, down = down[..., sizes.latent :], latent.normed(self._norm("kv_norm"), down[..., : sizes.latent])
         key_up = heads("key_up", (self.num_heads, sizes.plain))
         value_up = heads("value_up", (self.num_heads, sizes.value))
         features = inputs.shape[-1] if self.out_features is None else self.out_features
