@@ -164,7 +164,7 @@ _MAY_BE_NONE: dict[str, Check] = {
     "q_lora_rank": _size,
     **dict.fromkeys(("deterministic", "decode", "use_out_bias"), _checks.flag),
     **dict.fromkeys(("out_kernel_init", "bias_init", "out_bias_init"), _checks.function),
-    **dict.fromkeys(("kv_kernel_init", "kv_bias_init"), _checks.function),
+    **dict.fromkeys(("kv_kernel_init", "kv_bias_init", "up_kernel_init"), _checks.function),
     **dict.fromkeys(("qkv_dot_general", "out_dot_general"), _checks.function),
     **dict.fromkeys(("qkv_dot_general_cls", "out_dot_general_cls"), _checks.function),
     **dict.fromkeys(("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), _checks.function),

@@ -129,7 +129,7 @@ def kernel_of(projection: nn.DenseGeneral, inputs: Array) -> Array:
 
 
 class Sowing:
-    """A Linen layer as what keeps attention weights: in the collection "intermediates"."""
+    """A Linen layer as what keeps attention weights (`kvattn.layers.attention_fn.Sows`), in "intermediates"."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
