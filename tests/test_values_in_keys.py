@@ -209,6 +209,21 @@ def test_pages(codec):
     assert lengths == other_lengths
 
 
+def test_pools_that_differ_in_it_are_groups_of_their_own():
+    """Equal in all sizes otherwise; pages of one have half the bytes."""
+    sizes = {"batch_size": 1, "max_pages": 2, "dtype": jnp.float32}
+    pools = [kvattn.PagedKVCache.create(2, 4, 1, H, values_in_keys=inside, **sizes) for inside in (True, False, True)]
+    groups = kvattn.cache.groups_of(pools)
+    assert [group.layers for group in groups] == [(0, 2), (1,)]
+    assert [group.page_bytes for group in groups] == [4 * H * 4, 2 * 4 * H * 4]
+
+
+def test_a_layout_that_is_read_twice():
+    """Keys that are values too lie as values do."""
+    assert not make().layout.transposed_keys and make(in_keys=False).layout.transposed_keys
+    assert not make(memory_kind="pinned_host").layout.transposed_keys
+
+
 def test_gradients():
     """Of the queries and keys of a prompt: those of attention by its formula, both uses of a key together."""
     query, key = (jnp.asarray(x) for x in tokens(1, 5))
