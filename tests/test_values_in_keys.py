@@ -111,6 +111,7 @@ def test_rope_that_begins_behind(interleaved):
     assert (kvattn.RoPE(576, rotary_begin=512).inv_freq == kvattn.RoPE(64).inv_freq).all()
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("error", "words", "settings"),
     [

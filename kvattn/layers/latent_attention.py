@@ -231,7 +231,7 @@ class MultiHeadLatentAttention(HasSettings, nnx.Module):
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
         down, shared = self._latents(x)
-        plain, value = (projections.to_heads(up, down, clip=None) for up in (self.key_up, self.value_up))
+        plain, value = (projections.projected(up, down) for up in (self.key_up, self.value_up))
         query, key = latent.to_heads(settings, sizes, self._queries(x), plain, shared, input_positions)
         out = attention.call(
             dot_product_attention, latent.materialised(settings, sizes), query, key, value,
@@ -288,12 +288,12 @@ class MultiHeadLatentAttention(HasSettings, nnx.Module):
 
     def _queries(self, inputs: Array) -> Float[Array, "*B T N _"]:
         if self.sizes.query_latent is None:
-            return projections.to_heads(self.query, inputs, clip=None)
-        down = projections.to_heads(self.query_down, inputs, clip=None)
-        return projections.to_heads(self.query_up, latent.normed(self.query_norm, down), clip=None)
+            return projections.projected(self.query, inputs)
+        down = projections.projected(self.query_down, inputs)
+        return projections.projected(self.query_up, latent.normed(self.query_norm, down))
 
     def _latents(self, inputs: Array) -> tuple[Float[Array, "*B T C"], Float[Array, "*B T R"]]:
         """The latents, normed, and what the keys of all heads share."""
-        down = projections.to_heads(self.kv_down, inputs, clip=None)
+        down = projections.projected(self.kv_down, inputs)
         size = self.sizes.latent
         return latent.normed(self.kv_norm, down[..., :size]), down[..., size:]
