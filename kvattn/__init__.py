@@ -24,6 +24,7 @@ from kvattn.codecs import Float8 as Float8
 from kvattn.codecs import Int4 as Int4
 from kvattn.codecs import Int8 as Int8
 from kvattn.policies import H2O as H2O
+from kvattn.policies import Chunked as Chunked
 from kvattn.policies import FastGen as FastGen
 from kvattn.policies import Full as Full
 from kvattn.policies import Scissorhands as Scissorhands
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "H2O",
     "KIVI",
+    "Chunked",
     "FastGen",
     "Float8",
     "Full",

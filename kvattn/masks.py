@@ -7,6 +7,7 @@ rule is a conjunction, so adding a condition can only remove pairs::
 
     causal            kv <= q
     window = w        kv > q - w            (w tokens, the query's own included)
+    chunk = c         kv >= q - q mod c     (positions are cut into chunks of c)
     num_sinks = n     kv < n                (exempts the first n tokens from the window)
     reach = r         kv > q - r            (for those n tokens too)
     begin, end        begin <= kv < end     (a part of the keys, to be merged with the others)
@@ -24,12 +25,13 @@ For ``Mask(window=3, num_sinks=1)`` and six tokens, queries downwards::
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.errors import ConfigError
+from kvattn.errors import ConfigError, UnsupportedError
 
 EMPTY = -1
 """The position of an empty slot, and of a pad."""
@@ -44,27 +46,30 @@ class Mask:
         window: how many tokens a query sees, its own included. None: all.
         num_sinks: so many first tokens of the sequence stay visible whatever the window is.
         reach: and even of those a query sees none that is not among the last `reach` tokens. None: all.
+        chunk: a query sees none from before its own chunk of so many positions. None: positions are not cut.
         begin: keys of smaller positions are hidden.
         end: keys from this position on are hidden. None: none.
 
     Raises:
-        RangeError: window or reach < 1.
-        ConfigError: num_sinks < 0, or a window without causality.
+        RangeError: window, reach or chunk < 1.
+        ConfigError: num_sinks < 0, or a window or chunk without causality.
     """
 
     causal: bool = True
     window: int | None = None
     num_sinks: int = 0
     reach: int | None = None
+    chunk: int | None = None
     begin: int = 0
     end: int | None = None
 
     def __post_init__(self):
         _checks.window(self.window)
         _checks.window(self.reach)
+        _checks.window(self.chunk, "chunk")
         _checks.integer("num_sinks", self.num_sinks, 0)
-        if (self.window is not None or self.reach is not None) and not self.causal:
-            raise ConfigError("a window is causal: it counts the query's own token and those before it.")
+        if not self.causal and any(limit is not None for limit in (self.window, self.reach, self.chunk)):
+            raise ConfigError("a window or chunk is causal: it counts the query's own token and those before it.")
 
     def allowed(
         self,
@@ -117,12 +122,15 @@ class Mask:
             ok &= near | (kv < self.num_sinks) if self.num_sinks else near
         if self.reach is not None:
             ok &= kv > first - self.reach
+        if self.chunk is not None:
+            ok &= kv >= first - jax.lax.rem(first, jnp.int32(self.chunk))
         return ok
 
     @property
     def is_bounded(self) -> bool:
         """Whether a query may be kept from tokens that came before it."""
-        return self.window is not None or self.reach is not None or self.begin > 0 or self.end is not None
+        limits = self.window, self.reach, self.chunk, self.end
+        return self.begin > 0 or any(limit is not None for limit in limits)
 
     def narrowed(self, window: int | None) -> "Mask":
         """What this mask and a window of `window` tokens both allow."""
@@ -131,3 +139,18 @@ class Mask:
         if self.window is None or window <= self.window:
             return dataclasses.replace(self, window=window, num_sinks=0)
         return dataclasses.replace(self, reach=window) if self.num_sinks else self
+
+    def cut(self, chunk: int | None) -> "Mask":
+        """What this mask and chunks of `chunk` positions both allow.
+
+        Raises:
+            UnsupportedError: it has other chunks already.
+        """
+        if chunk is None or chunk == self.chunk:
+            return self
+        if self.chunk is not None:
+            raise UnsupportedError(
+                f"chunk={chunk} cuts positions otherwise than the policy does, into chunks of {self.chunk}: give the "
+                "cache Chunked of the same size, or another policy."
+            )
+        return dataclasses.replace(self, chunk=chunk)

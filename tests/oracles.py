@@ -9,15 +9,20 @@ G = N // K, H head dim, Hv value head dim.
 import numpy as np
 
 
-def seen_from(position, window=None, num_sinks=0):
-    """The positions a query at `position` attends to: the last `window` with itself, and the first `num_sinks`."""
+def seen_from(position, window=None, num_sinks=0, chunk=None):
+    """The positions a query at `position` attends to: the last `window` with itself, and the first `num_sinks`.
+
+    Of these those of its own chunk of positions.
+    """
+    if chunk is not None:
+        return {p for p in seen_from(position, window, num_sinks) if p // chunk == position // chunk}
     first = 0 if window is None else max(0, position - window + 1)
     return set(range(first, position + 1)) | set(range(min(num_sinks, position + 1)))
 
 
-def kept_after(num_tokens, window=None, num_sinks=0):
+def kept_after(num_tokens, window=None, num_sinks=0, chunk=None):
     """The positions a policy still holds after `num_tokens` tokens."""
-    return set() if num_tokens == 0 else seen_from(num_tokens - 1, window, num_sinks)
+    return set() if num_tokens == 0 else seen_from(num_tokens - 1, window, num_sinks, chunk)
 
 
 def narrower(*windows):
@@ -94,6 +99,8 @@ class TokenLists:
         keeps: last tokens the policy keeps and lets a query see, its own included; None for all.
         num_sinks: first tokens that it keeps and lets a query see besides.
         window: a further window of the call.
+        cuts: the policy keeps, and lets a query see, its own chunk of so many positions only.
+        chunk: a further such limit of the call.
         limit: most tokens a sequence may ever have; a chunk past it is dropped whole.
         rope_theta: rotate queries and keys at their positions.
         dtype: see `attend_token`.
@@ -106,7 +113,9 @@ class TokenLists:
         *,
         keeps=None,
         num_sinks=0,
+        cuts=None,
         window=None,
+        chunk=None,
         limit=None,
         rope_theta=None,
         dtype=np.float64,
@@ -115,7 +124,7 @@ class TokenLists:
         self.rows = [[] for _ in range(batch_size)]
         self.overflowed = [False] * batch_size
         self.keeps, self.num_sinks = keeps, num_sinks
-        self.window = narrower(keeps, window)
+        self.window, self.cuts, self.chunk = narrower(keeps, window), cuts, cuts or chunk
         self.limit = limit
         self.rope_theta = rope_theta
         self.dtype = dtype
@@ -126,7 +135,7 @@ class TokenLists:
 
     def kept(self, row):
         """Positions the policy holds for one row."""
-        return kept_after(len(self.rows[row]), self.keeps, self.num_sinks)
+        return kept_after(len(self.rows[row]), self.keeps, self.num_sinks, self.cuts)
 
     def append(self, query, key, value, num_new=None, padding="right"):
         """Appends and attends.
@@ -155,7 +164,7 @@ class TokenLists:
             for t in range(first, first + num_new[b]):
                 p = len(row)
                 row.append((self._turn(key[b, t], p), np.array(value[b, t])))
-                seen = sorted(seen_from(p, self.window, self.num_sinks))
+                seen = sorted(seen_from(p, self.window, self.num_sinks, self.chunk))
                 out[b, t], lse[b, t] = attend_token(
                     self._turn(query[b, t], p),
                     [row[j][0] for j in seen],

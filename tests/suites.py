@@ -60,7 +60,9 @@ class PolicyCase:
         keeps: the policy keeps (and lets a query see) the last so many tokens; None: all.
         num_sinks: and the first so many.
         limit: most tokens of a sequence; None: any number.
+        cuts: the policy lets a query see its own chunk of so many positions; None: it does not cut.
         window: `window` argument of the call.
+        chunk: `chunk` argument of the call.
         by_position: which tokens are kept depends on positions alone: the oracle knows them, chunking changes nothing.
         true_distances: RoPE and ALiBi see distances in the text, not in the cache.
         can_trim: whether the last n of `length` tokens can be taken back.
@@ -73,7 +75,9 @@ class PolicyCase:
     keeps: int | None = None
     num_sinks: int = 0
     limit: int | None = None
+    cuts: int | None = None
     window: int | None = None
+    chunk: int | None = None
     by_position: bool = True
     true_distances: bool = True
     can_trim: Callable[[int, int], bool] = lambda length, n: n <= length
@@ -81,16 +85,32 @@ class PolicyCase:
 
     def oracle(self, batch_size=B, **rules):
         """Its list-of-tokens model."""
-        settings = {"keeps": self.keeps, "num_sinks": self.num_sinks, "window": self.window, "limit": self.limit}
+        settings = {
+            "keeps": self.keeps,
+            "num_sinks": self.num_sinks,
+            "cuts": self.cuts,
+            **self.limits,
+            "limit": self.limit,
+        }
         return TokenLists(batch_size, **settings, **rules)
 
     def seen_from(self, position):
         """The positions a query at `position` attends to."""
-        return seen_from(position, narrower(self.keeps, self.window), self.num_sinks)
+        return seen_from(position, narrower(self.keeps, self.window), self.num_sinks, self.cuts or self.chunk)
+
+    @property
+    def limits(self):
+        """Arguments of the call."""
+        return {"window": self.window, "chunk": self.chunk}
 
 
 def _ring_trim(slots):
     return lambda length, n: n == 0 or (n <= length <= slots)
+
+
+def _chunk_trim(size):
+    """Within the last token's chunk, or all."""
+    return lambda length, n: n in (0, length) or (n < length and (length - 1) // size == (length - n - 1) // size)
 
 
 def _never_trim(length, n):
@@ -107,6 +127,20 @@ POLICIES: tuple[PolicyCase, ...] = (
         "ring8-window99", lambda: kvattn.SlidingWindow(8), None, keeps=8, window=99, can_trim=_ring_trim(8), quick=False
     ),
     PolicyCase("ring-short", lambda: kvattn.SlidingWindow(50), keeps=50, limit=CAPACITY),
+    PolicyCase("chunks4", lambda: kvattn.Chunked(4), None, cuts=4, can_trim=_chunk_trim(4)),
+    PolicyCase("chunks5-of-call", kvattn.Full, limit=CAPACITY, chunk=5, quick=False),
+    PolicyCase("ring6-chunks4", lambda: kvattn.SlidingWindow(6), None, keeps=6, chunk=4, can_trim=_ring_trim(6)),
+    PolicyCase("chunks-short", lambda: kvattn.Chunked(50), cuts=50, limit=CAPACITY, quick=False),
+    PolicyCase(
+        "chunks5-window3",
+        lambda: kvattn.Chunked(5),
+        None,
+        keeps=5,
+        cuts=5,
+        window=3,
+        can_trim=_chunk_trim(5),
+        quick=False,
+    ),
     PolicyCase(
         "streaming2+5",
         lambda: policies.StreamingLLM(2, 5),
@@ -197,7 +231,7 @@ class Steps:
         self._options = None if optimized else {"xla_backend_optimization_level": 0}
 
     def __call__(self, query, key, value, cache, num_new=None, **settings):
-        settings = {"implementation": None, "padding": "right", "window": None, **settings}
+        settings = {"implementation": None, "padding": "right", "window": None, "chunk": None, **settings}
         name = tuple(sorted(settings.items()))
         if name not in self._made:
 
@@ -301,7 +335,7 @@ def check_attendance(case, implementation, steps=STEPS, padding="right", seed=0)
                 for k in range(K):
                     value[b, t, k, k * CAPACITY + position[b, t]] = 1
         out, cache = steps(
-            0 * query, key, value, cache, num_new, implementation=implementation, padding=padding, window=case.window
+            0 * query, key, value, cache, num_new, implementation=implementation, padding=padding, **case.limits
         )
         out = np.asarray(out)
         expected = np.zeros_like(out)
@@ -327,7 +361,7 @@ def check_counts(case, cache, lengths):
     kept, positions = np.asarray(cache.kept), np.asarray(cache.positions)
     assert positions.shape[-1] == cache.num_slots
     for b, length in enumerate(lengths):
-        expected = kept_after(int(length), case.keeps, case.num_sinks)
+        expected = kept_after(int(length), case.keeps, case.num_sinks, case.cuts)
         held = positions[b][positions[b] >= 0].tolist()
         assert kept[b] == len(expected), f"row {b}: kept {kept[b]}, expected {len(expected)}"
         assert len(held) == len(set(held)) and set(held) == expected, f"row {b} holds {held}, expected {expected}"
@@ -352,7 +386,7 @@ def check_oracle(case, implementation, steps=STEPS, padding="right", seed=1, **s
     for i, (length, num_new) in enumerate(history(seed)):
         new = tokens(seed * 100 + i, length)
         out, cache = steps(
-            *new, cache, num_new, implementation=implementation, padding=padding, window=case.window, **settings
+            *new, cache, num_new, implementation=implementation, padding=padding, **case.limits, **settings
         )
         ref, _ = truth.append(*new, num_new, padding)
         low_ref, _ = low.append(*new, num_new, padding)
@@ -373,12 +407,12 @@ def _dirty_run(case, implementation, steps, garbage, padding):
     for i, (length, num_new) in enumerate(history(2)):
         real = real_tokens(num_new, length, padding)[..., None, None]
         new = [np.where(real, x, np.float32(garbage)) for x in tokens(200 + i, length)]
-        out, cache = steps(*new, cache, num_new, implementation=implementation, padding=padding, window=case.window)
+        out, cache = steps(*new, cache, num_new, implementation=implementation, padding=padding, **case.limits)
         outs.append(np.asarray(out))
         if i == 1 and case.by_position and case.keeps is None:
             # Five tokens of garbage come and go.
             extra = [np.full_like(x, garbage) for x in tokens(0, CHUNK)]
-            settings = {"implementation": implementation, "padding": padding, "window": case.window}
+            settings = {"implementation": implementation, "padding": padding, **case.limits}
             _, cache = steps(*extra, cache, np.full(B, 5), **settings)
             cache = cache.trim(5)
     return outs, cache
@@ -426,7 +460,7 @@ def check_neighbours(case, implementation, steps=STEPS, seed=3):
                     if change > 1:
                         x[others] = np.nan
             left = left - num_new
-            out, cache = steps(*new, cache, num_new, implementation=implementation, window=case.window)
+            out, cache = steps(*new, cache, num_new, implementation=implementation, **case.limits)
             outs.append(np.asarray(out))
         return outs, cache
 
@@ -450,7 +484,7 @@ def check_neighbours(case, implementation, steps=STEPS, seed=3):
 
 def check_overflow(case, implementation, steps=STEPS, length=CHUNK):
     """A chunk past the end is dropped whole and recorded; rows where it fits do not notice."""
-    settings = {"implementation": implementation, "window": case.window}
+    settings = {"implementation": implementation, **case.limits}
     lists, cache = case.oracle(), make_cache(case)
     for i, count in enumerate((CHUNK, CHUNK, CHUNK, 3)):
         # Rows at 24 (full), 23, 20, 17 (just fits), 0, 22 tokens.
@@ -578,7 +612,7 @@ def check_true_positions(case, implementation, steps=STEPS, seed=5):
     for i, (length, num_new) in enumerate(history(seed)):
         new = tokens(seed * 100 + i, length)
         out, cache = steps(
-            *new, cache, num_new, implementation=implementation, window=case.window, rope=rope, alibi_slopes=slopes
+            *new, cache, num_new, implementation=implementation, **case.limits, rope=rope, alibi_slopes=slopes
         )
         ref, low_ref = truth.append(*new, num_new)[0], low.append(*new, num_new)[0]
         # The rotation itself rounds, which the low-precision oracle (which turns in float64) does not.
@@ -770,7 +804,7 @@ def check_mirror_probes(implementation):
 
 def check_explicit(case, implementation, lengths=(CHUNK, 1)):
     """The cache is an argument and a result: nothing is changed behind the caller, nothing is remembered."""
-    settings = {"implementation": implementation, "window": case.window}
+    settings = {"implementation": implementation, **case.limits}
     one, two = make_cache(case), make_cache(case)
     for length in lengths:
         a, b = tokens(70 + length, length), tokens(80 + length, length)
@@ -793,7 +827,7 @@ def check_one_trace(case, implementation, num_steps=2000):
     cache = kvattn.KVCache.create(1, 1, 4, capacity=num_steps + 1, policy=case.make(), dtype=jnp.float32)
 
     def step(query, key, value, cache):
-        return kvattn.cached_attention(query, key, value, cache, window=case.window, implementation=implementation)
+        return kvattn.cached_attention(query, key, value, cache, **case.limits, implementation=implementation)
 
     step = kvattn.jit(step)
     new = [jax.device_put(x) for x in tokens(1, 1, 1, 4, 1, 1, 4)]

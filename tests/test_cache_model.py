@@ -106,7 +106,7 @@ def run(case, sequence, verbs=VERBS):
         if name == "append":
             length, num_new, padding = arguments
             new = tokens(i, length)
-            out, cache = STEPS(*new, cache, num_new, implementation=IMPLEMENTATION, padding=padding, window=case.window)
+            out, cache = STEPS(*new, cache, num_new, implementation=IMPLEMENTATION, padding=padding, **case.limits)
             ref, real = model.append(new, num_new, padding)
             out = np.asarray(out)
             assert np.abs(out - ref).max() < 5e-6, f"operation {i}: outputs"

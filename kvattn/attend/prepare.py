@@ -14,6 +14,7 @@ from kvattn.attend.together import FEW_TOKENS
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from kvattn.masks import Mask
 from kvattn.policies import Context
 from kvattn.positions import RoPE
 
@@ -28,6 +29,7 @@ def prepared[C: Cache](
     padding: str,
     rope: RoPE | None,
     window: int | None,
+    chunk: int | None,
     scale: ArrayLike | None,
     softcap: float | None,
     sinks: object,
@@ -47,6 +49,7 @@ def prepared[C: Cache](
         padding: see there.
         rope: see there.
         window: see there.
+        chunk: see there.
         scale: see there.
         softcap: see there.
         sinks: see there.
@@ -76,6 +79,7 @@ def prepared[C: Cache](
         query,
         mask=cache.policy.mask(),
         window=window,
+        chunk=chunk,
         scale=scale,
         softcap=softcap,
         key_rope=rope if moves else None,
@@ -90,10 +94,16 @@ def prepared[C: Cache](
         _checks.per_head("sinks", sinks, heads), _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
     )
     _checks.one_of("padding", padding, ("right", "left"))
-    if window is not None and moves:
+    for name, limit in (("window", window), ("chunk", chunk)):
+        if limit is not None and moves:
+            raise UnsupportedError(
+                f"{name}= goes by true positions, {cache.policy} by those in the cache: leave {name} out, or use "
+                'positions_in="original".'
+            )
+    if chunk is not None and cache.policy.sink_positions(jnp.zeros((1, 1), jnp.int32)) is not None:
         raise UnsupportedError(
-            f"window= goes by true positions, {cache.policy} by those in the cache: leave window out, or use "
-            'positions_in="original".'
+            f"chunk= goes by true positions, and the first tokens of {cache.policy} are seen from others: leave chunk "
+            'out, or use positions_in="original".'
         )
     if token_ids is not None:
         token_ids = _token_ids(token_ids, query)
@@ -102,8 +112,10 @@ def prepared[C: Cache](
     if cache.is_static:
         if key is not None or value is not None:
             raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
-        if rope is not None or window is not None:
-            raise ConfigError("a static cache has no order in common with the queries: no rope and no window.")
+        if rope is not None or window is not None or chunk is not None:
+            raise ConfigError(
+                "a static cache has no order in common with the queries: no rope, no window and no chunk."
+            )
         run = step.cross
     else:
         key, value = _keys_and_values(key, value, query, cache)
@@ -136,7 +148,7 @@ def _fits(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Bool[Array,
 def _may_come_first(cache: Cache, length: int) -> bool:
     """Whether the new tokens may take their slots before they attend: one by one, or nothing is lost by that."""
     policy = cache.policy
-    keeps_all = policy.in_order and policy.mask().window is None and not jax.tree.leaves(cache.state)
+    keeps_all = policy.in_order and policy.mask() == Mask() and not jax.tree.leaves(cache.state)
     few = length <= FEW_TOKENS and not policy.needs_mass
     return length == 1 or (few and keeps_all and cache.codec.rows is None)
 

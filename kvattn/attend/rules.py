@@ -38,6 +38,7 @@ class Rules:
         *,
         mask: Mask,
         window: object,
+        chunk: object = None,
         scale: ArrayLike | None,
         softcap: object,
         key_rope: RoPE | None = None,
@@ -48,17 +49,20 @@ class Rules:
             query: the queries.
             mask: what holds before `window` is looked at.
             window: the call's window, or None.
+            chunk: the call's chunk of positions, or None.
             scale: a number [], or None, which is 1/sqrt(H).
             softcap: or None.
             key_rope: as in `Rules`.
 
         Raises:
             RangeError, DTypeError, ShapeError, ConfigError: numbers out of range, or no numbers.
+            UnsupportedError: a chunk beside other ones of the mask.
         """
         _checks.finite_scale(scale)
         query, scale = folded(query, scale)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return query, cls(mask.narrowed(_checks.window(window)), scale, _checks.positive_softcap(softcap), key_rope)
+        mask = mask.narrowed(_checks.window(window)).cut(_checks.window(chunk, "chunk"))
+        return query, cls(mask, scale, _checks.positive_softcap(softcap), key_rope)
 
     def request(
         self,

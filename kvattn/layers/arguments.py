@@ -174,6 +174,7 @@ _MAY_BE_NONE: dict[str, Check] = {
     "param_dtype": _checks.inexact,
     "precision": _precision,
     "window": lambda _, window: _checks.window(window),
+    "chunk": lambda _, chunk: _checks.window(chunk, "chunk"),
     "rope": _rope,
     "scale": lambda _, scale: _checks.finite_scale(scale),
     "softcap": lambda _, softcap: _checks.positive_softcap(softcap),

@@ -60,6 +60,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         head_dim: H, where it is not qkv_features / N.
         value_head_dim: the size of a value head, where it is not H.
         window: a query sees the last `window` tokens, its own included. Implies causality.
+        chunk: a query sees its own chunk of so many positions only: those from chunk * (t // chunk) to its own, t.
         rope: a `kvattn.RoPE`, applied to queries and keys at their true positions.
         alibi: True for the usual ALiBi slopes, or N slopes.
         scale: multiplies the scores; 1/√H if None.
@@ -142,6 +143,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         head_dim: int | None = None,
         value_head_dim: int | None = None,
         window: int | None = None,
+        chunk: int | None = None,
         rope: RoPE | None = None,
         alibi: bool | Sequence[float] = False,
         scale: float | None = None,
@@ -335,7 +337,9 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         )
         if decode and not cross:
             step = self._append(settings, query, key, value, mask, input_positions)
-            settings = dataclasses.replace(settings, window=None, alibi_slopes=None)  # they are in mask and bias
+            settings = dataclasses.replace(
+                settings, window=None, chunk=None, alibi_slopes=None
+            )  # they are in mask and bias
             x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
             y = projections.from_heads(self.out, masking.spoil(x, step.spoiled), out_sharding)
             return jnp.where(step.fits, y, 0)
@@ -361,7 +365,8 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         Args:
             batch_size: B, sequences.
             capacity: most tokens to keep of a sequence; policies that bound it themselves need none.
-            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window,
+                `kvattn.Chunked` of its chunk.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.

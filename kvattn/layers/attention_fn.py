@@ -174,7 +174,7 @@ def call(
 
     Queries are [..., T, N, H], keys [..., S, K, H], values [..., S, K, Hv], the output is [..., T, N, Hv].
 
-    A window becomes part of the mask where the function does not say that it takes one.
+    A window becomes part of the mask where the function does not say that it takes one, and chunks always do.
     """
     additions = {
         "bias": bias,
@@ -186,9 +186,9 @@ def call(
         "input_positions": None if attention_fn is dot_product_attention else input_positions,
     }
     spoiled = None
-    if settings.window is not None and not takes(attention_fn, "window"):
+    if settings.chunk is not None or (settings.window is not None and not takes(attention_fn, "window")):
         additions["window"] = None
-        mask, spoiled = masking.with_window(mask, query, key, settings.window)
+        mask, spoiled = masking.with_limits(mask, query, key, settings.window, settings.chunk)
     x = attention_fn(
         query,
         key,
@@ -244,7 +244,7 @@ def check_additions(settings: AttentionSettings, attention_fn: Attention, sinks:
     """Checks that a foreign `attention_fn` can be given what an NNX layer adds to Flax's.
 
     Raises:
-        ConfigError: it has no argument for an addition that is set. (A window needs none: it becomes a mask.)
+        ConfigError: it has no argument for an addition that is set. (A window or chunk needs none: it becomes a mask.)
     """
     settings, attention_fn = resolve(settings, attention_fn)
     known = accepted_arguments(attention_fn)

@@ -15,7 +15,7 @@ from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import placement
 from kvattn.layers.settings import AttentionSettings
-from kvattn.policies import Full, OrderedWindow, Policy, SlidingWindow
+from kvattn.policies import Chunked, Full, OrderedWindow, Policy, SlidingWindow
 from kvattn.sharding import explicit
 
 PAGE_SIZE = 16
@@ -35,7 +35,7 @@ def create(
     """An empty cache for a layer, whose settings fill in what is None."""
     batch_size = _checks.integer("batch_size", batch_size, 0)
     head_dim, value_head_dim = settings.head_dims
-    policy = _policy(settings, policy, SlidingWindow)
+    policy = _policy(settings, policy, SlidingWindow, Chunked)
 
     def empty() -> KVCache:
         return KVCache.create(
@@ -69,7 +69,7 @@ def create_paged(
     batch_size = _checks.integer("batch_size", batch_size, 0)
     _checks.integer("max_length", max_length, 1)
     head_dim, value_head_dim = settings.head_dims
-    policy = _policy(settings, policy, OrderedWindow) or Full()
+    policy = _policy(settings, policy, OrderedWindow, OrderedWindow) or Full()  # a chunk lies within such a window
     codec = settings.codec if codec is None else codec
     if page_size is None:
         page_size = (codec and codec.rows) or PAGE_SIZE
@@ -93,10 +93,19 @@ def create_paged(
     return _placed(settings, empty, batch_size)
 
 
-def _policy(settings: AttentionSettings, policy: Policy | None, window: Callable[[int], Policy]) -> Policy | None:
-    """The policy asked for, or the layer's, or what keeps its window."""
+def _policy(
+    settings: AttentionSettings,
+    policy: Policy | None,
+    window: Callable[[int], Policy],
+    chunk: Callable[[int], Policy],
+) -> Policy | None:
+    """The policy asked for, or the layer's, or what keeps its window or chunk, whichever is smaller."""
     policy = settings.policy if policy is None else policy
-    return window(settings.window) if policy is None and settings.window is not None else policy
+    if policy is not None:
+        return policy
+    limits = ((size, kept) for size, kept in ((settings.window, window), (settings.chunk, chunk)) if size is not None)
+    size, kept = min(limits, key=lambda limit: limit[0], default=(0, None))
+    return None if kept is None else kept(size)
 
 
 def _placed[C: Cache](settings: AttentionSettings, empty: Callable[[], C], batch_size: int) -> C:
@@ -145,6 +154,7 @@ def cached_attention[C: Cache](
         "padding": padding,
         "rope": settings.rope,
         "window": settings.window,
+        "chunk": settings.chunk,
         "scale": settings.scale,
         "softcap": settings.softcap,
         "sinks": None if sinks is None else sinks.astype(jnp.float32),
@@ -193,7 +203,12 @@ def check_cross(settings: AttentionSettings) -> None:
     Raises:
         ConfigError: it has a window, rotary positions or ALiBi.
     """
-    for name, value in (("window", settings.window), ("rope", settings.rope), ("alibi", settings.alibi_slopes)):
+    for name, value in (
+        ("window", settings.window),
+        ("chunk", settings.chunk),
+        ("rope", settings.rope),
+        ("alibi", settings.alibi_slopes),
+    ):
         if value is not None:
             raise ConfigError(
                 f"cross-attention in decode cannot have {name}: it goes by positions, and the tokens of an encoder "

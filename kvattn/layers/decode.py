@@ -122,7 +122,7 @@ def extend(
         query=query,
         key=readable(cached_key, index).astype(query.dtype),
         value=readable(cached_value, index).astype(query.dtype),
-        mask=masking.combined(mask, masking.visible(taken, slots, settings.window), query.ndim),
+        mask=masking.combined(mask, masking.visible(taken, slots, settings.window, settings.chunk), query.ndim),
         bias=bias,
         fits=fits,
         spoiled=spoiled,

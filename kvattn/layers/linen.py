@@ -84,6 +84,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     head_dim: int | None = None
     value_head_dim: int | None = None
     window: int | None = None
+    chunk: int | None = None
     rope: RoPE | None = None
     alibi: bool | Sequence[float] = False
     scale: float | None = None
@@ -186,7 +187,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         if self.decode and not is_cross:
             step = linen_parts.decode_step(self, settings, query, key, value, mask, input_positions)
             if step is not None:
-                settings = dataclasses.replace(settings, window=None, alibi_slopes=None)  # they are in mask and bias
+                settings = dataclasses.replace(
+                    settings, window=None, chunk=None, alibi_slopes=None
+                )  # they are in mask and bias
                 x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
                 return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
         if not is_cross:
@@ -210,7 +213,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         Args:
             batch_size: B, sequences.
             capacity: most tokens to keep of a sequence; policies that bound it themselves need none.
-            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window.
+            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window,
+                `kvattn.Chunked` of its chunk.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
@@ -343,15 +347,20 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             flax |= {"module": self} if sow_weights else {}
             return linen_parts.call_foreign(
                 self.attention_fn, query, key, value,
-                is_causal=is_causal, window=settings.window, flax=flax, additions=rules,
+                is_causal=is_causal, window=settings.window, chunk=settings.chunk, flax=flax, additions=rules,
             )  # fmt: skip
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
-        mask, spoiled = masking.as_bool(mask, query.ndim)
+        window = settings.window
+        if settings.chunk is None:
+            mask, spoiled = masking.as_bool(mask, query.ndim)
+        else:
+            mask, spoiled = masking.with_limits(mask, query, key, window, settings.chunk)
+            window = None
         x, weights = full.attend(
             *map(self._forced, (query, *placement.beside(query, key, value))),
             mask=mask,
             is_causal=is_causal,
-            window=settings.window,
+            window=window,
             dropout_rate=settings.dropout_rate,
             dropout_rng=dropout_rng,
             broadcast_dropout=settings.broadcast_dropout,

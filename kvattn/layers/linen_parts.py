@@ -213,6 +213,7 @@ def call_foreign(
     *,
     is_causal: bool,
     window: int | None,
+    chunk: int | None,
     flax: dict[str, Any],
     additions: dict[str, Any],
 ) -> Array:
@@ -221,13 +222,13 @@ def call_foreign(
     The additions that are set come along.
 
     Raises:
-        ConfigError: it has no argument for an addition that is set. (Causality and windows become a mask.)
+        ConfigError: it has no argument for an addition that is set. (Causality, windows and chunks become a mask.)
     """
     known = accepted_arguments(attention_fn)
     takes = lambda name: known is None or name in known
     spoiled = None
-    if window is not None or is_causal:
-        flax["mask"], spoiled = masking.with_window(flax["mask"], query, key, window)
+    if window is not None or chunk is not None or is_causal:
+        flax["mask"], spoiled = masking.with_limits(flax["mask"], query, key, window, chunk)
     set_ = {name: value for name, value in additions.items() if value is not None}
     for name in set_:
         if not takes(name):

@@ -17,6 +17,7 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.layers import placement
+from kvattn.masks import Mask
 
 
 def as_bool(mask: Any, rank: int) -> tuple[Bool[Array, "..."] | None, Bool[Array, "..."] | None]:
@@ -77,19 +78,20 @@ def spoil(out: Array, spoiled: Array | None) -> Array:
     return out * factor.astype(out.dtype)
 
 
-def visible(queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None) -> Bool[Array, "T S"]:
-    """Which keys the queries see by their positions: those up to their own, the last `window` of them if given."""
-    ahead = keys[None, :] - queries[:, None]
-    return ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+def visible(
+    queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None, chunk: int | None
+) -> Bool[Array, "T S"]:
+    """Which keys the queries see by their positions: those up to their own, within a window and a chunk if given."""
+    return Mask(window=window, chunk=chunk).allowed(queries[None], keys[None, None])[0, 0]
 
 
-def with_window(
-    mask: ArrayLike | None, query: Array, key: Array, window: int | None
+def with_limits(
+    mask: ArrayLike | None, query: Array, key: Array, window: int | None, chunk: int | None
 ) -> tuple[Bool[Array, "..."], Array | None]:
-    """`as_bool` of a mask and causality, or a window, of queries [..., T, N, H] and keys [..., S, K, H] in one."""
+    """`as_bool` of a mask, causality, a window and a chunk of queries [..., T, N, H] and keys [..., S, K, H] in one."""
     allowed, spoiled = as_bool(mask, query.ndim)
     t, s = (jnp.arange(x.shape[-3], dtype=jnp.int32) for x in (query, key))
-    return combined(allowed, visible(t, s, window), query.ndim), spoiled
+    return combined(allowed, visible(t, s, window, chunk), query.ndim), spoiled
 
 
 def combined(mask: Array | None, seen: Bool[Array, "T S"], rank: int) -> Bool[Array, "..."]:

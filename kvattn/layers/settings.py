@@ -49,6 +49,7 @@ class AttentionSettings:
     qk_norm_epsilon: float
     qkv_clip: float | None
     window: int | None
+    chunk: int | None
     rope: RoPE | None
     alibi_slopes: tuple[float, ...] | None
     scale: float | Array | None
@@ -97,6 +98,7 @@ class AttentionSettings:
             qk_norm_epsilon=_checks.non_negative("qk_norm_epsilon", given["qk_norm_epsilon"]),
             qkv_clip=None if clip is None else float(clip),
             window=_checks.window(given["window"]),
+            chunk=_checks.window(given["chunk"], "chunk"),
             rope=given["rope"],
             alibi_slopes=_alibi_slopes(given["alibi"], num_heads),
             scale=scale if scale is None or isinstance(scale, Tracer) else float(scale),
@@ -168,6 +170,7 @@ class HasSettings:
     qk_norm = Setting[str | None]()
     qkv_clip = Setting[float | None]()
     window = Setting[int | None]()
+    chunk = Setting[int | None]()
     rope = Setting[RoPE | None]()
     alibi_slopes = Setting[tuple[float, ...] | None]()
     scale = Setting[float | Array | None]()

@@ -8,6 +8,7 @@ from kvattn.policies.registry import register, registered
 # In the order they are listed in.
 from kvattn.policies.full import Full
 from kvattn.policies.window import OrderedWindow, SlidingWindow
+from kvattn.policies.chunked import Chunked
 from kvattn.policies.streaming import StreamingLLM
 from kvattn.policies.h2o import H2O
 from kvattn.policies.scissorhands import Scissorhands
@@ -15,8 +16,8 @@ from kvattn.policies.fastgen import FastGen
 # isort: on
 
 __all__ = [
-    "ALL", "EMPTY", "H2O", "NOWHERE", "Context", "FastGen", "Full", "OrderedWindow", "Policy", "Scissorhands",
-    "SlidingWindow", "StreamingLLM", "register", "registered",
+    "ALL", "EMPTY", "H2O", "NOWHERE", "Chunked", "Context", "FastGen", "Full", "OrderedWindow", "Policy", 
+    "Scissorhands", "SlidingWindow", "StreamingLLM", "register", "registered",
 ]  # fmt: skip
 
 ALL = tuple(entry.kind for entry in registered())

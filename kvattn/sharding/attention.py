@@ -43,6 +43,7 @@ def cached_attention[C: Cache](
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     scale: ArrayLike | None = None,
     softcap: float | None = None,
     sinks: Float[ArrayLike, " heads"] | None = None,
@@ -89,6 +90,7 @@ def cached_attention[C: Cache](
         padding: see there.
         rope: see there.
         window: see there.
+        chunk: see there.
         scale: see there.
         softcap: see there.
         sinks: see there.
@@ -131,6 +133,7 @@ def cached_attention[C: Cache](
         padding=padding,
         rope=rope,
         window=window,
+        chunk=chunk,
         scale=scale,
         softcap=softcap,
         sinks=sinks,

@@ -39,6 +39,7 @@ def cached_attention[C: Cache](
     padding: str = "right",
     rope: RoPE | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     scale: ArrayLike | None = None,
     softcap: float | None = None,
     sinks: Float[ArrayLike, " N"] | None = None,
@@ -65,6 +66,7 @@ def cached_attention[C: Cache](
             alone: ``RoPE(H, rotary_begin=Hv)``.
         window: attend to the last `window` tokens only, the query's own included; with a policy's window, the
             smaller, for its sinks too (by the positions they are seen from).
+        chunk: attend within chunks of so many positions only: the query of position t sees chunk * (t // chunk) to t.
         scale: factor of the scores. None: 1/sqrt(H).
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: float [N], a learned logit per head that joins the softmax sum only.
@@ -93,6 +95,7 @@ def cached_attention[C: Cache](
         padding=padding,
         rope=rope,
         window=window,
+        chunk=chunk,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
