@@ -20,15 +20,18 @@ import numpy as np
 import pytest
 from engine_models import TextDevice, continued
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
+from sharding_cases import tpu_devices
 
 from kvattn import errors
-from kvattn.models import Decoder, DecoderConfig
+from kvattn.models import Decoder, DecoderConfig, loop
+from kvattn.models.sampling import Sampler
 from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, HostTier, arrivals, contents, together
+from kvattn.serving.device import PROGRAMS
 from kvattn.serving.hosted import HostedPool
 from kvattn.serving.peers import Peers
 from kvattn.serving.tables import nobodys
-from kvattn.sharding import collectives
+from kvattn.sharding import cache_sharding, collectives
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=engine_models.V, model_dim=4, num_layers=1, num_heads=4, num_kv_heads=1, head_dim=2, mlp_dim=4)
@@ -630,18 +633,43 @@ def test_pages_of_hosts_come_back_from_below(kind):
 # What is exchanged ----------------------------------------------------------------------------------------------------
 
 
+def exchanged(mesh, length):
+    """What a step and a copy of pages exchange, with texts of at most `length` tokens; compiled from shapes alone."""
+    where = dict(mesh=mesh, by="sequence", axis="host")
+    model = nnx.eval_shape(lambda: Decoder(DecoderConfig(**hosts_worker.SIZES), rngs=nnx.Rngs(0), **where))
+    weights, programs = PROGRAMS.of(model)
+    placed = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+    whole = lambda tree: jax.tree.map(lambda x: placed(np.asarray(x), jax.P(*[None] * np.ndim(x))), tree)
+    settings = dict(batch_size=2, max_length=length)
+    cache = jax.eval_shape(lambda: model.make_paged_cache(length, 4, **settings))
+    cache = tuple(
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            layer,
+            cache_sharding(layer, mesh, by="sequence", axis="host"),
+        )
+        for layer in cache
+    )
+    sampler = Sampler.create(model.config.vocab_size, temperature=0, top_k=None, top_p=None, seed=0)
+    stop = np.zeros((model.config.vocab_size,), bool)
+    rows = whole(loop.Rows.ended(2)), whole(loop.Settings.alike(2, sampler, stop, 0))
+    mask, free = whole(np.ones((2,), bool)), whole(np.full((2,), loop.NOTHING, np.int32))
+    tables, pairs = whole(nobodys(2, [cache[0].max_pages])), (whole(np.full((2, 2), -1, np.int32)),)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = programs.step.lower(weights, cache, *rows, tables, mask, mask, free, None)
+        return [collectives(each.compile()) for each in (lowered, programs.copy.lower(cache, pairs))]
+
+
 @pytest.mark.slow
-def test_what_is_exchanged_does_not_grow_with_the_text():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_what_is_exchanged_does_not_grow_with_the_text(platform):
     """Of a step and of pages that are copied: the same collectives, of the same bytes, for four times the length."""
-    mesh, found = jax.make_mesh((4,), ("host",), devices=jax.devices()[:4]), []
-    for length in (48, 192):
-        settings = {**hosts_worker.SETTINGS, "max_length": length}
-        device = Engine(hosts_worker.decoder(mesh), num_pages=length // 4, hosts="host", **settings)._device
-        rows, pairs = np.ones((2,), bool), (np.full((2, 2), -1, np.int32),)
-        given = nobodys(2, device.widths), rows, rows, device._free, None
-        step = device.programs.step.lower(device.weights, device.cache, device.rows, device.settings, *given)
-        copy = device.programs.copy.lower(device.cache, pairs)
-        found.append([collectives(program.compile()) for program in (step, copy)])
+    if platform == "tpu":
+        pytest.importorskip("libtpu", reason="compiling for TPUs that are not there needs libtpu (the aot group)")
+        mesh = Mesh(np.array(tpu_devices("v5e:2x4")), ("host",), axis_types=(AxisType.Explicit,))
+    else:
+        mesh = jax.make_mesh((8,), ("host",))
+    found = [exchanged(mesh, length) for length in (64, 256)]
     assert found[0] == found[1] and all(found[0])
     page = 2 * 4 * 2 * 8 * 4  # keys and values, tokens, heads, features, bytes
     assert sum(each.nbytes for each in found[0][1]) <= 2 * 2 * page
