@@ -35,8 +35,8 @@ class Host:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             where = ["--coordinator", coordinator, "--process-id", str(number), "--out", str(report)]
-            program = Path(processes.__file__).with_name("many_hosts.py")
-            ended = subprocess.run([sys.executable, str(program), *arguments, *where])
+            program = str(Path(processes.__file__).with_name("many_hosts.py"))
+            ended = subprocess.run([sys.executable, program, *arguments, *where])
             return ended.returncode, report.read_text() if report.exists() else ""
 
 

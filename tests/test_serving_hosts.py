@@ -5,6 +5,7 @@ process: its tokens are those of one with one large pool.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import random
 import sys
 import threading
 import time
+import types
 
 import engine_models
 import hosts_worker
@@ -787,3 +789,101 @@ def test_what_was_stored_is_found_by_those_that_are_left(run, tmp_path):
         engine.submit(prompt, hosts_worker.NEW, stop_tokens=[60])
     assert sorted(said[0][-1]["tokens"]) == sorted(engine.run().values())
     assert said[0][-1]["from_tiers"][0] >= 8  # the two pages that three prompts share
+
+
+# Ray ------------------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Stands in for Ray: actors are objects of this process, on nodes that a test names."""
+
+    class RayActorError(Exception):
+        pass
+
+    def __init__(self, nodes, lost=()):
+        self.nodes, self.lost, self.here, self.started = nodes, lost, None, {}
+        self.exceptions = types.SimpleNamespace(RayActorError=self.RayActorError)
+        self.util = types.SimpleNamespace(get_node_ip_address=lambda: self.here)
+
+    def init(self, **options):
+        self.started = options
+
+    def shutdown(self):
+        pass
+
+    def get(self, results):
+        if not isinstance(results, list):
+            return results()
+        return [result() for result in results]
+
+    def remote(self, **options):
+        left = list(enumerate(self.nodes))
+        started = lambda actor: types.SimpleNamespace(remote=self._on(actor, left))
+        return lambda actor: types.SimpleNamespace(options=lambda **more: started(actor))
+
+    def _on(self, actor, left):
+        def start():
+            number, node = left.pop(0)
+
+            def method(name):
+                def call(*args):
+                    def result():
+                        if name == "run" and number in self.lost:
+                            raise self.RayActorError("the node is gone")
+                        self.here = node
+                        return getattr(actor(), name)(*args)
+
+                    return result
+
+                return types.SimpleNamespace(remote=call)
+
+            return types.SimpleNamespace(address=method("address"), run=method("run"))
+
+        return start
+
+
+@pytest.mark.parametrize("nodes", [["10.0.0.1"] * 2, ["10.0.0.1", "10.0.0.2"]], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("lost", [(), (1,)], ids=["", "one is lost"])
+def test_ray_starts_the_same_program(monkeypatch, tmp_path, capsys, nodes, lost):
+    """On every node, with a coordinator that all of them reach."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import many_hosts_ray
+
+    cluster, commands = Cluster(nodes, lost), []
+    report = {
+        "processes": 2, "hosts": 2, "pages": 4, "longest": 9, "of_one_host": 8, "tokens_per_second": 1.0,
+        "preemptions": 0, "most_lent": 3, "loans": [0, 3], "same_tokens": True,
+    }  # fmt: skip
+
+    def run(command):
+        commands.append(command)
+        if command[command.index("--process-id") + 1] == "0":
+            pathlib.Path(command[command.index("--out") + 1]).write_text(json.dumps([report]))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setattr(many_hosts_ray.subprocess, "run", run)
+    out = tmp_path / "out.json"
+    given = ["--address", "auto", "--processes", "2", "--checkpoint", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["many_hosts_ray.py", *given, "--pages", "4"])
+    assert many_hosts_ray.main() == (1 if lost else 0)
+    assert cluster.started["address"] == "auto"
+    pairs = [dict(itertools.pairwise(command)) for command in commands]
+    assert [each["--process-id"] for each in pairs] == ["0", "1"][: 2 - len(lost)]
+    assert {each["--pages"] for each in pairs} == {"4"} and {each["--processes"] for each in pairs} == {"2"}
+    assert {each["--checkpoint"] for each in pairs} == {str(tmp_path)}
+    (coordinator,) = {each["--coordinator"].rsplit(":")[0] for each in pairs}
+    assert coordinator == ("127.0.0.1" if nodes[0] == nodes[1] else "10.0.0.1")
+    assert all(pathlib.Path(command[1]) == ROOT / "examples" / "many_hosts.py" for command in commands)
+    if not lost:
+        assert json.loads(out.read_text()) == [report] and "same tokens as one large pool" in capsys.readouterr().out
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import many_hosts_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys, "argv", ["many_hosts_ray.py"])
+    with pytest.raises(SystemExit, match=r"pip install .kvattn\[ray\]"):
+        many_hosts_ray.main()
