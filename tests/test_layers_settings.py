@@ -42,6 +42,8 @@ ARGUMENTS = {
     "in_features": [*LAYER_SIZE, (None, errors.DTypeError)],
     "qkv_features": LAYER_SIZE,
     "out_features": [*(row for row in SIZE if row[0] != [16]), ((4, 0), errors.ConfigError), ((), errors.ConfigError)],
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), NEEDED_SIZE),
+    "q_lora_rank": LAYER_SIZE,
     "num_kv_heads": SIZE,
     "in_kv_features": LAYER_SIZE,
     "head_dim": LAYER_SIZE,
@@ -57,6 +59,7 @@ ARGUMENTS = {
     "bias_init": NEEDED_FUNCTION,
     "out_bias_init": FUNCTION,
     "kv_kernel_init": FUNCTION,
+    "up_kernel_init": FUNCTION,
     "kv_bias_init": FUNCTION,
     "use_bias": NEEDED_FLAG,
     "use_out_bias": FLAG,
@@ -95,6 +98,7 @@ ARGUMENTS = {
     "sinks": NEEDED_FLAG,
     "qk_norm": CHOICE,
     "qk_norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
+    "norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
     "qkv_clip": POSITIVE,
     "cache_sharding": [("model", errors.DTypeError), (3, errors.DTypeError)],
     "policy": [(v, errors.ConfigError) for v in ("full", kvattn.Full, 3)],
@@ -106,6 +110,7 @@ ARGUMENTS = {
 }
 """argument: (value, error)"""
 
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 KINDS = {
     layers.MultiHeadAttention: {},
     layers.GroupedQueryAttention: {"num_kv_heads": 2},
@@ -117,6 +122,8 @@ KINDS = {
     linen.GroupedQueryAttention: {"num_kv_heads": 2},
     linen.MultiQueryAttention: {},
     linen.SlidingWindowAttention: {"window": 3},
+    layers.MultiHeadLatentAttention: LATENT,
+    linen.MultiHeadLatentAttention: LATENT,
 }
 
 
@@ -124,14 +131,15 @@ def arguments_of(kind):
     """What the constructor of a layer takes, that of its base class included."""
     if issubclass(kind, nn.Module):
         return {field.name for field in dataclasses.fields(kind) if field.init} - {"parent", "name"}
-    return set(inspect.signature(layers.MultiHeadAttention.__init__).parameters) - {"self"}
+    base = kind if kind is layers.MultiHeadLatentAttention else layers.MultiHeadAttention
+    return set(inspect.signature(base.__init__).parameters) - {"self"}
 
 
 def make(kind, **changes):
     needed = {"num_heads": 4, "head_dim": 4}
     if issubclass(kind, nnx.Module):
         needed |= {"in_features": 16, "rngs": nnx.Rngs(0)}
-    if "qkv_features" in changes:
+    if "qkv_features" in changes or KINDS[kind] is LATENT:
         needed.pop("head_dim")
     return kind(**needed | KINDS[kind] | changes)
 

@@ -50,6 +50,7 @@ from kvattn.memory import (
     levers,
     plan,
 )
+from kvattn.memory.levers import with_kv_heads
 from kvattn.memory.plan import _seen
 from kvattn.models import FAMILIES, describe
 from kvattn.policies import Full, OrderedWindow
@@ -242,6 +243,16 @@ def test_every_policy_and_codec_to_the_byte():
     assert not wrong()
 
 
+@pytest.mark.parametrize("codec", [None, kvattn.Int4(), kvattn.KIVI()], ids=str)
+def test_values_of_another_size(codec):
+    """Counted as they are stored; what fewer heads save in weights too."""
+    model = dataclasses.replace(tiny(2, 4, 2, 64, num_params=10_000), value_head_dim=32, model_dim=8)
+    cache = jax.eval_shape(lambda: kvattn.KVCache.create(3, 2, 64, capacity=256, codec=codec, value_head_dim=32))
+    assert cache_bytes(model, 3, 256, codec=codec, backend="cpu") == 2 * cache.nbytes
+    assert kvattn.memory.bytes_per_token(2, 2, 64, value_head_dim=32) == 2 * 2 * (64 + 32) * 2
+    assert model.num_params - with_kv_heads(model, 1).num_params == 2 * 8 * (64 + 32)
+
+
 @pytest.mark.parametrize("fault", ["no state", "no lengths", "no rounding", "no scales", "keys only", "residual"])
 def test_a_fault_in_the_formula_is_seen(monkeypatch, fault):
     whole = formula.storage
@@ -258,7 +269,7 @@ def test_a_fault_in_the_formula_is_seen(monkeypatch, fault):
         monkeypatch.setattr(formula, "storage", lambda *a: dataclasses.replace(whole(*a), block=whole(*a).block // 2))
     else:
 
-        def bare(codec, head_dim, dtype):
+        def bare(codec, head_dim, dtype, *values):
             store = whole(codec, head_dim, dtype)
             bits = {kvattn.Int8: 8, kvattn.Float8: 8, kvattn.Int4: 4, kvattn.KIVI: getattr(codec, "bits", 0)}
             kind = type(codec)

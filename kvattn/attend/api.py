@@ -22,8 +22,8 @@ from kvattn.errors import ConfigError, UnsupportedError
 Implementation = str | Sequence[str] | None
 """What `implementation=` takes: a name, several to try in order, or None for the best that works."""
 
-register(Record("reference", lambda: reference, is_complete=True, reads_host=True))
-register(Record("xla", lambda: xla, is_complete=True, reads_host=True))
+register(Record("reference", lambda: reference, is_complete=True, reads_host=True, reads_values_in_keys=True))
+register(Record("xla", lambda: xla, is_complete=True, reads_host=True, reads_values_in_keys=True))
 
 
 def candidates(implementation: Implementation) -> tuple[str, ...]:
@@ -61,6 +61,8 @@ def choose(request: Request, implementation: Implementation = None) -> tuple[str
         reason = unsupported(name)
         if reason is None and request.view.on_host and not named(name).reads_host:
             reason = "it reads the device's memory, and these keys and values lie in the host's; \"xla\" brings them"
+        if reason is None and request.view.values_in_keys and not named(name).reads_values_in_keys:
+            reason = 'it reads values of their own, and these are the first numbers of their keys; "xla" reads them'
         if reason is None:
             reason = named(name).load().unsupported(request)
         if reason is None:

@@ -23,7 +23,7 @@ class Part:
         cache: C,
         slots: Int32[Array, "B *K T"],
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K Hv"],
+        value: Float[Array, "B T K Hv"] | None,
         implementation: api.Implementation = "xla",
     ) -> C:
         """`Cache.write`, by a kernel where `implementation` has one."""
@@ -38,8 +38,8 @@ class Part:
         return slots
 
     def of_chunk(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], positions: Int32[Array, "B T"]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"], Int32[Array, "B S"]]:
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"] | None, positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"] | None, Int32[Array, "B S"]]:
         """The new tokens that are read here, and their positions."""
         return key, value, positions
 

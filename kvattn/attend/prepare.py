@@ -80,6 +80,12 @@ def prepared[C: Cache](
         softcap=softcap,
         key_rope=rope if moves else None,
     )
+    if rope is not None and cache.values_in_keys and rope.rotary_begin < cache.value_head_dim:
+        raise ConfigError(
+            f"rope turns the numbers of a key from {rope.rotary_begin} on, but in this cache the first "
+            f"{cache.value_head_dim} are its value (values_in_keys=True): give kvattn.RoPE({head_dim}, "
+            f"rotary_begin={cache.value_head_dim})."
+        )
     per_head = PerHead(
         _checks.per_head("sinks", sinks, heads), _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
     )
@@ -148,18 +154,27 @@ def _real_tokens(num_new: object, batch: int, length: int) -> tuple[Int32[Array,
 
 def _keys_and_values(
     key: object, value: object, query: Float[Array, "B T N H"], cache: Cache
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K Hv"] | None]:
     """Those of the new tokens."""
-    if key is None or value is None:
-        raise ConfigError("key and value are needed; only a static cache (KVCache.from_encoder) goes without.")
-    key, value = _checks.floating("key", key), _checks.floating("value", value)
-    batch, length = query.shape[:2]
-    heads = cache.num_kv_heads
-    for name, x, features in (("key", key, cache.key_head_dim), ("value", value, cache.value_head_dim)):
-        expected = (batch, length, heads, features)
+    if cache.values_in_keys and (key is None or value is not None):
+        raise ConfigError(
+            f"the values of this cache are the first {cache.value_head_dim} numbers of its keys (values_in_keys=True): "
+            "pass the keys, and value=None."
+        )
+    if key is None or (value is None and not cache.values_in_keys):
+        raise ConfigError(
+            "key and value are needed; only a static cache (KVCache.from_encoder) goes without, and one that was "
+            "created with values_in_keys=True without value."
+        )
+
+    def checked(name: str, x: object, features: int) -> Float[Array, "B T K _"]:
+        x, expected = _checks.floating(name, x), (*query.shape[:2], cache.num_kv_heads, features)
         if x.shape != expected:
             raise ShapeError(f"{name} must be [B, T, K, H] = {expected} for this query and cache, got {x.shape}.")
-    return key, value
+        return x
+
+    key = checked("key", key, cache.key_head_dim)
+    return key, None if value is None else checked("value", value, cache.value_head_dim)
 
 
 def _token_ids(token_ids: object, query: Float[Array, "B T N H"]) -> Int32[Array, "B T"]:

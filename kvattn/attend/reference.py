@@ -30,6 +30,8 @@ def dense(
     if view.codec.rounds:
         slots, key, value = view.fresh or (None, None, None)
         keys = _past_codes(keys, view.codec.as_they_came(view.keys, view.counts), slots, key)
+        if view.values_in_keys:
+            return keys, keys[..., : view.value_head_dim], positions
         values = _past_codes(values, view.codec.as_they_came(view.values, view.counts), slots, value)
     return keys, values, positions
 

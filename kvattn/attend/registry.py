@@ -66,6 +66,7 @@ class Implementation:
             attend to them. Where it has not, both are added: derivatives are those of "reference".
         reads_host: whether it reads keys and values that lie in the host's memory (`View.on_host`): through the view's
             blocks, never the arrays themselves.
+        reads_values_in_keys: whether it reads values that are the first numbers of their keys (`View.values_in_keys`).
         writer: hands over what writes single tokens by a kernel: called with a cache's store, it returns one that takes
             its place. None: XLA writes.
         tuning: what can be tuned of it. None: nothing.
@@ -77,6 +78,7 @@ class Implementation:
     blocked: Callable[[], str | None] = lambda: None
     is_complete: bool = False
     reads_host: bool = False
+    reads_values_in_keys: bool = False
     writer: Callable[[], Callable[[Any], Any]] | None = None
     tuning: Tuning | None = None
 

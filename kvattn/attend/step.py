@@ -151,14 +151,14 @@ class _Located:
     Attributes:
         query: rotated.
         key: as it is stored.
-        value: the values.
+        value: the values; None where they are in the keys.
         positions: EMPTY for pads.
         from_sinks: for policies whose first n tokens are seen from elsewhere: n, and queries and positions for them.
     """
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B T K H"]
-    value: Float[Array, "B T K Hv"]
+    value: Float[Array, "B T K Hv"] | None
     positions: Int32[Array, "B T"]
     from_sinks: tuple[int, Float[Array, "B T N H"], Int32[Array, "B T"]] | None
 
@@ -169,7 +169,7 @@ class _Located:
 
 def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
     """Gives the new tokens their positions, and rotates them there."""
-    assert new.key is not None and new.value is not None  # of a cache that is not static
+    assert new.key is not None  # of a cache that is not static
     policy, t = cache.policy, jnp.arange(new.length, dtype=jnp.int32)[None]
     is_real = t < new.num_new[:, None]
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
@@ -197,9 +197,10 @@ def _told(new: NewTokens, cache: Cache) -> Context:
 def _own_view(step: Step, tokens: _Located, cache: Cache) -> View:
     """The new tokens as the chunk sees them."""
     key, value, positions = step.part.of_chunk(tokens.key, tokens.value, tokens.positions)
-    layout = Layout.best(key.shape[1], key.shape[-1] * key.dtype.itemsize, head_dim=key.shape[-1])
+    token_bytes = key.shape[-1] * key.dtype.itemsize
+    layout = Layout.best(key.shape[1], token_bytes, head_dim=key.shape[-1], values_in_keys=value is None)
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
-    return token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout)
+    return token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout, cache.value_head_dim)
 
 
 # Attention ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class NewTokens:
     Attributes:
         query: the queries.
         key: the keys; None for a static cache, to which nothing is appended.
-        value: the values, or None.
+        value: the values; None for a static cache, and where they are the first numbers of the keys.
         num_new: how many are real, and taken; the others are pads.
         refused: rows whose tokens do not fit: `num_new` is 0 there.
         bad_count: rows that were given an impossible number of tokens: likewise.

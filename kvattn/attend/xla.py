@@ -109,7 +109,7 @@ def _query_block(request: Request) -> Result:
         jnp.zeros((*shape, view.value_head_dim), walk.acc),
         jnp.full((layout.num_blocks, *shape, layout.rows), -jnp.inf, walk.acc) if request.want_mass else None,
     )
-    top, total, out, seen = walk.over_blocks(lambda i: (view.key_block(i), view.value_block(i)), step, carry)
+    top, total, out, seen = walk.over_blocks(view.block, step, carry)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out = jnp.where(empty[..., None], 0, out / total[..., None])

@@ -22,7 +22,7 @@ from kvattn.cache.shared import Levels
 from kvattn.cache.view import View, block_positions
 from kvattn.codecs import Codec
 from kvattn.codecs.blocks import Blocks
-from kvattn.errors import CapacityError, DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import Context, Policy
 
@@ -111,6 +111,11 @@ class Cache(Tree):
         raise NotImplementedError
 
     @property
+    def values_in_keys(self) -> bool:
+        """Whether a token's value is the first numbers of its key, and is stored with it."""
+        return not self.values
+
+    @property
     def num_slots(self) -> int:
         """C, slots of a sequence."""
         raise NotImplementedError
@@ -194,7 +199,7 @@ class Cache(Tree):
         self,
         slots: Int32[Array, "B *K T"],
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K Hv"],
+        value: Float[Array, "B T K Hv"] | None,
         store: Blocks | None = None,
     ) -> Self:
         """Encodes tokens and stores them; lengths and state stay.
@@ -202,7 +207,7 @@ class Cache(Tree):
         Args:
             slots: negative: not stored.
             key: the keys.
-            value: the values.
+            value: the values; None where they are in the keys.
             store: writes the arrays. None: `self.store`.
 
         Raises:
@@ -210,18 +215,19 @@ class Cache(Tree):
                 dtype. Under jit: status bit; the token reads as NaN or infinite.
         """
         codec, store = self.codec, self.store if store is None else store
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        key, value = key.swapaxes(1, 2), None if value is None else value.swapaxes(1, 2)
         return self.replace(
             keys=codec.write(self.keys, store, "keys", slots, key),
-            values=codec.write(self.values, store, "values", slots, value),
+            values={} if value is None else codec.write(self.values, store, "values", slots, value),
             status=bits.mark(self.status, self.unfit(slots, key, value), bits.NONFINITE),
         )
 
     def unfit(
-        self, slots: Int32[Array, "B *K T"], key: Float[Array, "B K T H"], value: Float[Array, "B K T Hv"]
+        self, slots: Int32[Array, "B *K T"], key: Float[Array, "B K T H"], value: Float[Array, "B K T Hv"] | None
     ) -> Bool[Array, " B"]:
         """Rows with tokens that cannot be stored; an error if they can be seen."""
-        unfit = [x for x in (self.codec.unfit(tokens, self.dtype) for tokens in (key, value)) if x is not None]
+        new = [key] if value is None else [key, value]
+        unfit = [x for x in (self.codec.unfit(tokens, self.dtype) for tokens in new) if x is not None]
         stored = (slots[:, None] if slots.ndim == 2 else slots) >= 0
         rows = jnp.zeros((key.shape[0],), bool)
         for x in unfit:
@@ -351,6 +357,28 @@ class Cache(Tree):
         if self.is_static:
             raise UnsupportedError(f"cannot {verb} a static cache: it holds the keys and values of an encoder.")
         return self.usable()
+
+
+def values_apart(codec: Codec, head_dim: int, value_head_dim: int, values_in_keys: object) -> bool:
+    """Whether a cache stores values of their own: with `values_in_keys`, checked here, they are read from its keys.
+
+    Raises:
+        DTypeError: `values_in_keys` is no bool.
+        ConfigError: values that are longer than keys.
+        UnsupportedError: a codec that stores the two differently.
+    """
+    _checks.flag("values_in_keys", values_in_keys)
+    if values_in_keys and value_head_dim > head_dim:
+        raise ConfigError(
+            f"values_in_keys=True: values are the first numbers of their keys, so value_head_dim ({value_head_dim}) "
+            f"must be at most head_dim ({head_dim})."
+        )
+    if values_in_keys and not codec.stores_alike:
+        raise UnsupportedError(
+            f"{codec} stores keys and values differently, so values cannot be read from keys (values_in_keys=True): "
+            "use a codec that stores them alike, such as kvattn.Int8() or kvattn.Int4()."
+        )
+    return not values_in_keys
 
 
 def shown_size(x: Any, axis: int) -> Any:

@@ -118,7 +118,8 @@ def groups_of(caches: Sequence[PagedKVCache]) -> tuple[Group, ...]:
             )
         alone = i if cache.policy.is_uneven else None
         rule = (cache.policy, cache.codec, cache.dtype, cache.page_size)
-        shapes = (cache.num_pages, cache.max_pages, cache.num_kv_heads, cache.key_head_dim, cache.value_head_dim)
+        heads = (cache.num_kv_heads, cache.key_head_dim, cache.value_head_dim, cache.values_in_keys)
+        shapes = (cache.num_pages, cache.max_pages, *heads)
         found.setdefault((*rule, *shapes, alone), []).append(i)
     return tuple(_group(layers, caches[layers[0]]) for layers in found.values())
 

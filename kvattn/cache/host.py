@@ -107,11 +107,18 @@ class HostLayout(Layout):
     on_host: ClassVar[bool] = True
 
     @classmethod
-    def best(cls, num_slots: int, token_bytes: int, backend: str | None = None, head_dim: int = 128) -> "HostLayout":
+    def best(
+        cls,
+        num_slots: int,
+        token_bytes: int,
+        backend: str | None = None,
+        head_dim: int = 128,
+        values_in_keys: bool = False,
+    ) -> "HostLayout":
         """Blocks on every backend: on CPUs those of `Layout`, elsewhere of up to `BLOCK_TOKENS` slots."""
-        one = Layout.best(min(num_slots, BLOCK_TOKENS), token_bytes, backend, head_dim)
+        one = Layout.best(min(num_slots, BLOCK_TOKENS), token_bytes, backend, head_dim, values_in_keys)
         if (backend or jax.default_backend()) == "cpu":
-            one = Layout.best(num_slots, token_bytes, "cpu", head_dim)
+            one = Layout.best(num_slots, token_bytes, "cpu", head_dim, values_in_keys)
         return cls(num_slots, one.rows, one.transposed_keys)
 
     def empty(

@@ -19,7 +19,7 @@ from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.axes import along
-from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype
+from kvattn.cache.base import Cache, known_rows, nbytes_of, shown_size, storage_dtype, values_apart
 from kvattn.cache.host import MEMORY_KIND, HostLayout, check_platform
 from kvattn.cache.layout import Layout
 from kvattn.cache.placed import placed, shardings_of
@@ -43,7 +43,7 @@ class KVCache(Cache):
 
     Attributes:
         keys: encoded keys in blocks (`kvattn.cache.layout`).
-        values: encoded values in blocks.
+        values: encoded values in blocks; none where they are in the keys (`values_in_keys`).
         lengths: tokens seen.
         state: what the policy remembers.
         status: sticky bits of `kvattn.cache.status`.
@@ -51,7 +51,7 @@ class KVCache(Cache):
         codec: how they are stored.
         layout: where the slots lie.
         key_head_dim: H.
-        value_head_dim: head dim of the values.
+        value_head_dim: Hv, head dim of the values.
         dtype: what the tokens were before they were encoded.
         is_static: True for the keys and values of an encoder: nothing is appended, every query sees all.
     """
@@ -85,6 +85,7 @@ class KVCache(Cache):
         codec: Codec | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
+        values_in_keys: bool = False,
         layout: Layout | None = None,
         memory_kind: str | None = None,
     ) -> "KVCache":
@@ -99,6 +100,8 @@ class KVCache(Cache):
             codec: how they are stored. None: as they are, in `dtype`.
             dtype: float32, bfloat16, float16 (float64 under x64): what is stored without a codec.
             value_head_dim: head dim of the values. None: H.
+            values_in_keys: a token's value is the first `value_head_dim` numbers of its key and is stored once, as
+                latent attention has it; steps then take ``value=None``.
             layout: where the slots lie. None: what measured best on the default backend.
             memory_kind: "pinned_host": keys and values lie in the host's memory, and blocks of them come to the device
                 while the attention to the block before is computed (`kvattn.cache.host`), so that a cache may be larger
@@ -106,9 +109,10 @@ class KVCache(Cache):
 
         Raises:
             ConfigError: a size below its minimum, a missing capacity, something that is no policy or codec, an unknown
-                kind of memory, a layout of another kind.
+                kind of memory, a layout of another kind, values in keys that are shorter.
             DTypeError: a size that is no int, a dtype that is not floating.
-            UnsupportedError: a policy and a codec that do not go together; a device whose host has no such memory.
+            UnsupportedError: a policy and a codec that do not go together; a codec that stores keys and values
+                differently, with `values_in_keys`; a device whose host has no such memory.
         """
         tell_flax()
         _checks.integer("batch_size", batch_size, 0)
@@ -127,10 +131,11 @@ class KVCache(Cache):
         reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
-        layout = _layout(layout, memory_kind, codec, num_slots, head_dim, dtype)
+        apart = values_apart(codec, head_dim, value_head_dim, values_in_keys)
+        layout = _layout(layout, memory_kind, codec, num_slots, head_dim, dtype, not apart)
         return cls(
             keys=codec.empty(layout, "keys", batch_size, num_kv_heads, head_dim, dtype),
-            values=codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype),
+            values=codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {},
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),
             status=jnp.zeros((batch_size,), jnp.int32),
@@ -250,7 +255,13 @@ def _selected(cache: KVCache, rows: Int32[Array, " rows"], known: Bool[Array, " 
 
 
 def _layout(
-    layout: Layout | None, memory_kind: str | None, codec: Codec, num_slots: int, head_dim: int, dtype: DTypeLike
+    layout: Layout | None,
+    memory_kind: str | None,
+    codec: Codec,
+    num_slots: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    values_in_keys: bool,
 ) -> Layout:
     """The given layout or the best one of a kind of memory, with the rows the codec needs."""
     if memory_kind is not None:
@@ -271,5 +282,6 @@ def _layout(
                 nbytes_of(x) for x in jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((head_dim,), dtype)).values()
             )
         )
-        layout = (HostLayout if on_host else Layout).best(num_slots, token_bytes, head_dim=head_dim)
+        kind = HostLayout if on_host else Layout
+        layout = kind.best(num_slots, token_bytes, head_dim=head_dim, values_in_keys=values_in_keys)
     return dataclasses.replace(layout, num_slots=num_slots, rows=codec.rows or layout.rows)

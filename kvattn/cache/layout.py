@@ -44,7 +44,14 @@ class Layout:
     """Whether the arrays lie in the host's memory (`kvattn.cache.host`) and not in the device's."""
 
     @classmethod
-    def best(cls, num_slots: int, token_bytes: int, backend: str | None = None, head_dim: int = 128) -> "Layout":
+    def best(
+        cls,
+        num_slots: int,
+        token_bytes: int,
+        backend: str | None = None,
+        head_dim: int = 128,
+        values_in_keys: bool = False,
+    ) -> "Layout":
         """The layout for a backend.
 
         Args:
@@ -52,6 +59,8 @@ class Layout:
             token_bytes: bytes of one token's key of one head.
             backend: "cpu", "gpu", "tpu"; None: the default one.
             head_dim: H. TPUs lay heads that are no multiple of 128 with tokens along the lanes, in whole 128s anyway.
+            values_in_keys: whether keys are read as values too, so that they lie as values do (latent attention on two
+                cores, B4 N16 H576 S2048 bfloat16: 6 ms, against 18 ms with keys transposed).
         """
         backend = backend or jax.default_backend()
         if backend != "cpu":
@@ -61,7 +70,7 @@ class Layout:
         blocks = -(-num_slots // target)
         # Blocks of equal size, a multiple of 8 rows: a window of 1000 does not round up to 1024 + 128.
         rows = num_slots if blocks == 1 else -(-num_slots // blocks // 8) * 8
-        return cls(num_slots, rows, True)
+        return cls(num_slots, rows, not values_in_keys)
 
     def divided(self, parts: int, head_dim: int, backend: str | None = None) -> "Layout":
         """The same slots in blocks that divide over `parts` devices; what is added is never used.

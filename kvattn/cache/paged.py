@@ -20,7 +20,7 @@ from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
 from kvattn.cache.axes import along
-from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype
+from kvattn.cache.base import Cache, Page, known_rows, shown_size, storage_dtype, values_apart
 from kvattn.cache.layout import Layout
 from kvattn.cache.pages import Pages, block_layout, num_numbers, slots_of
 from kvattn.cache.placed import beside, placed, shardings_of, where_it_lay
@@ -56,7 +56,7 @@ class PagedKVCache(Cache):
 
     Attributes:
         keys: encoded keys, pools [K, P, R, F] or [K, P, F, R] (`kvattn.cache.pages`).
-        values: encoded values, likewise.
+        values: encoded values, likewise; none where they are in the keys (`values_in_keys`).
         page_table: entries of slots without a token mean nothing.
         lengths: tokens seen.
         state: what the policy remembers.
@@ -65,7 +65,7 @@ class PagedKVCache(Cache):
         codec: how tokens are stored.
         page_size: R.
         key_head_dim: H.
-        value_head_dim: head dim of the values.
+        value_head_dim: Hv, head dim of the values.
         dtype: what the tokens were before they were encoded.
         shared: which rows read which pages together. None: each row by itself.
     """
@@ -101,6 +101,7 @@ class PagedKVCache(Cache):
         codec: Codec | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
+        values_in_keys: bool = False,
     ) -> "PagedKVCache":
         """An empty pool, and tables that name no page.
 
@@ -117,13 +118,16 @@ class PagedKVCache(Cache):
                 pages as long as its residual.
             dtype: float32, bfloat16, float16 (float64 under x64): what is stored without a codec.
             value_head_dim: head dim of the values. None: H.
+            values_in_keys: a token's value is the first `value_head_dim` numbers of its key and is stored once, as
+                latent attention has it; steps then take ``value=None``.
 
         Raises:
             ConfigError: a size below its minimum, something that is no policy or codec, pages of another size than the
-                codec needs, fewer than the policy's budget needs.
+                codec needs, fewer than the policy's budget needs, values in keys that are shorter.
             DTypeError: a size that is no int, a dtype that is not floating.
             RangeError: more pages than int32 counts.
-            UnsupportedError: a policy and a codec that do not go together.
+            UnsupportedError: a policy and a codec that do not go together; a codec that stores keys and values
+                differently, with `values_in_keys`.
         """
         tell_flax()
         if _checks.integer("num_pages", num_pages, 1) > _checks.INT32_MAX:
@@ -148,6 +152,7 @@ class PagedKVCache(Cache):
         reason = codec.refuses(policy.in_order)
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
+        apart = values_apart(codec, head_dim, value_head_dim, values_in_keys)
         num_slots = slots_of(policy, page_size, max_pages)
         heads = (num_kv_heads,) if policy.is_uneven else ()
         table = jnp.full((batch_size, *heads, max_pages), -1, jnp.int32)
@@ -159,7 +164,7 @@ class PagedKVCache(Cache):
         store = Pages(block_layout(page_size, max_pages, codec, num_slots), page_size, table, num_pages)
         return cls(
             keys=codec.empty(store, "keys", batch_size, num_kv_heads, head_dim, dtype),
-            values=codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype),
+            values=codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {},
             page_table=table,
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),

@@ -22,7 +22,7 @@ class View:
 
     Attributes:
         keys: encoded keys, named arrays [blocks, B, K, R, F] or [blocks, B, K, F, R] (`Layout`), or pages (`Pages`).
-        values: encoded values, likewise.
+        values: encoded values, likewise; none where they are the first numbers of the keys (`values_in_keys`).
         positions: the position of the token in each slot, -1 if empty.
         counts: all slots from this number on are empty.
         layout: the blocks, in which the positions lie.
@@ -48,7 +48,7 @@ class View:
     page_table: Int32[Array, "B *K columns"] | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
-    fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]] | None = None
+    fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"] | None] | None = None
 
     @property
     def store(self) -> "Layout | Pages":
@@ -80,6 +80,11 @@ class View:
         return dataclasses.replace(self, layout=wide, positions=positions)
 
     @property
+    def values_in_keys(self) -> bool:
+        """Whether a token's value is the first numbers of its key, and is stored with it."""
+        return not self.values
+
+    @property
     def on_host(self) -> bool:
         """Whether the arrays lie in the host's memory; single blocks and dense tokens are on the device always."""
         return self.layout.on_host
@@ -93,17 +98,29 @@ class View:
         """The keys of block i, for `Codec.scores`."""
         return self.codec.block(self.keys, self.store, "keys", i, self.counts)
 
-    def value_block(self, i: Int32[Array, ""]) -> Encoded:
-        """The values of block i, for `Codec.mix`."""
+    def value_block(self, i: Int32[Array, ""], keys: Encoded | None = None) -> Encoded:
+        """The values of block i, for `Codec.mix`; features from Hv on mean nothing.
+
+        Args:
+            i: the block.
+            keys: its keys, where they are here already.
+        """
+        if self.values_in_keys:
+            return self.codec.as_values(self.key_block(i) if keys is None else keys, self.store.transposed_keys)
         return self.codec.block(self.values, self.store, "values", i, self.counts)
+
+    def block(self, i: Int32[Array, ""]) -> tuple[Encoded, Encoded]:
+        """The keys and the values of block i. Nothing is read twice."""
+        keys = self.key_block(i)
+        return keys, self.value_block(i, keys)
 
     def dense(self, dtype: DTypeLike) -> tuple[Float[Array, "B K C H"], Float[Array, "B K C Hv"]]:
         """Decoded keys and values, slot by slot."""
-        codec, store = self.codec, self.store
-        return (
-            codec.dense(self.keys, store, "keys", self.key_head_dim, self.counts, dtype),
-            codec.dense(self.values, store, "values", self.value_head_dim, self.counts, dtype),
-        )
+        codec, store, size = self.codec, self.store, self.value_head_dim
+        keys = codec.dense(self.keys, store, "keys", self.key_head_dim, self.counts, dtype)
+        if self.values_in_keys:
+            return keys, keys[..., :size]
+        return keys, codec.dense(self.values, store, "values", size, self.counts, dtype)
 
 
 def block_positions(layout: Layout, positions: Int32[Array, "B *K C"]) -> Int32[Array, "blocks B K1 R"]:
@@ -116,21 +133,23 @@ def block_positions(layout: Layout, positions: Int32[Array, "B *K C"]) -> Int32[
 def token_view(
     codec: Codec,
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K Hv"],
+    value: Float[Array, "B S K Hv"] | None,
     positions: Int32[Array, "B S"],
     layout: Layout,
+    value_head_dim: int,
 ) -> View:
     """A view of tokens that are in no cache: those of a chunk.
 
     Args:
         codec: how they are stored for the occasion.
         key: the keys.
-        value: the values.
+        value: the values; None: they are the first numbers of the keys.
         positions: -1 for pads.
         layout: with `num_slots` S.
+        value_head_dim: Hv.
     """
     keys = codec.lay_out(layout, "keys", key.swapaxes(1, 2))
-    values = codec.lay_out(layout, "values", value.swapaxes(1, 2))
+    values = {} if value is None else codec.lay_out(layout, "values", value.swapaxes(1, 2))
     view = View(
         keys=keys,
         values=values,
@@ -139,7 +158,7 @@ def token_view(
         layout=layout,
         codec=codec,
         key_head_dim=key.shape[-1],
-        value_head_dim=value.shape[-1],
+        value_head_dim=value_head_dim,
     )
     slots = jnp.where(positions >= 0, jnp.arange(positions.shape[1], dtype=jnp.int32)[None], -1)
     return dataclasses.replace(view, fresh=(slots, key, value)) if codec.rounds else view

@@ -11,7 +11,7 @@ from kvattn.cli import memory_tables as tables
 from kvattn.cli import parse, show
 from kvattn.errors import ConfigError
 from kvattn.families.settings import Value
-from kvattn.memory import DEVICES, MODELS, Lever, ModelSpec, Plan, bytes_per_token, from_config, levers, plan
+from kvattn.memory import DEVICES, MODELS, Lever, ModelSpec, Plan, from_config, levers, plan
 from kvattn.memory.levers import DEFAULT_LENGTH
 
 
@@ -140,10 +140,7 @@ def _json(found: Plan, plans: list[Plan], pulled: list[Lever], with_device: bool
 
 
 def _models_json() -> list[dict[str, Value]]:
-    return [
-        dataclasses.asdict(m) | {"bytes_per_token": bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)}
-        for m in MODELS.values()
-    ]
+    return [dataclasses.asdict(m) | {"bytes_per_token": tables.bytes_of_token(m)} for m in MODELS.values()]
 
 
 def _devices_json() -> list[dict[str, Value]]:

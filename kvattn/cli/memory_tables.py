@@ -13,7 +13,7 @@ def everything() -> list[RenderableType]:
     """Every model with its bytes per token, every device."""
     models = show.columns(["model", "layers", "heads", "on", "of", "window", "params", "cache/token"])
     for m in MODELS.values():
-        per_token = bytes_per_token(m.num_cache_layers, m.num_kv_heads, m.head_dim)
+        per_token = bytes_of_token(m)
         heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
         params = f"{m.num_params / 1e9:.3g} B"
         models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
@@ -23,6 +23,12 @@ def everything() -> list[RenderableType]:
         devices.add_row(d.name, show.size(d.memory_bytes), f"{d.bandwidth / 1e9:,.0f}", flops, d.source)
     hint = "heads on key/value heads of a dimension; cache of a token in bfloat16, all layers."
     return [models, hint, "", devices, "", "What fits, how fast: kvattn memory --model NAME --device NAME"]
+
+
+def bytes_of_token(spec: ModelSpec) -> int:
+    """Bytes of a token in all layers of a model, in bfloat16."""
+    values = {"value_head_dim": spec.value_head_dim, "values_in_keys": spec.values_in_keys}
+    return bytes_per_token(spec.num_cache_layers, spec.num_kv_heads, spec.head_dim, **values)
 
 
 def windows(spec: ModelSpec) -> str:

@@ -40,6 +40,9 @@ class Codec:
     rounds: ClassVar[bool] = True
     """Whether derivatives must bypass the codes: rounding has no useful ones. See `as_they_came`."""
 
+    stores_alike: ClassVar[bool] = True
+    """Whether keys and values are stored in the same way, so that values can be read from keys (`as_values`)."""
+
     @property
     def format(self) -> Format | None:
         """How kernels read single tokens. None: they cannot, so `"xla"` reads them by `scores` and `mix`."""
@@ -84,6 +87,11 @@ class Codec:
         """Decodes the keys of one block."""
         slots = {n: x.swapaxes(-1, -2) if transposed or n in self.token_minor else x for n, x in block.items()}
         return self.decode(slots, head_dim, dtype)
+
+    def as_values(self, keys: Encoded, transposed: bool) -> Encoded:
+        """The keys of one block as `mix` reads values, for those that are the first numbers of their keys."""
+        turned = {n: transposed and n not in self.token_minor for n in keys}
+        return {n: x.swapaxes(-1, -2) if turned[n] else x for n, x in keys.items()}
 
     # A whole store.
 

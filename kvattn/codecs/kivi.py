@@ -53,6 +53,9 @@ class KIVI(Codec):
 
     token_minor: ClassVar[tuple[str, ...]] = ()
 
+    stores_alike: ClassVar[bool] = False
+    """Keys share scales along tokens, values along channels."""
+
     def __post_init__(self):
         if _checks.integer("bits", self.bits, 1) not in (2, 4, 8):
             raise ConfigError(f"bits must be 2, 4 or 8, got {self.bits}.")

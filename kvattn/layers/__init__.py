@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kvattn.layers.attention import MultiHeadAttention
 from kvattn.layers.attention_fn import dot_product_attention
 from kvattn.layers.functional import stateless
+from kvattn.layers.latent_attention import MultiHeadLatentAttention
 from kvattn.layers.variants import GroupedQueryAttention, MultiQueryAttention, SlidingWindowAttention
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GroupedQueryAttention",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
     "MultiQueryAttention",
     "SlidingWindowAttention",
     "dot_product_attention",

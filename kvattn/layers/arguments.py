@@ -26,13 +26,18 @@ def check(given: Mapping[str, Any]) -> None:
     Raises:
         DTypeError, ConfigError, RangeError, ShapeError, ShardingError: naming the argument.
     """
-    for name, value in given.items():
-        if name in _CHECKS and not (value is None and name in _MAY_BE_NONE):
-            _CHECKS[name](name, value)
+    check_each(given)
     if given["bias_init"] is None and (given["use_bias"] or given["use_out_bias"]):
         _checks.function("bias_init", None)
     if given["mesh"] is not None:
         placement.axis_size(given["mesh"], given["axis"])
+
+
+def check_each(given: Mapping[str, Any]) -> None:
+    """`check`, where no argument depends on another."""
+    for name, value in given.items():
+        if name in _CHECKS and not (value is None and name in _MAY_BE_NONE):
+            _CHECKS[name](name, value)
 
 
 def dropout_rate(rate: Any) -> float:
@@ -141,6 +146,7 @@ Check = Callable[[str, Any], object]
 
 _NEEDED: dict[str, Check] = {
     **dict.fromkeys(("num_heads", "in_features"), _size),
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), _size),
     **dict.fromkeys(("broadcast_dropout", "use_bias", "normalize_qk", "force_fp32_for_softmax"), _checks.flag),
     **dict.fromkeys(("keep_rngs", "sinks"), _checks.flag),
     **dict.fromkeys(("kernel_init", "attention_fn"), _checks.function),
@@ -149,15 +155,16 @@ _NEEDED: dict[str, Check] = {
     **dict.fromkeys(("query_ln_scale_metadata", "key_ln_scale_metadata"), _metadata),
     "dropout_rate": lambda _, rate: dropout_rate(rate),
     "rngs": _rngs,
-    "qk_norm_epsilon": _checks.non_negative,
+    **dict.fromkeys(("qk_norm_epsilon", "norm_epsilon"), _checks.non_negative),
     "by": lambda _, by: scheme(by),
     "axis": _axis,
 }
 _MAY_BE_NONE: dict[str, Check] = {
     **dict.fromkeys(("qkv_features", "num_kv_heads", "in_kv_features", "head_dim", "value_head_dim"), _size),
+    "q_lora_rank": _size,
     **dict.fromkeys(("deterministic", "decode", "use_out_bias"), _checks.flag),
     **dict.fromkeys(("out_kernel_init", "bias_init", "out_bias_init"), _checks.function),
-    **dict.fromkeys(("kv_kernel_init", "kv_bias_init"), _checks.function),
+    **dict.fromkeys(("kv_kernel_init", "kv_bias_init", "up_kernel_init"), _checks.function),
     **dict.fromkeys(("qkv_dot_general", "out_dot_general"), _checks.function),
     **dict.fromkeys(("qkv_dot_general_cls", "out_dot_general_cls"), _checks.function),
     **dict.fromkeys(("qk_attn_weights_einsum_cls", "attn_weights_value_einsum_cls"), _checks.function),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -21,6 +21,15 @@ from kvattn.positions import RoPE
 Attention = Callable[..., Array]
 
 
+@runtime_checkable
+class Sows(Protocol):
+    """What keeps attention weights [..., N, T, S]: an NNX module, or what stands for one."""
+
+    def sow(self, variable_type: Any, name: str, value: Any, /) -> Any:
+        """Keeps a value."""
+        ...
+
+
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -33,7 +42,7 @@ def dot_product_attention(
     deterministic: bool = False,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
-    module: nnx.Module | None = None,
+    module: Sows | None = None,
     promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
     is_causal: bool = False,
     *,
@@ -159,7 +168,7 @@ def call(
     input_positions: ArrayLike | None = None,
     sinks: Array | None,
     dropout_rng: Array | None,
-    module: nnx.Module | None,
+    module: Sows | None,
 ) -> Array:
     """Calls a resolved `attention_fn` with Flax's arguments, and those additions that are set.
 

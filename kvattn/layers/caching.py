@@ -47,6 +47,7 @@ def create(
             codec=settings.codec if codec is None else codec,
             dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
+            values_in_keys=settings.values_in_keys,
             memory_kind=memory_kind,
         )
 
@@ -86,6 +87,7 @@ def create_paged(
             codec=codec,
             dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
+            values_in_keys=settings.values_in_keys,
         )
 
     return _placed(settings, empty, batch_size)
@@ -128,7 +130,7 @@ def cached_attention[C: Cache](
         settings: of the layer.
         query: of the new tokens.
         key: None where the cache is static, as `value`.
-        value: see key.
+        value: None also where values are in the keys.
         cache: what came before.
         sinks: a logit per head that joins the softmax sum.
         num_new: int32 [B], how many of the T tokens of each row are real; None: all.

@@ -24,6 +24,7 @@ from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import caching, linen_parts, masking, placement
+from kvattn.layers.linen_latent import MultiHeadLatentAttention
 from kvattn.layers.rotary import rotate
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Policy
@@ -33,6 +34,7 @@ __all__ = [
     "GroupedQueryAttention",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "MultiHeadLatentAttention",
     "MultiQueryAttention",
     "SelfAttention",
     "SlidingWindowAttention",
@@ -178,7 +180,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         attend = functools.partial(
             self._attend,
             sinks=sinks,
-            dropout_rng=self._dropout_rng(deterministic, dropout_rng),
+            dropout_rng=linen_parts.dropout_rng(self, deterministic, dropout_rng),
             sow_weights=sow_weights,
         )
         if self.decode and not is_cross:
@@ -300,12 +302,6 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         if not self.decode or not self.has_variable("cache", "cached_key"):
             return False
         return caching.is_cross(settings, inputs_q, inputs_k)
-
-    def _dropout_rng(self, deterministic: bool | None, rng: Array | None) -> Array | None:
-        """A key [] for dropout, or None where nothing is dropped."""
-        if self.dropout_rate == 0.0 or nn.merge_param("deterministic", self.deterministic, deterministic):
-            return None
-        return self.make_rng("dropout") if rng is None else rng
 
     def _attend(
         self,

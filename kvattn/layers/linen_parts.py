@@ -121,6 +121,32 @@ class Projections:
         return nn.RMSNorm(name=name, parent=self.layer, **options)(x)
 
 
+def kernel_of(projection: nn.DenseGeneral, inputs: Array) -> Array:
+    """The kernel of a projection of inputs [..., D], made inside a compact call; they are looked at when it is new."""
+    if not projection.has_variable("params", "kernel"):
+        projection(inputs)
+    return nn.meta.unbox(projection.get_variable("params", "kernel"))
+
+
+class Sowing:
+    """A Linen layer as what keeps attention weights (`kvattn.layers.attention_fn.Sows`), in "intermediates"."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def sow(self, kind: object, name: str, value: Array) -> None:
+        """Keeps `value` [..., N, T, S]."""
+        del kind
+        self.layer.sow("intermediates", name, value)
+
+
+def dropout_rng(layer: Any, deterministic: bool | None, rng: Array | None) -> Array | None:
+    """A key [] for the dropout of a layer, or None where nothing is dropped."""
+    if layer.dropout_rate == 0.0 or nn.merge_param("deterministic", layer.deterministic, deterministic):
+        return None
+    return layer.make_rng("dropout") if rng is None else rng
+
+
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
     """`jax.lax.dot_general` of [..., *in] and [*in, *out] that says how its result is split on an Explicit mesh."""
     lhs = placement.typed(lhs, rhs)

@@ -119,6 +119,32 @@ def head_metadata(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentMetadata:
+    """The metadata of those parameters of a latent attention layer that have heads.
+
+    Attributes:
+        up: of kernels [C, N, H], from latents (or features) to heads.
+        out: of the kernel [N, Hv, D].
+    """
+
+    up: Metadata
+    out: Metadata
+
+
+def latent_metadata(mesh: Mesh | AbstractMesh | None, axis: str, num_heads: int) -> LatentMetadata:
+    """Splits heads over `axis`, if they divide; else all is on every device. None: no mesh.
+
+    Raises:
+        ShardingError: a mesh without the axis.
+    """
+    if mesh is None:
+        return LatentMetadata({}, {})
+    heads = axis if num_heads % axis_size(mesh, axis) == 0 else None
+    up, out = (PartitionSpec(*entries) for entries in ((None, heads, None), (heads, None, None)))
+    return LatentMetadata({"out_sharding": up, "mesh": mesh}, {"out_sharding": out, "mesh": mesh})
+
+
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many devices a mesh has along an axis.
 
@@ -160,6 +186,14 @@ def whole_heads(x: Num[Array, "B T heads H"]) -> Num[Array, "B T heads H"]:
     """Tokens with all features of a head together, where an Explicit mesh splits them."""
     spec = explicit_spec(x)
     return x if spec is None or spec[3] is None else jax.reshard(x, on_mesh_of(x, *spec[:3], None))
+
+
+def heads_as(x: Num[Array, "B T N _"], kernel: Num[Array, "_ N H"]) -> Num[Array, "B T N _"]:
+    """Tokens whose heads lie on an Explicit mesh where those of a kernel do, each of them whole."""
+    spec, heads = explicit_spec(x), explicit_spec(kernel)
+    if spec is None or heads is None:
+        return x
+    return jax.reshard(x, on_mesh_of(x, *spec[:2], heads[1], None))
 
 
 def beside(query: Array, key: Array, value: Array) -> tuple[Array, Array]:

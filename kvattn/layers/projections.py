@@ -78,12 +78,17 @@ def to_heads(
     sharding: Sharding = None,
 ) -> Num[Array, "*B T heads size"]:
     """Projects features [..., T, D] to heads, which are clipped, then normalised."""
+    x = clipped(projected(projection, inputs, sharding), clip)
+    return x if norm is None else norm(x)
+
+
+def projected(projection: nnx.LinearGeneral, inputs: Num[Array, "*B T D"], sharding: Sharding = None) -> Array:
+    """Projects features [..., T, D] by a kernel [D, *out], to [..., T, *out]."""
     kernel = projection.kernel[...]
     inputs = placement.typed(inputs, kernel)
     if sharding is None:
         sharding = placement.product_spec(inputs, kernel, 1)
-    x = clipped(projection(inputs, out_sharding=sharding), clip)
-    return x if norm is None else norm(x)
+    return projection(inputs, out_sharding=sharding)
 
 
 def from_heads(out: nnx.LinearGeneral, x: Num[Array, "*B T N Hv"], sharding: Sharding = None) -> Array:

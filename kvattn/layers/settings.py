@@ -28,7 +28,8 @@ class AttentionSettings:
     """The settings of an attention layer. Static: they hold no parameters.
 
     Each is described as an argument of `kvattn.layers.MultiHeadAttention`; what is None there has found its value here,
-    but for what depends on the input. `head_dim`, `qkv_features` and `value_head_dim` are None where they follow from
+    but for what depends on the input. `values_in_keys` is not: it is true of latent attention, whose caches store no
+    values (`kvattn.layers.latent`). `head_dim`, `qkv_features` and `value_head_dim` are None where they follow from
     inputs that are not known yet (Linen). `alibi_slopes` are N slopes or None.
     """
 
@@ -59,6 +60,7 @@ class AttentionSettings:
     mesh: Mesh | AbstractMesh | None
     by: str
     axis: str
+    values_in_keys: bool = False
 
     @classmethod
     def checked(cls, given: Mapping[str, Any], in_features: int | None = None) -> "AttentionSettings":

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jax.typing import DTypeLike
 
 from kvattn import _checks
-from kvattn.cache.base import storage_dtype
+from kvattn.cache.base import storage_dtype, values_apart
 from kvattn.codecs import Codec, Plain
 from kvattn.errors import ConfigError, RangeError, UnsupportedError
 from kvattn.memory.dtypes import name_of, num_bytes
@@ -17,8 +17,16 @@ Kinds = dict[Layer, int]
 """The kinds of layers of a model, and how many there are of each."""
 
 
-def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike = "bfloat16") -> int:
-    """Bytes of one token's keys and values in all layers: 2 * layers * K * H numbers.
+def bytes_per_token(
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike = "bfloat16",
+    *,
+    value_head_dim: int | None = None,
+    values_in_keys: bool = False,
+) -> int:
+    """Bytes of one token's keys and values in all layers: 2 * layers * K * H numbers, if values are as long as keys.
 
     Args:
         num_layers: layers that keep keys and values (`ModelSpec.num_cache_layers`).
@@ -26,6 +34,8 @@ def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DT
         head_dim: H.
         dtype: what a number is stored in, by name ("bfloat16", "int4", ...) or as a dtype. No scales; with those of a
             codec see `kvattn.memory.cache_bytes`.
+        value_head_dim: head dim of the values. None: H.
+        values_in_keys: whether values are the first numbers of their keys, and are not stored again.
 
     Returns:
         whole bytes, rounded up.
@@ -38,11 +48,15 @@ def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DT
         >>> from kvattn.memory import bytes_per_token
         >>> bytes_per_token(32, 32, 128)  # Llama-2-7B: half a MiB
         524288
+        >>> bytes_per_token(1, 1, 576, value_head_dim=512, values_in_keys=True)  # latent attention of DeepSeek-V3
+        1152
     """
     _checks.integer("num_layers", num_layers, 1)
     _checks.integer("num_kv_heads", num_kv_heads, 1)
     _checks.integer("head_dim", head_dim, 1)
-    return num_bytes(2 * num_layers * num_kv_heads * head_dim, dtype)
+    value_head_dim = head_dim if value_head_dim is None else _checks.integer("value_head_dim", value_head_dim, 1)
+    stored = head_dim + (0 if _checks.flag("values_in_keys", values_in_keys) else value_head_dim)
+    return num_bytes(num_layers * num_kv_heads * stored, dtype)
 
 
 def total[Number: (int, float)](kinds: Kinds, of: Callable[[Layer], Number]) -> Number:
@@ -82,7 +96,8 @@ def layers(
         ConfigError: something that is no policy or codec, an unknown dtype or backend, pages without tokens, a chunk
             without pages.
         DTypeError: a dtype that caches do not have.
-        UnsupportedError: a policy and a codec that do not go together.
+        UnsupportedError: a policy and a codec that do not go together; a codec that stores keys and values differently,
+            of a model that has values in keys.
     """
     if policy is not None and not isinstance(policy, Policy):
         raise ConfigError(f"policy must be a policy such as kvattn.Full(), got {policy!r}.")
@@ -111,8 +126,20 @@ def layers(
         kept = policy or (Full() if (window := windows[source]) is None else window_kept(window))
         if (reason := codec.refuses(kept.in_order)) is not None:
             raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
-        sizes = (num_kv_heads or model.num_kv_heads, model.head_dim)
-        layer = Layer(kept, codec, *sizes, stored, backend, windows[reader], page_size or 0, prefill_chunk)
+        values_apart(codec, model.head_dim, model.value_dim, model.values_in_keys)
+        layer = Layer(
+            policy=kept,
+            codec=codec,
+            num_kv_heads=num_kv_heads or model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=stored,
+            backend=backend,
+            window=windows[reader],
+            page_size=page_size or 0,
+            chunk=prefill_chunk,
+            value_head_dim=model.value_dim,
+            values_in_keys=model.values_in_keys,
+        )
         found[layer] = found.get(layer, 0) + 1
     return found
 

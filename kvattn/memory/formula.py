@@ -5,8 +5,9 @@ A contiguous cache of one layer holds, for B sequences of C slots,
     B * (K * (C' * token + rest) + state(C) + 8)
 
 where C' is C rounded up to whole rows of its layout, `token` the bytes of one token's key and value of one head with
-its scales, `rest` what a codec keeps besides (KIVI: the last tokens as they are), `state` what the policy remembers
-(positions and scores of every slot), and 8 the length and the status of a sequence. A paged cache holds
+its scales (of its key alone, where the value is a part of it), `rest` what a codec keeps besides (KIVI: the last tokens
+as they are), `state` what the policy remembers (positions and scores of every slot), and 8 the length and the status of
+a sequence. A paged cache holds
 
     K * P * R * token + B * (K * rest + 4 * W + state(C) + 8)
 
@@ -56,19 +57,25 @@ class Storage:
 
 
 @functools.lru_cache(maxsize=256)
-def storage(codec: Codec, head_dim: int, dtype: np.dtype) -> Storage:
+def storage(
+    codec: Codec, head_dim: int, dtype: np.dtype, value_head_dim: int | None = None, values_in_keys: bool = False
+) -> Storage:
     """Asks a codec what it stores, from the shapes of its empty stores of one and of two blocks.
 
     Args:
         codec: which.
-        head_dim: H, of keys and values.
+        head_dim: H.
         dtype: what the tokens are before they are encoded.
+        value_head_dim: head dim of the values. None: H.
+        values_in_keys: whether values are stored with their keys, and nowhere else.
     """
-    rows = codec.rows or 1
+    rows, sizes = codec.rows or 1, {"keys": head_dim, "values": value_head_dim or head_dim}
+    if values_in_keys:
+        del sizes["values"]
 
     def stored(blocks: int) -> int:
         layout = Layout(blocks * rows, rows, False)
-        stores = [jax.eval_shape(lambda r=r: codec.empty(layout, r, 1, 1, head_dim, dtype)) for r in ("keys", "values")]
+        stores = [jax.eval_shape(lambda r=r, n=n: codec.empty(layout, r, 1, 1, n, dtype)) for r, n in sizes.items()]
         return sum(nbytes_of(x) for x in jax.tree.leaves(stores))
 
     one, two = stored(1), stored(2)
@@ -105,6 +112,8 @@ class Layer:
         window: the model's, of this layer: what a step reads of the tokens kept; None: all of them.
         page_size: R, where it lies in pages; 0: contiguous.
         chunk: tokens that come at a time: a window gives its pages back once they are there.
+        value_head_dim: head dim of the values; None: H.
+        values_in_keys: whether values are stored with their keys, and nowhere else.
     """
 
     policy: Policy
@@ -116,11 +125,13 @@ class Layer:
     window: int | None = None
     page_size: int = 0
     chunk: int = 1
+    value_head_dim: int | None = None
+    values_in_keys: bool = False
 
     @property
     def storage(self) -> Storage:
         """Of one head."""
-        return storage(self.codec, self.head_dim, self.dtype)
+        return storage(self.codec, self.head_dim, self.dtype, self.value_head_dim, self.values_in_keys)
 
     @property
     def token_bytes(self) -> float:
@@ -205,5 +216,5 @@ class Layer:
         """Blocks of so many slots that divide into `parts`, which those of a codec's own size do not."""
         if (rows := self.codec.rows) is not None:
             return Layout(slots, -(-slots // rows) * rows, False)
-        layout = Layout.best(slots, self.storage.key, self.backend, self.head_dim)
+        layout = Layout.best(slots, self.storage.key, self.backend, self.head_dim, self.values_in_keys)
         return layout if parts == 1 else layout.divided(parts, self.head_dim, self.backend)

@@ -140,7 +140,7 @@ def with_kv_heads(model: ModelSpec, num_kv_heads: int) -> ModelSpec:
     saved = 0
     if model.model_dim is not None:
         gone = model.num_kv_heads - num_kv_heads
-        saved = 2 * model.num_cache_layers * model.model_dim * gone * model.head_dim
+        saved = model.num_cache_layers * model.model_dim * gone * (model.head_dim + model.value_dim)
     active, quantized = model.num_active_params, model.num_quantized_params
     return dataclasses.replace(
         model,

@@ -288,10 +288,10 @@ def _crossover(lighter: Callable[[int], bool]) -> int | None:
 
 
 def _attention_flops(model: ModelSpec, length: int) -> int:
-    """Of all layers, over one sequence that is read at once: 4 N H per pair of tokens."""
+    """Of all layers, over one sequence that is read at once: 2 N (H + Hv) per pair of tokens."""
     layers = zip(model.layer_windows, model.layer_sources, strict=True)
     pairs = sum(_seen(length, window) for window, source in layers if source is not None)
-    return 4 * model.num_heads * model.head_dim * pairs
+    return 2 * model.num_heads * (model.head_dim + model.value_dim) * pairs
 
 
 def _seen(length: int, window: int | None) -> int:

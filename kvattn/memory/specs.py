@@ -26,6 +26,9 @@ class ModelSpec:
         num_kv_heads: K, key/value heads.
         head_dim: H.
         num_params: parameters, tied ones once.
+        value_head_dim: Hv, the size of a value head; None: H.
+        values_in_keys: whether a value is the first numbers of its key, stored once, as in latent attention (MLA):
+            there K is 1, H what is cached of a token in all, and `value_head_dim` the latent part of it.
         window: tokens a query sees, its own included: None for all of them, one int for all layers, or one entry per
             layer (`layer_windows`). A layer with a window keeps a cache of that size.
         kv_source: for each layer, the number of the layer whose keys and values it attends to: its own number, that of
@@ -69,6 +72,8 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     num_params: int
+    value_head_dim: int | None = None
+    values_in_keys: bool = False
     window: Window = None
     kv_source: KVSource = None
     model_dim: int | None = None
@@ -88,6 +93,12 @@ class ModelSpec:
         _checks.head_counts(self.num_heads, self.num_kv_heads)
         for field in ("num_layers", "head_dim"):
             _checks.integer(field, getattr(self, field), 1)
+        if self.value_head_dim is not None:
+            _checks.integer("value_head_dim", self.value_head_dim, 1)
+        if _checks.flag("values_in_keys", self.values_in_keys) and self.value_dim > self.head_dim:
+            raise ConfigError(
+                f"values_in_keys: value_head_dim ({self.value_dim}) must be at most head_dim ({self.head_dim})."
+            )
         if self.num_layers > MAX_LAYERS:
             raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         _checks.integer("num_params", self.num_params, 0)
@@ -144,6 +155,11 @@ class ModelSpec:
             object.__setattr__(self, "weight_dtype", name_of("weight_dtype", self.weight_dtype))
         elif self.num_quantized_params is not None:
             raise ConfigError("num_quantized_params without weight_dtype: what are they stored in?")
+
+    @property
+    def value_dim(self) -> int:
+        """Hv."""
+        return self.value_head_dim or self.head_dim
 
     @property
     def layer_sources(self) -> tuple[int | None, ...]:

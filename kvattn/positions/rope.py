@@ -47,9 +47,12 @@ class RoPE:
               ``original_max_position_embeddings``.
 
             ``rope_theta`` and ``partial_rotary_factor`` in the dict set `theta` and `rotary_dim`.
-        rotary_dim: how many leading entries of a head turn (even); the others pass through. None: all.
-        interleaved: False pairs entry i with i + rotary_dim // 2 (HuggingFace's ``rotate_half``);
-            True pairs 2i with 2i + 1 (GPT-J, and Meta's own Llama weights).
+        rotary_dim: how many entries of a head turn (even), neighbours; the others pass through. None: all from
+            `rotary_begin` on.
+        rotary_begin: the first entry that turns. Latent attention (DeepSeek's MLA) has its rotary part behind a part
+            without positions: ``RoPE(576, rotary_begin=512)``.
+        interleaved: False pairs entry i of those that turn with i + rotary_dim // 2 (HuggingFace's
+            ``rotate_half``); True pairs 2i with 2i + 1 (GPT-J, DeepSeek-V2 and V3, Meta's own Llama weights).
         max_positions: if given, positions must be below it. (There is no table: without it any
             int32 position is fine.)
 
@@ -77,6 +80,7 @@ class RoPE:
     theta: float = 10000.0
     scaling: Mapping[str, Any] | tuple[tuple[str, Any], ...] | None = None
     rotary_dim: int | None = None
+    rotary_begin: int = 0
     interleaved: bool = False
     max_positions: int | None = None
 
@@ -103,11 +107,11 @@ class RoPE:
                     f"rotary_dim is {rotary_dim} but scaling['partial_rotary_factor'] ({fraction}) means {from_dict}."
                 )
             rotary_dim = from_dict
-        rotary_dim = head_dim if rotary_dim is None else _checks.integer("rotary_dim", rotary_dim, 2)
-        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
-            raise ConfigError(
-                f"RoPE turns pairs: rotary_dim must be even and between 2 and head_dim ({head_dim}), got {rotary_dim}."
-            )
+        begin = _checks.integer("rotary_begin", self.rotary_begin, 0)
+        rotary_dim = head_dim - begin if rotary_dim is None else _checks.integer("rotary_dim", rotary_dim, 2)
+        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim - begin:
+            room = f"head_dim ({head_dim})" if begin == 0 else f"head_dim - rotary_begin ({head_dim} - {begin})"
+            raise ConfigError(f"RoPE turns pairs: rotary_dim must be even and between 2 and {room}, got {rotary_dim}.")
         if kind == "dynamic" and rotary_dim == 2:
             raise ConfigError("dynamic scaling needs rotary_dim > 2: its exponent is rotary_dim / (rotary_dim - 2).")
         if kind == "yarn" and theta == 1:
@@ -118,7 +122,8 @@ class RoPE:
             object.__setattr__(self, "max_positions", _checks.integer("max_positions", self.max_positions, 1))
 
         scaling = None if kind == "default" else (("rope_type", kind), *sorted(fields.items()))
-        for name, value in (("head_dim", head_dim), ("theta", theta), ("rotary_dim", rotary_dim), ("scaling", scaling)):
+        sizes = {"head_dim": head_dim, "rotary_dim": rotary_dim, "rotary_begin": begin}
+        for name, value in {**sizes, "theta": theta, "scaling": scaling}.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -154,6 +159,15 @@ class RoPE:
         ratio = max(float(dynamic_ratio(self._spectrum.fields, length)), 1.0)
         theta = self.theta * ratio ** (self.num_pairs / (self.num_pairs - 1))
         return dataclasses.replace(self, theta=theta, scaling=None)
+
+    def behind(self, features: int) -> "RoPE":
+        """This embedding for heads that have so many more entries in front, which do not turn.
+
+        Args:
+            features: how many.
+        """
+        features = _checks.integer("features", features, 0)
+        return dataclasses.replace(self, head_dim=self.head_dim + features, rotary_begin=self.rotary_begin + features)
 
     def cos_sin(self, positions: Any, dtype: DTypeLike = jnp.float32) -> CosSin:
         """Cosine and sine of every pair's phase, times `attention_factor`.
@@ -238,8 +252,8 @@ def _turned(
     shape = (1,) * (x.ndim - 2 - positions.ndim) + positions.shape + (1, rope.num_pairs)
     cos, sin = (a.reshape(shape) for a in _cos_sin(rope, positions, compute))
 
-    size = 2 * rope.num_pairs
-    turning = x[..., :size].astype(compute)
+    begin, end = rope.rotary_begin, rope.rotary_begin + 2 * rope.num_pairs
+    turning = x[..., begin:end].astype(compute)
     if rope.interleaved:
         a, b = turning[..., 0::2], turning[..., 1::2]
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
@@ -247,4 +261,5 @@ def _turned(
         a, b = jnp.split(turning, 2, axis=-1)
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     turned = turned.astype(x.dtype)
-    return turned if size == rope.head_dim else jnp.concatenate([turned, x[..., size:]], axis=-1)
+    around = x[..., :begin], turned, x[..., end:]
+    return turned if turned.shape == x.shape else jnp.concatenate([part for part in around if part.shape[-1]], axis=-1)

@@ -76,7 +76,7 @@ def cached_attention[C: Cache](
     Args:
         query: float [B, T, N, H].
         key: float [B, T, K, H]; None for a static cache. K heads also where `shard_cache` made copies in the cache.
-        value: float [B, T, K, Hv].
+        value: float [B, T, K, Hv]; None for a static cache, and where values are in the keys.
         cache: from `shard_cache`. One that lies on a single device is split by the first step, if it divides.
         mesh: of Explicit or Auto axes.
         by: as in `shard_cache`; "auto" is how the cache lies. Inside jit on Auto axes that cannot be seen: there "auto"

@@ -56,12 +56,13 @@ def cached_attention[C: Cache](
         query: float [B, T, N, H].
         key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`, for a
             static cache (`KVCache.from_encoder`): nothing is appended, every query attends to all its tokens.
-        value: float [B, T, K, Hv].
+        value: float [B, T, K, Hv]. None for a cache whose values are in its keys (``values_in_keys=True``).
         cache: what was kept so far, a `KVCache` or a `PagedKVCache`.
         num_new: int32 [B], how many of the T tokens are real. None: all.
         padding: where the other tokens lie, "right" (after the real ones) or "left". Pads are not appended, take no
             position, and come out as zeros.
-        rope: rotates query and key at the positions the policy wants.
+        rope: rotates query and key at the positions the policy wants. Where values are in the keys it must leave them
+            alone: ``RoPE(H, rotary_begin=Hv)``.
         window: attend to the last `window` tokens only, the query's own included; with a policy's window, the
             smaller, for its sinks too (by the positions they are seen from).
         scale: factor of the scores. None: 1/sqrt(H).

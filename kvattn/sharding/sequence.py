@@ -130,13 +130,13 @@ class Share(Part):
         cache: C,
         slots: Int32[Array, "B *K T"],
         key: Float[Array, "B T K H"],
-        value: Float[Array, "B T K Hv"],
+        value: Float[Array, "B T K Hv"] | None,
         implementation: api.Implementation = "xla",
     ) -> C:
         """Stores the tokens whose slots are here."""
         here = self.slots(cache.store, slots)
         written = cache.write(here, key, value, api.writer(cache.store.share(self.size), implementation))
-        unfit = cache.unfit(slots, key.swapaxes(1, 2), value.swapaxes(1, 2))
+        unfit = cache.unfit(slots, key.swapaxes(1, 2), None if value is None else value.swapaxes(1, 2))
         return written.replace(status=bits.mark(cache.status, unfit, bits.NONFINITE))
 
     def slots(self, store: Store, slots: Int32[Array, "B *K T"]) -> Int32[Array, "B *K T"]:
@@ -148,8 +148,8 @@ class Share(Part):
         return super().view(cache).share(jax.lax.axis_index(self.axis), self.size)
 
     def of_chunk(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"], positions: Int32[Array, "B T"]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"], Int32[Array, "B S"]]:
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"] | None, positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"] | None, Int32[Array, "B S"]]:
         """A run of the new tokens; the last one may be short, or empty."""
         length = positions.shape[1]
         count = -(-length // self.size)
@@ -160,7 +160,7 @@ class Share(Part):
             x = jnp.pad(x, padding, constant_values=fill)
             return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * count, count, axis=1)
 
-        return mine(key), mine(value), mine(positions, -1)
+        return mine(key), None if value is None else mine(value), mine(positions, -1)
 
     def joined(
         self, out: Float[Array, "B T N Hv"], lse: Float[Array, "B T N"]

@@ -2156,4 +2156,114 @@ FAULTS: list[Fault] = [
         "test_serving_engine.py::test_samples_are_the_rows_of_generate",
         ("_joined.one", "jnp.where(moved, jnp.take(new", "jnp.where(~moved, jnp.take(new"),
     ),
+    # Values in keys, latent attention ------------------------------------------------------------------------------
+    *group(
+        "positions/rope.py",
+        """
+        test_values_in_keys.py::test_rope_that_begins_behind
+        test_values_in_keys.py::test_where_rope_cannot_begin
+        """,
+        ("_turned", "rope.rotary_begin + 2 * rope.num_pairs", "2 * rope.num_pairs"),
+        ("_turned", "x[..., :begin], turned, x[..., end:]", "x[..., end:], turned, x[..., :begin]"),
+        ("RoPE.__post_init__", "<= head_dim - begin:", "<= head_dim:"),
+        (
+            "RoPE.behind",
+            "rotary_begin=self.rotary_begin + features",
+            "rotary_begin=self.rotary_begin",
+            "test_layers_latent.py::test_a_cache_gives_the_same",
+        ),
+    ),
+    *group(
+        "cache/view.py",
+        "test_values_in_keys.py::test_codecs",
+        ("View.dense", "keys[..., :size]", "keys[..., -size:]"),
+    ),
+    *group(
+        "attend/reference.py",
+        "test_values_in_keys.py::test_gradients_pass_straight_through_codes",
+        ("dense", "if view.values_in_keys:", "if not view.values_in_keys:"),
+    ),
+    *group(
+        "codecs/base.py",
+        "test_values_in_keys.py::test_blocks_of_any_layout",
+        ("Codec.as_values", "transposed and n not in", "transposed or n in"),
+    ),
+    *group(
+        "cache/layout.py",
+        "test_values_in_keys.py::test_a_layout_that_is_read_twice",
+        ("Layout.best", "rows, not values_in_keys)", "rows, True)"),
+    ),
+    *group(
+        "cache/base.py",
+        """
+        test_values_in_keys.py::test_refused
+        test_values_in_keys.py::test_bytes_of_a_token
+        """,
+        ("values_apart", "value_head_dim > head_dim", "value_head_dim > 2 * head_dim"),
+        ("values_apart", "not codec.stores_alike", "codec.rows is None and not codec.stores_alike"),
+        ("values_apart", "return not values_in_keys", "return True"),
+    ),
+    *group(
+        "cache/groups.py",
+        "test_values_in_keys.py::test_pools_that_differ_in_it_are_groups_of_their_own",
+        ("groups_of", "cache.value_head_dim, cache.values_in_keys)", "cache.value_head_dim)"),
+    ),
+    *group(
+        "attend/prepare.py",
+        "test_values_in_keys.py::test_refused",
+        ("prepared", "rope.rotary_begin < cache.value_head_dim", "rope.rotary_begin > cache.value_head_dim"),
+        ("_keys_and_values", "(key is None or value is not None)", "key is None"),
+        ("_keys_and_values", "(value is None and not cache.values_in_keys)", "False"),
+    ),
+    *group(
+        "attend/api.py",
+        "test_values_in_keys.py::test_kernels_refuse_by_name_and_xla_reads",
+        ("choose", "request.view.values_in_keys and not", "False and not"),
+    ),
+    *group(
+        "memory/formula.py",
+        "test_values_in_keys.py::test_bytes_of_a_token",
+        ("storage", 'del sizes["values"]', "pass"),
+        (
+            "storage",
+            '"values": value_head_dim or head_dim',
+            '"values": head_dim',
+            "test_memory.py::test_values_of_another_size",
+        ),
+    ),
+    *group(
+        "layers/latent.py",
+        """
+        test_layers_latent.py::test_full_sequences
+        test_layers_latent.py::test_a_cache_gives_the_same
+        test_layers_latent.py::test_refused
+        """,
+        ("checked", "1 / math.sqrt(sizes.query)", "1 / math.sqrt(sizes.cached)"),
+        ("_rope", "rope.rotary_begin - sizes.latent + before", "0"),
+        ("absorbed", "[latent, shared.astype(latent.dtype)]", "[shared.astype(latent.dtype), latent]"),
+        ("to_heads", "[plain, shared.astype(plain.dtype)]", "[shared.astype(plain.dtype), plain]"),
+        ("check_cache", "cache.is_static or not cache.values_in_keys", "cache.is_static"),
+        ("materialised", "head_dim=sizes.query", "head_dim=sizes.cached", "", "full sequences go by their arrays"),
+    ),
+    *group(
+        "layers/latent_attention.py",
+        "test_layers_latent.py::test_a_cache_gives_the_same",
+        ("MultiHeadLatentAttention._latents", "latent.normed(self.kv_norm, down[..., :size])", "down[..., :size]"),
+        ("MultiHeadLatentAttention._queries", "latent.normed(self.query_norm, down)", "down"),
+    ),
+    *group(
+        "layers/linen_latent.py",
+        """
+        test_layers_latent.py::test_the_linen_twin
+        test_layers_latent.py::test_dropout_and_weights
+        """,
+        ("MultiHeadLatentAttention._norm", "epsilon=self.norm_epsilon", "epsilon=1e-1"),
+        ("MultiHeadLatentAttention.__call__", "linen_parts.Sowing(self) if sow_weights else None", "None"),
+    ),
+    *group(
+        "layers/placement.py",
+        "test_layers_latent.py::test_on_a_mesh",
+        ("latent_metadata", "(None, heads, None)", "(None, None, None)"),
+        ("heads_as", "heads[1], None)", "None, None)", "", "JAX splits them in the product then"),
+    ),
 ]
