@@ -27,6 +27,7 @@ import kvattn
 from kvattn.models import Decoder, DecoderConfig
 
 B, N, K, H, S = 8, 32, 8, 128, 4096
+PAGE_SIZE = 128
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -61,7 +62,20 @@ def random_cache(dtype) -> kvattn.KVCache:
     return dataclasses.replace(cache, keys=fill(cache.keys, next(keys)), values=fill(cache.values, next(keys)))
 
 
-def with_lengths(cache: kvattn.KVCache, length: int) -> kvattn.KVCache:
+def in_pages(cache: kvattn.KVCache, page_size: int) -> kvattn.PagedKVCache:
+    """The same tokens in pages that lie in no order."""
+    num_pages = B * S // page_size
+    paged = kvattn.PagedKVCache.create(
+        num_pages, page_size, K, H, batch_size=B, max_pages=S // page_size, dtype=cache.dtype
+    )
+    table = np.random.default_rng(0).permutation(num_pages).reshape(B, -1).astype(np.int32)
+    paged = paged.with_tables(table, [0] * B)
+    slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+    append = kvattn.jit(lambda k, v, cache: cache.write(slots, k, v))
+    return append(*(x.transpose(0, 2, 1, 3) for x in cache.dense()), paged)
+
+
+def with_lengths[C: kvattn.cache.Cache](cache: C, length: int) -> C:
     """The same cache, said to hold `length` tokens per row."""
     return dataclasses.replace(cache, lengths=jnp.full((B,), length, jnp.int32))
 
@@ -88,7 +102,13 @@ def core(dtype, repeats: int) -> dict:
         out, box[0] = step(q, k, v, cache)
         return out
 
+    def decode_pages(cache):
+        out, pages[0] = step(q, k, v, cache)
+        return out
+
     holding = lambda length: lambda: (with_lengths(box[0], length - 1),)
+    pages = [in_pages(box[0], PAGE_SIZE)]
+    holding_pages = lambda: (with_lengths(pages[0], S - 1),)
 
     @kvattn.jit
     def append(k, v, cache):
@@ -105,13 +125,18 @@ def core(dtype, repeats: int) -> dict:
         dense[0].at[:, S - 1].set(k[:, 0]).astype(jnp.float32),
         dense[1].at[:, S - 1].set(v[:, 0]).astype(jnp.float32),
     )
-    error = float(jnp.max(jnp.abs(decode(*holding(S)()).astype(jnp.float32) - expected)))
-    assert error < (1e-5 if dtype == jnp.float32 else 1e-2), error
+    errors = [
+        float(jnp.max(jnp.abs(out.astype(jnp.float32) - expected)))
+        for out in (decode(*holding(S)()), decode_pages(*holding_pages()))
+    ]
+    error = max(errors)
+    assert error < (1e-5 if dtype == jnp.float32 else 1e-2), errors
 
     clock = Clock(repeats, f"step, {jnp.dtype(dtype).name}")
     clock.add("read", lambda: read(box[0]))
     clock.add("step", decode, holding(S))
     clock.add("step_512", decode, holding(512))
+    clock.add("step_in_pages", decode_pages, holding_pages)
     clock.add("append", append_one, holding(S))
     if dtype != jnp.float16:  # there it raises: XLA has no float16 product on CPUs
         clock.add("jax_nn", lambda: peer(q, *dense))
@@ -125,6 +150,7 @@ def core(dtype, repeats: int) -> dict:
         "fraction_of_read_bandwidth": round(times["read"] / times["step"], 3),
         "times_faster_than_jax_nn": round(times["jax_nn"] / times["step"], 2) if "jax_nn" in times else None,
         "cost_of_512_of_4096_tokens": round(times["step_512"] / times["step"], 3),
+        "cost_of_pages": round(times["step_in_pages"] / times["step"], 3),
         "append_share": round(times["append"] / times["step"], 4),
         "cache_bytes": box[0].nbytes,
         "alias_bytes": compiled.alias_size_in_bytes,

@@ -1,7 +1,7 @@
 """One process of an engine over several: what `test_serving_hosts.py` starts.
 
-Arguments: port of the coordinator, number of this process, how many there are, what to do, seconds to wait for others.
-It writes JSON lines to standard error: tokens, or the error that ended it.
+Arguments: port of the coordinator, number of this process, how many there are, what to do, seconds to wait for others,
+and, if there are tiers, a folder for them. It writes JSON lines to standard error: tokens, or the error that ended it.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from kvattn.models import Decoder, DecoderConfig
-from kvattn.serving import Engine, Hosts
+from kvattn.serving import DiskTier, Engine, Hosts
 
 SIZES = dict(vocab_size=61, model_dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=16)
 SHARED = [7, 3, 3, 50, 9, 12, 31, 4]
@@ -56,6 +56,7 @@ def main():
         sys.argv[4],
         float(sys.argv[5]),
     )
+    tiers = [DiskTier(os.path.join(folder, str(number)), 10**7) for folder in sys.argv[6:]]
     import processes  # of examples/
 
     processes.end_with_launcher()
@@ -74,9 +75,11 @@ def main():
         if what == "tokens" and count == 2:
             settings |= {"max_batch": 1}  # fewer programs to compile
         hosts = Hosts("host", timeout=timeout, compare_every=2)
-        engine = Engine(model, num_pages=PAGES, hosts=hosts, **settings)
+        engine = Engine(model, num_pages=PAGES, hosts=hosts, tiers=tiers, **settings)
         if what == "tokens":
             tokens(engine, number)
+        elif what == "tokens again":
+            again(engine, number)
         else:
             forever(engine, number, other, clock)
     except Exception as error:
@@ -109,11 +112,24 @@ def tokens(engine, number):
     say(tokens=list(done.values()), refused=refused, loans=sorted(seen), ticks=engine.stats().ticks)
 
 
+def again(engine, number):
+    """All prompts anew."""
+    if number == 0:
+        for prompt in PROMPTS:
+            engine.submit(prompt, NEW, stop_tokens=[60])
+    done = engine.run()
+    say(tokens=list(done.values()), from_tiers=engine.stats().tier_prompt_tokens)
+    for tier in engine._tiers.tiers:
+        tier.close()
+
+
 def forever(engine, number, other, clock):
     """Requests without end, until process 1 dies, stops, or does something of its own."""
     for step in range(10**9):
         if number == 0 and step % 3 == 0:
             engine.submit(PROMPTS[step % 4], NEW)
+        if step == 6 and engine._tiers.tiers:
+            engine.save_prefixes()
         if step == 6:
             say(pid=os.getpid())
             if other == "dies":

@@ -3,11 +3,14 @@
 import contextlib
 import functools
 import itertools
+import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import variants
+from jax.experimental import topologies
 from jax.sharding import AxisType
 
 import kvattn
@@ -108,3 +111,17 @@ def check_equal(name, num_kv_heads, by, kind, num_steps, shape=(8,), num_heads=N
 
 def kinds(program):
     return sorted(c.kind for c in sharding.collectives(program))
+
+
+@functools.cache
+def tpu_devices(topology):
+    """Devices of a TPU that is not there, for which libtpu compiles."""
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: other processes may, too
+    }
+    with mock.patch.dict(os.environ, environment):
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -267,6 +267,41 @@ def test_on_a_mesh(by, kind):
         build(mesh=mesh, by="heads").make_cache(4, capacity=8)
 
 
+def test_split_by_hand():
+    """Kernels over one axis of an Explicit mesh and rows over another, without `mesh`; gradients too."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x, full, expected = on_one_device()
+    put = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+    layer = build("query latent, pairs")
+    for path, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        heads = {"query_up": (None, "model"), "key_up": (None, "model"), "value_up": (None, "model"), "out": ("model",)}
+        leaf.set_value(put(leaf.get_value(), *heads.get(path[0], ())))
+    apply, weights = kvattn.layers.stateless(layer)
+    with jax.set_mesh(mesh):
+        call = jax.jit(apply, static_argnames="is_causal")
+        close(call(weights, put(x, "data"), is_causal=True), full)
+        out, cache = call(weights, put(x, "data"), cache=layer.make_cache(4, capacity=8))
+        more, cache = call(weights, put(x[:, :1], "data"), cache=cache)
+        loss = lambda weights, x: jnp.sum(apply(weights, x, is_causal=True) ** 2)
+        gradients = jax.jit(jax.grad(loss))(weights, put(x, "data"))
+    close(np.concatenate([out, more], 1), expected)
+    assert all(np.isfinite(np.asarray(x)).all() for x in gradients)
+
+
+@pytest.mark.parametrize("by", ["batch", "sequence"])
+def test_heads_that_do_not_divide(by):
+    """Three over two devices: projections lie whole on each, and the cache is split all the same."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
+    x = inputs(5, 4)
+    make = lambda **on: MultiHeadLatentAttention(3, D, **SIZES, rope=kvattn.RoPE(4), rngs=nnx.Rngs(0), **on)
+    expected = make()(x, is_causal=True)
+    layer = make(mesh=mesh, by=by)
+    apply, weights = kvattn.layers.stateless(layer)
+    with jax.set_mesh(mesh):
+        out, _ = jax.jit(apply)(weights, x, cache=layer.make_cache(4, capacity=8))
+    close(out, np.asarray(expected))
+
+
 def test_bytes_of_deepseek():
     """576 numbers a token and layer, whatever the heads: 1,152 bytes, 50 times less than 128 heads' keys and values."""
     layer = linen.MultiHeadLatentAttention(

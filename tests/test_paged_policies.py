@@ -438,7 +438,7 @@ FAULTS = {
         lambda self, state, order: dataclasses.replace(
             state, positions=jnp.take_along_axis(state.positions, order, axis=-1)
         ),
-        lambda: test_heads_give_back_the_pages_that_they_do_not_need(4),
+        test_what_is_remembered_of_a_token_moves_with_it,
     ),
     "a window needs all its pages": (
         OrderedWindow,

@@ -4,6 +4,8 @@ Most of it runs on a device that holds text (`engine_models`), with threads as p
 process: its tokens are those of one with one large pool.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +13,7 @@ import random
 import sys
 import threading
 import time
+import types
 
 import engine_models
 import hosts_worker
@@ -19,14 +22,18 @@ import numpy as np
 import pytest
 from engine_models import TextDevice, continued
 from flax import nnx
+from jax.sharding import AxisType, Mesh
+from sharding_cases import tpu_devices
 
 from kvattn import errors
-from kvattn.models import Decoder, DecoderConfig
-from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, arrivals, together
+from kvattn.models import Decoder, DecoderConfig, loop
+from kvattn.models.sampling import Sampler
+from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, HostTier, arrivals, contents, together
+from kvattn.serving.device import PROGRAMS
 from kvattn.serving.hosted import HostedPool
 from kvattn.serving.peers import Peers
 from kvattn.serving.tables import nobodys
-from kvattn.sharding import collectives
+from kvattn.sharding import cache_sharding, collectives
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=engine_models.V, model_dim=4, num_layers=1, num_heads=4, num_kv_heads=1, head_dim=2, mlp_dim=4)
@@ -387,8 +394,11 @@ def test_a_store_that_is_gone():
     assert set(all_of(2, do)) == {None}
 
 
-def engines(monkeypatch, model, program, count=3, timeout=10.0, **settings):
-    """A program in every one of so many processes; what each returned, or raised."""
+def engines(monkeypatch, model, program, count=3, timeout=10.0, tiers=None, **settings):
+    """A program in every one of so many processes; what each returned, or raised.
+
+    `tiers` are of each process.
+    """
     monkeypatch.setattr(engine_models.engine, "Device", TextDevice)
     monkeypatch.setattr(together.Together, "wait", lambda self, arrays: None)
     here = threading.local()
@@ -397,7 +407,8 @@ def engines(monkeypatch, model, program, count=3, timeout=10.0, **settings):
 
     def do(peers, _):
         here.peers = peers
-        return program(Engine(model, hosts=Hosts("host", compare_every=4), **settings), peers.number)
+        own = {} if tiers is None else {"tiers": tiers[peers.number]}
+        return program(Engine(model, hosts=Hosts("host", compare_every=4), **settings, **own), peers.number)
 
     return all_of(count, do, timeout)
 
@@ -504,21 +515,163 @@ def test_an_error_in_one_is_an_error_in_all(monkeypatch, text_model):
     assert all("process 2 could not go on" in said for said, _ in found) and found[0][1] == "failed"
 
 
-# What is exchanged ----------------------------------------------------------------------------------------------------
+def one_by_one(prompts):
+    """A program that asks for one prompt after the other."""
+
+    def program(engine, number):
+        done = []
+        for prompt in prompts:
+            if number == 0:
+                engine.submit(prompt, 4)
+            while engine.step():
+                engine_models.check(engine)
+            done += engine.run().values()
+        stats = engine.stats()
+        return done, stats.cached_prompt_tokens, stats.ticks, engine._device.restored
+
+    return program
+
+
+LONG = [[i, *range(11), i] for i in range(6)]
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "a record", "a record at first", "all records", "the newest"])
+def test_tiers_of_processes_give_what_all_have(monkeypatch, text_model, lacking):
+    """Nine pages in all, three of each text: a text comes back from below. Every process has tiers of its own."""
+    tiers = [[HostTier(10**6)] for _ in range(3)]
+    prompts = [*LONG, LONG[0], LONG[1]]
+    settings = dict(num_pages=3, tiers=tiers, max_batch=2)
+    if lacking == "all records":
+        tiers[1] = [HostTier(1)]
+    if lacking.startswith("a record"):
+        put, refused = tiers[1][0].put, []
+
+        def refuse(record):
+            wanted = record.name.tokens == (3, 4, 5, 6) and not (refused and lacking.endswith("at first"))
+            return refused.append(record) or [] if wanted else put(record)
+
+        tiers[1][0].put = refuse
+    if lacking == "a record at first":  # it is stored when the text leaves the next time
+        prompts += [*LONG[2:], LONG[0]]
+    if lacking == "the newest":  # found by its name, and then it is not there
+        get, lost = tiers[2][0].get, []
+        tiers[2][0].get = lambda name: None if not name.parent and lost.append(name) is None else get(name)
+    found = engines(monkeypatch, text_model, one_by_one(prompts), **settings)
+    assert found[0] == found[1] == found[2]
+    done, cached, _, restored = found[0]
+    assert done == [[continued(prompt, 4)] for prompt in prompts]
+    pages = {"nothing": 6, "a record": 2, "a record at first": 19, "all records": 0, "the newest": 0}[lacking]
+    assert (cached, restored) == (4 * pages, pages)
+
+
+def test_tiers_of_processes_with_windows(monkeypatch):
+    """One lacks what a window saw of a text's first page, one has lost its third page: no start is good for both."""
+    mesh = jax.make_mesh((2,), ("host",), devices=jax.devices()[:2])
+    config = DecoderConfig(**{**TINY, "num_layers": 2, "windows": (None, 6)})
+    model = Decoder(config, mesh=mesh, by="sequence", axis="host", rngs=nnx.Rngs(0))
+    settings = dict(num_pages=(6, 6), max_batch=2, max_length=32)
+    ask = lambda tiers: engines(monkeypatch, model, one_by_one([*LONG, LONG[0]]), tiers=tiers, **settings)
+    assert [restored > 0 for *_, restored in ask([[HostTier(10**6)] for _ in range(3)])] == [True] * 3
+    tiers = [[HostTier(10**6)] for _ in range(3)]
+    first, third = (LONG[0][i : i + 4] for i in (0, 8))
+    put, get, cut = tiers[1][0].put, tiers[2][0].get, []
+
+    def no_window(record):
+        if list(record.name.tokens) == first and record.has(1):
+            cut.append(record)
+            record = dataclasses.replace(record, arrays={n: x for n, x in record.arrays.items() if n[0] == "0"})
+        return put(record)
+
+    def no_third(name):
+        is_third = list(name.tokens) == third and name.parent
+        return cut.append(name) if is_third else get(name)
+
+    tiers[1][0].put, tiers[2][0].get = no_window, no_third
+    found = ask(tiers)
+    assert found[0] == found[1] == found[2] and len(cut) >= 2
+    done, _, _, restored = found[0]
+    assert done == [[continued(prompt, 4)] for prompt in [*LONG, LONG[0]]] and not restored
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_what_pages_of_hosts_hold(kind):
+    """Whole on every device; what comes back lies where the pages lie. Negative pages: nothing is put back."""
+    mesh = jax.make_mesh((2,), ("host",), axis_types=(kind,), devices=jax.devices()[:2])
+    rng = np.random.default_rng(0)
+    caches = hosts_worker.decoder(mesh).make_paged_cache(6, 4, batch_size=1, max_length=24)
+    lies = [x.sharding for x in jax.tree.leaves(caches)]
+    draw = lambda x: jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding)
+    drawn = tuple(c.replace(keys=jax.tree.map(draw, c.keys), values=jax.tree.map(draw, c.values)) for c in caches)
+    pages = (np.array([4, 0, 3], np.int32),)
+    found = jax.jit(contents.taken, static_argnums=2)(drawn, pages, mesh)
+    assert found.keys() == contents.specs(caches).keys() and all(x.is_fully_replicated for x in found.values())
+    back = jax.jit(contents.put_back)(caches, (np.array([1, -1, 3], np.int32),), found)
+    for name, (axes, shape, _, _) in contents.specs(caches).items():
+        (axis,) = (i for i, word in enumerate(drawn[0].axes.keys["data"].split()) if word == "pages")
+        role = name.split(".")[1]
+        pool, other = (np.moveaxis(np.asarray(getattr(c[0], role)["data"]), axis, 0) for c in (drawn, back))
+        np.testing.assert_array_equal(np.asarray(found[name])[:, 0], pool[[4, 0, 3]])
+        np.testing.assert_array_equal(other[[1, 3]], pool[[4, 3]])
+        assert not other[[0, 2, 4, 5]].any() and len(axes.split()) == len(shape) == pool.ndim
+    if kind == AxisType.Explicit:
+        assert [x.sharding for x in jax.tree.leaves(back)] == lies
 
 
 @pytest.mark.slow
-def test_what_is_exchanged_does_not_grow_with_the_text():
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_pages_of_hosts_come_back_from_below(kind):
+    mesh = jax.make_mesh((2,), ("host",), axis_types=(kind,), devices=jax.devices()[:2])
+    prompts = [[i] * 13 for i in range(4)] + [[0] * 13]
+    ask = lambda engine: [engine.submit(prompt, 3).tokens for prompt in prompts if engine.run() is not None]
+    model = hosts_worker.decoder(mesh)
+    settings = hosts_worker.SETTINGS | dict(max_batch=1, prefill_chunk=16)
+    engine = Engine(model, num_pages=4, hosts="host", tiers=[HostTier(10**6)], **settings)
+    alone = Engine(hosts_worker.decoder(), num_pages=64, **settings)
+    found, expected = ask(engine), ask(alone)
+    engine.run(), alone.run()
+    assert found == expected and engine.stats().tier_prompt_tokens == (12,)
+
+
+# What is exchanged ----------------------------------------------------------------------------------------------------
+
+
+def exchanged(mesh, length):
+    """What a step and a copy of pages exchange, with texts of at most `length` tokens; compiled from shapes alone."""
+    where = dict(mesh=mesh, by="sequence", axis="host")
+    model = nnx.eval_shape(lambda: Decoder(DecoderConfig(**hosts_worker.SIZES), rngs=nnx.Rngs(0), **where))
+    weights, programs = PROGRAMS.of(model)
+    placed = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+    whole = lambda tree: jax.tree.map(lambda x: placed(np.asarray(x), jax.P(*[None] * np.ndim(x))), tree)
+    settings = dict(batch_size=2, max_length=length)
+    cache = jax.eval_shape(lambda: model.make_paged_cache(length, 4, **settings))
+    cache = tuple(
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            layer,
+            cache_sharding(layer, mesh, by="sequence", axis="host"),
+        )
+        for layer in cache
+    )
+    sampler = Sampler.create(model.config.vocab_size, temperature=0, top_k=None, top_p=None, seed=0)
+    stop = np.zeros((model.config.vocab_size,), bool)
+    rows = whole(loop.Rows.ended(2)), whole(loop.Settings.alike(2, sampler, stop, 0))
+    mask, free = whole(np.ones((2,), bool)), whole(np.full((2,), loop.NOTHING, np.int32))
+    tables, pairs = whole(nobodys(2, [cache[0].max_pages])), (whole(np.full((2, 2), -1, np.int32)),)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = programs.step.lower(weights, cache, *rows, tables, mask, mask, free, None)
+        return [collectives(each.compile()) for each in (lowered, programs.copy.lower(cache, pairs))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_what_is_exchanged_does_not_grow_with_the_text(platform):
     """Of a step and of pages that are copied: the same collectives, of the same bytes, for four times the length."""
-    mesh, found = jax.make_mesh((4,), ("host",), devices=jax.devices()[:4]), []
-    for length in (48, 192):
-        settings = {**hosts_worker.SETTINGS, "max_length": length}
-        device = Engine(hosts_worker.decoder(mesh), num_pages=length // 4, hosts="host", **settings)._device
-        rows, pairs = np.ones((2,), bool), (np.full((2, 2), -1, np.int32),)
-        given = nobodys(2, device.widths), rows, rows, device._free, None
-        step = device.programs.step.lower(device.weights, device.cache, device.rows, device.settings, *given)
-        copy = device.programs.copy.lower(device.cache, pairs)
-        found.append([collectives(program.compile()) for program in (step, copy)])
+    if platform == "tpu":
+        pytest.importorskip("libtpu", reason="compiling for TPUs that are not there needs libtpu (the aot group)")
+        mesh = Mesh(np.array(tpu_devices("v5e:2x4")), ("host",), axis_types=(AxisType.Explicit,))
+    else:
+        mesh = jax.make_mesh((8,), ("host",))
+    found = [exchanged(mesh, length) for length in (64, 256)]
     assert found[0] == found[1] and all(found[0])
     page = 2 * 4 * 2 * 8 * 4  # keys and values, tokens, heads, features, bytes
     assert sum(each.nbytes for each in found[0][1]) <= 2 * 2 * page
@@ -563,11 +716,11 @@ def run(monkeypatch, tmp_path):
     path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "examples"]))
     monkeypatch.setenv("PYTHONPATH", path)
 
-    def start(what, count, timeout):
+    def start(what, count, timeout, *more):
         for _ in range(3):
             port = processes.free_port()
             command = [sys.executable, str(ROOT / "tests" / "hosts_worker.py"), str(port)]
-            commands = {i: [*command, str(i), str(count), what, str(timeout)] for i in range(count)}
+            commands = {i: [*command, str(i), str(count), what, str(timeout), *more] for i in range(count)}
             ended = processes.run(commands, tmp_path, grace=timeout + 20)
             if processes.PORT_TAKEN not in ended[0].written:
                 break
@@ -621,3 +774,116 @@ def test_processes_end_together(run, what):
         *(["RuntimeError"] if what == "raises" else []),
     } and 0 not in codes
     assert all(each[-1]["seconds"] < 120 for each in others)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_what_was_stored_is_found_by_those_that_are_left(run, tmp_path):
+    """One of three dies; two that are started anew read from their disks what the three had stored."""
+    said, codes = run("dies", 3, 90, str(tmp_path))
+    assert {said[i][-1]["error"] for i in (0, 2)} == {"HostLostError"} and 0 not in codes
+    said, codes = run("tokens again", 2, 300, str(tmp_path))
+    assert codes == [0, 0] and said[0] == said[1]
+    engine = Engine(hosts_worker.decoder(), num_pages=64, **hosts_worker.SETTINGS)
+    for prompt in hosts_worker.PROMPTS:
+        engine.submit(prompt, hosts_worker.NEW, stop_tokens=[60])
+    assert sorted(said[0][-1]["tokens"]) == sorted(engine.run().values())
+    assert said[0][-1]["from_tiers"][0] >= 8  # the two pages that three prompts share
+
+
+# Ray ------------------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Stands in for Ray: actors are objects of this process, on nodes that a test names."""
+
+    class RayActorError(Exception):
+        pass
+
+    def __init__(self, nodes, lost=()):
+        self.nodes, self.lost, self.here, self.started = nodes, lost, None, {}
+        self.exceptions = types.SimpleNamespace(RayActorError=self.RayActorError)
+        self.util = types.SimpleNamespace(get_node_ip_address=lambda: self.here)
+
+    def init(self, **options):
+        self.started = options
+
+    def shutdown(self):
+        pass
+
+    def get(self, results):
+        if not isinstance(results, list):
+            return results()
+        return [result() for result in results]
+
+    def remote(self, **options):
+        left = list(enumerate(self.nodes))
+        started = lambda actor: types.SimpleNamespace(remote=self._on(actor, left))
+        return lambda actor: types.SimpleNamespace(options=lambda **more: started(actor))
+
+    def _on(self, actor, left):
+        def start():
+            number, node = left.pop(0)
+
+            def method(name):
+                def call(*args):
+                    def result():
+                        if name == "run" and number in self.lost:
+                            raise self.RayActorError("the node is gone")
+                        self.here = node
+                        return getattr(actor(), name)(*args)
+
+                    return result
+
+                return types.SimpleNamespace(remote=call)
+
+            return types.SimpleNamespace(address=method("address"), run=method("run"))
+
+        return start
+
+
+@pytest.mark.parametrize("nodes", [["10.0.0.1"] * 2, ["10.0.0.1", "10.0.0.2"]], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("lost", [(), (1,)], ids=["", "one is lost"])
+def test_ray_starts_the_same_program(monkeypatch, tmp_path, capsys, nodes, lost):
+    """On every node, with a coordinator that all of them reach."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import many_hosts_ray
+
+    cluster, commands = Cluster(nodes, lost), []
+    report = {
+        "processes": 2, "hosts": 2, "pages": 4, "longest": 9, "of_one_host": 8, "tokens_per_second": 1.0,
+        "preemptions": 0, "most_lent": 3, "loans": [0, 3], "same_tokens": True,
+    }  # fmt: skip
+
+    def run(command):
+        commands.append(command)
+        if command[command.index("--process-id") + 1] == "0":
+            pathlib.Path(command[command.index("--out") + 1]).write_text(json.dumps([report]))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setattr(many_hosts_ray.subprocess, "run", run)
+    out = tmp_path / "out.json"
+    given = ["--address", "auto", "--processes", "2", "--checkpoint", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["many_hosts_ray.py", *given, "--pages", "4"])
+    assert many_hosts_ray.main() == (1 if lost else 0)
+    assert cluster.started["address"] == "auto"
+    pairs = [dict(itertools.pairwise(command)) for command in commands]
+    assert [each["--process-id"] for each in pairs] == ["0", "1"][: 2 - len(lost)]
+    assert {each["--pages"] for each in pairs} == {"4"} and {each["--processes"] for each in pairs} == {"2"}
+    assert {each["--checkpoint"] for each in pairs} == {str(tmp_path)}
+    (coordinator,) = {each["--coordinator"].rsplit(":")[0] for each in pairs}
+    assert coordinator == ("127.0.0.1" if nodes[0] == nodes[1] else "10.0.0.1")
+    assert all(pathlib.Path(command[1]) == ROOT / "examples" / "many_hosts.py" for command in commands)
+    if not lost:
+        assert json.loads(out.read_text()) == [report] and "same tokens as one large pool" in capsys.readouterr().out
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import many_hosts_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys, "argv", ["many_hosts_ray.py"])
+    with pytest.raises(SystemExit, match=r"pip install .kvattn\[ray\]"):
+        many_hosts_ray.main()

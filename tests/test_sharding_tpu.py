@@ -2,16 +2,14 @@
 
 import functools
 import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharding_cases import GQA, KINDS, MHA, MQA, N, kinds
+from sharding_cases import GQA, KINDS, MHA, MQA, N, kinds, tpu_devices
 
 import kvattn
 from kvattn import sharding
@@ -20,21 +18,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for TPUs"),
 ]
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: other processes may, too
-}
 SLOTS, SIZE, ROWS = 2048, 128, 16
 
 
 @functools.cache
 def mesh_of(topology, kind):
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices), ("model",), axis_types=(KINDS[kind],))
+    return Mesh(np.array(tpu_devices(topology)), ("model",), axis_types=(KINDS[kind],))
 
 
 def compiled(mesh, by, num_kv_heads, implementation, num_heads=N, real=None, **settings):

@@ -7,7 +7,7 @@ copies pages. Nothing else is compiled, whatever is submitted.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from kvattn._typing import Array
-from kvattn.cache import PagedKVCache, groups_of, with_tables
-from kvattn.cache.axes import axis_of
+from kvattn.cache import groups_of, with_tables
 from kvattn.cache.rows import with_rows
 from kvattn.models import loop
 from kvattn.models.decoder import Decoder
 from kvattn.models.programs import ProgramsOf, Weights
 from kvattn.models.sampling import Sampler
+from kvattn.serving import contents
+from kvattn.serving.contents import Caches
 from kvattn.serving.counts import NO_BLOCK
 from kvattn.serving.pieces import Pieces
 from kvattn.serving.prefixes import Copies
@@ -31,8 +32,6 @@ from kvattn.serving.tables import Tables
 
 AT_ONCE = 8
 """Pages that are read from the device, or put back, by one call."""
-
-Caches = tuple[PagedKVCache, ...]
 
 
 class Came(NamedTuple):
@@ -64,7 +63,7 @@ class Candidates(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a model over pages. All but `copy` take its weights first; all take the caches over."""
+    """The compiled programs of a model over pages. All but `fetch` take the caches over."""
 
     read: Callable[..., tuple[loop.Rows, Came, Caches]]
     step: Callable[..., tuple[loop.Rows, Came, Caches]]
@@ -158,43 +157,19 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         return with_rows(cache, cache, source)
 
     @jax.jit
-    def fetch(cache, pages):
+    def fetch(weights, cache, pages):
         """What pages [M] of every group hold: [M, L, ...], L the layers of the group."""
-        found = {}
-        for g, (group, which) in enumerate(zip(groups_of(cache), pages, strict=True)):
-            for role, name, axis in _pooled(cache[group.layers[0]]):
-                layers = [getattr(cache[i], role)[name] for i in group.layers]
-                taken = [jnp.moveaxis(jnp.take(x, which, axis=axis, mode="clip"), axis, 0) for x in layers]
-                found[f"{g}.{role}.{name}"] = jnp.stack(taken, axis=1)
-        return found
+        return contents.taken(cache, pages, model_of(weights).split.mesh)
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def restore(cache, pages, arrays):
         """Puts back what `fetch` gave; negative pages: nothing."""
-        found = list(cache)
-        for g, (group, which) in enumerate(zip(groups_of(cache), pages, strict=True)):
-            into = jnp.where(which < 0, group.num_pages, which)
-            for n, i in enumerate(group.layers):
-                changed = {"keys": dict(cache[i].keys), "values": dict(cache[i].values)}
-                for role, name, axis in _pooled(cache[i]):
-                    new = jnp.moveaxis(arrays[f"{g}.{role}.{name}"][:, n], 0, axis)
-                    at = (slice(None),) * axis + (into,)
-                    changed[role][name] = changed[role][name].at[at].set(new, mode="drop")
-                found[i] = found[i].replace(**changed)
-        return tuple(found)
+        return contents.put_back(cache, pages, arrays)
 
     return Programs(read, step, verify, grow, copy, move, fetch, restore)
 
 
 PROGRAMS = ProgramsOf(_compiled)
-
-
-def _pooled(cache: PagedKVCache) -> Iterator[tuple[str, str, int]]:
-    """The arrays of a cache that have pages: keys or values, their name, and which axis the pages are."""
-    for role in ("keys", "values"):
-        for name, axes in getattr(cache.axes, role).items():
-            if (axis := axis_of("pages", axes)) is not None:
-                yield role, name, axis
 
 
 def _appended(
@@ -354,22 +329,14 @@ class Device:
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...], str, int]]:
         """What a page holds, by name: axes in words, shape, dtype and group."""
-        found = {}
-        for g, group in enumerate(self.groups):
-            cache = self.cache[group.layers[0]]
-            for role, name, axis in _pooled(cache):
-                x, words = getattr(cache, role)[name], getattr(cache.axes, role)[name].split()
-                shape = (len(group.layers), *x.shape[:axis], *x.shape[axis + 1 :])
-                axes = " ".join(["layers", *words[:axis], *words[axis + 1 :]])
-                found[f"{g}.{role}.{name}"] = axes, shape, str(x.dtype), g
-        return found
+        return contents.specs(self.cache)
 
     def fetch(self, pages: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
         """What pages hold, on its way to the host: `AT_ONCE` pages at a time, one list of as many for every group."""
         found = []
         for start in range(0, len(pages[0]), AT_ONCE):
             some = [_filled(column[start : start + AT_ONCE], 0) for column in pages]
-            found.append(self.programs.fetch(self.cache, tuple(some)))
+            found.append(self.programs.fetch(self.weights, self.cache, tuple(some)))
             jax.copy_to_host_async(found[-1])
         return found
 

@@ -83,8 +83,7 @@ class Engine:
 
     Raises:
         ConfigError, DTypeError, RangeError: an argument outside its range, an unknown schedule.
-        UnsupportedError: speculation where tokens cannot be taken back; a mesh that splits the rows of caches; tiers
-            below hosts that are processes.
+        UnsupportedError: speculation where tokens cannot be taken back; a mesh that splits the rows of caches.
         HostMismatchError: processes that began with another version, model or setting.
         HostLostError: a process that did not come.
         Else as `Decoder.make_paged_cache`.
@@ -129,7 +128,7 @@ class Engine:
         self._together = None
         if hosts is not None:
             settings = hosts if isinstance(hosts, Hosts) else Hosts(hosts)
-            limits.hosts(model, settings.axis, tiers)
+            limits.hosts(model, settings.axis)
             self._together = Together(settings, model)
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
@@ -138,7 +137,8 @@ class Engine:
         if self._together is not None:
             pool = {"num_pages": num_pages, "page_size": page_size, "prefix_cache": prefix_cache}
             ticks = {"schedule": schedule, "prefill_chunk": prefill_chunk, "speculate": speculate}
-            self._together.meet(model, {**pool, "max_batch": max_batch, **cached, **ticks})
+            below = {"tiers": [type(tier).__name__ for tier in tiers]}
+            self._together.meet(model, {**pool, "max_batch": max_batch, **cached, **ticks, **below})
         pages = pages_for(model, num_pages, page_size, options, self._together)
         self._make_caches = lambda: model.make_paged_cache(pages, page_size, **options)
         caches = self._make_caches()
@@ -162,7 +162,8 @@ class Engine:
         self._sinking = None
         if self._tiers.tiers and self._is_shareable and prefix_cache:
             kind = kind_of(model, caches, self._device, self._layer_groups)
-            self._sinking = Sinking(Below(self._tiers, kind), self._device)
+            exchange = None if self._together is None else self._together.exchange
+            self._sinking = Sinking(Below(self._tiers, kind, exchange), self._device)
         self._begin()
         self._numbers = itertools.count()
         self._jobs: dict[Request, list[Job]] = {}

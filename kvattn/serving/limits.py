@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from kvattn.cache import PagedKVCache
@@ -14,7 +13,6 @@ from kvattn.models.decoder import Decoder
 from kvattn.serving import checks
 from kvattn.serving.prefixes import PrefixPool
 from kvattn.serving.scheduler import SCHEDULES
-from kvattn.serving.tiers import Tier
 
 MOST_GUESSED = 7
 """Tokens that a step verifies beside its own."""
@@ -84,12 +82,11 @@ def caches(model: Decoder, layers: Sequence[PagedKVCache]) -> None:
         )
 
 
-def hosts(model: Decoder, axis: str, tiers: Sequence[Tier]) -> None:
+def hosts(model: Decoder, axis: str) -> None:
     """Checks that the caches of a model lie over an axis of hosts.
 
     Raises:
         ConfigError: a model without a mesh, or whose pages are split otherwise.
-        UnsupportedError: tiers below pages that lie in several processes.
     """
     split = model.split
     if split.mesh is None:
@@ -103,12 +100,6 @@ def hosts(model: Decoder, axis: str, tiers: Sequence[Tier]) -> None:
         raise ConfigError(
             f"pages lie over the axis of hosts where a model is split by sequence along it: load it with "
             f'by="sequence", axis={axis!r}, got by={split.by!r}, axis={split.axis!r}.'
-        )
-    processes = {device.process_index for device in split.mesh.devices.flat} if isinstance(split.mesh, Mesh) else {0}
-    if tiers and len(processes) > 1:
-        raise UnsupportedError(
-            "tiers below an engine over several processes are not built yet: each process would find other records. "
-            "Leave tiers out."
         )
 
 

@@ -75,7 +75,7 @@ class Tiers:
             found.append(record)
         self.store(found)
         self.touch([record.name for record in found])
-        return _usable(found)
+        return usable(found)
 
     def store(self, records: Iterable[Record]) -> None:
         """Takes in records of pages that follow each other, the first one first.
@@ -116,7 +116,7 @@ class Tiers:
             sinking = [gone for each in sinking for gone in tier.put(each)]
 
 
-def _usable(records: list[Record]) -> list[Record]:
+def usable(records: list[Record]) -> list[Record]:
     """The longest start after which each group with a window has the last window - 1 tokens."""
     if not records:
         return []

@@ -56,6 +56,11 @@ class Together:
         """Whether there is no other process."""
         return self._peers is None
 
+    @property
+    def exchange(self) -> Callable[[bytes], Sequence[bytes]] | None:
+        """Takes bytes to all processes, and brings those of each; None: there is no other."""
+        return None if self._peers is None else self._peers.exchange
+
     def least(self, mine: int) -> int:
         """The least of a number that each process has."""
         return mine if self._peers is None else min(map(int, self._peers.exchange(b"%d" % mine)))

@@ -1900,6 +1900,25 @@ FAULTS: list[Fault] = [
         ("HostTier.put", "            self._recent.touch(key)\n", ""),
     ),
     *group(
+        "serving/below.py",
+        """
+        test_serving_hosts.py::test_tiers_of_processes_give_what_all_have
+        test_serving_hosts.py::test_tiers_of_processes_with_windows
+        """,
+        ("Below.load", "if self._exchange is not None:", "if False:"),
+        ("Below.leaves", "if any(anybody)", "if all(anybody)"),
+        ("Below._everywhere", "all(each) for each", "any(each) for each"),
+        ("Below._everywhere", "return usable(found)", "return found"),
+        ("Below._everywhere", "if there[specs[name].group]", "if True"),
+    ),
+    *group(
+        "serving/contents.py",
+        "test_serving_hosts.py::test_what_pages_of_hosts_hold",
+        ("taken", "(whole,) * len(specs(cache))", "(None,) * len(specs(cache))"),
+        ("_put_back", "jnp.where(which < 0, group.num_pages, which)", "which"),
+        ("put_back", "shardings_of(cache)", "(None,) * len(shardings_of(cache))"),
+    ),
+    *group(
         "serving/stack.py",
         """
         test_serving_tiers.py::test_what_falls_out_of_one_tier_sinks_to_the_next
@@ -1917,8 +1936,8 @@ FAULTS: list[Fault] = [
             "test_serving_tiers.py::test_a_text_is_found_up_to_its_first_gap",
         ),
         ("Tiers.flush", "self._put(record, level + 1)", "self._put(record, level)"),
-        ("_usable", "if record.has(g) else 0", "if record.has(g) else run"),
-        ("_usable", "-(-(window - 1) // kind.page_size)", "(window - 1) // kind.page_size"),
+        ("usable", "if record.has(g) else 0", "if record.has(g) else run"),
+        ("usable", "-(-(window - 1) // kind.page_size)", "(window - 1) // kind.page_size"),
     ),
     *group(
         "serving/workers.py",
