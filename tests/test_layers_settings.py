@@ -389,6 +389,7 @@ ORDER = [(v, errors.ConfigError) for v in ("nonsense", None, 3, np.array(["cache
 PARTS = {
     policies.Full: {},
     policies.SlidingWindow: {"window": [*KEPT, (0, errors.RangeError)]},
+    policies.Chunked: {"size": [*KEPT, (0, errors.RangeError)]},
     policies.StreamingLLM: {"num_sinks": KEPT, "window": [*KEPT, (0, errors.RangeError)], "positions_in": ORDER},
     policies.H2O: {"num_heavy": KEPT, "num_recent": KEPT, "positions_in": ORDER},
     policies.Scissorhands: {

@@ -1900,6 +1900,29 @@ FAULTS: list[Fault] = [
         ("HostTier.put", "            self._recent.touch(key)\n", ""),
     ),
     *group(
+        "policies/chunked.py",
+        "test_chunked.py",
+        (
+            "Chunked.positions",
+            "position <= last",
+            "position < last",
+            "test_chunked.py::test_trimmed_as_if_nothing_had_come",
+        ),
+        ("Chunked.can_trim", " | (left == 0)", "", "test_chunked.py::test_trimmed_as_if_nothing_had_come"),
+        (
+            "Chunked.can_trim",
+            "self._start(left - 1)",
+            "self._start(left)",
+            "test_chunked.py::test_trimmed_as_if_nothing_had_come",
+        ),
+        (
+            "Chunked._start",
+            "position % self._counted",
+            "0 * position",
+            "test_chunked.py::test_trimmed_as_if_nothing_had_come",
+        ),
+    ),
+    *group(
         "serving/below.py",
         """
         test_serving_hosts.py::test_tiers_of_processes_give_what_all_have
