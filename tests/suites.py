@@ -409,7 +409,7 @@ def _dirty_run(case, implementation, steps, garbage, padding):
         new = [np.where(real, x, np.float32(garbage)) for x in tokens(200 + i, length)]
         out, cache = steps(*new, cache, num_new, implementation=implementation, padding=padding, **case.limits)
         outs.append(np.asarray(out))
-        if i == 1 and case.by_position and case.keeps is None:
+        if i == 1 and case.by_position and case.keeps is case.cuts is None:
             # Five tokens of garbage come and go.
             extra = [np.full_like(x, garbage) for x in tokens(0, CHUNK)]
             settings = {"implementation": implementation, "padding": padding, **case.limits}
