@@ -59,11 +59,16 @@ def close(found, expected, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=tolerance, atol=tolerance)
 
 
+def jitted(layer):
+    """Its call, compiled."""
+    apply, weights = kvattn.layers.stateless(layer)
+    return functools.partial(kvattn.jit(apply, static_argnames=("padding", "is_causal")), weights)
+
+
 @functools.cache
 def step_of(kind="plain"):
-    """A compiled step, and the weights to call it with."""
-    apply, weights = kvattn.layers.stateless(made(kind))
-    return functools.partial(kvattn.jit(apply, static_argnames="padding"), weights)
+    """A compiled step that tests share."""
+    return jitted(made(kind))
 
 
 # The same function ----------------------------------------------------------------------------------------------------
@@ -111,14 +116,16 @@ def test_ragged_rows(padding):
 def test_a_window():
     """Full sequences mask what a ring has let go of."""
     layer = build(window=3)
+    nnx.update(layer, nnx.state(made(), nnx.Param))
     cache = layer.make_cache(B)
     assert cache.num_slots == 3 and cache.values_in_keys
     x = inputs()
-    full = jax.jit(lambda x: layer(x))(x)
-    assert np.abs(full[:, -1] - made()(x, is_causal=True)[:, -1]).max() > 1e-3
-    out, cache = layer(x[:, :4], cache=cache)
-    rest, cache = layer(x[:, 4:], cache=cache)
-    close(np.concatenate([out, rest], 1), np.asarray(full))
+    step = jitted(layer)
+    full = step(x)
+    assert np.abs(full - truth())[:, -1].max() > 1e-3
+    out, cache = step(x[:, :3], cache=cache)
+    rest, cache = step(x[:, 3:6], cache=cache)
+    close(np.concatenate([out, rest], 1), np.asarray(full)[:, :6])
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
@@ -127,9 +134,9 @@ def test_in_the_cache_the_rotary_part_alone_moves(implementation):
     layer = build(policy=kvattn.StreamingLLM(1, 2), implementation=implementation)
     x, tree = inputs(), tree_of(layer)
     rule = oracle.Latent(tree, 4)
-    cache, outs = layer.make_cache(B), []
+    step, cache, outs = jitted(layer), layer.make_cache(B), []
     for t in range(T):
-        out, cache = layer(x[:, t : t + 1], cache=cache)
+        out, cache = step(x[:, t : t + 1], cache=cache)
         outs.append(np.asarray(out)[:, 0])
     # What is kept is a shorter text: tokens 0, T - 2 and T - 1, with places 0, 1 and 2.
     kept = np.stack([rule(row[[0, T - 2, T - 1]])[-1] for row in x])
@@ -160,9 +167,9 @@ def test_bfloat16():
     """Absorbed it is as close to the truth as materialised: twice as far at most."""
     layer = build(dtype=jnp.bfloat16)
     nnx.update(layer, nnx.state(made(), nnx.Param))
-    x = inputs()
-    full = layer(x, is_causal=True)
-    out, cache = layer(x, cache=layer.make_cache(B, capacity=8))
+    x, step = inputs(), jitted(layer)
+    full = step(x, is_causal=True)
+    out, cache = step(x, cache=layer.make_cache(B, capacity=8))
     assert out.dtype == full.dtype == cache.dtype == jnp.bfloat16
     off = [np.abs(np.asarray(y, np.float64) - truth()).max() for y in (out, full)]
     assert off[0] <= 2 * off[1] + 2**-9 < 0.1
@@ -196,10 +203,14 @@ def test_the_linen_twin(kind):
     assert shapes(drawn["params"]) == shapes(tree)
     cached = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, cache=layer.make_cache(B, capacity=8)), x)
     assert shapes(cached["params"]) == shapes(tree)
-    close(layer.apply({"params": tree}, x, is_causal=True), truth(kind))
-    out, cache = layer.apply({"params": tree}, x[:, :5], cache=layer.make_cache(B, capacity=8))
-    more, cache = layer.apply({"params": tree}, x[:, 5:], cache=cache)
-    close(np.concatenate([out, more], 1), truth(kind))
+    apply = jax.jit(layer.apply, static_argnames="is_causal")
+    close(apply({"params": tree}, x, is_causal=True), truth(kind))
+    cache = layer.make_cache(B, capacity=8)
+    outs = []
+    for t in range(0, 6, 3):
+        out, cache = apply({"params": tree}, x[:, t : t + 3], cache=cache)
+        outs.append(np.asarray(out))
+    close(np.concatenate(outs, 1), truth(kind)[:, :6])
 
 
 def test_dropout_and_weights():
