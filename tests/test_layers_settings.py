@@ -87,6 +87,7 @@ ARGUMENTS = {
     "kv_metadata": METADATA,
     "kv_bias_metadata": METADATA,
     "window": WINDOW,
+    "chunk": WINDOW,
     "rope": [("rope", errors.DTypeError), (3, errors.DTypeError), (kvattn.RoPE(6), errors.ConfigError)],
     "alibi": [
         ("yes", errors.DTypeError),
