@@ -321,7 +321,7 @@ def test_traced_negative_positions_turn_back_and_gradients_are_the_inverse():
         (DTypeError, "interleaved", lambda: RoPE(8, interleaved=1)),
         (ConfigError, "max_positions", lambda: RoPE(8, max_positions=0)),
         (DTypeError, "scaling", lambda: RoPE(8, scaling=2.0)),
-        (ConfigError, "'llama3'", lambda: RoPE(8, scaling={"rope_type": "longrope"})),
+        (ConfigError, "'llama3'", lambda: RoPE(8, scaling={"rope_type": "mrope"})),
         (ConfigError, "two kinds", lambda: RoPE(8, scaling={"rope_type": "yarn", "type": "linear"})),
         (ConfigError, "'factor'", lambda: RoPE(8, scaling={"rope_type": "linear"})),
         (ConfigError, "factor", lambda: RoPE(8, scaling={"rope_type": "linear", "factor": 0.0})),
