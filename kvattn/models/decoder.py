@@ -200,8 +200,8 @@ class Decoder(nnx.Module):
             cache: one per layer (`make_cache`), holding what came before; donate it. None: nothing came before
                 and nothing is kept.
             num_new: int32 [B], how many of the T tokens are real. None: all. What comes out at the others means
-                nothing. Without a cache and with pads on the right it tells "dynamic" and "longrope" RoPE how long a row
-                is; else nothing depends on it there: a token never sees those after it.
+                nothing. Without a cache and with pads on the right it tells "dynamic" and "longrope" RoPE how long a
+                row is; else nothing depends on it there: a token never sees those after it.
             padding: on which side of the real tokens the others lie, "right" or "left". The caches are the same.
             logits_at: int32 [B, M], at which of the T tokens logits are wanted. None: at all of them, which takes
                 4·B·T·V bytes. After a prompt only the last ones matter: ``num_new[:, None] - 1``.

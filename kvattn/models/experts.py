@@ -82,9 +82,7 @@ class Experts(nnx.Module):
         tokens, per_token = x.reshape(-1, x.shape[-1]), self.config.experts_per_token
         shares, chosen = self._chosen(scores.reshape(tokens.shape[0], -1))
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
-        out = jax.lax.map(
-            lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert)
-        )
+        out = jax.lax.map(lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert))
         # The sum of a token is always taken in the order of its choices.
         out = blocks.scattered(out).reshape(*chosen.shape, -1) * shares.astype(x.dtype)[:, :, None]
         return jnp.sum(out, axis=1).reshape(x.shape)

@@ -78,7 +78,7 @@ def _turns(
     if spectrum.kind != "longrope":
         return tuple(short)
     assert lengths is not None
-    is_long = (lengths > spectrum.fields["original_max_position_embeddings"])[..., None]
+    is_long = (lengths > math.floor(spectrum.fields["original_max_position_embeddings"]))[..., None]
     long = (_constant(row.astype(dtype), ndim) for row in _words(spectrum.long))
     return tuple(jnp.where(is_long, b, a) for a, b in zip(short, long, strict=True))
 

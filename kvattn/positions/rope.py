@@ -69,8 +69,8 @@ class RoPE:
 
     The kinds ``dynamic`` and ``longrope`` depend on a length. Each row of a call uses the largest position it is
     given, plus one; up to ``original_max_position_embeddings`` nothing is scaled, of longrope by the short divisors.
-    For a whole prompt this is what transformers does. But keys rotated in an earlier, shorter call keep their earlier frequencies
-    (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
+    For a whole prompt this is what transformers does. But keys rotated in an earlier, shorter call keep their
+    earlier frequencies (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
     tokens count. `for_length` removes this: it fixes the length once, and with it the frequencies.
     The phases of ``dynamic`` inside a call are float32-accurate only relative to the phase (within 1e-6 of it,
     for stretches up to 10^5); `for_length` is as exact as the other kinds.
@@ -244,7 +244,9 @@ class RoPE:
         if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)
             if lengths.shape != tokens[:-1]:
-                raise ShapeError(f"lengths must have shape {tokens[:-1]} for x of shape {x.shape}, got {lengths.shape}.")
+                raise ShapeError(
+                    f"lengths must have shape {tokens[:-1]} for x of shape {x.shape}, got {lengths.shape}."
+                )
         positions = _checked_positions(positions, self.max_positions)
         if lengths is None or not self.depends_on_length:
             return _turned(self, x, positions, None)
