@@ -121,17 +121,7 @@ class Layer:
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
             mass = np.zeros(len(tokens))
             for n in range(head * group, (head + 1) * group):
-                query = rotated(self.rope_at(places[-1]), q[n][None], places[-1])[0]
-                # A key that stays where it is has the frequencies of the length it came at.
-                moves = isinstance(self.policy, kvattn.StreamingLLM)
-                came = lambda i, places=places, moves=moves: places[-1 if moves else i]
-                keys = [
-                    self.keys[tokens[i]]
-                    if self.codec
-                    else rotated(self.rope_at(came(i)), self.keys[tokens[i]], places[i])
-                    for i in near
-                ]
-                scores = np.array([key[head] @ query for key in keys]) * self.scale
+                scores = np.array([self.product(q[n], head, tokens, places, i, t) for i in near]) * self.scale
                 if c.softcap:
                     scores = np.tanh(scores / c.softcap) * c.softcap
                 if self.slopes is not None:
@@ -143,6 +133,16 @@ class Layer:
                 mass[near] += probs / group
             self.forget(head, t, mass)
         return self.linear("attention.out", out)
+
+    def product(self, query, head, tokens, places, i, t):
+        """Of a query at position t, seen at the last of the places, and key i, at its own."""
+        at, came = places[-1], places[i]
+        if self.rope is not None and self.rope.depends_on_length and isinstance(self.policy, kvattn.StreamingLLM):
+            # A key has the frequencies of the length it came at, and a query, but to the sinks, those of its own.
+            came, at = tokens[i], at if tokens[i] < self.policy.num_sinks else t
+        query = rotated(self.rope_at(at), query[None], at)[0]
+        key = self.keys[tokens[i]][head]
+        return query @ (key if self.codec else rotated(self.rope_at(came), key[None], came)[0])
 
     def rope_at(self, position):
         """The frequencies of a row whose last token is at this position."""

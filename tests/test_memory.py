@@ -21,8 +21,10 @@ from memory_configs import (
     BUILT,
     CONFIGS,
     COUNTED,
+    COUNTED_EXACTLY,
     DENSE_LAYERS,
     ESTIMATED,
+    EXACT,
     KEPT,
     LLAMA4,
     PUBLISHED,
@@ -564,6 +566,15 @@ def test_published_parameter_counts(name):
     assert from_config(CONFIGS[name]).num_params == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_parameters_of_other_families_exactly(name):
+    config, counted = EXACT[name]
+    spec = from_config(config)
+    assert (spec.num_params, spec.is_estimate) == (counted, False) and not plan(spec, "h100").notes
+    if name in ACTIVE:
+        assert abs(spec.active_params / ACTIVE[name] - 1) < 0.06
+
+
 @pytest.mark.parametrize("name", ESTIMATED)
 def test_parameters_of_other_families_are_estimated(name):
     config, counted = ESTIMATED[name]
@@ -607,7 +618,8 @@ def test_parameters_of_real_checkpoints(folder):
     """Counted from the config, and from the header of the weights."""
     data = (folder / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    tensors = [math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    others = ("__metadata__", "vision_tower.", "multi_modal_projector.")
+    tensors = [math.prod(entry["shape"]) for name, entry in header.items() if not name.startswith(others)]
     spec = from_config(folder)
     assert spec.num_params == sum(tensors)
     assert spec.name == folder.name and from_config(folder / "config.json", name="mine").name == "mine"
@@ -717,7 +729,7 @@ def test_parameters_by_layer(name):
     """Dense layers among those with experts, shared experts, state spaces: within 2.5 % of what the pages say."""
     config, billions, active = COUNTED[name]
     spec = from_config(config)
-    assert spec.is_estimate and abs(spec.num_params / 1e9 / billions - 1) < 0.025
+    assert spec.is_estimate != (name in COUNTED_EXACTLY) and abs(spec.num_params / 1e9 / billions - 1) < 0.025
     assert abs(spec.active_params / 1e9 / active - 1) < 0.06
 
 

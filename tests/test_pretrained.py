@@ -58,9 +58,9 @@ def family(name):
         return model, functools.partial(call, weights), dict(golden)
 
 
-def some(*quick):
+def some(*quick, of=ALL):
     """Every family; all but the named are slow."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in ALL]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in of]
 
 
 EVERY = some(*PLAIN, "cohere2", "mixtral", "olmo2", "phi3_short")
@@ -83,12 +83,29 @@ def test_every_golden_is_tested():
     assert folders == {*ALL, *BY_LENGTH}
 
 
-@pytest.mark.parametrize("name", some(*PLAIN, *VARIANTS, *LATER) + [*BY_LENGTH])
+@pytest.mark.parametrize("name", some(*PLAIN, *VARIANTS, *LATER))
 def test_whole_prompts(name):
     _, call, golden = family(name)
     logits, cache = call(jnp.asarray(golden["prompts"]))
     assert cache is None and logits.dtype == jnp.float32
     assert_logits(logits, golden)
+
+
+def test_longrope_goes_by_the_length_of_each_row():
+    """12 tokens are the most of a short row here: one row of the batch is, the others are long, pads or not."""
+    model, call, golden = family("phi3_long")
+    assert sorted(golden["lengths"] > 12) == [False, True, True]
+    given = jnp.asarray(golden["prompts"]), None, jnp.asarray(golden["lengths"])
+    assert_logits(call(*given)[0], golden)
+    assert_logits(call(given[0], model.make_cache(B, T), given[2])[0], golden)
+    with pytest.raises(AssertionError, match="deviation"):
+        assert_logits(call(given[0])[0], golden)  # as if pads were tokens
+    # A long row whose first tokens came alone keeps their frequencies; a short one is the same in any chunks.
+    logits, _ = through(call, model.make_cache(B, T), golden, 8)
+    short = real(golden) & (golden["lengths"] <= 12)[:, None]
+    assert_logits(logits, golden, short)
+    with pytest.raises(AssertionError, match="deviation"):
+        assert_logits(logits, golden)
 
 
 def through(call, cache, golden, size):
@@ -159,7 +176,7 @@ def test_a_budget_that_holds_all_is_full(name, policy):
         assert_logits(logits, golden)
 
 
-@pytest.mark.parametrize("name", some("bloom", "gemma2", "gpt_oss", "opt"))
+@pytest.mark.parametrize("name", [*some("bloom", "gemma2", "gpt_oss", "opt"), *some(of=BY_LENGTH)])
 @pytest.mark.parametrize(
     ("policy", "codec"),
     [(None, None), (kvattn.StreamingLLM(2, 4), None), (kvattn.H2O(4, 4), None), (None, kvattn.Int8())],

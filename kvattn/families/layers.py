@@ -172,6 +172,7 @@ def turned(f: Settings, num_layers: int) -> list[bool]:
         ConfigError: a list of another length, or of something else than 0 and 1.
     """
     listed = f.get("no_rope_layers")
+    f.passed("no_rope_layer_interval")  # what a list was made from is no news
     if not listed:
         every = f.size("no_rope_layer_interval")
         return [(i + 1) % every != 0 for i in range(num_layers)]

@@ -79,12 +79,13 @@ class Experts(nnx.Module):
 
     def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:
         """[B, T, D] -> [B, T, D], by scores [B, T, E], kernels [E, D, F] or [E, F, D], and biases [E, F] or [E, D]."""
-        tokens, per_token = x.reshape(-1, x.shape[-1]), self.config.experts_per_token
-        shares, chosen = self._chosen(scores.reshape(tokens.shape[0], -1))
+        batch, length, features = x.shape
+        tokens, per_token = x.reshape(batch * length, features), self.config.experts_per_token
+        shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]))
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
         out = jax.lax.map(lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert))
         # The sum of a token is always taken in the order of its choices.
-        out = blocks.scattered(out).reshape(*chosen.shape, -1) * shares.astype(x.dtype)[:, :, None]
+        out = blocks.scattered(out).reshape(*chosen.shape, features) * shares.astype(x.dtype)[:, :, None]
         return jnp.sum(out, axis=1).reshape(x.shape)
 
     def _chosen(self, scores: Float[Array, "tokens E"]) -> tuple[Float[Array, "tokens k"], Int32[Array, "tokens k"]]:
@@ -145,8 +146,8 @@ class _Blocks:
         source = jnp.full((self.count * self.rows,), nobody, jnp.int32)
         source = source.at[self.place].set(jnp.arange(self.place.shape[0], dtype=jnp.int32) // self.per_token)
         found = jnp.take(tokens, source, axis=0, mode="fill", fill_value=0)
-        return found.reshape(self.count, self.rows, -1)
+        return found.reshape(self.count, self.rows, tokens.shape[1])
 
     def scattered(self, out: Float[Array, "blocks R D"]) -> Float[Array, "choices D"]:
         """What the blocks made of each choice."""
-        return out.reshape(self.count * self.rows, -1)[self.place]
+        return out.reshape(self.count * self.rows, out.shape[2])[self.place]

@@ -49,7 +49,7 @@ def _blueprint(fields: Fields, **rest: Value) -> rules.Blueprint:
     plain = experts.layer_numbers("mlp_only_layers", fields.get("mlp_only_layers") or [])
     sparse = tuple((i + 1) % step == 0 and i not in plain for i in range(sizes["num_layers"]))
     if not any(sparse):
-        raise fields.unsupported("decoder_sparse_step", step, "one that leaves layers with experts")
+        raise fields.unsupported("decoder_sparse_step", step, "one that leaves, with mlp_only_layers, some experts")
     config = DecoderConfig(
         **sizes,
         **fields.rope(),
