@@ -29,7 +29,7 @@ def normalized(
         epsilon: added to the mean square.
     """
     axes = (-2, -1) if joint else (-1,)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     if kind == "layer":
         wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
     factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + epsilon)
