@@ -185,11 +185,24 @@ EXACT = {
     "stablelm": (gated("stablelm", 32, 32, 32, 2560, 6912, 50304, **UNTIED), 2_795_443_200),
     "starcoder2": (gated("starcoder2", 30, 24, 2, 3072, 12288, 49152, **TIED), 3_030_371_328),
     "qwen2_moe": (
-        gated("qwen2_moe", 24, 16, 16, 2048, 5632, 151936, num_experts=60, num_experts_per_tok=4,
-              moe_intermediate_size=1408, shared_expert_intermediate_size=5632), 14_315_784_192
+        gated(
+            "qwen2_moe",
+            24,
+            16,
+            16,
+            2048,
+            5632,
+            151936,
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+        ),
+        14_315_784_192,
     ),
     "qwen2_moe, some dense": (
-        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]), 7_566_573_568
+        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]),
+        7_566_573_568,
     ),
 }
 """Families with one: likewise."""

@@ -14,7 +14,7 @@ GEMMA = _HF | {
 }  # fmt: skip
 PHI3 = _HF | {
     "_name_or_path": "Phi-3-mini-4k-instruct", "architectures": ["Phi3ForCausalLM"], "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
     "bos_token_id": 1, "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072,
     "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "phi3", "num_attention_heads": 32,
     "num_hidden_layers": 32, "num_key_value_heads": 32, "original_max_position_embeddings": 4096,

@@ -837,9 +837,12 @@ HARMLESS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["llama3", "mistral", "gemma2", "falcon7b", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "phi3", "olmo2", "cohere2"]
-    + ["granite", "smollm3", "stablelm", "starcoder2", "gpt_neox", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "gemma"],
-)
+    [
+        "llama3", "mistral", "gemma2", "falcon7b", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "phi3", "olmo2",
+        "cohere2", "granite", "smollm3", "stablelm", "starcoder2", "gpt_neox", "glm4", "mixtral", "qwen2_moe",
+        "qwen3_moe", "gemma",
+    ],
+)  # fmt: skip
 def test_fields_that_never_matter(folder, name):
     """What published files carry of how they were trained, run and sampled from, in every family."""
     path = folder(name)
@@ -896,7 +899,9 @@ def test_a_text_part_with_its_tensors_elsewhere(folder):
         path = folder(name)
         expected, given = from_pretrained(path), tensors(path)
         newer = {
-            key.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head"): x
+            key.replace("language_model.model.", "model.language_model.").replace(
+                "language_model.lm_head", "lm_head"
+            ): x
             for key, x in given.items()
         }
         newer = {f"model.{key}" if key.startswith(("vision", "multi")) else key: x for key, x in newer.items()}

@@ -100,7 +100,7 @@ def test_tokens_that_agree(rows, monkeypatch):
 
 def test_what_nobody_chose_is_not_read():
     """NaN in it reaches no token; and a row of NaN reaches no other."""
-    layer, config = layer_of("gpt_oss")
+    layer, _ = layer_of("gpt_oss")
     layer.router.bias[...] = jnp.asarray([0.0, -90.0, 0.0, 0.0, -90.0])
     x = numbers(3, 4, D)
     want = apply(layer, x)
@@ -112,7 +112,7 @@ def test_what_nobody_chose_is_not_read():
 
 
 def test_gradients_are_those_of_a_sum_over_all_experts():
-    layer, config = layer_of("mixtral")
+    layer, _ = layer_of("mixtral")
     graph, state = nnx.split(layer)
     x = jnp.asarray(numbers(1, 6, D))
 

@@ -314,13 +314,15 @@ STRICT_FLAG = [(v, errors.DTypeError) for v in ("no", 1, None)]
 COUNT = [(v, errors.DTypeError) for v in ("1", 1.5, None, True)] + [(-1, errors.ConfigError)]
 FIELDS = {
     **dict.fromkeys(("vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim"), NEEDED_SIZE),
-    **dict.fromkeys(("num_kv_heads", "head_dim", "embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim"), SIZE),
+    **dict.fromkeys(
+        ("num_kv_heads", "head_dim", "embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim"), SIZE
+    ),
     **dict.fromkeys(("rope_theta", "expert_alpha", "expert_limit"), NEEDED_POSITIVE),
     **dict.fromkeys(("local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale"), POSITIVE),
-    **dict.fromkeys(
-        ("rope_layers", "expert_layers"),
-        [("11", errors.DTypeError), (True, errors.DTypeError), ((1, 0), errors.DTypeError), ((True,), errors.ConfigError)],
-    ),
+    **{
+        key: [*((v, errors.DTypeError) for v in ("11", True, (1, 0))), ((True,), errors.ConfigError)]
+        for key in ("rope_layers", "expert_layers")
+    },
     "rope_scaling": [(3, errors.KVAttnError), ({"rope_type": "nonsense"}, errors.ConfigError)],
     "windows": [*WINDOW, ([4], errors.ConfigError), ((4, "4"), errors.DTypeError), ((4, 0), errors.RangeError)],
     "norm_epsilon": [*NUMBER, (None, errors.DTypeError), *((v, errors.RangeError) for v in (-1e-6, np.inf, np.nan))],

@@ -70,11 +70,11 @@ class Experts(nnx.Module):
             self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=on_mesh_of(x, *spec))
         )
         y = apply(x, scores, *given)
-        return y if self.shared is None else y + self._of_shared(x)
+        return y if self.shared is None else y + self._of_all(self.shared, x)
 
-    def _of_shared(self, x: Array) -> Array:
+    def _of_all(self, shared: MLP, x: Array) -> Array:
         """What the MLP that serves every token makes of [B, T, D]."""
-        y = self.shared(x)
+        y = shared(x)
         return y if self.shared_gate is None else y * jax.nn.sigmoid(dense(self.shared_gate, x))
 
     def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:

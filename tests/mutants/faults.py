@@ -1261,7 +1261,7 @@ FAULTS: list[Fault] = [
         test_experts.py::test_tokens_that_agree
         """,
         ("Experts._chosen", "(best if self", "(scores if self"),
-        ("Experts._of_shared", "y * jax.nn.sigmoid(", "y * jax.nn.silu("),
+        ("Experts._of_all", "y * jax.nn.sigmoid(", "y * jax.nn.silu("),
         ("Experts._expert", "(linear + 1) * gated", "linear * gated"),
         ("_Blocks.__init__", "min(num_experts, choices) +", "min(num_experts, choices) - 1 +"),
         ("_Blocks.__init__", 'side="right"', 'side="left"'),
