@@ -893,6 +893,14 @@ def test_published_configs(tmp_path, name):
         assert (spec.num_experts, spec.experts_per_token) == (found.config.num_experts, found.config.experts_per_token)
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_settings_as_json_and_again(name):
+    """What `kvattn.models.save` writes beside the parameters; lists become tuples again, those of longrope too."""
+    config = describe(GOLDEN / name).config
+    again = DecoderConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config and hash(again) == hash(config)
+
+
 def test_a_text_part_with_its_tensors_elsewhere(folder):
     """Newer releases have the text part within `model.`, older ones have the models one after the other."""
     for name in ("gemma3_images", "mistral3_images"):
