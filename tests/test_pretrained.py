@@ -298,6 +298,28 @@ def test_palm_style():
         np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4 * expected.std())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("axes", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_on_a_mesh(name, axes):
+    """Experts split within each, one norm over heads of several devices, rows over the other axis."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes, axes))
+    model, _, golden = family(name)
+    split = from_pretrained(GOLDEN / name, mesh=mesh)
+    apply, weights = stateless(split)
+    call = jax.jit(apply, compiler_options=FAST)
+    rows = np.array([0, 1, 2, 0])
+    prompts, lengths = jnp.asarray(golden["prompts"][rows]), jnp.asarray(golden["lengths"][rows])
+    logits, cache = call(weights, prompts, split.make_cache(4, T + 1), lengths)
+    assert_logits(np.asarray(logits)[:3], golden)
+    token = jnp.asarray(golden["greedy"][rows, :1])
+    other, weights_of_one = stateless(model)
+    _, whole = jax.jit(other, compiler_options=FAST)(weights_of_one, prompts, model.make_cache(4, T + 1), lengths)
+    want, _ = jax.jit(other, compiler_options=FAST)(weights_of_one, token, whole)
+    got, _ = call(weights, token, cache)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE * golden["logits"][real(golden)].std())
+
+
 def test_a_step_compiles_once_and_works_in_place():
     model, _, golden = family("gemma3")
     apply, weights = stateless(model)
