@@ -28,8 +28,11 @@ def rotated(rope, x, position):
     half = rope.num_pairs
     angle = position * rope.inv_freq
     cos, sin = np.cos(angle) * rope.attention_factor, np.sin(angle) * rope.attention_factor
-    a, b, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    turned, rest = x[:, : 2 * half], x[:, 2 * half :]
+    a, b = (turned[:, 0::2], turned[:, 1::2]) if rope.interleaved else (turned[:, :half], turned[:, half:])
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = np.stack([a, b], -1).reshape(turned.shape) if rope.interleaved else np.concatenate([a, b], -1)
+    return np.concatenate([turned, rest], -1)
 
 
 def int8(x):
@@ -42,7 +45,7 @@ class Layer:
     """One block with its list of tokens, per key/value head."""
 
     def __init__(self, config, parameters, index, policy, codec):
-        self.config, self.policy, self.codec = config, policy, codec
+        self.config, self.policy, self.codec, self.index = config, policy, codec, index
         start = f"layers.{index}."
         self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
         self.rope, self.window = config.rope_of(index), config.layer_windows[index]
@@ -68,19 +71,38 @@ class Layer:
 
     def mlp(self, x):
         c = self.config
-        if not c.num_experts:
-            up = self.linear("mlp.up", x)
-            act = ACTIVATIONS[c.activation]
-            return self.linear("mlp.down", act(self.linear("mlp.gate", x)) * up if c.gated else act(up))
+        if not c.has_experts(self.index):
+            return self.dense("mlp", x)
         scores = self.linear("mlp.router", x)
         best = np.argsort(-scores)[: c.experts_per_token]
+        shares = softmax(scores)[best] if c.expert_shares == "all" else softmax(scores[best])
         y = 0
-        for share, e in zip(softmax(scores[best]), best, strict=True):
+        if c.shared_expert_dim:
+            y = self.dense("mlp.shared", x)
+            if c.shared_expert_gate:
+                y = y / (1 + np.exp(-self.linear("mlp.shared_gate", x)))
+        for share, e in zip(shares, best, strict=True):
+            if c.expert_kind == "gated":
+                hidden = ACTIVATIONS[c.activation](x @ self.w["mlp.gate"][e]) * (x @ self.w["mlp.up"][e])
+                y = y + share * (hidden @ self.w["mlp.down"][e])
+                continue
             gate = np.minimum(x @ self.w["mlp.gate"][e] + self.w["mlp.gate_bias"][e], c.expert_limit)
             up = np.clip(x @ self.w["mlp.up"][e] + self.w["mlp.up_bias"][e], -c.expert_limit, c.expert_limit)
             hidden = (up + 1) * gate / (1 + np.exp(-c.expert_alpha * gate))
             y = y + share * (hidden @ self.w["mlp.down"][e] + self.w["mlp.down_bias"][e])
         return y
+
+    def dense(self, name, x):
+        up, act = self.linear(f"{name}.up", x), ACTIVATIONS[self.config.activation]
+        return self.linear(f"{name}.down", act(self.linear(f"{name}.gate", x)) * up if self.config.gated else act(up))
+
+    def head_norm(self, name, x):
+        """Of queries or keys [heads, H]: one head at a time, or all together."""
+        c = self.config
+        axes = (0, 1) if c.qk_norm_heads == "joint" else (1,)
+        if c.norm == "layer":
+            x = x - x.mean(axes, keepdims=True)
+        return x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
 
     def attention(self, x, t):
         c, group = self.config, self.config.num_heads // self.config.num_kv_heads
@@ -88,13 +110,10 @@ class Layer:
         if c.qkv_clip:
             q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
         if c.qk_norm:
-            q, k = (
-                y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
-                for y, name in ((q, "query_ln"), (k, "key_ln"))
-            )
+            q, k = self.head_norm("query_ln", q), self.head_norm("key_ln", k)
         self.keys[t], self.values[t] = k, v
         if self.codec:
-            self.keys[t], self.values[t] = int8(rotated(self.rope, k, t)), int8(v)
+            self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
         out = np.zeros((c.num_heads, v.shape[-1]))
         for head, tokens in enumerate(self.tokens):
             tokens.append(t)
@@ -102,12 +121,7 @@ class Layer:
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
             mass = np.zeros(len(tokens))
             for n in range(head * group, (head + 1) * group):
-                query = rotated(self.rope, q[n][None], places[-1])[0]
-                keys = [
-                    self.keys[tokens[i]] if self.codec else rotated(self.rope, self.keys[tokens[i]], places[i])
-                    for i in near
-                ]
-                scores = np.array([key[head] @ query for key in keys]) * self.scale
+                scores = np.array([self.product(q[n], head, tokens, places, i, t) for i in near]) * self.scale
                 if c.softcap:
                     scores = np.tanh(scores / c.softcap) * c.softcap
                 if self.slopes is not None:
@@ -119,6 +133,20 @@ class Layer:
                 mass[near] += probs / group
             self.forget(head, t, mass)
         return self.linear("attention.out", out)
+
+    def product(self, query, head, tokens, places, i, t):
+        """Of a query at position t, seen at the last of the places, and key i, at its own."""
+        at, came = places[-1], places[i]
+        if self.rope is not None and self.rope.depends_on_length and isinstance(self.policy, kvattn.StreamingLLM):
+            # A key has the frequencies of the length it came at, and a query, but to the sinks, those of its own.
+            came, at = tokens[i], at if tokens[i] < self.policy.num_sinks else t
+        query = rotated(self.rope_at(at), query[None], at)[0]
+        key = self.keys[tokens[i]][head]
+        return query @ (key if self.codec else rotated(self.rope_at(came), key[None], came)[0])
+
+    def rope_at(self, position):
+        """The frequencies of a row whose last token is at this position."""
+        return None if self.rope is None else self.rope.for_length(position + 1)
 
     def places(self, tokens, t):
         """Where positions are counted; StreamingLLM lets go before it attends."""
@@ -139,18 +167,18 @@ class Layer:
             tokens.remove(min((j for j in tokens if j <= t - p.num_recent), key=lambda j: (score[j], j)))
 
     def __call__(self, x, t):
-        c = self.config
-        inner = x if c.norm_position == "post" else self.norm("attention_norm", x)
+        c, plain, scale = self.config, self.config.norm_position in ("post", "output"), self.config.residual_scale or 1
+        inner = x if plain else self.norm("attention_norm", x)
         y = self.attention(inner, t)
         if c.parallel:
-            return x + y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x))
+            return x + scale * (y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x)))
         for name, function in (("attention", None), ("mlp", self.mlp)):
             if function is not None:
-                inner = x if c.norm_position == "post" else self.norm("mlp_norm", x)
+                inner = x if plain else self.norm("mlp_norm", x)
                 y = function(inner)
-            if c.norm_position == "sandwich":
+            if c.norm_position in ("sandwich", "output"):
                 y = self.norm(f"{name}_post_norm", y)
-            x = (inner if c.residual_after_norm else x) + y
+            x = (inner if c.residual_after_norm else x) + scale * y
             if c.norm_position == "post":
                 x = self.norm(f"{name}_norm", x)
         return x
@@ -179,6 +207,7 @@ def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
         if config.embedding_dim is not None:
             x = x @ parameters["embed_out.kernel"]
         row = x @ (table.T if config.tie_embeddings else parameters["head.kernel"])
+        row = row * (config.logit_scale or 1)
         cap = config.logit_softcap
         rows.append(np.tanh(row / cap) * cap if cap else row)
     return np.stack(rows), layers

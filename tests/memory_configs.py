@@ -13,6 +13,11 @@ def gated(kind, layers, heads, kv_heads, dim, mlp, vocab, **more):
     } | more
 
 
+def sized(kind, layers, heads, kv_heads, dim, **more):
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {"model_type": kind, "hidden_size": dim} | sizes | more
+
+
 def opt(layers, heads, dim):
     sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": dim, "ffn_dim": 4 * dim}
     return {"model_type": "opt", "vocab_size": 50272, "word_embed_proj_dim": dim} | sizes
@@ -147,17 +152,9 @@ ESTIMATED = {
     "cohere": (gated("cohere", 40, 64, 64, 8192, 22528, 256000, **TIED), 34_980_831_232),
     "glm": (gated("glm", 40, 32, 2, 4096, 13696, 151552, head_dim=128, **UNTIED), 9_399_951_360),
     "gptj": ({"model_type": "gptj", "n_layer": 28, "n_head": 16, "n_embd": 4096, "vocab_size": 50400}, 6_050_882_784),
-    "olmo2": (gated("olmo2", 32, 32, 32, 4096, 11008, 50304, **UNTIED), 6_888_624_128),
     "phi": (gated("phi", 24, 32, 32, 2048, 8192, 51200, **UNTIED), 1_418_270_720),
-    "smollm3": (gated("smollm3", 36, 16, 4, 2048, 11008, 128256, **TIED), 3_075_098_624),
-    "stablelm": (gated("stablelm", 32, 32, 32, 2560, 6912, 50304, **UNTIED), 2_795_443_200),
-    "starcoder2": (gated("starcoder2", 30, 24, 2, 3072, 12288, 49152, **TIED), 3_030_371_328),
     "phimoe": (
         gated("phimoe", 32, 32, 8, 4096, 6400, 32064, num_local_experts=16, num_experts_per_tok=2), 41_872_793_600
-    ),
-    "qwen2_moe": (
-        gated("qwen2_moe", 24, 16, 16, 2048, 5632, 151936, num_experts=60, num_experts_per_tok=4,
-              moe_intermediate_size=1408, shared_expert_intermediate_size=5632), 14_315_784_192
     ),
     "glm4_moe": (
         gated("glm4_moe", 46, 96, 8, 4096, 10944, 151552, n_routed_experts=128, num_experts_per_tok=8,
@@ -182,13 +179,36 @@ ESTIMATED = {
 }  # fmt: skip
 """Families without a counter: transformers 5.23's sizes of them, and the parameters of what it builds."""
 
+EXACT = {
+    "olmo2": (gated("olmo2", 32, 32, 32, 4096, 11008, 50304, **UNTIED), 6_888_624_128),
+    "smollm3": (gated("smollm3", 36, 16, 4, 2048, 11008, 128256, **TIED), 3_075_098_624),
+    "stablelm": (gated("stablelm", 32, 32, 32, 2560, 6912, 50304, **UNTIED), 2_795_443_200),
+    "starcoder2": (gated("starcoder2", 30, 24, 2, 3072, 12288, 49152, **TIED), 3_030_371_328),
+    "qwen2_moe": (
+        gated(
+            "qwen2_moe",
+            24,
+            16,
+            16,
+            2048,
+            5632,
+            151936,
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+        ),
+        14_315_784_192,
+    ),
+    "qwen2_moe, some dense": (
+        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]),
+        7_566_573_568,
+    ),
+}
+"""Families with one: likewise."""
+
 ACTIVE = {"phimoe": 6.6e9, "qwen2_moe": 2.7e9}
 """As published, to two digits."""
-
-
-def sized(kind, layers, heads, kv_heads, dim, **more):
-    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {"model_type": kind, "hidden_size": dim} | sizes | more
 
 
 def nested(kind, **inner):
@@ -327,6 +347,8 @@ COUNTED = {
     "chatglm3-6b": (CHATGLM | {"padded_vocab_size": 65024, "ffn_hidden_size": 13696}, 6.24, 6.24),
     "qwen1.5-moe-a2.7b": (sized("qwen2_moe", 24, 16, 16, 2048), 14.3, 2.7),
 }  # fmt: skip
+COUNTED_EXACTLY = ("qwen1.5-moe-a2.7b",)
+"""Those of a family with a counter."""
 
 BUILT = {
     # What transformers 5.24 builds of them.
@@ -344,9 +366,6 @@ BUILT = {
         sized("lfm2_moe", 32, 32, 8, 2048, layer_types=["conv", "full_attention"] * 16), 11_230_351_360
     ),
     "jamba": (sized("jamba", 32, 32, 8, 4096, expert_layer_period=3, expert_layer_offset=2), 35_715_460_992),
-    "qwen2_moe": (
-        sized("qwen2_moe", 24, 16, 16, 2048, decoder_sparse_step=2, mlp_only_layers=[1]), 7_566_573_568
-    ),
     "ernie4_5_moe": (
         sized("ernie4_5_moe", 28, 20, 4, 2560, intermediate_size=12288, vocab_size=103424, moe_num_experts=64, moe_k=6,
               moe_num_shared_experts=2, moe_intermediate_size=1536, moe_layer_interval=2, moe_layer_start_index=3,

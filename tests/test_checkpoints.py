@@ -1,6 +1,7 @@
 """Checkpoint folders: what is read, in which forms, and what is refused by name."""
 
 import json
+import math
 import pathlib
 import resource
 import shutil
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from published_configs import PUBLISHED
 from safetensors.numpy import load_file, save_file
 
 import kvattn
@@ -29,6 +31,7 @@ from kvattn.errors import (
     UnsupportedError,
 )
 from kvattn.families.hf.gpt_oss import from_mxfp4
+from kvattn.memory import from_config
 from kvattn.models import FAMILIES, DecoderConfig, describe, from_pretrained
 from kvattn.models.parameters import parameters_of
 
@@ -351,6 +354,48 @@ ABSENT = {
     "gemma3_text": GEMMA_BLOCK
     | {"vocab_size": 262208, "softcap": None, "logit_softcap": None, "rope_theta": 1e6, "local_rope_theta": 1e4}
     | {"windows": SIX * 4 + (4096, 4096)},
+    "cohere2": {"vocab_size": 256000, "model_dim": 8192, "num_layers": 40, "num_heads": 64, "num_kv_heads": 64}
+    | {"mlp_dim": 22528, "norm_epsilon": 1e-5, "activation": "silu", "logit_scale": 0.0625, "rope_theta": 1e4}
+    | {"windows": (4096, 4096, 4096, None) * 10, "rope_layers": (True, True, True, False) * 10}
+    | {"tie_embeddings": True, "qkv_bias": False, "norm": "layer", "norm_bias": False, "shared_norm": True},
+    "gemma": {"vocab_size": 256000, "model_dim": 3072, "num_layers": 28, "num_heads": 16, "num_kv_heads": 16}
+    | {"head_dim": 256, "mlp_dim": 24576, "norm_epsilon": 1e-6, "activation": "gelu_tanh", "rope_theta": 1e4}
+    | {"tie_embeddings": True, "qkv_bias": False, "embedding_scale": 3072**0.5, "norm_position": "pre"},
+    "glm4": {"vocab_size": 151552, "model_dim": 4096, "num_layers": 40, "num_heads": 32, "num_kv_heads": 2}
+    | {"head_dim": 128, "mlp_dim": 13696, "norm_epsilon": 1.5625e-7, "activation": "silu", "rotary_dim": 64}
+    | {"qkv_bias": True, "out_bias": False, "tie_embeddings": False, "rope_interleaved": True},
+    "gpt_neox": {"vocab_size": 50432, "model_dim": 6144, "num_layers": 44, "num_heads": 64, "mlp_dim": 24576}
+    | {"activation": "gelu", "norm_epsilon": 1e-5, "rotary_dim": 24, "parallel": True, "shared_norm": False}
+    | {"qkv_bias": True, "mlp_bias": True, "tie_embeddings": False, "rope_theta": 1e4},
+    "granite": LLAMA_BLOCK
+    | {"vocab_size": 32000, "num_kv_heads": 32, "mlp_dim": 11008, "qkv_bias": False, "mlp_bias": False}
+    | {"embedding_scale": 1.0, "attention_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0},
+    "mixtral": LLAMA_BLOCK
+    | {"vocab_size": 32000, "num_kv_heads": 8, "mlp_dim": 14336, "norm_epsilon": 1e-5, "rope_theta": 1e6}
+    | {"num_experts": 8, "experts_per_token": 2, "expert_kind": "gated", "expert_shares": "chosen"},
+    "olmo2": LLAMA_BLOCK
+    | {"vocab_size": 50304, "num_kv_heads": 32, "mlp_dim": 11008, "norm_epsilon": 1e-5, "qkv_bias": False}
+    | {"norm_position": "output", "qk_norm": True, "qk_norm_heads": "joint"},
+    "phi3": {"vocab_size": 32064, "model_dim": 3072, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
+    | {"mlp_dim": 8192, "norm_epsilon": 1e-5, "activation": "silu", "windows": None, "rotary_dim": None}
+    | {"rope_scaling": None, "rope_theta": 1e4, "tie_embeddings": False},
+    "qwen2_moe": {"vocab_size": 151936, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "num_kv_heads": 16}
+    | {"mlp_dim": 5632, "expert_dim": 1408, "shared_expert_dim": 5632, "shared_expert_gate": True, "num_experts": 60}
+    | {"experts_per_token": 4, "expert_shares": "all", "expert_layers": None, "qkv_bias": True, "windows": None}
+    | {"norm_epsilon": 1e-6, "rope_theta": 1e4, "tie_embeddings": False},
+    "qwen3_moe": {"vocab_size": 151936, "model_dim": 2048, "num_layers": 24, "num_heads": 32, "num_kv_heads": 4}
+    | {"head_dim": 64, "mlp_dim": 6144, "expert_dim": 768, "shared_expert_dim": None, "num_experts": 128}
+    | {"experts_per_token": 8, "expert_shares": "all", "qk_norm": True, "qkv_bias": False, "windows": None}
+    | {"tie_embeddings": False},
+    "smollm3": {"vocab_size": 128256, "model_dim": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 4}
+    | {"mlp_dim": 11008, "norm_epsilon": 1e-6, "rope_theta": 2e6, "rope_layers": (True, True, True, False) * 9}
+    | {"windows": None, "qkv_bias": False, "mlp_bias": False, "tie_embeddings": True},
+    "stablelm": {"vocab_size": 50304, "model_dim": 2560, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
+    | {"mlp_dim": 6912, "norm_epsilon": 1e-5, "rotary_dim": 20, "qk_norm": False, "parallel": False}
+    | {"qkv_bias": False, "tie_embeddings": False, "norm_bias": True},
+    "starcoder2": {"vocab_size": 49152, "model_dim": 3072, "num_layers": 30, "num_heads": 24, "num_kv_heads": 2}
+    | {"mlp_dim": 12288, "norm_epsilon": 1e-5, "activation": "gelu_tanh", "qkv_bias": True, "mlp_bias": True}
+    | {"out_bias": True, "windows": None, "tie_embeddings": True},
     "gpt2": GPT_BLOCK | {"num_kv_heads": 12, "tie_embeddings": True},
     "gpt_bigcode": GPT_BLOCK | {"num_kv_heads": 1, "tie_embeddings": True},
     "gpt_oss": {"vocab_size": 201088, "model_dim": 2880, "num_layers": 36, "num_heads": 64, "num_kv_heads": 8}
@@ -369,7 +414,7 @@ ABSENT = {
     "qwen2": LLAMA_BLOCK | {"vocab_size": 151936, "num_kv_heads": 32, "mlp_dim": 22016},
     "qwen3": LLAMA_BLOCK | {"vocab_size": 151936, "num_kv_heads": 32, "mlp_dim": 22016, "qkv_bias": False},
 }
-"""What the config classes of transformers 5.23 say, called without arguments."""
+"""What the config classes of transformers 5.23 and 5.24 say, called without arguments."""
 
 
 def config_of(folder, **fields):
@@ -657,7 +702,8 @@ def test_unknown_models(folder):
 FLAGS = [
     ("llama3", {"hidden_act": "tanh"}, UnsupportedError),
     ("llama3", {"quantization_config": {"quant_method": "gptq"}}, UnsupportedError),
-    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, UnsupportedError),
+    ("llama3", {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, UnsupportedError),
+    ("llama3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ConfigError),
     ("llama3", {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}, UnsupportedError),
     ("gemma2", {"sliding_window_size": 4096}, ConfigError),
     ("llama3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, UnsupportedError),
@@ -694,6 +740,35 @@ FLAGS = [
     ("gpt_oss", {"hidden_act": "gelu"}, UnsupportedError),
     ("gpt_oss", {"num_experts_per_tok": 9}, ConfigError),
     ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError),
+    ("gemma", {"hidden_activation": "relu"}, UnsupportedError),
+    ("gemma", {"use_bidirectional_attention": True}, UnsupportedError),
+    ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, UnsupportedError),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.5}}, ConfigError),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ConfigError),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0] * 2}}, ConfigError),
+    ("olmo2", {"clip_qkv": 8.0}, UnsupportedError),
+    ("granite", {"logits_scaling": 0}, ConfigError),
+    ("granite", {"residual_multiplier": -1.0}, ConfigError),
+    ("smollm3", {"no_rope_layers": [1, 1]}, ConfigError),
+    ("smollm3", {"no_rope_layers": [2, 0, 1]}, ConfigError),
+    ("stablelm", {"qk_layernorm": "yes"}, ConfigError),
+    ("stablelm", {"hidden_act": "relu2"}, UnsupportedError),
+    ("starcoder2", {"norm_type": "rms_norm"}, UnsupportedError),
+    ("starcoder2", {"mlp_type": "gated"}, UnsupportedError),
+    ("gpt_neox", {"num_attention_heads": 5}, ConfigError),
+    ("glm4", {"use_qk_norm": True}, UnsupportedError),
+    ("cohere2", {"use_qk_norm": True}, UnsupportedError),
+    ("cohere2", {"use_parallel_block": False}, UnsupportedError),
+    ("cohere2", {"position_embedding_type": "rope_neox"}, UnsupportedError),
+    ("cohere2", {"order_of_interleaved_layers": "global_attn_first"}, UnsupportedError),
+    ("cohere2", {"sliding_window": None}, ConfigError),
+    ("mixtral", {"num_experts_per_tok": 9}, ConfigError),
+    ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError),
+    ("qwen2_moe", {"decoder_sparse_step": 0}, ConfigError),
+    ("qwen2_moe", {"mlp_only_layers": [0, 1]}, UnsupportedError),
+    ("qwen3_moe", {"mlp_only_layers": 3}, ConfigError),
+    ("gemma3_images", {"use_something": 3}, UnsupportedError),
+    ("mistral3_images", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError),
 ]
 
 
@@ -703,6 +778,7 @@ OURS = {
     "num_heads": "n_head",
     "num_kv_heads": "num_key_value_heads",
     "experts_per_token": "num_experts_per_tok",
+    "decoder_sparse_step": "mlp_only_layers",
 }
 """Where the decoder's settings say it, by their own names."""
 
@@ -760,8 +836,13 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "mistral", "gemma2", "falcon7b", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt"]
-)
+    "name",
+    [
+        "llama3", "mistral", "gemma2", "falcon7b", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "phi3", "olmo2",
+        "cohere2", "granite", "smollm3", "stablelm", "starcoder2", "gpt_neox", "glm4", "mixtral", "qwen2_moe",
+        "qwen3_moe", "gemma",
+    ],
+)  # fmt: skip
 def test_fields_that_never_matter(folder, name):
     """What published files carry of how they were trained, run and sampled from, in every family."""
     path = folder(name)
@@ -795,6 +876,71 @@ def test_notes_that_published_files_have_beside_a_field(folder, name, note):
     config = json.loads((path / "config.json").read_text())
     set_config(path, **{field: 4 if same is None else config[same]})
     assert describe(path).config == describe(GOLDEN / name).config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(tmp_path, name):
+    """Whole files as they are published: every field is known, and every parameter is in one of the tensors."""
+    config, count = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, spec = describe(tmp_path), from_config(tmp_path)
+    assert sum(math.prod(shape) for shape in found.tensors.values()) == count
+    assert (spec.num_params, spec.is_estimate, spec.cache_is_estimate, spec.notes) == (count, False, False, ())
+    assert spec.layer_windows == found.config.layer_windows
+    sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
+    assert [getattr(spec, size) for size in sizes] == [getattr(found.config, size) for size in sizes]
+    if found.config.num_experts:
+        assert (spec.num_experts, spec.experts_per_token) == (found.config.num_experts, found.config.experts_per_token)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_settings_as_json_and_again(name):
+    """What `kvattn.models.save` writes beside the parameters; lists become tuples again, those of longrope too."""
+    config = describe(GOLDEN / name).config
+    again = DecoderConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config and hash(again) == hash(config)
+
+
+def test_a_text_part_with_its_tensors_elsewhere(folder):
+    """Newer releases have the text part within `model.`, older ones have the models one after the other."""
+    for name in ("gemma3_images", "mistral3_images"):
+        path = folder(name)
+        expected, given = from_pretrained(path), tensors(path)
+        newer = {
+            key.replace("language_model.model.", "model.language_model.").replace(
+                "language_model.lm_head", "lm_head"
+            ): x
+            for key, x in given.items()
+        }
+        newer = {f"model.{key}" if key.startswith(("vision", "multi")) else key: x for key, x in newer.items()}
+        save_file(newer, path / WEIGHTS)
+        assert_same(from_pretrained(path), expected)
+        save_file(newer | {"model.language_model.layers.0.more": np.zeros(3, np.float32)}, path / WEIGHTS)
+        refused(CacheVersionError, path, "left over: model.language_model.layers.0.more")
+
+
+def test_what_is_said_around_a_text_part(folder):
+    """Whether embeddings are tied is, and it is true where nothing is said; a head of its own wins."""
+    path = folder("mistral3_images")
+    expected = from_pretrained(path)
+    set_config(path, drop=("tie_word_embeddings",))
+    assert describe(path).config.tie_embeddings
+    assert_same(from_pretrained(path), expected)
+    given = tensors(path)
+    save_file({key: x for key, x in given.items() if "lm_head" not in key}, path / WEIGHTS)
+    assert from_pretrained(path).config.tie_embeddings
+    set_config(path, tie_word_embeddings=False)
+    refused(CacheVersionError, path, "missing: lm_head.weight")
+
+
+def test_experts_on_a_mesh():
+    """Stacked from one tensor each, split within each expert."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    whole, split = (from_pretrained(GOLDEN / "qwen2_moe", **on) for on in ({}, {"mesh": mesh}))
+    assert_same(whole, split)
+    spec = lambda name: tuple(parameters_of(split)[f"layers.0.mlp.{name}"].sharding.spec)
+    assert spec("gate") == spec("up") == (None, None, "model") and spec("down") == (None, "model", None)
+    assert spec("shared.up.kernel") == (None, "model") and spec("router.kernel") == ()
 
 
 def test_every_family_is_documented():

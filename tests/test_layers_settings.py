@@ -98,6 +98,7 @@ ARGUMENTS = {
     "softcap": [*NUMBER[:1], *((v, errors.RangeError) for v in (0, -1.0, np.nan))],
     "sinks": NEEDED_FLAG,
     "qk_norm": CHOICE,
+    "qk_norm_heads": [*CHOICE, (None, errors.ConfigError)],
     "qk_norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
     "norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
     "qkv_clip": POSITIVE,
@@ -314,14 +315,21 @@ STRICT_FLAG = [(v, errors.DTypeError) for v in ("no", 1, None)]
 COUNT = [(v, errors.DTypeError) for v in ("1", 1.5, None, True)] + [(-1, errors.ConfigError)]
 FIELDS = {
     **dict.fromkeys(("vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim"), NEEDED_SIZE),
-    **dict.fromkeys(("num_kv_heads", "head_dim", "embedding_dim"), SIZE),
+    **dict.fromkeys(
+        ("num_kv_heads", "head_dim", "embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim"), SIZE
+    ),
     **dict.fromkeys(("rope_theta", "expert_alpha", "expert_limit"), NEEDED_POSITIVE),
-    **dict.fromkeys(("local_rope_theta", "qkv_clip", "embedding_scale"), POSITIVE),
+    **dict.fromkeys(("local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale"), POSITIVE),
+    **{
+        key: [*((v, errors.DTypeError) for v in ("11", True, (1, 0))), ((True,), errors.ConfigError)]
+        for key in ("rope_layers", "expert_layers")
+    },
     "rope_scaling": [(3, errors.KVAttnError), ({"rope_type": "nonsense"}, errors.ConfigError)],
     "windows": [*WINDOW, ([4], errors.ConfigError), ((4, "4"), errors.DTypeError), ((4, 0), errors.RangeError)],
     "norm_epsilon": [*NUMBER, (None, errors.DTypeError), *((v, errors.RangeError) for v in (-1e-6, np.inf, np.nan))],
     **{key: [NUMBER[0], *((v, errors.RangeError) for v in (0, -1.0, np.nan))] for key in ("softcap", "logit_softcap")},
     **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("positions", "norm", "norm_position", "activation")},
+    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("qk_norm_heads", "expert_kind", "expert_shares")},
     "max_positions": SIZE,
     "alibi_slopes": [
         ("12", errors.DTypeError),
@@ -343,6 +351,8 @@ FIELDS = {
             "qk_norm",
             "qkv_bias",
             "residual_after_norm",
+            "rope_interleaved",
+            "shared_expert_gate",
             "embedding_norm",
             "shared_norm",
             "sinks",

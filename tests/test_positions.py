@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kvattn
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.positions import PHASE_ERROR, RoPE, alibi_slopes
 
@@ -26,6 +27,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+    "original_max_position_embeddings": 32,
+    "factor": 4.0,
+}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
 
 
@@ -138,7 +146,7 @@ def test_only_the_distance_counts_however_far():
 
 def golden_rope(case, **changes):
     scaling = dict(case["scaling"])
-    if scaling["rope_type"] == "dynamic":
+    if scaling["rope_type"] in ("dynamic", "longrope"):
         scaling["max_position_embeddings"] = case["max_position_embeddings"]
     return RoPE(
         case["head_dim"], **{"theta": case["theta"], "scaling": {**scaling, **changes.pop("fields", {})}, **changes}
@@ -183,6 +191,13 @@ def test_matches_transformers(name):
         ("llama3", {"high_freq_factor": 3.9}),
         ("llama3_32", {"factor": 31.0}),
         ("llama3", {"original_max_position_embeddings": 8000}),
+        ("longrope_short", {"short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.1]}),
+        ("longrope_short", {"original_max_position_embeddings": 31}),
+        ("longrope_short", {"max_position_embeddings": 129}),
+        ("longrope_long", {"long_factor": [1.0, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0]}),
+        ("longrope_long", {"original_max_position_embeddings": 33}),
+        ("longrope_attention", {"attention_factor": None}),
+        ("longrope_factor", {"factor": 4.1}),
     ],
 )
 def test_every_field_of_the_rope_dict_matters(name, fields):
@@ -212,6 +227,59 @@ def test_dynamic_takes_the_length_from_the_row():
     np.testing.assert_allclose(out[1], RoPE(16)(x[1], positions[1]), atol=1e-6)
     np.testing.assert_array_equal(out[1], rope(x, positions[[1, 1]])[1])  # whatever its neighbour is
     assert abs(out[0] - RoPE(16)(x[0], positions[0])).max() > 0.1
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_longrope_takes_the_length_from_the_row(interleaved):
+    """Or as it is told; either way up to the last token of the original length by the short divisors."""
+    rope, x = RoPE(16, scaling=LONGROPE, interleaved=interleaved), heads((2, 40, 1, 16))
+    positions = np.stack([np.arange(40), np.minimum(np.arange(40), 31)])
+    long, short = rope.for_length(33), rope.for_length(32)
+    assert abs(long.inv_freq - short.inv_freq).max() > 0.01 and rope.depends_on_length
+    assert long.for_length(1) == long and RoPE(16).for_length(9) == RoPE(16) and not RoPE(16).depends_on_length
+    want = np.stack([long(x[0], positions[0]), short(x[1], positions[1])])
+    np.testing.assert_allclose(rope(x, positions), want, atol=1e-6)
+    exact = (
+        rotated(x[0].astype(np.float64), positions[0], long.inv_freq, interleaved=interleaved) * rope.attention_factor
+    )
+    np.testing.assert_allclose(want[0], exact, atol=1e-5)
+    # Of a row that is told its length the other one makes no difference, nor what is turned with it.
+    told = np.stack([short(x[0], positions[0]), long(x[1], positions[1])])
+    np.testing.assert_allclose(rope(x, positions, np.array([32, 33])), told, atol=1e-6)
+    np.testing.assert_allclose(rope(x[0], positions[0], 32), told[0], atol=1e-6)
+    np.testing.assert_allclose(rope(x, positions[0], np.array([33, 33]))[0], want[0], atol=1e-6)
+    with pytest.raises(ShapeError, match="lengths"):
+        rope(x, positions, 33)
+    with jax.enable_x64(True):
+        wide = np.asarray(rope(x.astype(np.float64), positions))
+    np.testing.assert_allclose(wide[0], exact, atol=1e-12)
+    np.testing.assert_allclose(wide, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [DYNAMIC, LONGROPE], ids=lambda s: s["rope_type"])
+def test_keys_that_move_go_by_the_length_of_their_row(scaling):
+    """Keys that are turned as they are read, block by block: all of a row by the frequencies of its queries."""
+    rope = RoPE(16, scaling=scaling | {"original_max_position_embeddings": 12})
+    lengths, tokens = np.array([18, 10]), 18
+    q, k, v = heads((3, 2, tokens, 2, 16))
+    policy, layout = kvattn.H2O(9, 9, positions_in="cache"), kvattn.cache.Layout(19, 8, True)
+    cache = kvattn.KVCache.create(2, 2, 16, policy=policy, dtype=jnp.float32, layout=layout)
+    step = jax.jit(
+        lambda q, k, v, cache, n: kvattn.cached_attention(q, k, v, cache, num_new=n, rope=rope),
+        compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    )
+    outs = []
+    for t in range(tokens):
+        new = (x[:, t : t + 1] for x in (q, k, v))
+        out, cache = step(*new, cache, jnp.asarray(t < lengths, jnp.int32))
+        outs.append(np.asarray(out)[:, 0])
+    for row, length in enumerate(lengths):
+        fixed, at = rope.for_length(int(length)), np.arange(length)
+        query = np.asarray(fixed(q[row, [length - 1]], at[-1:]))[0]
+        scores = np.einsum("nh,snh->sn", query, np.asarray(fixed(k[row, :length], at))) / 4
+        probs = np.exp(scores - scores.max(0))
+        want = np.einsum("sn,snh->nh", probs / probs.sum(0), v[row, :length])
+        np.testing.assert_allclose(outs[length - 1][row], want, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [100, 4096, 10**5, 10**6])
@@ -321,7 +389,13 @@ def test_traced_negative_positions_turn_back_and_gradients_are_the_inverse():
         (DTypeError, "interleaved", lambda: RoPE(8, interleaved=1)),
         (ConfigError, "max_positions", lambda: RoPE(8, max_positions=0)),
         (DTypeError, "scaling", lambda: RoPE(8, scaling=2.0)),
-        (ConfigError, "'llama3'", lambda: RoPE(8, scaling={"rope_type": "longrope"})),
+        (ConfigError, "'llama3'", lambda: RoPE(8, scaling={"rope_type": "mrope"})),
+        (ConfigError, "'long_factor'", lambda: RoPE(8, scaling={"rope_type": "longrope", "short_factor": [1.0] * 4})),
+        (ConfigError, "the 4 pairs", lambda: RoPE(8, scaling=LONGROPE)),
+        (DTypeError, "short_factor", lambda: RoPE(8, scaling=LONGROPE | {"short_factor": 2.0})),
+        (ConfigError, "long_factor", lambda: RoPE(16, scaling=LONGROPE | {"long_factor": [0.0] * 8})),
+        (ConfigError, "attention_factor", lambda: RoPE(16, scaling=LONGROPE | {"factor": None})),
+        (ConfigError, "> 1", lambda: RoPE(16, scaling=LONGROPE | {"original_max_position_embeddings": 1})),
         (ConfigError, "two kinds", lambda: RoPE(8, scaling={"rope_type": "yarn", "type": "linear"})),
         (ConfigError, "'factor'", lambda: RoPE(8, scaling={"rope_type": "linear"})),
         (ConfigError, "factor", lambda: RoPE(8, scaling={"rope_type": "linear", "factor": 0.0})),

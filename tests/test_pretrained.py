@@ -30,7 +30,18 @@ VARIANTS = (
     "bloom_post", "falcon11b", "falcon_rw", "gemma3_scaled", "gpt2_scaled", "gpt_bigcode_mha", "llama_biases",
     "llama_yarn", "mistral_full", "mpt_clip", "opt350m", "qwen2_window",
 )  # fmt: skip
-EVERY = [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+LATER = (
+    "cohere2", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "mistral3_images", "mixtral", "olmo2", "phi3",
+    "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+LATER_VARIANTS = (
+    "cohere2_biases", "gemma_biases", "glm4_plain", "gpt_neox_serial", "granite_biases", "mixtral_window",
+    "olmo2_biases", "phi3_short", "qwen2_moe_mixed", "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel",
+    "starcoder2_plain",
+)  # fmt: skip
+BY_LENGTH = ("phi3_long",)
+"""Rows on both sides of the length at which frequencies change: whole prompts only, as transformers has them."""
+ALL = (*PLAIN, *VARIANTS, *LATER, *LATER_VARIANTS)
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiling takes longer than running here."""
 TOLERANCE = 2e-4
@@ -47,9 +58,12 @@ def family(name):
         return model, functools.partial(call, weights), dict(golden)
 
 
-def some(*quick):
+def some(*quick, of=ALL):
     """Every family; all but the named are slow."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in (*PLAIN, *VARIANTS)]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in of]
+
+
+EVERY = some(*PLAIN, "mixtral", "olmo2")
 
 
 def real(golden):
@@ -66,15 +80,32 @@ def assert_logits(logits, golden, where=None):
 
 def test_every_golden_is_tested():
     folders = {path.name for path in GOLDEN.iterdir() if path.is_dir()}
-    assert folders == {*PLAIN, *VARIANTS}
+    assert folders == {*ALL, *BY_LENGTH}
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *VARIANTS])
+@pytest.mark.parametrize("name", some(*PLAIN, *VARIANTS, *LATER))
 def test_whole_prompts(name):
     _, call, golden = family(name)
     logits, cache = call(jnp.asarray(golden["prompts"]))
     assert cache is None and logits.dtype == jnp.float32
     assert_logits(logits, golden)
+
+
+def test_longrope_goes_by_the_length_of_each_row():
+    """12 tokens are the most of a short row here: one row of the batch is, the others are long, pads or not."""
+    model, call, golden = family("phi3_long")
+    assert sorted(golden["lengths"] > 12) == [False, True, True]
+    given = jnp.asarray(golden["prompts"]), None, jnp.asarray(golden["lengths"])
+    assert_logits(call(*given)[0], golden)
+    assert_logits(call(given[0], model.make_cache(B, T), given[2])[0], golden)
+    with pytest.raises(AssertionError, match="deviation"):
+        assert_logits(call(given[0])[0], golden)  # as if pads were tokens
+    # A long row whose first tokens came alone keeps their frequencies; a short one is the same in any chunks.
+    logits, _ = through(call, model.make_cache(B, T), golden, 8)
+    short = real(golden) & (golden["lengths"] <= 12)[:, None]
+    assert_logits(logits, golden, short)
+    with pytest.raises(AssertionError, match="deviation"):
+        assert_logits(logits, golden)
 
 
 def through(call, cache, golden, size):
@@ -113,7 +144,7 @@ def test_chunks_and_what_follows(name):
         assert layer.check().lengths.tolist() == (lengths + steps).tolist()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", some(*PLAIN))
 def test_token_by_token(name):
     model, call, golden = family(name)
     logits, _ = through(call, model.make_cache(B, T + golden["greedy"].shape[1]), golden, 1)
@@ -145,7 +176,7 @@ def test_a_budget_that_holds_all_is_full(name, policy):
         assert_logits(logits, golden)
 
 
-@pytest.mark.parametrize("name", some("bloom", "gemma2", "gpt_oss", "opt"))
+@pytest.mark.parametrize("name", [*some("bloom", "gemma2", "gpt_oss", "opt"), *some(of=BY_LENGTH)])
 @pytest.mark.parametrize(
     ("policy", "codec"),
     [(None, None), (kvattn.StreamingLLM(2, 4), None), (kvattn.H2O(4, 4), None), (None, kvattn.Int8())],
@@ -204,7 +235,7 @@ def test_each_layer_its_own():
 @pytest.mark.slow
 def test_every_parameter_matters():
     """A golden that some tensor does not move would not see it misread."""
-    for name in (*PLAIN, *VARIANTS):
+    for name in (*ALL, *BY_LENGTH):
         model, _, golden = family(name)
         graph, state = nnx.split(model)
         tokens = jnp.asarray(golden["prompts"][:1])
@@ -267,6 +298,28 @@ def test_palm_style():
         np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4 * expected.std())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("axes", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_on_a_mesh(name, axes):
+    """Experts split within each, one norm over heads of several devices, rows over the other axis."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes, axes))
+    model, _, golden = family(name)
+    split = from_pretrained(GOLDEN / name, mesh=mesh)
+    apply, weights = stateless(split)
+    call = jax.jit(apply, compiler_options=FAST)
+    rows = np.array([0, 1, 2, 0])
+    prompts, lengths = jnp.asarray(golden["prompts"][rows]), jnp.asarray(golden["lengths"][rows])
+    logits, cache = call(weights, prompts, split.make_cache(4, T + 1), lengths)
+    assert_logits(np.asarray(logits)[:3], golden)
+    token = jnp.asarray(golden["greedy"][rows, :1])
+    other, weights_of_one = stateless(model)
+    _, whole = jax.jit(other, compiler_options=FAST)(weights_of_one, prompts, model.make_cache(4, T + 1), lengths)
+    want, _ = jax.jit(other, compiler_options=FAST)(weights_of_one, token, whole)
+    got, _ = call(weights, token, cache)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE * golden["logits"][real(golden)].std())
+
+
 def test_a_step_compiles_once_and_works_in_place():
     model, _, golden = family("gemma3")
     apply, weights = stateless(model)
@@ -320,6 +373,9 @@ FAULTS = {
     "slopes": ("mpt_clip", "mpt", _config(alibi_slopes=tuple(2.0 ** -(i + 1) for i in range(6)))),
     "clipping": ("mpt_clip", "mpt", _config(qkv_clip=None)),
     "experts' limit": ("gpt_oss", "gpt_oss", _config(expert_limit=1.0)),
+    "shares of all experts": ("qwen2_moe", "qwen2_moe", _config(expert_shares="chosen")),
+    "pairs of neighbours": ("glm4", "glm4", _config(rope_interleaved=False)),
+    "one norm over all heads": ("olmo2", "olmo2", _config(norm_epsilon=1e-2)),
     "residual": ("bloom_post", "bloom", _config(residual_after_norm=False)),
     "activation": ("bloom", "bloom", _config(activation="gelu")),
     "epsilon": ("opt", "opt", _config(norm_epsilon=1e-3)),

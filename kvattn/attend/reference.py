@@ -112,7 +112,7 @@ def attend(request: Request) -> Result:
     reached = request.reached(kv_positions)[..., None]
     keys, values = jnp.where(reached, keys, 0), jnp.where(reached, values, 0)
     if request.key_rope is not None:
-        keys = rotated(keys, request.key_rope, kv_positions)
+        keys = rotated(keys, request, kv_positions)
     query = grouped(query, request.view.num_kv_heads).astype(acc)
     scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, precision=HIGHEST)
     scores = adjust(scores, request, request.positions, kv_positions)

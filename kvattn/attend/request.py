@@ -59,11 +59,20 @@ class Request:
         return self.mask.reachable(self.positions, kv_positions)
 
 
-def rotated(keys: Float[Array, "B K R H"], rope: RoPE, kv_positions: Int32[Array, "B K1 R"]) -> Float[Array, "B K R H"]:
-    """Keys turned to their positions (of one head or all); keys of empty slots to anywhere."""
+def rotated(
+    keys: Float[Array, "B K R H"], request: Request, kv_positions: Int32[Array, "B K1 R"]
+) -> Float[Array, "B K R H"]:
+    """Keys turned to their positions (of one head or all) by `key_rope`; keys of empty slots to anywhere.
+
+    Frequencies that depend on a length go by that of the queries, whichever slots these keys are.
+    """
+    assert request.key_rope is not None
     batch, heads, rows, features = keys.shape
     where = jnp.broadcast_to(jnp.maximum(kv_positions, 0), (batch, heads, rows)).reshape(batch * heads, rows)
-    return rope(keys.reshape(batch * heads, rows, 1, features), where).reshape(keys.shape)
+    lengths = None
+    if request.key_rope.depends_on_length:
+        lengths = jnp.repeat(jnp.max(request.positions, axis=1, initial=0) + 1, heads)
+    return request.key_rope(keys.reshape(batch * heads, rows, 1, features), where, lengths).reshape(keys.shape)
 
 
 def grouped(query: Shaped[Array, "B T N H"], num_kv_heads: int) -> Shaped[Array, "B K G T H"]:

@@ -173,7 +173,7 @@ class _Walk:
             scores = view.codec.scores(self.rows, keys, transposed).astype(self.acc)
         else:
             keys = view.codec.keys(keys, view.key_head_dim, transposed, self.acc)
-            keys = rotated(keys, request.key_rope, kv_positions)
+            keys = rotated(keys, request, kv_positions)
             scores = jnp.einsum("bkmh,bkrh->bkmr", self.rows.astype(self.acc), keys)
         scores = adjust(scores.reshape(*self.shape, -1), request, request.positions, kv_positions)
         allowed = request.mask.allowed(request.positions, kv_positions)[:, :, None]

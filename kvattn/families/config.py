@@ -15,10 +15,31 @@ MAX_LAYERS = 10_000
 """More than any model has: what per layer is listed would not end."""
 _FLAGS = (
     "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
-    "residual_after_norm", "embedding_norm", "shared_norm", "sinks", "tie_embeddings",
+    "residual_after_norm", "embedding_norm", "rope_interleaved", "shared_expert_gate", "shared_norm", "sinks",
+    "tie_embeddings",
 )  # fmt: skip
-_POSITIVE = ("rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "expert_alpha", "expert_limit")
-_MAY_BE_NONE = ("local_rope_theta", "qkv_clip", "embedding_scale", "embedding_dim", "max_positions")
+_POSITIVE = (
+    "rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "expert_alpha",
+    "expert_limit",
+)  # fmt: skip
+_SIZES = {
+    "embedding_dim": 1, "num_experts": 0, "experts_per_token": 0, "max_positions": 1, "expert_dim": 1,
+    "shared_expert_dim": 1, "rotary_dim": 2,
+}  # fmt: skip
+"""Sizes, and the least that each may be."""
+_MAY_BE_NONE = (
+    "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "embedding_dim",
+    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim",
+)  # fmt: skip
+_CHOICES = {
+    "positions": ("rope", "alibi", "learned"),
+    "norm": ("rms", "layer"),
+    "norm_position": ("pre", "post", "sandwich", "output"),
+    "activation": ACTIVATIONS,
+    "qk_norm_heads": ("shared", "own", "joint"),
+    "expert_kind": ("gpt_oss", "gated"),
+    "expert_shares": ("chosen", "all"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +53,13 @@ class DecoderConfig:
         num_heads: N.
         num_kv_heads: K; N if None.
         head_dim: H; D // N if None.
-        mlp_dim: the hidden size of the MLP, or of each expert.
+        mlp_dim: the hidden size of the MLP, or of each expert (see `expert_dim`).
         rope_theta: base of the rotary frequencies.
         rope_scaling: the HuggingFace rope dict, see `kvattn.RoPE`.
+        rotary_dim: how many leading entries of a head turn; all if None.
+        rope_interleaved: neighbours of a head turn together, as `kvattn.RoPE` says.
+        rope_layers: which layers turn queries and keys, an entry per layer; all if None. The others are told of order
+            by the mask alone.
         windows: how many tokens a query sees, its own included: None for all of them, one int for all layers,
             or one entry per layer. A layer with a window keeps a cache of that size.
         norm_epsilon: of the norms.
@@ -48,11 +73,12 @@ class DecoderConfig:
             have no `rope_scaling`.
         norm: "rms", or "layer" which also subtracts the mean.
         norm_bias: layer norms add a bias.
-        norm_position: "pre" (before attention and MLP), "post" (after the sum with the residual), or "sandwich" (before
-            them, and again on what they return).
+        norm_position: "pre" (before attention and MLP), "post" (after the sum with the residual), "sandwich" (before
+            them, and again on what they return), or "output" (only on what they return).
         final_norm: a norm before the output projection.
         parallel: attention and MLP both read what came into the block, and both are added to it.
         shared_norm: in parallel blocks one norm serves both.
+        residual_scale: multiplies what attention and MLP return before it is added.
         residual_after_norm: what is added is the normalised input, not the input itself (a variant of BLOOM).
         activation: "silu", "gelu", "gelu_tanh", "quick_gelu" or "relu".
         gated: the MLP is ``down(activation(gate(x)) * up(x))``, otherwise ``down(activation(up(x)))``.
@@ -60,16 +86,27 @@ class DecoderConfig:
         qkv_bias: so have those to queries, keys and values.
         out_bias: so has the one from the heads back to D.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
-        qk_norm: each head of queries and keys passes an RMS norm.
+        qk_norm: queries and keys pass a norm, of the kind that `norm` says.
+        qk_norm_heads: over each head, with one scale for all of them ("shared") or one for each ("own"), or over all
+            heads together ("joint"), as in `kvattn.layers.MultiHeadAttention`.
         sinks: a learned logit per head joins the softmax sum.
         attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None.
         embedding_dim: the size of an embedding, where it is not D: then it is projected to D, and back.
         embedding_scale: multiplies the embedding.
         embedding_norm: the embedding passes a norm.
+        logit_scale: multiplies the logits, before `logit_softcap`.
         num_experts: how many MLPs there are to choose from; 0 for one that serves all tokens.
         experts_per_token: how many of them serve a token.
-        expert_alpha: experts are those of gpt-oss, ``down((up + 1) * gate * sigmoid(alpha * gate))``.
-        expert_limit: gate is clipped to (-inf, limit], up to [-limit, limit].
+        expert_kind: "gpt_oss", ``down((up + 1) * gate * sigmoid(alpha * gate))`` with biases, those of the router too;
+            or "gated", the MLP that `activation` says, without biases.
+        expert_shares: what a token's experts are weighted by: the softmax of the scores of those that were "chosen", or
+            of "all", of which the chosen then have less than 1.
+        expert_dim: the hidden size of each expert, where it is not mlp_dim.
+        expert_alpha: see "gpt_oss".
+        expert_limit: there gate is clipped to (-inf, limit], up to [-limit, limit].
+        expert_layers: which layers have experts, an entry per layer; all if None. The others have an MLP.
+        shared_expert_dim: the hidden size of one more, gated MLP that serves every token beside its experts.
+        shared_expert_gate: it is multiplied by the sigmoid of a learned product with the token.
 
     Raises:
         ConfigError: sizes that cannot work together, an unknown name.
@@ -92,6 +129,9 @@ class DecoderConfig:
     mlp_dim: int
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None = None
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    rope_layers: tuple[bool, ...] | None = None
     windows: int | tuple[int | None, ...] | None = None
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
@@ -107,6 +147,7 @@ class DecoderConfig:
     final_norm: bool = True
     parallel: bool = False
     shared_norm: bool = False
+    residual_scale: float | None = None
     residual_after_norm: bool = False
     activation: str = "silu"
     gated: bool = True
@@ -115,15 +156,23 @@ class DecoderConfig:
     out_bias: bool = False
     qkv_clip: float | None = None
     qk_norm: bool = False
+    qk_norm_heads: str = "shared"
     sinks: bool = False
     attention_scale: float | tuple[float, ...] | None = None
     embedding_dim: int | None = None
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    logit_scale: float | None = None
     num_experts: int = 0
     experts_per_token: int = 0
+    expert_kind: str = "gpt_oss"
+    expert_shares: str = "chosen"
+    expert_dim: int | None = None
     expert_alpha: float = 1.702
     expert_limit: float = 7.0
+    expert_layers: tuple[bool, ...] | None = None
+    shared_expert_dim: int | None = None
+    shared_expert_gate: bool = False
 
     def __post_init__(self) -> None:
         settled: dict[str, object] = {}
@@ -143,10 +192,8 @@ class DecoderConfig:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
-        _checks.one_of("positions", self.positions, ("rope", "alibi", "learned"))
-        _checks.one_of("norm", self.norm, ("rms", "layer"))
-        _checks.one_of("norm_position", self.norm_position, ("pre", "post", "sandwich"))
-        _checks.one_of("activation", self.activation, ACTIVATIONS)
+        for name, known in _CHOICES.items():
+            _checks.one_of(name, getattr(self, name), known)
         settled |= self._numbers()
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -171,10 +218,12 @@ class DecoderConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}.")
         for name in ("softcap", "logit_softcap"):
             settled[name] = _checks.positive_softcap(getattr(self, name), name)
-        for name, least in (("embedding_dim", 1), ("num_experts", 0), ("experts_per_token", 0), ("max_positions", 1)):
+        for name, least in _SIZES.items():
             value = getattr(self, name)
             settled[name] = None if value is None and name in _MAY_BE_NONE else _checks.integer(name, value, least)
         settled["windows"] = _each("windows", self.windows, self.num_layers, "layers", _window)
+        for name in ("rope_layers", "expert_layers"):
+            settled[name] = _layers(name, getattr(self, name), self.num_layers)
         settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
         if self.alibi_slopes is not None:
             if not isinstance(self.alibi_slopes, tuple | list):
@@ -188,8 +237,9 @@ class DecoderConfig:
                 raise ConfigError(f"{name} belongs to positions={needs!r}, but positions is {self.positions!r}.")
         if self.positions == "learned":
             _checks.integer("max_positions", self.max_positions, 1)
-        if self.positions != "rope" and (self.rope_scaling or self.local_rope_theta is not None):
-            raise ConfigError(f"rope_scaling and local_rope_theta need positions='rope', got {self.positions!r}.")
+        turning = ("rope_scaling", "local_rope_theta", "rotary_dim", "rope_interleaved", "rope_layers")
+        if self.positions != "rope" and any(getattr(self, name) for name in turning):
+            raise ConfigError(f"{', '.join(turning)} need positions='rope', got {self.positions!r}.")
         if self.norm_bias and self.norm != "layer":
             raise ConfigError("norm_bias needs norm='layer': an RMS norm has none.")
         if self.shared_norm and not self.parallel:
@@ -203,6 +253,11 @@ class DecoderConfig:
                 f"experts_per_token ({self.experts_per_token}) must lie in [1, num_experts], and both be 0 where there "
                 f"are none; num_experts is {self.num_experts}."
             )
+        beside = ("expert_dim", "expert_layers", "shared_expert_dim")
+        if not self.num_experts and any(getattr(self, name) is not None for name in beside):
+            raise ConfigError(f"{', '.join(beside)} belong to a model with experts: num_experts is 0.")
+        if self.shared_expert_gate and self.shared_expert_dim is None:
+            raise ConfigError("shared_expert_gate is a part of the shared expert: give shared_expert_dim too.")
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -214,19 +269,31 @@ class DecoderConfig:
         """What multiplies the scores of each layer; None: 1/√H."""
         return self._per_layer(self.attention_scale)
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, where others have one MLP."""
+        return self.num_experts > 0 and (self.expert_layers is None or self.expert_layers[layer])
+
     @property
     def rope(self) -> RoPE | None:
         """The rotary embedding of layers without a window; None where order is told otherwise."""
         return self._rope(self.rope_theta, self.rope_scaling) if self.positions == "rope" else None
 
     def rope_of(self, layer: int) -> RoPE | None:
-        """The rotary embedding of one layer."""
+        """The rotary embedding of one layer; None: it has none."""
+        if self.rope_layers is not None and not self.rope_layers[layer]:
+            return None
         if self.positions != "rope" or self.local_rope_theta is None or self.layer_windows[layer] is None:
             return self.rope
         return self._rope(self.local_rope_theta, None)
 
     def _rope(self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None) -> RoPE:
-        return RoPE(int(self.head_dim or self.model_dim // self.num_heads), theta=theta, scaling=scaling)
+        return RoPE(
+            int(self.head_dim or self.model_dim // self.num_heads),
+            theta=theta,
+            scaling=scaling,
+            rotary_dim=self.rotary_dim,
+            interleaved=self.rope_interleaved,
+        )
 
     def _per_layer[T](self, value: T | tuple[T, ...]) -> tuple[T, ...]:
         return value if isinstance(value, tuple) else (value,) * self.num_layers
@@ -290,6 +357,17 @@ def _each[T](name: str, value: object, count: int, of: str, check: Callable[[str
     if len(value) != count:
         raise ConfigError(f"{name} has {len(value)} entries for {count} {of}.")
     return tuple(check(name, entry) for entry in value)
+
+
+def _layers(name: str, value: object, num_layers: int) -> tuple[bool, ...] | None:
+    """Which layers have something; None where nothing is said."""
+    if value is None:
+        return None
+    if not isinstance(value, tuple | list) or not all(isinstance(entry, bool) for entry in value):
+        raise DTypeError(f"{name} must be a tuple of bools, one per layer, got {value!r}.")
+    if len(value) != num_layers:
+        raise ConfigError(f"{name} has {len(value)} entries for {num_layers} layers.")
+    return tuple(value)
 
 
 def _window(name: str, window: object) -> int | None:

@@ -128,11 +128,21 @@ class Fields(Settings):
             )
         return ACTIVATIONS[value]
 
-    def rope(self) -> dict[str, Value]:
-        """`rope_theta` and `rope_scaling` for `DecoderConfig`, from either form that transformers has written."""
+    def rope(self, head_dim: int | None = None, renamed: Mapping[str, str] | None = None) -> dict[str, Value]:
+        """Frequencies for `DecoderConfig`, from either form that transformers has written.
+
+        Args:
+            head_dim: H, in families that may turn a part of a head only; None: all of it turns.
+            renamed: kinds that have another name in files of this family.
+        """
         older, newer = self.mapping("rope_scaling"), self.mapping("rope_parameters")
         newer = self.format.defaults["rope_parameters"] if newer is None else newer
-        return self.scaled(older or newer or {}, self.get("rope_theta"), self.get("original_max_position_embeddings"))
+        scaling = dict(older or newer or {})
+        for name in ("rope_type", "type"):
+            if isinstance(kind := scaling.get(name), str):
+                scaling[name] = (renamed or {}).get(kind, kind)
+        original = self.get("original_max_position_embeddings")
+        return self.scaled(scaling, self.get("rope_theta"), original, head_dim)
 
     def mapping(self, name: str) -> Mapping[str, Value] | None:
         """An object, or None where it is null."""
@@ -141,19 +151,19 @@ class Fields(Settings):
             raise ConfigError(f"{self.source}: {name} must be an object, got {value!r}.")
         return value
 
-    def scaled(self, scaling: Mapping[str, Value], theta: Value, original: Value) -> dict[str, Value]:
+    def scaled(
+        self, scaling: Mapping[str, Value], theta: Value, original: Value, head_dim: int | None = None
+    ) -> dict[str, Value]:
         """The same from one rope dict, filled with what transformers takes from around it.
 
         Args:
             scaling: the dict.
             theta: the base of the frequencies, where the dict has none.
             original: the length that the model was first made for, where it is not the dict's.
+            head_dim: as in `rope`.
         """
         most, scaling = self.size("max_position_embeddings"), dict(scaling)
-        self.only("partial_rotary_factor", 1.0, 1)
-        turned = scaling.pop("partial_rotary_factor", None)
-        if turned not in (None, 1.0):
-            raise UnsupportedError(f"{self.source}: partial_rotary_factor is {turned!r}, supported is 1.0.")
+        part = self._turned(scaling.pop("partial_rotary_factor", None), head_dim)
         theta = scaling.pop("rope_theta", theta)
         if isinstance(theta, bool) or not isinstance(theta, int | float):
             raise ConfigError(f"{self.source}: rope_theta must be a number, got {theta!r}.")
@@ -165,18 +175,38 @@ class Fields(Settings):
             )
         if kind == "dynamic":
             scaling[length] = most  # whatever the dict says
-        elif kind in ("llama3", "yarn"):
+        elif kind in ("llama3", "yarn", "longrope"):
             if original is not None:
                 scaling[length] = original
             given = scaling.setdefault(length, most)
-            if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+            unsaid = "factor" in scaling if kind == "yarn" else scaling.get("attention_factor") is None
+            if kind != "llama3" and unsaid and scaling.get("factor") is None:
                 if isinstance(given, bool) or not isinstance(given, int | float) or not given > 0:
                     raise ConfigError(f"{self.source}: {length} must be a number > 0, got {given!r}.")
                 scaling["factor"] = most / given
-        return {
+        return part | {
             "rope_theta": theta,
             "rope_scaling": None if kind in (None, "default") and len(scaling) <= 1 else scaling,
         }
+
+    def _turned(self, fraction: Value, head_dim: int | None) -> dict[str, Value]:
+        """How much of a head turns: what a rope dict says, else the field beside it.
+
+        Raises:
+            UnsupportedError: a part, in a family that turns all.
+            ConfigError: no fraction.
+        """
+        if head_dim is None:
+            self.only("partial_rotary_factor", 1.0, 1)
+            if fraction not in (None, 1.0):
+                raise UnsupportedError(f"{self.source}: partial_rotary_factor is {fraction!r}, supported is 1.0.")
+            return {}
+        fraction = self.get("partial_rotary_factor") if fraction is None else fraction
+        fraction = 1.0 if fraction is None else fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ConfigError(f"{self.source}: partial_rotary_factor must lie in (0, 1], got {fraction!r}.")
+        turned = int(head_dim * fraction)
+        return {"rotary_dim": None if turned == head_dim else turned}
 
     def windows(self, kinds: Sequence[Kind], used: bool = True) -> tuple[int | None, ...] | None:
         """The window of each layer, from ``layer_types`` or, where that is not given, from `kinds`.

@@ -165,6 +165,25 @@ def windowed_from(first: str, switch: str | None = None) -> Callable[[Settings, 
     return layers
 
 
+def turned(f: Settings, num_layers: int) -> list[bool]:
+    """Which layers have rotary positions, as no_rope_layers says in spite of its name.
+
+    Raises:
+        ConfigError: a list of another length, or of something else than 0 and 1.
+    """
+    listed = f.get("no_rope_layers")
+    f.passed("no_rope_layer_interval")  # what a list was made from is no news
+    if not listed:
+        every = f.size("no_rope_layer_interval")
+        return [(i + 1) % every != 0 for i in range(num_layers)]
+    if not isinstance(listed, list | tuple) or len(listed) != num_layers or not set(map(repr, listed)) <= _ZERO_OR_ONE:
+        raise ConfigError(f"no_rope_layers must list 0 or 1 for each of {num_layers} layers, got {listed!r}.")
+    return [bool(entry) for entry in listed]
+
+
+_ZERO_OR_ONE = {"0", "1", "False", "True"}
+
+
 def attending(name: str) -> Layers:
     """The layers that the field `name` lists keep everything, the others nothing."""
 

@@ -53,16 +53,36 @@ def embeddings(f: Sizes, tied: bool = False) -> int:
     return copies * f.size("vocab") * f.size("model_dim")
 
 
-def gated(f: Sizes, *, norms: int = 2, qk_norms: bool = False, qkv_bias: bool = False) -> int:
-    """Llama and its relatives: RMS norms, three matrices in the MLP or in every expert."""
+def gated(
+    f: Sizes,
+    *,
+    norms: int = 2,
+    qk_norms: bool = False,
+    qkv_bias: bool = False,
+    out_bias: bool = True,
+    more: int = 0,
+) -> int:
+    """Llama and its relatives: RMS norms, three matrices in the MLP or in every expert.
+
+    Args:
+        f: the sizes.
+        norms: vectors of D numbers in the norms of a layer.
+        qk_norms: queries and keys have norms of a head.
+        qkv_bias: queries, keys and values have biases, whatever attention_bias says.
+        out_bias: the output projection has one if attention_bias says so.
+        more: what else there is in a layer.
+    """
     d, layers = f.size("model_dim"), f.num_layers
     bias = f.flag("attention_bias")
     dense = 3 * d * f.size("mlp_dim")
     if f.flag("mlp_bias"):
         dense += 2 * f.size("mlp_dim") + d
     sparse = sparse_layers(f)
-    mlps = (layers - sparse) * dense + sparse * f.num_experts * (expert_params(f) + d)
-    layer = attention(f, qkv_bias=bias or qkv_bias, out_bias=bias) + norms * d + 2 * f.head_dim * qk_norms
+    mlps = (layers - sparse) * dense
+    if sparse:
+        mlps += sparse * (f.num_experts * (expert_params(f) + d) + shared_params(f))
+    projections = attention(f, qkv_bias=bias or qkv_bias, out_bias=bias and out_bias)
+    layer = projections + norms * d + 2 * f.head_dim * qk_norms + more
     return embeddings(f) + layers * layer + mlps + d
 
 

@@ -103,6 +103,29 @@ class Rule:
         return made
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stacked(Rule):
+    """Tensors of one shape, each an entry of the first axis of the one parameter that they make.
+
+    Attributes:
+        inner: where in a tensor its entry lies.
+    """
+
+    inner: Layout
+
+    def read(self, read: Callable[[str, list[Indices]], Numbers], index: Index) -> dict[str, Numbers]:
+        """As of any rule; one tensor is there at a time."""
+        (name,), (along, *rest) = self.makes, index
+        sources = list(self.sources.items())[along]
+        made = None
+        for i, (source, shape) in enumerate(sources):
+            part = Rule({source: shape}, {name: self.inner}, self.convert).read(read, tuple(rest))[name]
+            made = np.empty((len(sources), *part.shape), part.dtype) if made is None else made
+            made[i] = part
+        assert made is not None
+        return {name: made}
+
+
 def _picked(x: Numbers, places: Sequence[Indices | None]) -> Numbers:
     """The entries at `places` along each axis (None: all), without a copy where they are evenly spaced."""
     for axis, place in enumerate(places):
@@ -125,12 +148,14 @@ class Blueprint:
         rules: for every parameter of the decoder.
         prefixes: what names may begin with that not all files have.
         ignored: regular expressions of tensors that are no parameters: buffers, and heads that are tied anyway.
+        renamed: what parts of names are called in files, and what they are called in the rules.
     """
 
     config: DecoderConfig
     rules: tuple[Rule, ...]
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Shape]:
@@ -151,6 +176,7 @@ def blueprint(
     transposed: bool = True,
     plus_one: bool = False,
     buffers: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Blueprint:
     """The rules of a decoder, from a table of what its parts are called in the files.
 
@@ -165,6 +191,7 @@ def blueprint(
         transposed: weights are [out, in], as in torch.
         plus_one: norms store the difference from 1.
         buffers: regular expressions for tensors that are not parameters.
+        renamed: as in `Blueprint`.
 
     Raises:
         ConfigError: a part that a decoder does not have.
@@ -172,7 +199,7 @@ def blueprint(
     prefix = str(parts["embed"]).partition(".")[0] + "."
     tied = (f"^{re.escape(HEAD)}$",) if config.tie_embeddings else ()
     how = _Parts(config, grouped, transposed, plus_one)
-    return Blueprint(config, tuple(how.rules(parts, block)), (prefix,), (*buffers, *tied))
+    return Blueprint(config, tuple(how.rules(parts, block)), (prefix,), (*buffers, *tied), renamed or {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +235,10 @@ class _Parts:
             yield from linear(theirs, ours, *self._projections[kind], self.transposed)
         elif kind == "attention":
             yield from fused(theirs, ours, config, self.grouped, self.transposed)
-        elif kind.endswith(("norm", "_ln")):
-            size = width(config) if kind.endswith("_ln") else features
-            yield from norm(theirs, ours, size, bias=config.norm_bias, plus_one=self.plus_one)
+        elif kind.endswith("_ln"):
+            yield from self._of_heads(theirs, ours, config.num_heads if kind == "query_ln" else kv(config))
+        elif kind.endswith("norm"):
+            yield from norm(theirs, ours, features, bias=config.norm_bias, plus_one=self.plus_one)
         elif kind == "embed":
             yield tensor(f"{theirs}.weight", (config.vocab_size, config.embedding_dim or features), f"{ours}.embedding")
         elif kind == "positions":
@@ -219,6 +247,16 @@ class _Parts:
             yield tensor(theirs, (config.num_heads,), ours)
         else:
             raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
+
+    def _of_heads(self, theirs: str, ours: str, heads: int) -> Iterator[Rule]:
+        """The norm of queries or keys, which may have a tensor for all heads or one for each."""
+        size = width(self.config)
+        if self.config.qk_norm_heads == "shared":
+            yield from norm(theirs, ours, size, plus_one=self.plus_one)
+        elif self.config.qk_norm_heads == "joint":
+            yield tensor(f"{theirs}.weight", (heads * size,), f"{ours}.scale", Layout((heads, size), ((0, 1),)))
+        else:
+            yield stacked([f"{theirs}.{i}.weight" for i in range(heads)], (size,), f"{ours}.scale", whole((size,)))
 
     @functools.cached_property
     def _projections(self) -> dict[str, tuple[Shape, Shape, bool]]:
@@ -236,7 +274,7 @@ class _Parts:
             "gate": (features, hidden, config.mlp_bias),
             "up": (features, hidden, config.mlp_bias),
             "down": (hidden, features, config.mlp_bias),
-            "router": (features, (config.num_experts,), True),
+            "router": (features, (config.num_experts,), config.expert_kind == "gpt_oss"),
         }
 
 
@@ -250,6 +288,18 @@ def tensor(
 ) -> Rule:
     """One tensor that becomes one parameter, as it is unless there is a `layout`; see `Rule` for the others."""
     return Rule({theirs: shape}, {ours: layout or whole(shape)}, convert, exact=exact)
+
+
+def stacked(theirs: Sequence[str], shape: Shape, ours: str, inner: Layout) -> Rule:
+    """Tensors of one shape that become one parameter, with an entry along its first axis for each."""
+    made = {ours: Layout((len(theirs), *inner.shape), ())}
+    return Stacked(dict.fromkeys(theirs, shape), made, inner=inner)
+
+
+def gate_and_up(theirs: str, ours: str, features: int, hidden: int) -> Iterator[Rule]:
+    """The projections of a gated MLP in one matrix, the gate first."""
+    for name, taken in (("gate", range(hidden)), ("up", range(hidden, 2 * hidden))):
+        yield from linear(theirs, f"{ours}.{name}", (features,), (hidden,), False, heads=taken, num_heads=2 * hidden)
 
 
 def whole(shape: Shape) -> Layout:

@@ -13,6 +13,7 @@ from kvattn.attend import full, registry
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.layers import placement
+from kvattn.layers.norms import HEADS
 from kvattn.policies import Policy
 from kvattn.sharding import scheme as schemes
 
@@ -155,6 +156,7 @@ _NEEDED: dict[str, Check] = {
     **dict.fromkeys(("query_ln_scale_metadata", "key_ln_scale_metadata"), _metadata),
     "dropout_rate": lambda _, rate: dropout_rate(rate),
     "rngs": _rngs,
+    "qk_norm_heads": lambda name, heads: _checks.one_of(name, heads, HEADS),
     **dict.fromkeys(("qk_norm_epsilon", "norm_epsilon"), _checks.non_negative),
     "by": lambda _, by: scheme(by),
     "axis": _axis,

@@ -29,6 +29,7 @@ from kvattn.layers import attention_fn as attention
 from kvattn.layers import caching, masking, placement, projections
 from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import Attention, dot_product_attention
+from kvattn.layers.norms import HeadsNorm
 from kvattn.layers.originals import NNXAttention
 from kvattn.layers.placement import Metadata
 from kvattn.layers.projections import Sharding
@@ -67,6 +68,8 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         softcap: caps the scores by ``softcap * tanh(score / softcap)``.
         sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
         qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
+        qk_norm_heads: "shared": heads share one scale [H]; "own": each has its own, [heads, H]; "joint": the norm is
+            taken over all heads of a token together, and its scale is [heads, H].
         qk_norm_epsilon: the epsilon of that norm.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
         use_out_bias: whether the output projection has a bias; as `use_bias` if None.
@@ -150,6 +153,7 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         softcap: float | None = None,
         sinks: bool = False,
         qk_norm: str | None = None,
+        qk_norm_heads: str = "shared",
         qk_norm_epsilon: float = 1e-6,
         qkv_clip: float | None = None,
         use_out_bias: bool | None = None,
@@ -204,9 +208,19 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             to_heads, self.in_kv_features, kernel_metadata=metadata.kv, bias_metadata=metadata.kv_bias
         )
 
-        def head_norm(scale_metadata: Metadata) -> Any:  # what `nnx.data` returns becomes an attribute
+        def head_norm(heads: int, scale_metadata: Metadata) -> Any:  # what `nnx.data` returns becomes an attribute
             if settings.qk_norm is None:
                 return nnx.data(None)
+            if settings.qk_norm_heads != "shared":
+                return HeadsNorm(
+                    heads,
+                    head_dim,
+                    kind=settings.qk_norm,
+                    joint=settings.qk_norm_heads == "joint",
+                    epsilon=settings.qk_norm_epsilon,
+                    param_dtype=param_dtype,
+                    scale_metadata=scale_metadata,
+                )
             kind = nnx.RMSNorm if settings.qk_norm == "rms" else functools.partial(nnx.LayerNorm, use_bias=False)
             options = {"epsilon": qk_norm_epsilon, "promote_dtype": ln_promote_dtype, "scale_metadata": scale_metadata}
             return kind(head_dim, **options, **common)
@@ -217,8 +231,8 @@ class MultiHeadAttention(HasSettings, NNXAttention):
         )
         self.key = kv_to_heads((num_kv_heads, head_dim))
         self.value = kv_to_heads((num_kv_heads, value_head_dim))
-        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(query_ln_scale_metadata)
-        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | None = head_norm(key_ln_scale_metadata)
+        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = head_norm(num_heads, query_ln_scale_metadata)
+        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = head_norm(num_kv_heads, key_ln_scale_metadata)
         self.out = nnx.LinearGeneral(
             (num_heads, value_head_dim),
             self.out_features,

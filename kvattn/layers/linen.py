@@ -91,6 +91,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     softcap: float | None = None
     sinks: bool = False
     qk_norm: str | None = None
+    qk_norm_heads: str = "shared"
     qk_norm_epsilon: float = 1e-6
     qkv_clip: float | None = None
     use_out_bias: bool | None = None

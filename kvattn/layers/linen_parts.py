@@ -7,12 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float
 
 from kvattn._typing import AnyArray, Array
 from kvattn.attend import full
 from kvattn.errors import ConfigError
-from kvattn.layers import decode, masking, originals, placement, projections
+from kvattn.layers import decode, masking, norms, originals, placement, projections
 from kvattn.layers.attention_fn import Attention, accepted_arguments
 from kvattn.layers.settings import AttentionSettings
 
@@ -111,10 +112,14 @@ class Projections:
         return projections.clipped(x, self.settings.qkv_clip)
 
     def _norm(self, name: str, x: Array) -> Array:
-        """Normalises each head of [..., T, heads, H], where the layer has a norm."""
+        """Normalises the heads of [..., T, heads, H], where the layer has a norm."""
         settings = self.settings
         if settings.qk_norm is None:
             return x
+        if settings.qk_norm_heads != "shared":
+            joint, epsilon = settings.qk_norm_heads == "joint", settings.qk_norm_epsilon
+            norm = HeadsNorm(settings.qk_norm, joint, epsilon, settings.param_dtype, name=name, parent=self.layer)
+            return norm(x)
         options = {"epsilon": settings.qk_norm_epsilon, "dtype": settings.dtype, "param_dtype": settings.param_dtype}
         if settings.qk_norm == "layer":
             return nn.LayerNorm(use_bias=False, name=name, parent=self.layer, **options)(x)
@@ -145,6 +150,21 @@ def dropout_rng(layer: Any, deterministic: bool | None, rng: Array | None) -> Ar
     if layer.dropout_rate == 0.0 or nn.merge_param("deterministic", layer.deterministic, deterministic):
         return None
     return layer.make_rng("dropout") if rng is None else rng
+
+
+class HeadsNorm(nn.Module):
+    """The Linen twin of `kvattn.layers.norms.HeadsNorm`."""
+
+    kind: str
+    joint: bool
+    epsilon: float
+    param_dtype: DTypeLike | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*BT heads H"]) -> Float[Array, "*BT heads H"]:
+        """Normalises queries or keys."""
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-2:], self.param_dtype)
+        return norms.normalized(x, scale, kind=self.kind, joint=self.joint, epsilon=self.epsilon)
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:

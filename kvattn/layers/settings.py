@@ -46,6 +46,7 @@ class AttentionSettings:
     dropout_rate: float
     broadcast_dropout: bool
     qk_norm: str | None
+    qk_norm_heads: str
     qk_norm_epsilon: float
     qkv_clip: float | None
     window: int | None
@@ -95,6 +96,7 @@ class AttentionSettings:
             dropout_rate=arguments.dropout_rate(given["dropout_rate"]),
             broadcast_dropout=bool(given["broadcast_dropout"]),
             qk_norm=_qk_norm(given["qk_norm"], given["normalize_qk"]),
+            qk_norm_heads=given["qk_norm_heads"],
             qk_norm_epsilon=_checks.non_negative("qk_norm_epsilon", given["qk_norm_epsilon"]),
             qkv_clip=None if clip is None else float(clip),
             window=_checks.window(given["window"]),
@@ -168,6 +170,7 @@ class HasSettings:
     dropout_rate = Setting[float]()
     broadcast_dropout = Setting[bool]()
     qk_norm = Setting[str | None]()
+    qk_norm_heads = Setting[str]()
     qkv_clip = Setting[float | None]()
     window = Setting[int | None]()
     chunk = Setting[int | None]()

@@ -14,11 +14,9 @@ from kvattn.families.layers import layers_of
 from kvattn.families.params import embeddings, params_of
 from kvattn.families.registry import FAMILIES, find
 from kvattn.families.settings import Value
+from kvattn.families.text_part import text_part
 from kvattn.memory.hf_quantized import quantized
 from kvattn.memory.specs import ModelSpec
-
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Where such a model has its text part, which may be one within another."""
 
 _ENCODERS = re.compile(
     r"bert|electra|(^|_|-)(deit|beit|swin|clip|siglip2?|detr|u?m?t5|bart|esm|xlm|xlnet|roformer)($|_|-|v\d)|vit($|_|-|s$)|"
@@ -76,7 +74,7 @@ def from_config(
     """
     config, where, name = _settings(config, name)
     outer_name = config.get("_name_or_path")
-    config = _text_part(config)
+    config = text_part(config)
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{where} has no model_type: it is no HuggingFace config.")
@@ -122,17 +120,6 @@ def _settings(
     if not isinstance(config, Mapping):
         raise ConfigError(f"{where} must be an object of settings, got {type(config).__name__}.")
     return config, where, name
-
-
-def _text_part(config: Mapping[str, Value]) -> Mapping[str, Value]:
-    """The decoder of a model that also takes images, or speaks."""
-    outer = config.get("model_type")
-    inner = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), None)
-    if inner is None or not isinstance(outer, str):
-        return config
-    around = {name: config.get(name) for name in ("is_encoder_decoder", "quantization_config")}
-    around["model_type"] = next((kind for kind, x in FAMILIES.items() if outer in x.text_part_of), outer)
-    return _text_part(around | {name: value for name, value in inner.items() if name not in around or value})
 
 
 def _refuse(config: Mapping[str, Value], family: Family) -> None:

@@ -24,7 +24,8 @@ from kvattn.families.config import DecoderConfig
 from kvattn.layers import GroupedQueryAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.layers.attention_fn import Attention
-from kvattn.models.parts import MLP, Experts, Norm
+from kvattn.models.experts import Experts
+from kvattn.models.parts import MLP, Norm
 from kvattn.models.placement import Split
 from kvattn.policies import Policy
 
@@ -38,10 +39,12 @@ class Block(nnx.Module):
         def norm(wanted: bool = True) -> Any:
             return Norm(config, split, param_dtype=options["param_dtype"]) if wanted else nnx.data(None)
 
+        comes_first, comes_last = config.norm_position != "output", config.norm_position in ("sandwich", "output")
         self.norm_position = config.norm_position
         self.parallel = config.parallel
         self.residual_after_norm = config.residual_after_norm
-        self.attention_norm = norm()
+        self.residual_scale = config.residual_scale
+        self.attention_norm = norm(comes_first)
         self.attention = GroupedQueryAttention(
             config.num_heads,
             config.model_dim,
@@ -53,7 +56,8 @@ class Block(nnx.Module):
             scale=config.layer_scales[layer],
             softcap=config.softcap,
             sinks=config.sinks,
-            qk_norm="rms" if config.qk_norm else None,
+            qk_norm=config.norm if config.qk_norm else None,
+            qk_norm_heads=config.qk_norm_heads,
             qk_norm_epsilon=config.norm_epsilon,
             qkv_clip=config.qkv_clip,
             attention_fn=attention_fn,
@@ -64,10 +68,10 @@ class Block(nnx.Module):
             axis=split.axis,
             **options,
         )
-        self.attention_post_norm = norm(config.norm_position == "sandwich")
-        self.mlp_norm = norm(not config.shared_norm)
-        self.mlp = Experts(config, split, **options) if config.num_experts else MLP(config, split, **options)
-        self.mlp_post_norm = norm(config.norm_position == "sandwich")
+        self.attention_post_norm = norm(comes_last)
+        self.mlp_norm = norm(comes_first and not config.shared_norm)
+        self.mlp = (Experts if config.has_experts(layer) else MLP)(config, split, **options)
+        self.mlp_post_norm = norm(comes_last)
 
     def __call__(
         self,
@@ -82,23 +86,31 @@ class Block(nnx.Module):
         `tokens` [B, T] are for policies that look at them, `positions` [B, T] for RoPE where there is no cache (None:
         0, 1, 2, ...).
         """
-        inner = x if self.norm_position == "post" else self.attention_norm(x)
+        inner = self._before(self.attention_norm, x)
         if cache is None:
             y = self.attention(inner, is_causal=True, input_positions=positions)
         else:
             y, cache = self.attention(inner, cache=cache, num_new=num_new, token_ids=tokens)
         if self.parallel:
-            return x + (y + self.mlp(inner if self.mlp_norm is None else self.mlp_norm(x))), cache
+            return x + self._scaled(y + self.mlp(inner if self.mlp_norm is None else self.mlp_norm(x))), cache
         x = self._added(x, inner, y, self.attention_norm, self.attention_post_norm)
-        inner = x if self.norm_position == "post" else self.mlp_norm(x)
+        inner = self._before(self.mlp_norm, x)
         return self._added(x, inner, self.mlp(inner), self.mlp_norm, self.mlp_post_norm), cache
 
-    def _added(self, x: Array, inner: Array, y: Array, norm: Norm, post_norm: Norm | None) -> Array:
+    def _before(self, norm: Norm | None, x: Array) -> Array:
+        """What attention or MLP is given, [B, T, D]."""
+        return x if norm is None or self.norm_position == "post" else norm(x)
+
+    def _added(self, x: Array, inner: Array, y: Array, norm: Norm | None, post_norm: Norm | None) -> Array:
         """What attention or MLP made of `inner`, added to the residual, all [B, T, D]."""
         if post_norm is not None:
             y = post_norm(y)
-        x = (inner if self.residual_after_norm else x) + y
-        return norm(x) if self.norm_position == "post" else x
+        x = (inner if self.residual_after_norm else x) + self._scaled(y)
+        return norm(x) if norm is not None and self.norm_position == "post" else x
+
+    def _scaled(self, y: Array) -> Array:
+        """What is added, [B, T, D], as large as the model wants it."""
+        return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
 
 
 class Decoder(nnx.Module):
@@ -188,13 +200,13 @@ class Decoder(nnx.Module):
             cache: one per layer (`make_cache`), holding what came before; donate it. None: nothing came before
                 and nothing is kept.
             num_new: int32 [B], how many of the T tokens are real. None: all. What comes out at the others means
-                nothing. Without a cache and with pads on the right it tells "dynamic" RoPE how long a row is; else
-                nothing depends on it there: a token never sees those after it.
+                nothing. Without a cache and with pads on the right it tells "dynamic" and "longrope" RoPE how long a
+                row is; else nothing depends on it there: a token never sees those after it.
             padding: on which side of the real tokens the others lie, "right" or "left". The caches are the same.
             logits_at: int32 [B, M], at which of the T tokens logits are wanted. None: at all of them, which takes
                 4·B·T·V bytes. After a prompt only the last ones matter: ``num_new[:, None] - 1``.
 
-        With "dynamic" RoPE what comes out depends on how a prompt is cut into calls, see `kvattn.RoPE`.
+        With "dynamic" and "longrope" RoPE what comes out depends on how a prompt is cut into calls, see `kvattn.RoPE`.
 
         Returns:
             logits float32 [B, T, V], or [B, M, V], and the caches (None without).
@@ -238,7 +250,7 @@ class Decoder(nnx.Module):
         x = self._embedded(tokens, None if cache is None else cache[0].lengths, num_new)
         x = self.split.rows(x, cache is not None)
         positions = None
-        if cache is None and num_new is not None and self._is_dynamic:
+        if cache is None and num_new is not None and self._depends_on_length:
             positions = self._own_positions(tokens.shape[1], num_new)
         caches = []
         for i, layer in enumerate(self.layers):
@@ -353,10 +365,9 @@ class Decoder(nnx.Module):
         return x if self.embed_norm is None else self.embed_norm(x)
 
     @property
-    def _is_dynamic(self) -> bool:
+    def _depends_on_length(self) -> bool:
         """Whether frequencies depend on a row's largest position."""
-        rope = self.config.rope
-        return rope is not None and dict(rope.scaling or ()).get("rope_type") == "dynamic"
+        return self.config.rope is not None and self.config.rope.depends_on_length
 
     def _own_positions(self, length: int, num_new: ArrayLike) -> Int[Array, "B T"]:
         """Of what follows nothing, where `num_new` [B] tokens are real; 0 for the others."""
@@ -388,6 +399,8 @@ class Decoder(nnx.Module):
             x = self.embed_out(x)
         head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.config.logit_scale is not None:
+            logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 

@@ -1,5 +1,6 @@
 """`from_pretrained`: a decoder from a checkpoint folder of HuggingFace's transformers."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,6 +18,7 @@ from kvattn._typing import Array
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
 from kvattn.families import FAMILIES, Blueprint, Fields, Rule
 from kvattn.families.rules import HEAD, Index, Numbers, Shape
+from kvattn.families.text_part import OTHER_TENSORS, to_load
 from kvattn.models import placement
 from kvattn.models.decoder import Decoder
 from kvattn.models.parameters import filled, floating, parameters_of
@@ -153,7 +155,8 @@ def describe(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> B
 def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = None) -> Blueprint:
     """The same, with `tied` in place of what the file says about ``tie_word_embeddings``."""
     source = folder / "config.json"
-    settings = read_json(source) | ({} if tied is None else {"tie_word_embeddings": tied})
+    given = read_json(source)
+    settings = {**to_load(given), **({} if tied is None else {"tie_word_embeddings": tied})}
     kind = settings.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{source} names no model_type.")
@@ -175,7 +178,9 @@ def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = Non
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{source}: {error}") from error
     fields.finish()
-    return blueprint
+    if settings.get("model_type") == given.get("model_type"):
+        return blueprint
+    return dataclasses.replace(blueprint, ignored=(*blueprint.ignored, OTHER_TENSORS))
 
 
 def _check_blueprint(blueprint: Blueprint, parameters: Mapping[str, Shape], folder: Path) -> None:
@@ -249,7 +254,7 @@ class _Names:
     """Finds tensors by the names that the blueprint has for them, whatever either of them begins with."""
 
     def __init__(self, blueprint: Blueprint, tensors: Tensors):
-        self._prefixes = (*blueprint.prefixes, *_WRAPPERS)
+        self._prefixes, self._renamed = (*blueprint.prefixes, *_WRAPPERS), blueprint.renamed
         self._whole = set(tensors.entries)
         self._bare: dict[str, str] = {}
         for name in sorted(tensors.entries, key=len, reverse=True):  # of several the shortest counts
@@ -260,7 +265,9 @@ class _Names:
         return name if name in self._whole else self._bare.get(self.bare(name))
 
     def bare(self, name: str) -> str:
-        """A name without what may stand before it."""
+        """A name without what may stand before it, with its parts called as in the rules."""
+        for theirs, ours in self._renamed.items():
+            name = name.replace(theirs, ours)
         while prefix := next((p for p in self._prefixes if name.startswith(p)), None):
             name = name.removeprefix(prefix)
         return name

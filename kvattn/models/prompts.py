@@ -187,10 +187,13 @@ def chunk_size(model: Decoder, cache: Caches, longest: int, prefill_chunk: int |
     whole = rounded(longest)
     if prefill_chunk is not None:
         return min(whole, prefill_chunk)
+    config, attention = model.config, model.layers[0].attention
     if any(layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in cache):
         return whole
-    config, attention = model.config, model.layers[0].attention
-    mlp = config.mlp_dim * (2 if config.gated or config.num_experts else 1) * max(config.experts_per_token, 1)
+    if config.rope is not None and config.rope.depends_on_length:
+        return whole
+    mlp = config.mlp_dim * (2 if config.gated or config.num_experts else 1)
+    mlp = max(mlp, 2 * (config.shared_expert_dim or 0), 2 * config.experts_per_token * config.model_dim)
     heads = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
     width = max(config.model_dim, mlp, heads)
     return min(whole, max(_ACTIVATIONS // (cache[0].batch_size * width * _ROUND), 1) * _ROUND)

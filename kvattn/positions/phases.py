@@ -19,18 +19,29 @@ from kvattn.positions.scaling import TWO_PI, Spectrum, dynamic_ratio, frequencie
 PHASE_ERROR = 2.0**-22
 """Declared bound on |cos - exact cos| and |sin - exact sin| in float32, for every int32 position."""
 
+BY_LENGTH = ("dynamic", "longrope")
+"""The scalings whose frequencies depend on how long a row is."""
+
 CosSin = tuple[Float[jax.Array, "*tokens pairs"], Float[jax.Array, "*tokens pairs"]]
 
 
-def cos_sin(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], dtype: np.dtype) -> CosSin:
+def cos_sin(
+    spectrum: Spectrum,
+    positions: Int32[jax.Array, "*tokens"],
+    dtype: np.dtype,
+    lengths: Int32[jax.Array, "*rows 1"] | None = None,
+) -> CosSin:
     """Cosine and sine of every pair's phase.
 
     Args:
         spectrum: frequencies.
         positions: of each row's tokens.
         dtype: float32 or float64.
+        lengths: by which frequencies that depend on a length go. None: the row's largest position, plus one.
     """
-    return (_cos_sin64 if dtype == jnp.float64 else _cos_sin32)(spectrum, positions)
+    if lengths is None and spectrum.kind in BY_LENGTH:
+        lengths = jnp.max(positions, axis=-1, keepdims=True, initial=0) + 1
+    return (_cos_sin64 if dtype == jnp.float64 else _cos_sin32)(spectrum, positions, lengths)
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,24 +70,39 @@ def _multiply_high(a: UInt32[jax.Array, "*#shape"], b: UInt32[jax.Array, "*#shap
     return a1 * b1 + (middle >> half) + (other >> half)
 
 
+def _turns(
+    spectrum: Spectrum, ndim: int, lengths: Int32[jax.Array, "*rows 1"] | None, dtype: DTypeLike
+) -> tuple[UInt[jax.Array, "..."], ...]:
+    """The words of `_words` for the pairs of every row, which differ from row to row where the scaling is longrope."""
+    short = [_constant(row.astype(dtype), ndim) for row in _words(spectrum)]
+    if spectrum.kind != "longrope":
+        return tuple(short)
+    assert lengths is not None
+    is_long = (lengths > math.floor(spectrum.fields["original_max_position_embeddings"]))[..., None]
+    long = (_constant(row.astype(dtype), ndim) for row in _words(spectrum.long))
+    return tuple(jnp.where(is_long, b, a) for a, b in zip(short, long, strict=True))
+
+
 def _dynamic_shrink(
-    spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], dtype: DTypeLike
+    spectrum: Spectrum, lengths: Int32[jax.Array, "*rows 1"], dtype: DTypeLike
 ) -> Float[jax.Array, "*rows 1 pairs"]:
     """What each row's frequencies are multiplied by, at most 1.
 
     The base theta * r ** (d / (d - 2)) makes frequency i theta ** (-2i / d) times r ** (-2i / (d - 2)).
     """
-    length = jnp.max(positions, axis=-1, keepdims=True, initial=0).astype(dtype) + 1
-    ratio = jnp.maximum(dynamic_ratio(spectrum.fields, length), 1.0)[..., None]
+    ratio = jnp.maximum(dynamic_ratio(spectrum.fields, lengths.astype(dtype)), 1.0)[..., None]
     exponents = np.arange(spectrum.num_pairs) / (spectrum.num_pairs - 1)
     return jnp.exp(jnp.log(ratio) * -_constant(exponents.astype(dtype), ratio.ndim))
 
 
-def _cos_sin32(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"]) -> CosSin:
+def _cos_sin32(
+    spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], lengths: Int32[jax.Array, "*rows 1"] | None
+) -> CosSin:
     count = _magnitude(positions)
-    high, low = (_constant(row, count.ndim) for row in _words(spectrum)[:2])
+    high, low, _ = _turns(spectrum, count.ndim, lengths, jnp.uint32)
     if spectrum.kind == "dynamic":
-        shrink = _dynamic_shrink(spectrum, positions, jnp.float32)
+        assert lengths is not None
+        shrink = _dynamic_shrink(spectrum, lengths, jnp.float32)
         # 64-bit frequency times 32-bit fraction; a shrink of exactly 1 has no such fraction.
         fraction = jnp.minimum(shrink * 2.0**32, 2.0**32 - 256).astype(jnp.uint32)
         carried = high * fraction
@@ -91,16 +117,19 @@ def _cos_sin32(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"]) -> Co
     return _from_quadrant(quadrant, rest.astype(jnp.float32) * (2 * math.pi / 2**32), positions)
 
 
-def _cos_sin64(spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"]) -> CosSin:
+def _cos_sin64(
+    spectrum: Spectrum, positions: Int32[jax.Array, "*tokens"], lengths: Int32[jax.Array, "*rows 1"] | None
+) -> CosSin:
     """The same with 64-bit turns, for float64 activations (only reached where x64 is enabled)."""
     count = _magnitude(positions).astype(jnp.uint64)
     if spectrum.kind == "dynamic":
+        assert lengths is not None
         frequency = _constant(np.array([float(f) for f in frequencies(spectrum)]), count.ndim) * _dynamic_shrink(
-            spectrum, positions, jnp.float64
+            spectrum, lengths, jnp.float64
         )
         phase = positions[..., None].astype(jnp.float64) * frequency
         return jnp.cos(phase), jnp.sin(phase)
-    high, middle, low = (_constant(row.astype(np.uint64), count.ndim) for row in _words(spectrum))
+    high, middle, low = _turns(spectrum, count.ndim, lengths, jnp.uint64)
     turns = ((count * high) << jnp.uint64(32)) + count * middle + ((count * low) >> jnp.uint64(32))
     quadrant = (turns + jnp.uint64(1 << 61)) >> jnp.uint64(62)
     rest = jax.lax.bitcast_convert_type(turns - (quadrant << jnp.uint64(62)), jnp.int64)

@@ -15,8 +15,15 @@ from jaxtyping import Float, Float64, Int32
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.positions import phases
-from kvattn.positions.phases import CosSin
-from kvattn.positions.scaling import Spectrum, dynamic_ratio, frequencies, read_scaling, yarn_attention_factor
+from kvattn.positions.phases import BY_LENGTH, CosSin
+from kvattn.positions.scaling import (
+    Spectrum,
+    dynamic_ratio,
+    frequencies,
+    longrope_attention_factor,
+    read_scaling,
+    yarn_attention_factor,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,9 @@ class RoPE:
               over ``original_max_position_embeddings``.
             - ``llama3``: ``factor``, ``low_freq_factor``, ``high_freq_factor``,
               ``original_max_position_embeddings``.
+            - ``longrope``: ``short_factor`` and ``long_factor``, a divisor for each pair,
+              ``original_max_position_embeddings``, and ``attention_factor`` or what it follows from: ``factor``,
+              which without it is as that of yarn (Phi-3, https://arxiv.org/abs/2402.13753). See below.
 
             ``rope_theta`` and ``partial_rotary_factor`` in the dict set `theta` and `rotary_dim`.
         rotary_dim: how many entries of a head turn (even), neighbours; the others pass through. None: all from
@@ -52,17 +62,18 @@ class RoPE:
         rotary_begin: the first entry that turns. Latent attention (DeepSeek's MLA) has its rotary part behind a part
             without positions: ``RoPE(576, rotary_begin=512)``.
         interleaved: False pairs entry i of those that turn with i + rotary_dim // 2 (HuggingFace's
-            ``rotate_half``); True pairs 2i with 2i + 1 (GPT-J, DeepSeek-V2 and V3, Meta's own Llama weights).
+            ``rotate_half``); True pairs 2i with 2i + 1: neighbours, as GPT-J, Cohere, GLM, DeepSeek-V2 and V3 have
+            them (and Meta's own Llama weights).
         max_positions: if given, positions must be below it. (There is no table: without it any
             int32 position is fine.)
 
-    The ``dynamic`` kind depends on a length. Each row of a call uses the largest position it is given,
-    plus one; up to ``original_max_position_embeddings`` nothing is scaled. For a whole prompt this is
-    what transformers does. But keys rotated in an earlier, shorter call keep their earlier frequencies
-    (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
+    The kinds ``dynamic`` and ``longrope`` depend on a length. Each row of a call uses the largest position it is
+    given, plus one; up to ``original_max_position_embeddings`` nothing is scaled, of longrope by the short divisors.
+    For a whole prompt this is what transformers does. But keys rotated in an earlier, shorter call keep their
+    earlier frequencies (in transformers too), so what comes out depends on how a prompt is cut into calls, and padding
     tokens count. `for_length` removes this: it fixes the length once, and with it the frequencies.
-    Its phases inside a call are float32-accurate only relative to the phase (within 1e-6 of it, for
-    stretches up to 10^5); `for_length` is as exact as the other kinds.
+    The phases of ``dynamic`` inside a call are float32-accurate only relative to the phase (within 1e-6 of it,
+    for stretches up to 10^5); `for_length` is as exact as the other kinds.
 
     Raises:
         ConfigError: a size that cannot work, an unknown kind, a field that is missing or unknown.
@@ -116,6 +127,14 @@ class RoPE:
             raise ConfigError("dynamic scaling needs rotary_dim > 2: its exponent is rotary_dim / (rotary_dim - 2).")
         if kind == "yarn" and theta == 1:
             raise ConfigError("yarn scaling needs theta > 1, got 1.")
+        for name in ("short_factor", "long_factor"):
+            if name in fields and len(fields[name]) != rotary_dim // 2:
+                raise ConfigError(
+                    f"scaling['{name}'] must list a number for each of the {rotary_dim // 2} pairs that turn, got "
+                    f"{len(fields[name])}."
+                )
+        if kind == "longrope" and fields["original_max_position_embeddings"] <= 1:
+            raise ConfigError("longrope scaling needs original_max_position_embeddings > 1.")
         if not isinstance(self.interleaved, bool):
             raise DTypeError(f"interleaved must be a bool, got {self.interleaved!r}.")
         if self.max_positions is not None:
@@ -138,24 +157,36 @@ class RoPE:
 
     @property
     def inv_freq(self) -> Float64[np.ndarray, " pairs"]:
-        """Radians per token of each pair (of ``dynamic``: at the original length)."""
+        """Radians per token of each pair (of ``dynamic`` and ``longrope``: at the original length)."""
         return np.array([float(f) for f in frequencies(self._spectrum)])
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin are multiplied by: 1, except for ``yarn``."""
+        """What cos and sin are multiplied by: 1, except for ``yarn`` and ``longrope``."""
         spectrum = self._spectrum
+        if spectrum.kind == "longrope":
+            return longrope_attention_factor(spectrum.fields)
         return yarn_attention_factor(spectrum.fields) if spectrum.kind == "yarn" else 1.0
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether frequencies depend on how long a row is: those of ``dynamic`` and ``longrope``."""
+        return self._spectrum.kind in BY_LENGTH
+
     def for_length(self, length: int) -> "RoPE":
-        """This embedding with ``dynamic`` scaling fixed at a sequence length; the other kinds as they are.
+        """This embedding with ``dynamic`` or ``longrope`` fixed at a sequence length; the other kinds as they are.
 
         Args:
             length: tokens, usually the capacity of the cache that the keys go to.
         """
         length = _checks.integer("length", length, 1)
-        if self._spectrum.kind != "dynamic":
+        if not self.depends_on_length:
             return self
+        if self._spectrum.kind == "longrope":
+            fields = self._spectrum.fields
+            chosen = "long_factor" if length > fields["original_max_position_embeddings"] else "short_factor"
+            fixed = fields | {"short_factor": fields[chosen], "long_factor": fields[chosen]}
+            return dataclasses.replace(self, scaling=fixed)
         ratio = max(float(dynamic_ratio(self._spectrum.fields, length)), 1.0)
         theta = self.theta * ratio ** (self.num_pairs / (self.num_pairs - 1))
         return dataclasses.replace(self, theta=theta, scaling=None)
@@ -182,12 +213,14 @@ class RoPE:
         """
         return _cos_sin(self, _checked_positions(positions, self.max_positions), jnp.dtype(dtype))
 
-    def __call__(self, x: Any, positions: Any) -> Float[jax.Array, "*BT N H"]:
+    def __call__(self, x: Any, positions: Any, lengths: Any = None) -> Float[jax.Array, "*BT N H"]:
         """Turns queries or keys to their positions.
 
         Args:
             x: float[B, T, N, H], or float[T, N, H].
             positions: int[B, T] or int[T].
+            lengths: int[B], or one int without B: the length of each row that ``dynamic`` and ``longrope`` go by. None:
+                its largest position, plus one.
 
         Returns:
             An array like `x`, of its dtype. Computed in float32 (float64 if `x` is).
@@ -208,7 +241,16 @@ class RoPE:
                 f"positions must have shape {tokens} or {tokens[-1:]} for x of shape {x.shape}, got {shape}."
             )
 
-        return _turned(self, x, _checked_positions(positions, self.max_positions))
+        if lengths is not None:
+            lengths = jnp.asarray(lengths, jnp.int32)
+            if lengths.shape != tokens[:-1]:
+                raise ShapeError(
+                    f"lengths must have shape {tokens[:-1]} for x of shape {x.shape}, got {lengths.shape}."
+                )
+        positions = _checked_positions(positions, self.max_positions)
+        if lengths is None or not self.depends_on_length:
+            return _turned(self, x, positions, None)
+        return _turned(self, x, jnp.broadcast_to(positions, tokens), lengths[..., None])
 
 
 def _checked_positions(positions: Any, max_positions: int | None) -> Int32[jax.Array, "*tokens"]:
@@ -237,20 +279,28 @@ def _checked_positions(positions: Any, max_positions: int | None) -> Int32[jax.A
 
 # jit: outside of one, a rotation would be forty small programs instead of one.
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _cos_sin(rope: RoPE, positions: Int32[jax.Array, "*tokens"], dtype: np.dtype) -> CosSin:
-    cos, sin = phases.cos_sin(rope._spectrum, positions, dtype)
+def _cos_sin(
+    rope: RoPE,
+    positions: Int32[jax.Array, "*tokens"],
+    dtype: np.dtype,
+    lengths: Int32[jax.Array, "*rows 1"] | None = None,
+) -> CosSin:
+    cos, sin = phases.cos_sin(rope._spectrum, positions, dtype, lengths)
     factor = rope.attention_factor
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _turned(
-    rope: RoPE, x: Float[jax.Array, "*BT N H"], positions: Int32[jax.Array, "*tokens"]
+    rope: RoPE,
+    x: Float[jax.Array, "*BT N H"],
+    positions: Int32[jax.Array, "*tokens"],
+    lengths: Int32[jax.Array, "*rows 1"] | None,
 ) -> Float[jax.Array, "*BT N H"]:
     compute = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     # Over heads, and over rows where positions have none: [.., T, 1, pairs].
     shape = (1,) * (x.ndim - 2 - positions.ndim) + positions.shape + (1, rope.num_pairs)
-    cos, sin = (a.reshape(shape) for a in _cos_sin(rope, positions, compute))
+    cos, sin = (a.reshape(shape) for a in _cos_sin(rope, positions, compute, lengths))
 
     begin, end = rope.rotary_begin, rope.rotary_begin + 2 * rope.num_pairs
     turning = x[..., begin:end].astype(compute)

@@ -24,11 +24,13 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 ROPE_TYPES = tuple(_REQUIRED)
 """The kinds that there are."""
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("attention_factor", "factor"),
 }
 # Present in checkpoints of every kind, without meaning for some.
 _COMMON = ("original_max_position_embeddings", "max_position_embeddings", "finetuned")
@@ -58,6 +60,12 @@ class Spectrum:
         """Of the scaling."""
         return self.fields.get("rope_type", "default")
 
+    @property
+    def long(self) -> "Spectrum":
+        """Of ``longrope``: the one of rows beyond the original length."""
+        fields = self.fields | {"short_factor": self.fields["long_factor"]}
+        return dataclasses.replace(self, scaling=tuple(fields.items()))
+
 
 def read_scaling(scaling: object) -> tuple[str, dict[str, Any]]:
     """The kind of a rope dict and its fields, all checked, without what has no meaning for it."""
@@ -79,7 +87,7 @@ def read_scaling(scaling: object) -> tuple[str, dict[str, Any]]:
     length = fields.get("max_position_embeddings")
     if kind == "dynamic" and length is not None:
         fields.setdefault("original_max_position_embeddings", length)
-    if kind == "yarn" and length is not None and "original_max_position_embeddings" in fields:
+    if kind in ("yarn", "longrope") and length is not None and "original_max_position_embeddings" in fields:
         fields.setdefault("factor", length / fields["original_max_position_embeddings"])
     for name in _REQUIRED[kind]:
         if name not in fields:
@@ -98,12 +106,21 @@ def read_scaling(scaling: object) -> tuple[str, dict[str, Any]]:
             out[name] = value
         elif name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow") and value == 0:
             continue  # zero means "not given", as in transformers
+        elif name in ("short_factor", "long_factor"):
+            if not isinstance(value, list | tuple):
+                raise DTypeError(f"scaling['{name}'] must list a number for each pair that turns, got {value!r}.")
+            out[name] = tuple(_checks.positive(f"scaling['{name}']", x) for x in value)
         else:
             out[name] = _checks.positive(f"scaling['{name}']", value)
     if kind == "llama3" and not out["low_freq_factor"] < out["high_freq_factor"]:
         raise ConfigError(
             f"scaling['low_freq_factor'] ({out['low_freq_factor']}) must be below "
             f"scaling['high_freq_factor'] ({out['high_freq_factor']})."
+        )
+    if kind == "longrope" and not {"attention_factor", "factor"} & out.keys():
+        raise ConfigError(
+            "scaling of type 'longrope' needs attention_factor, or what it follows from: factor, or "
+            "max_position_embeddings."
         )
     return kind, out
 
@@ -170,12 +187,26 @@ def _llama3(plain: tuple[Fraction, ...], spectrum: Spectrum) -> tuple[Fraction, 
     return tuple(out)
 
 
+def _longrope(plain: tuple[Fraction, ...], spectrum: Spectrum) -> tuple[Fraction, ...]:
+    """Each pair has a divisor of its own, searched for when the model was made (https://arxiv.org/abs/2402.13753)."""
+    return tuple(f / Fraction(x) for f, x in zip(plain, spectrum.fields["short_factor"], strict=True))
+
+
+def longrope_attention_factor(fields: dict[str, Any]) -> float:
+    """What longrope multiplies cosines and sines by, whatever the length."""
+    if "attention_factor" in fields:
+        return fields["attention_factor"]
+    factor, length = fields["factor"], fields["original_max_position_embeddings"]
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+
+
 _SCALED: dict[str, Callable[[tuple[Fraction, ...], Spectrum], tuple[Fraction, ...]]] = {
     "default": _unscaled,
     "linear": _linear,
     "dynamic": _unscaled,  # its factor depends on the call: see `dynamic_ratio`
     "yarn": _yarn,
     "llama3": _llama3,
+    "longrope": _longrope,  # up to the original length; beyond it those of `Spectrum.long`
 }
 
 

@@ -238,12 +238,206 @@ VARIANTS = {
     ),
 }
 
+PARTLY = {**SMALL, "hidden_size": 32, "num_attention_heads": 4}
+"""Heads of 8, of which a part turns."""
+MOE = {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP |= {"image_size": 8, "patch_size": 4}
+PIXTRAL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+PIXTRAL |= {"image_size": 8, "patch_size": 4}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 6.0]}
+
+# Families that came later, with the flags that are usual; then with the others.
+LATER = {
+    "gemma": ("Gemma", {**SMALL, "head_dim": 8}),
+    "phi3": ("Phi3", {**SMALL, "sliding_window": 5}),
+    "olmo2": ("Olmo2", SMALL),
+    "granite": (
+        "Granite",
+        {
+            **SMALL,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {**SMALL, "num_hidden_layers": 3, "no_rope_layer_interval": 2}),
+    "stablelm": ("StableLm", PARTLY),
+    "starcoder2": ("Starcoder2", {**SMALL, "sliding_window": 5}),
+    "gpt_neox": ("GPTNeoX", {**SIZES, "intermediate_size": 24, "max_position_embeddings": 64}),
+    "glm4": ("Glm4", {**SMALL, "head_dim": 8}),
+    "cohere2": (
+        "Cohere2",
+        {
+            **SMALL,
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "logit_scale": 0.4,
+        },
+    ),
+    "mixtral": ("Mixtral", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 20}),
+    "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 8, "norm_topk_prob": True}),
+    "gemma3_images": (
+        "Gemma3",
+        {
+            "text_config": {
+                **SMALL,
+                "head_dim": 8,
+                "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "query_pre_attn_scalar": 20,
+            },
+            "vision_config": SIGLIP,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3_images": (
+        "Mistral3",
+        {
+            "text_config": {"model_type": "mistral", **SMALL, "sliding_window": None, "head_dim": 6},
+            "vision_config": {"model_type": "pixtral", **PIXTRAL},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma_biases": ("Gemma", {**SMALL, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False}),
+    "phi3_short": (
+        "Phi3",
+        {
+            **PARTLY,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "rope_theta": 1000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3_long": (
+        "Phi3",
+        {
+            **PARTLY,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 12,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75, "rope_theta": 1000.0},
+        },
+    ),
+    "olmo2_biases": ("Olmo2", {**SMALL, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "granite_biases": (
+        "Granite",
+        {**SMALL, "attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.7, "attention_multiplier": 0.5},
+    ),
+    "smollm3_window": (
+        "SmolLM3",
+        {
+            **SMALL,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "no_rope_layers": [0, 1],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "stablelm_parallel": (
+        "StableLm",
+        {
+            **PARTLY,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "starcoder2_plain": (
+        "Starcoder2",
+        {**SMALL, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"},
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoX",
+        {
+            **SIZES,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_fast",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4_plain": (
+        "Glm4",
+        {
+            **SMALL,
+            "head_dim": 8,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "cohere2_biases": (
+        "Cohere2",
+        {
+            **SMALL,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+        },
+    ),
+    "mixtral_window": (
+        "Mixtral",
+        {
+            **SMALL,
+            "head_dim": 6,
+            "sliding_window": 4,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe_mixed": (
+        "Qwen2Moe",
+        {
+            **MOE,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 20,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {
+            **MOE,
+            "num_experts_per_tok": 3,
+            "head_dim": 8,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
 
 def model_of(kind: str, settings: dict, seed: int):
     """A model whose every parameter is drawn."""
-    prefix = {"Gemma3": "Gemma3Text"}.get(kind, kind)
-    config = getattr(transformers, f"{prefix}Config")(**ENDS, **settings)
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    with_images = "vision_config" in settings
+    prefix = "Gemma3Text" if kind == "Gemma3" and not with_images else kind
+    config = getattr(transformers, f"{prefix}Config")(**({} if with_images else ENDS), **settings)
+    head = "ForConditionalGeneration" if with_images else "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     model = getattr(transformers, kind + head)(config).eval().float()
     # Where the embedding is the head too, a large one would say its own token again, whatever the layers do.
     tied = getattr(model.config, "tie_word_embeddings", False)
@@ -255,6 +449,8 @@ def model_of(kind: str, settings: dict, seed: int):
                 x.copy_(x + 0.3 * noise)
             elif x.ndim == 1:
                 x.copy_(0.3 * noise)
+            elif x.ndim > 3:  # patches of images
+                x.copy_(0.1 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
                 x.copy_((0.2 if tied else 0.7) * noise)
             else:
@@ -289,8 +485,10 @@ def golden(model, seed: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Writes all families, or those named."""
-    for number, (name, (kind, settings)) in enumerate({**FAMILIES, **VARIANTS}.items()):
+    """Writes all families, or those named; ``versions.json`` says what made each."""
+    versions = HERE / "versions.json"
+    made = json.loads(versions.read_text()) if versions.exists() else {}
+    for number, (name, (kind, settings)) in enumerate({**FAMILIES, **VARIANTS, **LATER}.items()):
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         model = model_of(kind, settings, number)
@@ -303,9 +501,8 @@ def main() -> None:
         size = sum(f.stat().st_size for f in folder.iterdir())
         spread, margin = numbers["logits"].std(), numbers["margins"].min()
         print(f"{name}: {size / 1024:.0f} KiB, logits' deviation {spread:.2f}, least margin {margin:.3f}")
-    (HERE / "versions.json").write_text(
-        json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}, indent=1) + "\n"
-    )
+        made[name] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    versions.write_text(json.dumps(dict(sorted(made.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ import transformers
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+FACTORS = {
+    "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+    "original_max_position_embeddings": 32,
+}
 # name -> (head_dim, theta, max_position_embeddings of the config, tokens, rope dict)
 CASES = {
     "default": (16, 10000.0, 2048, 5, {"rope_type": "default"}),
@@ -73,6 +78,11 @@ CASES = {
             "original_max_position_embeddings": 8192,
         },
     ),
+    # A divisor for each pair; the length of the config decides how large cosines are.
+    "longrope_short": (16, 10000.0, 128, 32, {"rope_type": "longrope", **FACTORS}),
+    "longrope_long": (16, 10000.0, 128, 33, {"rope_type": "longrope", **FACTORS}),
+    "longrope_attention": (16, 5000.0, 128, 40, {"rope_type": "longrope", "attention_factor": 1.3, **FACTORS}),
+    "longrope_factor": (16, 10000.0, 64, 5, {"rope_type": "longrope", "factor": 4.0, **FACTORS}),
 }
 
 

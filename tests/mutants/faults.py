@@ -1201,6 +1201,79 @@ FAULTS: list[Fault] = [
         ("Fields.finish", "n not in known and not is_harmless(n, x)", "False"),
         ("Fields.get", 'name not in self.format.defaults and name != "quantization_config"', "False"),
     ),
+    *group(
+        "families/fields.py",
+        "test_checkpoints.py::test_absent_fields_have_the_familys_defaults",
+        ("Fields._turned", "int(head_dim * fraction)", "int(head_dim * fraction / 2)"),
+    ),
+    *group(
+        "families/layers.py",
+        "test_checkpoints.py::test_absent_fields_have_the_familys_defaults[smollm3]",
+        ("turned", "(i + 1) % every", "i % every"),
+    ),
+    *group(
+        "families/rules.py",
+        "test_pretrained.py::test_whole_prompts",
+        (
+            "gate_and_up",
+            "range(hidden)), ",
+            "range(hidden, 2 * hidden)), ",
+            "test_pretrained.py::test_whole_prompts[phi3]",
+        ),
+        ("Stacked.read", ")[along]", ")[::-1][along]", "test_pretrained.py::test_whole_prompts[mixtral]"),
+        ("_Parts._of_heads", "((0, 1),)", "((1, 0),)", "test_pretrained.py::test_whole_prompts[olmo2]"),
+    ),
+    *group(
+        "families/hf/granite.py",
+        "test_pretrained.py::test_whole_prompts[granite]",
+        ("_blueprint", '1 / fields.positive("logits_scaling")', 'fields.positive("logits_scaling")'),
+        ("_blueprint", '"attention_multiplier"', '"embedding_multiplier"'),
+    ),
+    *group(
+        "families/hf/cohere2.py",
+        "test_pretrained.py::test_whole_prompts[cohere2]",
+        ("_blueprint", "window is not None", "window is None"),
+        ("_blueprint", "rope_interleaved=True", "rope_interleaved=False"),
+    ),
+    *group(
+        "families/params.py",
+        "test_checkpoints.py::test_published_configs",
+        ("gated", " + shared_params(f))", ")", "test_checkpoints.py::test_published_configs[qwen1.5-moe-a2.7b]"),
+        ("gated", "bias and out_bias", "bias", "test_checkpoints.py::test_published_configs[glm-4-9b]"),
+    ),
+    *group(
+        "families/text_part.py",
+        "test_checkpoints.py::test_what_is_said_around_a_text_part",
+        ("to_load", '"tie_word_embeddings", True', '"tie_word_embeddings", False'),
+        ("to_load", "not _OF_OTHERS.search(name)", "False", "test_checkpoints.py::test_flags_that_cannot_be_honoured"),
+    ),
+    *group(
+        "models/decoder.py",
+        "test_pretrained.py::test_whole_prompts[granite]",
+        ("Block._scaled", "y if self.residual_scale is None else ", "y if True else "),
+        ("Decoder.logits", "logits * self.config.logit_scale", "logits"),
+        ("Block.__init__", '!= "output"', '!= "outputs"', "test_pretrained.py::test_whole_prompts[olmo2]"),
+    ),
+    *group(
+        "models/experts.py",
+        """
+        test_experts.py::test_experts_one_by_one
+        test_experts.py::test_tokens_that_agree
+        """,
+        ("Experts._chosen", "(best if self", "(scores if self"),
+        ("Experts._of_all", "y * jax.nn.sigmoid(", "y * jax.nn.silu("),
+        ("Experts._expert", "(linear + 1) * gated", "linear * gated"),
+        ("_Blocks.__init__", "min(num_experts, choices) +", "min(num_experts, choices) - 1 +"),
+        ("_Blocks.__init__", 'side="right"', 'side="left"'),
+        ("_Blocks.__init__", "(jnp.cumsum(sizes) - sizes)[expert]", "jnp.cumsum(sizes)[expert]"),
+        ("_Blocks.gathered", "// self.per_token", "% nobody"),
+        (
+            "Experts._expert",
+            "jax.lax.dynamic_index_in_dim(p, expert, keepdims=False)",
+            "jnp.einsum('e...,e->...', p, jax.nn.one_hot(expert, p.shape[0]))",
+            "test_experts.py::test_a_decode_step_reads_the_chosen_experts",
+        ),
+    ),
     # How many pages tokens take, and what the planner makes of it ------------------------------------------------
     *group(
         "_paging.py",
@@ -1369,6 +1442,25 @@ FAULTS: list[Fault] = [
         "positions/scaling.py",
         "test_positions.py::test_matches_transformers\ntest_positions.py::test_every_field_of_the_rope_dict_matters",
         ("_yarn", "math.floor(low), math.ceil(high)", "math.ceil(low), math.floor(high)"),
+        ("_longrope", '"short_factor"', '"long_factor"'),
+        ("longrope_attention_factor", "1 + math.log(factor)", "math.log(factor)"),
+    ),
+    *group(
+        "positions/phases.py",
+        "test_positions.py::test_longrope_takes_the_length_from_the_row",
+        ("_turns", "lengths > math", "lengths >= math"),
+        ("_turns", "jnp.where(is_long, b, a)", "a"),
+    ),
+    *group(
+        "attend/request.py",
+        "test_positions.py::test_keys_that_move_go_by_the_length_of_their_row[longrope]",
+        ("rotated", "if request.key_rope.depends_on_length:", "if False:"),
+    ),
+    *group(
+        "layers/norms.py",
+        "test_layers_norms.py::test_against_numpy",
+        ("normalized", "(-2, -1) if joint", "(-1,) if joint"),
+        ("normalized", 'kind == "layer"', 'kind == "rms"'),
     ),
     # Serving -----------------------------------------------------------------------------------------------------
     *group(

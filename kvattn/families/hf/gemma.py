@@ -1,4 +1,4 @@
-"""Gemma: norms before and after, scaled embeddings, windows in most layers."""
+"""Gemma: scaled embeddings; from the second on norms before and after, and windows in most layers."""
 
 import math
 
@@ -14,6 +14,27 @@ from kvattn.families.registry import register
 from kvattn.families.settings import Value
 
 _every_second = layers.windowed_but(at=1, period=2)
+
+
+def _gemma(fields: Fields) -> rules.Blueprint:
+    """Files of the first release say "gelu" and mean the tanh approximation."""
+    bias = fields.flag("attention_bias")
+    fields.only("use_bidirectional_attention", False, why="a decoder is causal")
+    fields.only("hidden_activation", "gelu_pytorch_tanh")  # transformers goes by hidden_act
+    activation = fields.activation("hidden_act")
+    config = DecoderConfig(
+        **llama.sizes(fields),
+        **fields.rope(),
+        activation="gelu_tanh" if fields.get("hidden_act") == "gelu" else activation,
+        embedding_scale=math.sqrt(fields.size("hidden_size")),
+        qkv_bias=bias,
+        out_bias=bias,
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+    )
+    block = {
+        "attention_norm": "input_layernorm", **llama.ATTENTION, "mlp_norm": "post_attention_layernorm", **llama.MLP,
+    }  # fmt: skip
+    return rules.blueprint(config, llama.PARTS, block, plus_one=True, buffers=llama.BUFFERS)
 
 
 def _gemma2(fields: Fields) -> rules.Blueprint:
@@ -132,10 +153,15 @@ GEMMA3 = Family(
 )  # fmt: skip
 GEMMA = Family(
     model_type="gemma",
-    defaults=usual(vocab=256000, dim=3072, mlp=24576, layers=28, heads=16, kv_heads=16, length=8192, tied=True)
-    | {"head_dim": 256, "attention_bias": False},
+    defaults=llama.DEFAULTS
+    | usual(vocab=256000, dim=3072, mlp=24576, layers=28, heads=16, kv_heads=16, length=8192, tied=True) | {
+        "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": None, "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    nullable=frozenset({"num_key_value_heads"}),
+    blueprint=_gemma,
     params=params.gated,
-)
+)  # fmt: skip
 GEMMA3N = Family(
     model_type="gemma3n_text",
     defaults=usual(vocab=262400, dim=2048, layers=35, heads=8, kv_heads=2, length=32768, tied=True) | {

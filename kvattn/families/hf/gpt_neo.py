@@ -1,4 +1,4 @@
-"""GPT-Neo, GPT-NeoX, GPT-J and their relatives."""
+"""GPT-Neo, GPT-J and CodeGen."""
 
 from kvattn.errors import ConfigError
 from kvattn.families import params
@@ -22,12 +22,6 @@ def _gpt_neo(f: Sizes, num_layers: int) -> list[Kind]:
     return [known[kind] for kind in named]
 
 
-def _gpt_neox_params(f: Sizes) -> int:
-    d, bias = f.size("model_dim"), f.flag("attention_bias")
-    layer = params.plain_layer(f, f.size("mlp_dim"), bias=bias, mlp_bias=True, norms=4)
-    return params.embeddings(f) + f.num_layers * layer + 2 * d
-
-
 _ESTIMATE = Estimate(mlp=params.two_matrices)
 GPT_NEO = Family(
     model_type="gpt_neo",
@@ -41,11 +35,6 @@ GPT_NEO = Family(
     layers=_gpt_neo,
     estimate=_ESTIMATE,
 )  # fmt: skip
-GPT_NEOX = Family(
-    model_type="gpt_neox",
-    defaults=usual(vocab=50432, dim=6144, mlp=24576, layers=44, heads=64, length=2048) | {"attention_bias": True},
-    params=_gpt_neox_params,
-)
 GPTJ = Family(model_type="gptj", aliases=gpt2.NAMES, estimate=_ESTIMATE)
 CODEGEN = Family(model_type="codegen", aliases=gpt2.NAMES, estimate=_ESTIMATE)
-register(GPT_NEO, GPT_NEOX, GPTJ, CODEGEN)
+register(GPT_NEO, GPTJ, CODEGEN)

@@ -1,4 +1,6 @@
-"""Llama, Mistral, Mixtral and Phi-3: RMS norms, rotary positions, SwiGLU."""
+"""Llama and Mistral: RMS norms, rotary positions, SwiGLU. Most families are described by how they differ."""
+
+from collections.abc import Mapping
 
 from kvattn.families import layers, params, rules
 from kvattn.families.config import DecoderConfig
@@ -24,8 +26,8 @@ DEFAULTS: dict[str, Value] = ROPE | {"head_dim": None, "hidden_act": "silu", "rm
 """Of Llama, Mistral and Qwen."""
 
 
-def sizes(fields: Fields) -> dict[str, Value]:
-    """The sizes by the names that most families give them."""
+def sizes(fields: Fields, epsilon: str = "rms_norm_eps") -> dict[str, Value]:
+    """The sizes by the names that most families give them; `epsilon` is what the norms' is called."""
     heads, size = fields.size("num_attention_heads", most=MAX_HEADS), fields.get("head_dim")
     return {
         "vocab_size": fields.size("vocab_size"),
@@ -35,8 +37,13 @@ def sizes(fields: Fields) -> dict[str, Value]:
         "num_kv_heads": fields.size("num_key_value_heads", null=heads),
         "head_dim": None if size is None else fields.size("head_dim"),
         "mlp_dim": fields.size("intermediate_size"),
-        "norm_epsilon": fields.number("rms_norm_eps"),
+        "norm_epsilon": fields.number(epsilon),
     }
+
+
+def head_dim(sizes: Mapping[str, Value]) -> int:
+    """H, by what `sizes` returned."""
+    return sizes["head_dim"] or sizes["model_dim"] // sizes["num_heads"]
 
 
 def blueprint(fields: Fields, **rest: Value) -> Blueprint:
@@ -76,29 +83,13 @@ LLAMA = Family(
     blueprint=_llama,
     params=params.gated,
 )
-_SIZES = usual(vocab=32000, dim=4096, mlp=14336, layers=32, heads=32, kv_heads=8, length=131072)
+SIZES_7B = usual(vocab=32000, dim=4096, mlp=14336, layers=32, heads=32, kv_heads=8, length=131072)
 MISTRAL = Family(
     model_type="mistral",
-    defaults=DEFAULTS | _SIZES | {"sliding_window": 4096, "layer_types": None},
+    defaults=DEFAULTS | SIZES_7B | {"sliding_window": 4096, "layer_types": None},
     text_part_of=("mistral3",),
     blueprint=_mistral,
     layers=layers.windowed,
     params=params.gated,
 )
-MIXTRAL = Family(
-    model_type="mixtral",
-    defaults=_SIZES | {
-        "head_dim": None, "sliding_window": None, "layer_types": None, "num_experts_per_tok": 2, "num_local_experts": 8,
-    },
-    aliases={"num_local_experts": ("num_experts",)},
-    layers=layers.windowed,
-    params=params.gated,
-)  # fmt: skip
-PHI3 = Family(
-    model_type="phi3",
-    defaults=usual(vocab=32064, dim=3072, mlp=8192, layers=32, heads=32, kv_heads=32, length=4096)
-    | {"sliding_window": None},
-    layers=layers.windowed,
-    params=params.gated,
-)
-register(LLAMA, MISTRAL, MIXTRAL, PHI3)
+register(LLAMA, MISTRAL)

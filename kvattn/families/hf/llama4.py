@@ -1,36 +1,22 @@
-"""Llama 4: layers with rotary positions keep their chunk only, and SmolLM3, whose layers follow the same list."""
+"""Llama 4: layers with rotary positions keep their chunk only."""
 
-from kvattn.families import params
+from kvattn.families import layers, params
 from kvattn.families.defaults import usual
 from kvattn.families.experts import expert_weights, layer_numbers
 from kvattn.families.family import Estimate, Experts, Family, Sizes
-from kvattn.families.kinds import CHUNK, FULL, WINDOW, Kind
+from kvattn.families.kinds import CHUNK, FULL, Kind
 from kvattn.families.registry import register
-from kvattn.families.settings import Value
-
-
-def _turned(f: Sizes, num_layers: int) -> list[Value]:
-    """Which layers have rotary positions, as no_rope_layers says in spite of its name."""
-    if f.get("no_rope_layers"):
-        return f.list_of("no_rope_layers", num_layers) or []
-    every = f.size("no_rope_layer_interval")
-    return [(i + 1) % every != 0 for i in range(num_layers)]
 
 
 def _llama4(f: Sizes, num_layers: int) -> list[Kind]:
     local = CHUNK if f.get("attention_chunk_size") is not None else FULL
-    return [local if turned else FULL for turned in _turned(f, num_layers)]
+    return [local if turned else FULL for turned in layers.turned(f, num_layers)]
 
 
 def _is_sparse(f: Sizes, layer: int) -> bool:
     if (chosen := f.get("moe_layers")) is not None:
         return layer in layer_numbers("moe_layers", chosen)
     return (layer + 1) % f.size("interleave_moe_layer_step") == 0
-
-
-def _smollm3(f: Sizes, num_layers: int) -> list[Kind]:
-    used = f.flag("use_sliding_window") and f.get("sliding_window") is not None
-    return [FULL if turned or not used else WINDOW for turned in _turned(f, num_layers)]
 
 
 LLAMA4 = Family(
@@ -45,13 +31,4 @@ LLAMA4 = Family(
     estimate=Estimate(mlp=lambda f: params.mlp(f, hidden=f.size("intermediate_size_mlp"))),
     experts=Experts(is_sparse=_is_sparse, shared=expert_weights),
 )  # fmt: skip
-SMOLLM3 = Family(
-    model_type="smollm3",
-    defaults={
-        "num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": None, "no_rope_layers": None,
-        "no_rope_layer_interval": 4, "tie_word_embeddings": True,
-    },
-    nullable=frozenset({"num_key_value_heads"}),
-    layers=_smollm3,
-)  # fmt: skip
-register(LLAMA4, SMOLLM3)
+register(LLAMA4)

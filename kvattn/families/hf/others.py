@@ -20,9 +20,7 @@ _ALIKE: dict[str, dict[str, Value]] = {
     "diffllama": {},
     "flex_olmo": {},
     "glm": {"num_key_value_heads": 2, "head_dim": 128},
-    "glm4": {"num_key_value_heads": 2, "head_dim": 128},
     "glm4_moe": {"num_key_value_heads": 8, "first_k_dense_replace": 1},
-    "granite": {},
     "granitemoe": {},
     "granitemoeshared": {"shared_intermediate_size": 0},
     "helium": {"num_key_value_heads": 20, "head_dim": 128},
@@ -32,9 +30,7 @@ _ALIKE: dict[str, dict[str, Value]] = {
     "internlm": {},
     "internlm2": {},
     "olmo": {},
-    "olmo2": {},
     "olmoe": {},
-    "stablelm": {},
 }
 """Every layer keeps keys and values; the MLP is Llama's."""
 
@@ -89,13 +85,6 @@ AFMOE = Family(
     defaults={"head_dim": 128, "sliding_window": 1024, "global_attn_every_n_layers": 4},
     layers=windowed_by_pattern(4),
 )
-COHERE2 = Family(
-    model_type="cohere2",
-    defaults=_TIED | {
-        "sliding_window": 4096, "sliding_window_pattern": 4, "layer_switch": None, "order_of_interleaved_layers": None,
-    },
-    layers=windowed_by_pattern(4),
-)  # fmt: skip
 CWM = Family(
     model_type="cwm",
     defaults={"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192},
@@ -133,14 +122,8 @@ EXAONE4 = Family(
     layers=_exaone4,
 )
 OLMO3 = Family(model_type="olmo3", defaults={"sliding_window": 4096}, layers=windowed_by_pattern(4))
-STARCODER2 = Family(
-    model_type="starcoder2",
-    defaults=_TIED | {"num_key_value_heads": 2, "sliding_window": None},
-    layers=windowed,
-    estimate=_TWO,
-)
 
-register(AFMOE, COHERE2, CWM, EXAONE4, OLMO3, STARCODER2)
+register(AFMOE, CWM, EXAONE4, OLMO3)
 register(DBRX, DOTS1, ERNIE)  # with experts
 register(*(Family(model_type=kind, defaults=defaults) for kind, defaults in _ALIKE.items()))
 register(*(Family(model_type=kind, defaults=defaults, estimate=_TWO) for kind, defaults in _PLAIN_MLP.items()))

@@ -1,11 +1,10 @@
-"""Qwen: the first, 2, 2.5 and 3, dense and with experts."""
+"""Qwen: the first, 2, 2.5 and 3, without experts."""
 
 from kvattn.families import layers, params
 from kvattn.families.defaults import usual
-from kvattn.families.family import Estimate, Family, Sizes
+from kvattn.families.family import Estimate, Family
 from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
-from kvattn.families.kinds import FULL, WINDOW, Kind
 from kvattn.families.registry import register
 from kvattn.families.rules import Blueprint
 
@@ -28,19 +27,8 @@ def _blueprint(fields: Fields, **rest: bool) -> Blueprint:
     return llama.blueprint(fields, windows=windows, **rest)
 
 
-def _qwen2_moe_layers(f: Sizes, num_layers: int) -> list[Kind]:
-    first = f.size("max_window_layers", least=0) if f.flag("use_sliding_window") else 0
-    return [WINDOW if i < first and i % 2 == 0 else FULL for i in range(num_layers)]
-
-
-def _qwen3_moe_layers(f: Sizes, num_layers: int) -> list[Kind]:
-    used = f.flag("use_sliding_window") and f.get("sliding_window")
-    return [WINDOW if used else FULL] * num_layers
-
-
 _SIZES = llama.DEFAULTS | usual(vocab=151936, dim=4096, mlp=22016, layers=32, heads=32, kv_heads=32, length=32768)
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
-_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _KV_HEADS = frozenset({"num_key_value_heads"})
 
 QWEN2 = Family(
@@ -59,26 +47,6 @@ QWEN3 = Family(
     layers=_windows,
     params=lambda f: params.gated(f, qk_norms=True),
 )
-QWEN2_MOE = Family(
-    model_type="qwen2_moe",
-    defaults=usual(vocab=151936, dim=2048, mlp=5632, layers=24, heads=16, kv_heads=16, length=32768)
-    | _WINDOWS | _EXPERTS | {
-        "sliding_window": 0, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
-        "num_experts_per_tok": 4, "num_experts": 60, "qkv_bias": True,
-    },
-    layers=_qwen2_moe_layers,
-)  # fmt: skip
-QWEN3_MOE = Family(
-    model_type="qwen3_moe",
-    defaults=usual(vocab=151936, dim=2048, mlp=6144, layers=24, heads=32, kv_heads=4, length=32768)
-    | _EXPERTS | {
-        "head_dim": None, "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
-        "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
-    },
-    aliases={"num_experts": ("num_local_experts",)},
-    layers=_qwen3_moe_layers,
-    params=lambda f: params.gated(f, qk_norms=True),
-)  # fmt: skip
 QWEN = Family(
     model_type="qwen",
     defaults={"kv_channels": 128, "use_logn_attn": True, "attn_dropout_prob": 0.0},
@@ -96,4 +64,4 @@ _VISION = [
 QWEN3_VL = Family(
     model_type="qwen3_vl_text", defaults={"num_key_value_heads": 32, "head_dim": 128}, text_part_of=("qwen3_vl",)
 )
-register(QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_VL, *_VISION)
+register(QWEN, QWEN2, QWEN3, QWEN3_VL, *_VISION)

@@ -1,0 +1,162 @@
+"""Experts one token at a time in NumPy, and what of them a compiled step reads."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from policy_oracles import softmax
+
+from kvattn.models import Decoder, DecoderConfig, experts
+from kvattn.models.experts import Experts
+from kvattn.models.parameters import parameters_of
+from kvattn.models.placement import Split
+
+D, F, E, CHOSEN = 8, 6, 5, 2
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+KINDS = {
+    "gpt_oss": {"expert_kind": "gpt_oss", "expert_limit": 0.7},
+    "mixtral": {"expert_kind": "gated"},
+    "qwen": {"expert_kind": "gated", "expert_shares": "all", "shared_expert_dim": 7, "shared_expert_gate": True},
+    "shared": {"expert_kind": "gated", "shared_expert_dim": 7, "activation": "gelu_tanh"},
+}
+
+
+def layer_of(kind, seed=0, **sizes):
+    sizes = {"model_dim": D, "mlp_dim": F, "num_experts": E, "experts_per_token": CHOSEN} | sizes
+    config = DecoderConfig(vocab_size=8, num_layers=1, num_heads=2, **sizes, **KINDS[kind])
+    layer = Experts(config, Split(), dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    draw = np.random.default_rng(seed)
+    state = nnx.state(layer, nnx.Param)
+    drawn = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape, scale=0.7), x.dtype), state)
+    nnx.update(layer, drawn)
+    return layer, config
+
+
+def apply(layer, x):
+    """Compiled: one by one its operations would take longer."""
+    graph, state = nnx.split(layer)
+    call = jax.jit(lambda state, x: nnx.merge(graph, state)(x), compiler_options=FAST)
+    return np.asarray(call(state, jnp.asarray(x)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def expected(layer, config, x):
+    """One token at a time, one expert at a time, in float64."""
+    w = {name: np.asarray(p, np.float64) for name, p in parameters_of(layer).items()}
+    act = silu if config.activation == "silu" else lambda y: y * (1 + np.tanh(0.7978845608 * (y + 0.044715 * y**3))) / 2
+    out = np.zeros(x.shape)
+    for at in np.ndindex(x.shape[:-1]):
+        token = np.asarray(x[at], np.float64)
+        scores = token @ w["router.kernel"] + w.get("router.bias", 0)
+        best = np.argsort(-scores)[: config.experts_per_token]
+        shares = softmax(scores)[best] if config.expert_shares == "all" else softmax(scores[best])
+        for share, e in zip(shares, best, strict=True):
+            gate, up = token @ w["gate"][e], token @ w["up"][e]
+            if config.expert_kind == "gpt_oss":
+                limit = config.expert_limit
+                gate = np.minimum(gate + w["gate_bias"][e], limit)
+                up = np.clip(up + w["up_bias"][e], -limit, limit)
+                hidden = (up + 1) * gate / (1 + np.exp(-config.expert_alpha * gate))
+            else:
+                hidden = act(gate) * up
+            out[at] += share * (hidden @ w["down"][e] + (w["down_bias"][e] if "down_bias" in w else 0))
+        if config.shared_expert_dim:
+            y = (act(token @ w["shared.gate.kernel"]) * (token @ w["shared.up.kernel"])) @ w["shared.down.kernel"]
+            gate = 1 / (1 + np.exp(-token @ w["shared_gate.kernel"])) if config.shared_expert_gate else 1
+            out[at] += gate * y
+    return out
+
+
+def numbers(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_one_by_one(kind, monkeypatch):
+    """Blocks of three tokens, several of an expert, the last of them short; and all tokens in one block."""
+    layer, config = layer_of(kind)
+    x = numbers(2, 11, D)
+    for rows in (3, 128):
+        monkeypatch.setattr(experts, "BLOCK_ROWS", rows)
+        np.testing.assert_allclose(apply(layer, x), expected(layer, config, x), atol=2e-5)
+    assert apply(layer, np.zeros((0, 3, D), np.float32)).shape == (0, 3, D)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 128])
+def test_tokens_that_agree(rows, monkeypatch):
+    """All tokens to the same experts, which then have several blocks and the others none."""
+    monkeypatch.setattr(experts, "BLOCK_ROWS", rows)
+    layer, config = layer_of("gpt_oss")
+    layer.router.bias[...] = layer.router.bias[...] + jnp.asarray([0.0, 0.0, 50.0, 0.0, 60.0])
+    x = numbers(1, 7, D)
+    np.testing.assert_allclose(apply(layer, x), expected(layer, config, x), atol=2e-5)
+
+
+def test_what_nobody_chose_is_not_read():
+    """NaN in it reaches no token; and a row of NaN reaches no other."""
+    layer, _ = layer_of("gpt_oss")
+    layer.router.bias[...] = jnp.asarray([0.0, -90.0, 0.0, 0.0, -90.0])
+    x = numbers(3, 4, D)
+    want = apply(layer, x)
+    for p in (layer.gate, layer.up, layer.down, layer.down_bias):
+        p[...] = p[...].at[jnp.asarray([1, 4])].set(jnp.nan)
+    np.testing.assert_array_equal(apply(layer, x), want)
+    x[1] = np.nan
+    np.testing.assert_array_equal(apply(layer, x)[[0, 2]], want[[0, 2]])
+
+
+def test_gradients_are_those_of_a_sum_over_all_experts():
+    layer, _ = layer_of("mixtral")
+    graph, state = nnx.split(layer)
+    x = jnp.asarray(numbers(1, 6, D))
+
+    def over_all(layer, x):
+        scores, chosen = jax.lax.top_k(layer.router(x), CHOSEN)
+        shares = jnp.sum(jax.nn.one_hot(chosen, E) * jax.nn.softmax(scores)[..., None], axis=-2)
+        each = lambda name, y, spec: jnp.einsum(spec, y, getattr(layer, name)[...])
+        hidden = jax.nn.silu(each("gate", x, "btd,edf->btef")) * each("up", x, "btd,edf->btef")
+        return jnp.einsum("btef,efd,bte->btd", hidden, layer.down[...], shares)
+
+    loss = lambda apply: lambda state, x: jnp.sum(jnp.sin(apply(nnx.merge(graph, state), x)))
+    got = jax.jit(jax.grad(loss(lambda layer, x: layer(x)), argnums=(0, 1)))(state, x)
+    want = jax.jit(jax.grad(loss(over_all), argnums=(0, 1)))(state, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+# What is read --------------------------------------------------------------------------------------------------------
+
+MIXTRAL = {"model_dim": 128, "mlp_dim": 448, "num_experts": 8, "experts_per_token": 2, "expert_kind": "gated"}
+"""A thirty-second of its sizes."""
+
+
+@pytest.mark.parametrize(("rows", "read"), [(1, 2), (3, 6), (16, 8)])
+def test_a_decode_step_reads_the_chosen_experts(rows, read):
+    """From the compiled program: products with one expert's kernel, as often as experts may be chosen, at most all."""
+    config = DecoderConfig(vocab_size=32, num_layers=1, num_heads=4, num_kv_heads=2, **MIXTRAL)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    cache = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).make_cache(rows, 16))
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    step = jax.jit(lambda state, cache, tokens: nnx.merge(graph, state)(tokens, cache), donate_argnums=1)
+    compiled = step.lower(state, cache, tokens).compile()
+    text = compiled.as_text()
+    # Kernels of all experts are looked at by slices only; nothing computes with one as a whole.
+    whole = re.compile(r"f32\[8,(128,448|448,128)\]")
+    moves = ("parameter(", "get-tuple-element(", "tuple(", "while(", "dynamic-slice(", "bitcast(", "fusion(", "call(")
+    lines = [line for line in text.splitlines() if "= " in line and whole.search(line)]
+    assert lines and all(any(move in line for move in moves) for line in lines), lines
+    loops = [line for line in text.splitlines() if " while(" in line and whole.search(line)]
+    (loop,) = loops
+    assert re.search(rf'known_trip_count":\{{"n":"{read}"', loop), loop
+    products = [line for line in text.splitlines() if re.search(r" dot\(|custom-call|__onednn|convolution\(", line)]
+    assert products and not any(whole.search(line) for line in products)
+    # The analysis counts the body of a loop once: a slice that is read and written, and the product that reads it.
+    each = 3 * 128 * 448 * 4
+    read_once = compiled.cost_analysis()["bytes accessed"]
+    assert 1.4 * read_once < 8 * each
