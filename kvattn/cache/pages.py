@@ -11,7 +11,9 @@ head: so what one head has given back another can take.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Int32, Shaped
@@ -24,6 +26,12 @@ from kvattn.policies import Policy
 
 BLOCK_SLOTS = 128
 """Slots that `"xla"` gathers at once: whole pages, as many as fit."""
+
+
+if TYPE_CHECKING:
+    Table = Int32[Array, "B *K columns"]
+else:  # placements are worked out from shapes too
+    Table = Int32[Array | jax.ShapeDtypeStruct, "B *K columns"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +48,7 @@ class Pages:
 
     layout: Layout
     page_size: int
-    table: Int32[Array, "B *K columns"]
+    table: Table
     num_pages: int
 
     transposed_keys = False

@@ -193,7 +193,9 @@ def _called(
     return logits, cast(Caches, after)
 
 
-def _held(cache: Caches, tables: Tables, held: Bool[Array, " B"], shared: Shared | None = None) -> Caches:
+def _held(
+    cache: Caches, tables: tuple[Int32[Array, "B W"], ...], held: Bool[Array, " B"], shared: Shared | None = None
+) -> Caches:
     """The caches under the host's tables; rows that nobody has are empty."""
     return with_tables(cache, tables, jnp.where(held, cache[0].lengths, 0), shared=shared)
 

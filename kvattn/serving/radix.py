@@ -7,10 +7,16 @@ evicts releases them.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
+import numpy as np
+from jaxtyping import Integer
+
 from kvattn.errors import BlockStateError, ConfigError, RangeError, ShapeError
 from kvattn.serving import checks
 from kvattn.serving.matches import Leaving, Match, Page
 from kvattn.serving.nodes import Node, Oldest, below, common_pages
+
+Tokens = Iterable[int] | Integer[np.ndarray, " S"]
+"""Of a text, one after the other."""
 
 NO_PAGE = -1
 
@@ -78,7 +84,7 @@ class RadixTree:
 
     # Finding.
 
-    def match(self, tokens: Iterable[int], namespace: Hashable = "") -> Match:
+    def match(self, tokens: Tokens, namespace: Hashable = "") -> Match:
         """The longest prefix that is stored, the whole text included; it counts as used now.
 
         Args:
@@ -100,7 +106,7 @@ class RadixTree:
             pages = self._pages(last)
         return Match(self, last or self._nowhere(), good * self.page_size, pages)
 
-    def peek(self, tokens: Iterable[int], namespace: Hashable = "") -> int:
+    def peek(self, tokens: Tokens, namespace: Hashable = "") -> int:
         """The length of what `match` would find; nothing counts as used."""
         text, root = self._text(tokens), self._roots.get(checks.namespace(namespace))
         return 0 if root is None else self._good(list(self._walk(root, text))) * self.page_size
@@ -111,7 +117,7 @@ class RadixTree:
 
     # Storing.
 
-    def insert(self, tokens: Iterable[int], pages: Sequence[Page], namespace: Hashable = "") -> int:
+    def insert(self, tokens: Tokens, pages: Sequence[Page], namespace: Hashable = "") -> int:
         """Stores the pages of a text; what is stored already keeps its pages.
 
         Args:
@@ -130,7 +136,7 @@ class RadixTree:
         """
         return self._store(tokens, pages, namespace)[0]
 
-    def adopt(self, tokens: Iterable[int], pages: Sequence[Page], namespace: Hashable = "") -> list[Page]:
+    def adopt(self, tokens: Tokens, pages: Sequence[Page], namespace: Hashable = "") -> list[Page]:
         """As `insert`, but gives the pages that are the tree's now: ``pool.hold(tree.adopt(tokens, pages))``.
 
         With several groups these are tuples with -1 where a group's page was not taken. A page of a window that had
@@ -252,7 +258,7 @@ class RadixTree:
 
     # Below.
 
-    def _text(self, tokens: Iterable[int]) -> bytes:
+    def _text(self, tokens: Tokens) -> bytes:
         """The whole pages of a text."""
         text = checks.tokens("tokens", tokens)
         return text[: len(text) // self._page_bytes * self._page_bytes]
@@ -364,7 +370,7 @@ class RadixTree:
             columns.append(column)
         return columns
 
-    def _store(self, tokens: Iterable[int], pages: Sequence[Page], namespace: Hashable) -> tuple[int, list[Page]]:
+    def _store(self, tokens: Tokens, pages: Sequence[Page], namespace: Hashable) -> tuple[int, list[Page]]:
         text = self._text(tokens)
         columns = self._columns(len(text) // self._page_bytes, pages)
         namespace = checks.namespace(namespace)
