@@ -22,19 +22,20 @@ from jaxtyping import Float
 
 from kvattn import _checks
 from kvattn._typing import AnyArray, Array
-from kvattn.cache import Cache, KVCache, PagedKVCache
+from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import attention_fn as attention
 from kvattn.layers import caching, masking, placement, projections
 from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import Attention, dot_product_attention
+from kvattn.layers.makes_caches import MakesCaches
 from kvattn.layers.norms import HeadsNorm
 from kvattn.layers.originals import NNXAttention
 from kvattn.layers.placement import Metadata
 from kvattn.layers.projections import Sharding
 from kvattn.layers.rotary import rotate
-from kvattn.layers.settings import AttentionSettings, HasSettings
+from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
 
@@ -44,7 +45,7 @@ ZEROS = nnx.initializers.zeros_init()
 Initializer = Callable[..., Array]
 
 
-class MultiHeadAttention(HasSettings, NNXAttention):
+class MultiHeadAttention(MakesCaches, NNXAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -363,81 +364,6 @@ class MultiHeadAttention(HasSettings, NNXAttention):
             query, key = (rotate(settings.rope, x, input_positions) for x in (query, key))
         x = attend(settings, query, key, value, mask=mask, is_causal=is_causal, input_positions=input_positions)
         return projections.from_heads(self.out, x, out_sharding)
-
-    def make_cache(
-        self,
-        batch_size: int,
-        capacity: int | None = None,
-        *,
-        policy: Policy | None = None,
-        codec: Codec | None = None,
-        dtype: DTypeLike | None = None,
-        memory_kind: str | None = None,
-    ) -> KVCache:
-        """An empty cache for ``y, cache = layer(x, cache=cache)``.
-
-        Args:
-            batch_size: B, sequences.
-            capacity: most tokens to keep of a sequence; policies that bound it themselves need none.
-            policy: which tokens are kept; the layer's own if None, or `kvattn.SlidingWindow` of its window,
-                `kvattn.Chunked` of its chunk.
-            codec: in how many bits; the layer's own if None.
-            dtype: of what is stored without a codec; the layer's own if None.
-            memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
-
-        Raises:
-            ConfigError: no capacity where one is needed.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from flax import nnx
-            >>> from kvattn.layers import MultiQueryAttention
-            >>> layer = MultiQueryAttention(num_heads=4, in_features=32, rngs=nnx.Rngs(0))
-            >>> cache = layer.make_cache(2, capacity=16)
-            >>> y, cache = layer(jnp.ones((2, 5, 32)), cache=cache)
-            >>> y, cache = layer(jnp.ones((2, 1, 32)), cache=cache)
-            >>> y.shape, cache.lengths.tolist()
-            ((2, 1, 32), [6, 6])
-        """
-        choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
-        return caching.create(self.settings, batch_size, capacity=capacity, **choices)
-
-    def make_paged_cache(
-        self,
-        num_pages: int,
-        page_size: int | None = None,
-        *,
-        batch_size: int,
-        max_length: int,
-        policy: Policy | None = None,
-        codec: Codec | None = None,
-        dtype: DTypeLike | None = None,
-    ) -> PagedKVCache:
-        """An empty pool of pages for ``y, cache = layer(x, cache=cache)``; tables come from the host.
-
-        Args:
-            num_pages: P, pages of the pool.
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
-            batch_size: B, sequences of a step.
-            max_length: most tokens of a sequence.
-            policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,
-                which gives pages back and lets sequences share those of a prefix.
-            codec: in how many bits; the layer's own if None.
-            dtype: of what is stored without a codec; the layer's own if None.
-
-        Raises:
-            As `kvattn.PagedKVCache.create`.
-        """
-        return caching.create_paged(
-            self.settings,
-            num_pages,
-            page_size,
-            batch_size=batch_size,
-            max_length=max_length,
-            policy=policy,
-            codec=codec,
-            dtype=dtype,
-        )
 
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.

@@ -13,21 +13,21 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from kvattn._typing import AnyArray, Array
-from kvattn.cache import Cache, KVCache, PagedKVCache
+from kvattn.cache import Cache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError
 from kvattn.layers import attention_fn as attention
 from kvattn.layers import caching, latent, placement, projections
 from kvattn.layers.attention_fn import dot_product_attention
+from kvattn.layers.makes_caches import MakesCaches
 from kvattn.layers.projections import Sharding
-from kvattn.layers.settings import HasSettings
 from kvattn.policies import Policy
 from kvattn.positions import RoPE
 
 Initializer = Callable[..., Array]
 
 
-class MultiHeadLatentAttention(HasSettings, nnx.Module):
+class MultiHeadLatentAttention(MakesCaches, nnx.Module):
     """Multi-head latent attention (MLA; DeepSeek-V2, arXiv:2405.04434): a cache of C + R numbers a token for N heads.
 
     Keys and values of all heads are made from one latent of C numbers per token, which is what is cached, with R rotary
@@ -240,49 +240,6 @@ class MultiHeadLatentAttention(HasSettings, nnx.Module):
             module=self if sow_weights else None,
         )  # fmt: skip
         return projections.from_heads(self.out, out, out_sharding)
-
-    def make_cache(
-        self,
-        batch_size: int,
-        capacity: int | None = None,
-        *,
-        policy: Policy | None = None,
-        codec: Codec | None = None,
-        dtype: DTypeLike | None = None,
-        memory_kind: str | None = None,
-    ) -> KVCache:
-        """An empty cache for ``y, cache = layer(x, cache=cache)``: C + R numbers a token.
-
-        Arguments and errors are those of `kvattn.layers.MultiHeadAttention`'s.
-
-        Raises:
-            UnsupportedError: a codec that stores keys and values differently (KIVI).
-        """
-        choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
-        return caching.create(self.settings, batch_size, capacity=capacity, **choices)
-
-    def make_paged_cache(
-        self,
-        num_pages: int,
-        page_size: int | None = None,
-        *,
-        batch_size: int,
-        max_length: int,
-        policy: Policy | None = None,
-        codec: Codec | None = None,
-        dtype: DTypeLike | None = None,
-    ) -> PagedKVCache:
-        """An empty pool of pages for ``y, cache = layer(x, cache=cache)``; tables come from the host.
-
-        Arguments and errors are those of `kvattn.layers.MultiHeadAttention`'s.
-
-        Raises:
-            UnsupportedError: a codec that stores keys and values differently (KIVI).
-        """
-        choices = {"policy": policy, "codec": codec, "dtype": dtype}
-        return caching.create_paged(
-            self.settings, num_pages, page_size, batch_size=batch_size, max_length=max_length, **choices
-        )
 
     # Parts of a call.
 
