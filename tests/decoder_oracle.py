@@ -50,7 +50,8 @@ class Layer:
         self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
         self.rope, self.window = config.rope_of(index), config.layer_windows[index]
         scale = config.layer_scales[index]
-        self.scale = config.head_dim**-0.5 if scale is None else scale
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim if config.is_latent else config.head_dim
+        self.scale = size**-0.5 if scale is None else scale
         self.slopes = None
         if config.positions == "alibi":
             self.slopes = config.alibi_slopes or np.asarray(kvattn.alibi_slopes(config.num_heads), np.float64)
@@ -104,8 +105,30 @@ class Layer:
             x = x - x.mean(axes, keepdims=True)
         return x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
 
-    def attention(self, x, t):
-        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
+    def latent_norm(self, name, x):
+        return x / np.sqrt((x**2).mean() + self.config.latent_norm_epsilon) * self.w[f"attention.{name}.scale"]
+
+    def latents(self, x, t):
+        """Queries [N, P + R]; of the token, one key [1, C + R]: its latent, and what the keys of all heads share."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.linear("attention.query", x)
+        else:
+            low = self.latent_norm("query_norm", self.linear("attention.query_down", x))
+            q = self.linear("attention.query_up", low)
+        down = self.linear("attention.kv_down", x)
+        latent, shared = self.latent_norm("kv_norm", down[: c.kv_lora_rank]), down[c.kv_lora_rank :]
+        if self.codec:
+            shared = rotated(self.rope_at(t), shared[None], t)[0]
+        key = np.concatenate([latent, shared])[None]
+        self.keys[t] = int8(key) if self.codec else key
+        return q
+
+    def queries(self, x, t):
+        """Queries [N, H] of a token, whose key and value are kept."""
+        c = self.config
+        if c.is_latent:
+            return self.latents(x, t)
         q, k, v = (self.linear(f"attention.{name}", x) for name in ("query", "key", "value"))
         if c.qkv_clip:
             q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
@@ -114,14 +137,25 @@ class Layer:
         self.keys[t], self.values[t] = k, v
         if self.codec:
             self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
-        out = np.zeros((c.num_heads, v.shape[-1]))
+        return q
+
+    def value(self, n, head, token):
+        """Of a token, as query head n sees it."""
+        if self.config.is_latent:
+            return self.keys[token][0, : self.config.kv_lora_rank] @ self.w["attention.value_up.kernel"][:, n]
+        return self.values[token][head]
+
+    def attention(self, x, t):
+        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
+        q = self.queries(x, t)
+        out = np.zeros((c.num_heads, c.v_head_dim or c.head_dim))
         for head, tokens in enumerate(self.tokens):
             tokens.append(t)
             places = self.places(tokens, t)
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
             mass = np.zeros(len(tokens))
             for n in range(head * group, (head + 1) * group):
-                scores = np.array([self.product(q[n], head, tokens, places, i, t) for i in near]) * self.scale
+                scores = np.array([self.product(q[n], n, head, tokens, places, i, t) for i in near]) * self.scale
                 if c.softcap:
                     scores = np.tanh(scores / c.softcap) * c.softcap
                 if self.slopes is not None:
@@ -129,20 +163,24 @@ class Layer:
                 if c.sinks:
                     scores = np.append(scores, self.w["attention.sinks"][n])
                 probs = softmax(scores)[: len(near)]
-                out[n] = sum(p * self.values[tokens[i]][head] for p, i in zip(probs, near, strict=True))
+                out[n] = sum(p * self.value(n, head, tokens[i]) for p, i in zip(probs, near, strict=True))
                 mass[near] += probs / group
             self.forget(head, t, mass)
         return self.linear("attention.out", out)
 
-    def product(self, query, head, tokens, places, i, t):
+    def product(self, query, n, head, tokens, places, i, t):
         """Of a query at position t, seen at the last of the places, and key i, at its own."""
         at, came = places[-1], places[i]
         if self.rope is not None and self.rope.depends_on_length and isinstance(self.policy, kvattn.StreamingLLM):
             # A key has the frequencies of the length it came at, and a query, but to the sinks, those of its own.
             came, at = tokens[i], at if tokens[i] < self.policy.num_sinks else t
+        key, score = self.keys[tokens[i]][head], 0.0
+        if self.config.is_latent:
+            plain, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+            score = query[:plain] @ (key[:rank] @ self.w["attention.key_up.kernel"][:, n])
+            query, key = query[plain:], key[rank:]
         query = rotated(self.rope_at(at), query[None], at)[0]
-        key = self.keys[tokens[i]][head]
-        return query @ (key if self.codec else rotated(self.rope_at(came), key[None], came)[0])
+        return score + query @ (key if self.codec else rotated(self.rope_at(came), key[None], came)[0])
 
     def rope_at(self, position):
         """The frequencies of a row whose last token is at this position."""

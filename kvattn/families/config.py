@@ -22,14 +22,16 @@ _POSITIVE = (
     "rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "expert_alpha",
     "expert_limit",
 )  # fmt: skip
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+"""Sizes of latent attention: all of them, or none."""
 _SIZES = {
     "embedding_dim": 1, "num_experts": 0, "experts_per_token": 0, "max_positions": 1, "expert_dim": 1,
-    "shared_expert_dim": 1, "rotary_dim": 2,
+    "shared_expert_dim": 1, "rotary_dim": 2, "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
 }  # fmt: skip
 """Sizes, and the least that each may be."""
 _MAY_BE_NONE = (
     "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "embedding_dim",
-    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim",
+    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "q_lora_rank", *_LATENT,
 )  # fmt: skip
 _CHOICES = {
     "positions": ("rope", "alibi", "learned"),
@@ -51,8 +53,8 @@ class DecoderConfig:
         model_dim: D.
         num_layers: how many blocks of attention and MLP.
         num_heads: N.
-        num_kv_heads: K; N if None.
-        head_dim: H; D // N if None.
+        num_kv_heads: K; N if None. (With latent attention 1.)
+        head_dim: H; D // N if None. (With latent attention C + R.)
         mlp_dim: the hidden size of the MLP, or of each expert (see `expert_dim`).
         rope_theta: base of the rotary frequencies.
         rope_scaling: the HuggingFace rope dict, see `kvattn.RoPE`.
@@ -90,7 +92,8 @@ class DecoderConfig:
         qk_norm_heads: over each head, with one scale for all of them ("shared") or one for each ("own"), or over all
             heads together ("joint"), as in `kvattn.layers.MultiHeadAttention`.
         sinks: a learned logit per head joins the softmax sum.
-        attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None.
+        attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None, in latent attention
+            1/√(P + R).
         embedding_dim: the size of an embedding, where it is not D: then it is projected to D, and back.
         embedding_scale: multiplies the embedding.
         embedding_norm: the embedding passes a norm.
@@ -107,6 +110,13 @@ class DecoderConfig:
         expert_layers: which layers have experts, an entry per layer; all if None. The others have an MLP.
         shared_expert_dim: the hidden size of one more, gated MLP that serves every token beside its experts.
         shared_expert_gate: it is multiplied by the sigmoid of a learned product with the token.
+        kv_lora_rank: C. Attention is latent (`kvattn.layers.MultiHeadLatentAttention`): of each token C + R numbers are
+            cached for all heads. The next sizes belong to it.
+        q_lora_rank: Q, the latent that queries are made from; None: they come from the features.
+        qk_nope_head_dim: P, numbers of a query or key head without positions.
+        qk_rope_head_dim: R, those that turn.
+        v_head_dim: Hv, the size of a value head.
+        latent_norm_epsilon: of the norms of latents.
 
     Raises:
         ConfigError: sizes that cannot work together, an unknown name.
@@ -173,6 +183,12 @@ class DecoderConfig:
     expert_layers: tuple[bool, ...] | None = None
     shared_expert_dim: int | None = None
     shared_expert_gate: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    latent_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         settled: dict[str, object] = {}
@@ -180,15 +196,7 @@ class DecoderConfig:
             settled[name] = _checks.integer(name, getattr(self, name), 1)
         if self.num_layers > MAX_LAYERS:
             raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
-        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        _checks.head_counts(self.num_heads, kv_heads)
-        if self.head_dim is None and self.model_dim % self.num_heads:
-            raise ConfigError(
-                f"model_dim ({self.model_dim}) is no multiple of num_heads ({self.num_heads}): give head_dim."
-            )
-        head_dim = self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
-        settled["head_dim"] = _checks.integer("head_dim", head_dim, 1)
-        settled |= {"num_heads": int(self.num_heads), "num_kv_heads": int(kv_heads)}
+        settled |= self._heads()
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
@@ -207,9 +215,50 @@ class DecoderConfig:
             object.__setattr__(self, "rope_scaling", rope.scaling)
             self.rope_of(0)
 
+    def _heads(self) -> dict[str, object]:
+        """N, K and H."""
+        _checks.integer("num_heads", self.num_heads, 1)
+        if self.is_latent:
+            kv_heads, head_dim = self._latent_head()
+        else:
+            kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+            head_dim = self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
+            if self.head_dim is None and self.model_dim % self.num_heads:
+                raise ConfigError(
+                    f"model_dim ({self.model_dim}) is no multiple of num_heads ({self.num_heads}): give head_dim."
+                )
+        _checks.head_counts(self.num_heads, kv_heads)
+        head_dim = _checks.integer("head_dim", head_dim, 1)
+        return {"num_heads": int(self.num_heads), "num_kv_heads": int(kv_heads), "head_dim": head_dim}
+
+    def _latent_head(self) -> tuple[int, int]:
+        """K and H of latent attention: one head, of what is cached of a token."""
+        sizes = {name: getattr(self, name) for name in _LATENT}
+        missing = [name for name, size in sizes.items() if size is None]
+        if missing:
+            raise ConfigError(
+                f"latent attention needs {', '.join(_LATENT)}; {' and '.join(missing)} is missing: give all of them, or "
+                "none and no q_lora_rank."
+            )
+        for name, size in sizes.items():
+            _checks.integer(name, size, 1)
+        if self.qk_rope_head_dim % 2:  # pyright: ignore
+            raise ConfigError(f"qk_rope_head_dim must be even, as pairs turn, got {self.qk_rope_head_dim}.")
+        cached = sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"]
+        for name, only in (("num_kv_heads", 1), ("head_dim", cached)):
+            value = getattr(self, name)
+            if value not in (None, only):
+                raise ConfigError(
+                    f"{name} is {value}, but latent attention caches one key of kv_lora_rank + qk_rope_head_dim = "
+                    f"{cached} numbers for all heads: leave {name} out."
+                )
+        return 1, cached
+
     def _numbers(self) -> dict[str, object]:
         """Numbers as Python's, which JSON and hashes take, and lists as tuples; all checked."""
-        settled: dict[str, object] = {"norm_epsilon": _checks.non_negative("norm_epsilon", self.norm_epsilon)}
+        settled: dict[str, object] = {
+            name: _checks.non_negative(name, getattr(self, name)) for name in ("norm_epsilon", "latent_norm_epsilon")
+        }
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
@@ -259,6 +308,23 @@ class DecoderConfig:
         if self.shared_expert_gate and self.shared_expert_dim is None:
             raise ConfigError("shared_expert_gate is a part of the shared expert: give shared_expert_dim too.")
 
+        if self.is_latent:
+            self._check_latent()
+
+    def _check_latent(self) -> None:
+        """That nothing is asked of latent attention that it does not have."""
+        if self.positions != "rope":
+            raise ConfigError(f"latent attention needs positions='rope', got {self.positions!r}.")
+        without = ("qkv_bias", "out_bias", "qkv_clip", "qk_norm", "sinks", "rotary_dim")
+        asked = [name for name in without if getattr(self, name)]
+        if asked:
+            raise ConfigError(f"latent attention (kv_lora_rank) has no {', '.join(asked)}: leave it out.")
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is latent (MLA)."""
+        return any(getattr(self, name) is not None for name in (*_LATENT, "q_lora_rank"))
+
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
@@ -266,7 +332,7 @@ class DecoderConfig:
 
     @property
     def layer_scales(self) -> tuple[float | None, ...]:
-        """What multiplies the scores of each layer; None: 1/√H."""
+        """What multiplies the scores of each layer; None: 1/√H, in latent attention 1/√(P + R)."""
         return self._per_layer(self.attention_scale)
 
     def has_experts(self, layer: int) -> bool:
@@ -288,7 +354,7 @@ class DecoderConfig:
 
     def _rope(self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None) -> RoPE:
         return RoPE(
-            int(self.head_dim or self.model_dim // self.num_heads),
+            int(self.qk_rope_head_dim or self.head_dim or self.model_dim // self.num_heads),
             theta=theta,
             scaling=scaling,
             rotary_dim=self.rotary_dim,

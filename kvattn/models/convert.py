@@ -89,7 +89,9 @@ def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
     model = nnx.clone(given)
     modules = {_names(path): module for path, module in nnx.iter_modules(model)}
     layers = {path: module for path, module in modules.items() if isinstance(module, NNXAttention)}
-    for path in _attention_layers(_leaves(nnx.state(model))):
+    leaves = _leaves(nnx.state(model))
+    _refuse_latent(leaves)
+    for path in _attention_layers(leaves):
         if path not in layers:
             raise UnsupportedError(
                 f"{_where(path)} is no flax.nnx.MultiHeadAttention, so where it keeps its head counts is unknown: "
@@ -127,6 +129,7 @@ def _convert_tree[T: PyTree](tree: T, num_kv_heads: int) -> T:
     for path in leaves:
         if path and path[-1] in CACHE_NAMES:
             raise _holds_cache(path[:-1])
+    _refuse_latent(leaves)
     layers = _attention_layers(leaves)
     if not layers:
         raise _no_attention(tree)
@@ -155,6 +158,20 @@ def _path(keys: Iterable[object]) -> Path:
 def _names(keys: Iterable[object]) -> Path:
     parts = (part for key in keys for part in (key if isinstance(key, tuple) else (key,)))
     return tuple(name for part in parts for name in re.split(r"[./]", str(part)))
+
+
+def _refuse_latent(leaves: Iterable[Path]) -> None:
+    """Refuses trees with a layer of latent attention: it has one key/value head already.
+
+    Raises:
+        UnsupportedError: naming the layer.
+    """
+    for path in leaves:
+        if path[-2:] == ("kv_down", "kernel"):
+            raise UnsupportedError(
+                f"{_where(path[:-2])} is latent attention (MLA): it caches one key for all heads, so there are no "
+                "key/value heads to merge. Give only the layers that have some."
+            )
 
 
 def _attention_layers(leaves: Mapping[Path, object]) -> dict[Path, dict[Path, object]]:

@@ -1,6 +1,6 @@
 """`Decoder`: a decoder-only transformer, of any of the families that `DecoderConfig` describes.
 
-Embedding, then blocks of grouped-query attention and an MLP, each with its norms and a residual, then a
+Embedding, then blocks of grouped-query or latent attention and an MLP, each with its norms and a residual, then a
 norm and the logits. The caches are explicit: one per layer goes in, one per layer comes out.
 """
 
@@ -19,9 +19,9 @@ from kvattn._typing import Array
 from kvattn.attend.tokens import rotated_left
 from kvattn.cache import Cache, PagedKVCache
 from kvattn.codecs import Codec
-from kvattn.errors import DTypeError, RangeError, ShapeError
+from kvattn.errors import DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.families.config import DecoderConfig
-from kvattn.layers import GroupedQueryAttention, placement
+from kvattn.layers import GroupedQueryAttention, MultiHeadLatentAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.layers.attention_fn import Attention
 from kvattn.models.experts import Experts
@@ -45,29 +45,7 @@ class Block(nnx.Module):
         self.residual_after_norm = config.residual_after_norm
         self.residual_scale = config.residual_scale
         self.attention_norm = norm(comes_first)
-        self.attention = GroupedQueryAttention(
-            config.num_heads,
-            config.model_dim,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            window=config.layer_windows[layer],
-            rope=config.rope_of(layer),
-            alibi=False if config.positions != "alibi" else config.alibi_slopes or True,
-            scale=config.layer_scales[layer],
-            softcap=config.softcap,
-            sinks=config.sinks,
-            qk_norm=config.norm if config.qk_norm else None,
-            qk_norm_heads=config.qk_norm_heads,
-            qk_norm_epsilon=config.norm_epsilon,
-            qkv_clip=config.qkv_clip,
-            attention_fn=attention_fn,
-            use_bias=config.qkv_bias,
-            use_out_bias=config.out_bias,
-            mesh=split.mesh,
-            by=split.by,
-            axis=split.axis,
-            **options,
-        )
+        self.attention = _attention(config, layer, attention_fn, split, **options)
         self.attention_post_norm = norm(comes_last)
         self.mlp_norm = norm(comes_first and not config.shared_norm)
         self.mlp = (Experts if config.has_experts(layer) else MLP)(config, split, **options)
@@ -113,6 +91,54 @@ class Block(nnx.Module):
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
 
 
+def _attention(
+    config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any
+) -> GroupedQueryAttention | MultiHeadLatentAttention:
+    """What one block attends with."""
+    options |= {
+        "rope": config.rope_of(layer),
+        "window": config.layer_windows[layer],
+        "scale": config.layer_scales[layer],
+        "softcap": config.softcap,
+        "mesh": split.mesh,
+        "by": split.by,
+        "axis": split.axis,
+    }
+    if config.is_latent:
+        if attention_fn is not default_attention:
+            raise UnsupportedError(
+                "attention_fn is for attention with keys and values of every head; latent attention (kv_lora_rank) has "
+                "its own: leave attention_fn out."
+            )
+        return MultiHeadLatentAttention(
+            config.num_heads,
+            config.model_dim,
+            kv_lora_rank=config.kv_lora_rank or 0,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim or 0,
+            qk_rope_head_dim=config.qk_rope_head_dim or 0,
+            v_head_dim=config.v_head_dim or 0,
+            norm_epsilon=config.latent_norm_epsilon,
+            **options,
+        )
+    return GroupedQueryAttention(
+        config.num_heads,
+        config.model_dim,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        alibi=False if config.positions != "alibi" else config.alibi_slopes or True,
+        sinks=config.sinks,
+        qk_norm=config.norm if config.qk_norm else None,
+        qk_norm_heads=config.qk_norm_heads,
+        qk_norm_epsilon=config.norm_epsilon,
+        qkv_clip=config.qkv_clip,
+        attention_fn=attention_fn,
+        use_bias=config.qkv_bias,
+        use_out_bias=config.out_bias,
+        **options,
+    )
+
+
 class Decoder(nnx.Module):
     """A decoder-only transformer.
 
@@ -120,7 +146,8 @@ class Decoder(nnx.Module):
         config: its sizes and rules.
         dtype: the dtype to compute in; that of the parameters if None.
         param_dtype: the dtype of the parameters.
-        attention_fn: what attends where no cache is given, as the argument of `flax.nnx.MultiHeadAttention`.
+        attention_fn: what attends where no cache is given, as the argument of `flax.nnx.MultiHeadAttention`. Latent
+            attention takes none.
         mesh: devices to split the model over: parameters by heads and by the MLP's hidden size (what does not divide,
             embeddings and norms lie on every device), the caches as `by` says.
         by: "heads", "batch", "sequence", "replicated", or "auto", as `kvattn.sharding.choose` says.
@@ -129,6 +156,7 @@ class Decoder(nnx.Module):
 
     Raises:
         ShardingError: a mesh without the axis.
+        UnsupportedError: an `attention_fn` for latent attention.
 
     Example:
         >>> import jax.numpy as jnp
