@@ -1,5 +1,6 @@
 """Experts one token at a time in NumPy, and what of them a compiled step reads."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from policy_oracles import softmax
 
+from kvattn import errors
 from kvattn.models import Decoder, DecoderConfig, experts
 from kvattn.models.experts import Experts
 from kvattn.models.parameters import parameters_of
@@ -21,12 +23,27 @@ KINDS = {
     "mixtral": {"expert_kind": "gated"},
     "qwen": {"expert_kind": "gated", "expert_shares": "all", "shared_expert_dim": 7, "shared_expert_gate": True},
     "shared": {"expert_kind": "gated", "shared_expert_dim": 7, "activation": "gelu_tanh"},
-}
+    "deepseek v2": {
+        "expert_kind": "gated", "expert_shares": "all", "expert_scale": 1.7, "shared_expert_dim": 7,
+        "num_experts": 12, "experts_per_token": 3, "expert_groups": 4, "groups_per_token": 2, "router_float32": True,
+    },
+    "deepseek v3": {
+        "expert_kind": "gated", "expert_scores": "sigmoid", "expert_scale": 2.5, "expert_bias": True,
+        "num_experts": 12, "experts_per_token": 4, "expert_groups": 3, "groups_per_token": 2, "group_best": 2,
+    },
+    "sigmoid": {
+        "expert_kind": "gated", "expert_scores": "sigmoid", "expert_shares": "all", "expert_bias": True,
+        "num_experts": 4, "experts_per_token": 3,
+    },
+    "two of a softmax": {
+        "expert_kind": "gated", "num_experts": 8, "experts_per_token": 2, "expert_groups": 2, "group_best": 2,
+    },
+}  # fmt: skip
 
 
 def layer_of(kind, seed=0, **sizes):
-    sizes = {"model_dim": D, "mlp_dim": F, "num_experts": E, "experts_per_token": CHOSEN} | sizes
-    config = DecoderConfig(vocab_size=8, num_layers=1, num_heads=2, **sizes, **KINDS[kind])
+    sizes = {"model_dim": D, "mlp_dim": F, "num_experts": E, "experts_per_token": CHOSEN} | sizes | KINDS[kind]
+    config = DecoderConfig(vocab_size=8, num_layers=1, num_heads=2, **sizes)
     layer = Experts(config, Split(), dtype=None, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
     draw = np.random.default_rng(seed)
     state = nnx.state(layer, nnx.Param)
@@ -46,6 +63,18 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def routed(config, scores, added):
+    """Which experts a token is given to, and by which weights: groups, then experts, in lists."""
+    scores = softmax(scores) if config.expert_scores == "softmax" else 1 / (1 + np.exp(-scores))
+    ranked, size = scores + added, config.num_experts // config.expert_groups
+    groups = [list(range(first, first + size)) for first in range(0, config.num_experts, size)]
+    groups.sort(key=lambda group: -sum(sorted(ranked[group])[-config.group_best :]))
+    open_ones = [e for group in groups[: config.groups_per_token] for e in group]
+    best = sorted(open_ones, key=lambda e: -ranked[e])[: config.experts_per_token]
+    shares = scores[best] if config.expert_shares == "all" else scores[best] / scores[best].sum()
+    return best, shares * config.expert_scale
+
+
 def expected(layer, config, x):
     """One token at a time, one expert at a time, in float64."""
     w = {name: np.asarray(p, np.float64) for name, p in parameters_of(layer).items()}
@@ -54,8 +83,7 @@ def expected(layer, config, x):
     for at in np.ndindex(x.shape[:-1]):
         token = np.asarray(x[at], np.float64)
         scores = token @ w["router.kernel"] + w.get("router.bias", 0)
-        best = np.argsort(-scores)[: config.experts_per_token]
-        shares = softmax(scores)[best] if config.expert_shares == "all" else softmax(scores[best])
+        best, shares = routed(config, scores, w.get("score_bias", 0))
         for share, e in zip(shares, best, strict=True):
             gate, up = token @ w["gate"][e], token @ w["up"][e]
             if config.expert_kind == "gpt_oss":
@@ -109,6 +137,39 @@ def test_what_nobody_chose_is_not_read():
     np.testing.assert_array_equal(apply(layer, x), want)
     x[1] = np.nan
     np.testing.assert_array_equal(apply(layer, x)[[0, 2]], want[[0, 2]])
+
+
+GROUPS = {
+    "no divisor": ({"expert_groups": 5}, "expert_groups .5. must divide num_experts"),
+    "too many groups": ({"expert_groups": 4, "groups_per_token": 5}, "at most expert_groups"),
+    "a group's best": ({"expert_groups": 4, "groups_per_token": 2, "group_best": 4}, "at most the 3 experts"),
+    "too few experts": ({"expert_groups": 4, "groups_per_token": 1}, "at most the 3 experts of the 1 groups"),
+    "without experts": ({"num_experts": 0, "experts_per_token": 0, "expert_groups": 2}, "must divide num_experts"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_checked(name):
+    changes, words = GROUPS[name]
+    sizes = {"num_experts": 12, "experts_per_token": 4, "expert_kind": "gated"} | changes
+    with pytest.raises(errors.ConfigError, match=words):
+        DecoderConfig(vocab_size=8, model_dim=8, mlp_dim=6, num_layers=1, num_heads=2, **sizes)
+
+
+def test_a_router_in_float32():
+    """Scores that bfloat16 could not tell apart decide: the last experts are better by a ten-thousandth each."""
+    _, config = layer_of("deepseek v3")
+    wide = dataclasses.replace(config, router_float32=True)
+    x, found = jnp.ones((1, 1, D), jnp.bfloat16), []
+    for each in (wide, config):
+        layer = Experts(each, Split(), dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        kernel = np.zeros((D, 12), np.float32)
+        kernel[0] = 1 + np.arange(12) * 1e-4
+        layer.router.kernel[...] = jnp.asarray(kernel)
+        scores = layer.router(x.astype(jnp.float32) if each.router_float32 else x)[0]
+        found.append(sorted(layer._chosen(scores, layer.score_bias[...])[1][0].tolist()))
+        assert apply(layer, x).dtype == jnp.bfloat16
+    assert found[0] == [8, 9, 10, 11] != found[1]
 
 
 def test_gradients_are_those_of_a_sum_over_all_experts():

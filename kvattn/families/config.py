@@ -15,18 +15,19 @@ MAX_LAYERS = 10_000
 """More than any model has: what per layer is listed would not end."""
 _FLAGS = (
     "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
-    "residual_after_norm", "embedding_norm", "rope_interleaved", "shared_expert_gate", "shared_norm", "sinks",
-    "tie_embeddings",
+    "residual_after_norm", "embedding_norm", "expert_bias", "rope_interleaved", "router_float32", "shared_expert_gate",
+    "shared_norm", "sinks", "tie_embeddings",
 )  # fmt: skip
 _POSITIVE = (
     "rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "expert_alpha",
-    "expert_limit",
+    "expert_limit", "expert_scale",
 )  # fmt: skip
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 """Sizes of latent attention: all of them, or none."""
 _SIZES = {
     "embedding_dim": 1, "num_experts": 0, "experts_per_token": 0, "max_positions": 1, "expert_dim": 1,
-    "shared_expert_dim": 1, "rotary_dim": 2, "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
+    "shared_expert_dim": 1, "expert_groups": 1, "groups_per_token": 1, "group_best": 1, "rotary_dim": 2,
+    "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
 }  # fmt: skip
 """Sizes, and the least that each may be."""
 _MAY_BE_NONE = (
@@ -41,6 +42,7 @@ _CHOICES = {
     "qk_norm_heads": ("shared", "own", "joint"),
     "expert_kind": ("gpt_oss", "gated"),
     "expert_shares": ("chosen", "all"),
+    "expert_scores": ("softmax", "sigmoid"),
 }
 
 
@@ -102,8 +104,16 @@ class DecoderConfig:
         experts_per_token: how many of them serve a token.
         expert_kind: "gpt_oss", ``down((up + 1) * gate * sigmoid(alpha * gate))`` with biases, those of the router too;
             or "gated", the MLP that `activation` says, without biases.
-        expert_shares: what a token's experts are weighted by: the softmax of the scores of those that were "chosen", or
-            of "all", of which the chosen then have less than 1.
+        expert_scores: what the router's products with a token become: their "softmax", or the "sigmoid" of each.
+        expert_shares: what a token's experts are weighted by: their scores over the sum of those that were "chosen", or
+            as they are among "all", of which the chosen then have less than 1.
+        expert_scale: multiplies these weights; 1 if it is 1.
+        expert_bias: a learned number per expert is added to its score where experts are chosen, not where they are
+            weighted.
+        expert_groups: into how many groups of neighbours experts are divided.
+        groups_per_token: from how many groups, the best ones, a token's experts are chosen.
+        group_best: a group is as good as the sum of so many of its best scores.
+        router_float32: the router computes in float32, whatever the model computes in.
         expert_dim: the hidden size of each expert, where it is not mlp_dim.
         expert_alpha: see "gpt_oss".
         expert_limit: there gate is clipped to (-inf, limit], up to [-limit, limit].
@@ -176,7 +186,14 @@ class DecoderConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_kind: str = "gpt_oss"
+    expert_scores: str = "softmax"
     expert_shares: str = "chosen"
+    expert_scale: float = 1.0
+    expert_bias: bool = False
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    group_best: int = 1
+    router_float32: bool = False
     expert_dim: int | None = None
     expert_alpha: float = 1.702
     expert_limit: float = 7.0
@@ -302,6 +319,7 @@ class DecoderConfig:
                 f"experts_per_token ({self.experts_per_token}) must lie in [1, num_experts], and both be 0 where there "
                 f"are none; num_experts is {self.num_experts}."
             )
+        self._check_groups()
         beside = ("expert_dim", "expert_layers", "shared_expert_dim")
         if not self.num_experts and any(getattr(self, name) is not None for name in beside):
             raise ConfigError(f"{', '.join(beside)} belong to a model with experts: num_experts is 0.")
@@ -310,6 +328,24 @@ class DecoderConfig:
 
         if self.is_latent:
             self._check_latent()
+
+    def _check_groups(self) -> None:
+        """That groups divide the experts, and hold as many as a token is given to."""
+        groups, taken, best = self.expert_groups, self.groups_per_token, self.group_best
+        if groups == 1 and (taken, best) == (1, 1):
+            return
+        size, rest = divmod(self.num_experts, groups)
+        if rest or not self.num_experts:
+            raise ConfigError(f"expert_groups ({groups}) must divide num_experts, got {self.num_experts}.")
+        if taken > groups:
+            raise ConfigError(f"groups_per_token ({taken}) must be at most expert_groups ({groups}).")
+        if best > size:
+            raise ConfigError(f"group_best ({best}) must be at most the {size} experts of a group.")
+        if self.experts_per_token > taken * size:
+            raise ConfigError(
+                f"experts_per_token ({self.experts_per_token}) must be at most the {taken * size} experts of the "
+                f"{taken} groups that a token chooses from."
+            )
 
     def _check_latent(self) -> None:
         """That nothing is asked of latent attention that it does not have."""

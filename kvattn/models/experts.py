@@ -19,7 +19,7 @@ BLOCK_ROWS = 128
 
 
 class Experts(nnx.Module):
-    """A router that gives each token to its best experts, weighted by the softmax of their scores.
+    """A router that gives each token to its best experts, weighted by their scores.
 
     Tokens lie sorted by expert, in blocks of one expert each, and a block reads the kernels of its expert: for few
     tokens those of the chosen experts and no others; for many, each expert once for every `BLOCK_ROWS` tokens.
@@ -33,13 +33,19 @@ class Experts(nnx.Module):
         self.config = config
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
-        def whole(size: int, use_bias: bool) -> nnx.Linear:
+        def whole(size: int, use_bias: bool, **changes: Any) -> nnx.Linear:
             metadata = {"kernel_metadata": split.along((model_dim, size), None)}
             if use_bias:
                 metadata["bias_metadata"] = split.along((size,), None)
-            return nnx.Linear(model_dim, size, use_bias=use_bias, **metadata, **options)
+            return nnx.Linear(model_dim, size, use_bias=use_bias, **metadata, **options | changes)
 
-        self.router = whole(experts, with_bias)
+        self.router = whole(experts, with_bias, **({"dtype": jnp.float32} if config.router_float32 else {}))
+        # Kept in float32: what it decides between may differ by less than bfloat16 can say.
+        self.score_bias = (
+            nnx.Param(jnp.zeros((experts,), jnp.float32), **split.along((experts,), None))
+            if config.expert_bias
+            else nnx.data(None)
+        )
         draw = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
         # Split within each expert, so that a token may choose any of them.
@@ -63,7 +69,9 @@ class Experts(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         parameters = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         given = tuple(p[...] for p in parameters if p is not None)
-        scores = self.router(x)
+        scores = self.router(x.astype(jnp.float32) if self.config.router_float32 else x)
+        if self.score_bias is not None:
+            given = (self.score_bias[...], *given)
         # What a sorted token is split like, no type can say: on an Explicit mesh that is left to the compiler.
         spec = explicit_spec(x)
         apply: Any = (
@@ -78,22 +86,53 @@ class Experts(nnx.Module):
         return y if self.shared_gate is None else y * jax.nn.sigmoid(dense(self.shared_gate, x))
 
     def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:
-        """[B, T, D] -> [B, T, D], by scores [B, T, E], kernels [E, D, F] or [E, F, D], and biases [E, F] or [E, D]."""
+        """[B, T, D] -> [B, T, D].
+
+        `scores` are [B, T, E]; `parameters` what is added to them [E], if anything is, kernels [E, D, F] or [E, F, D],
+        and biases [E, F] or [E, D].
+        """
         batch, length, features = x.shape
         tokens, per_token = x.reshape(batch * length, features), self.config.experts_per_token
-        shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]))
+        added = None
+        if self.config.expert_bias:
+            added, *parameters = parameters
+        shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]), added)
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
         out = jax.lax.map(lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert))
         # The sum of a token is always taken in the order of its choices.
         out = blocks.scattered(out).reshape(*chosen.shape, features) * shares.astype(x.dtype)[:, :, None]
         return jnp.sum(out, axis=1).reshape(x.shape)
 
-    def _chosen(self, scores: Float[Array, "tokens E"]) -> tuple[Float[Array, "tokens k"], Int32[Array, "tokens k"]]:
-        """The weights of each token's experts, and which these are."""
-        if self.config.expert_shares == "all":
-            scores = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-        best, chosen = jax.lax.top_k(scores, self.config.experts_per_token)
-        return (best if self.config.expert_shares == "all" else jax.nn.softmax(best.astype(jnp.float32))), chosen
+    def _chosen(
+        self, scores: Float[Array, "tokens E"], added: Float[Array, " E"] | None
+    ) -> tuple[Float[Array, "tokens k"], Int32[Array, "tokens k"]]:
+        """The weights of each token's experts, and which these are; `added` counts where they are chosen."""
+        config, whole = self.config, self.config.expert_shares == "all"
+        # What the chosen have of a softmax, over their sum, is the softmax of theirs: the others need not be looked at.
+        alone = config.expert_scores == "softmax" and not whole and added is None and config.group_best == 1
+        if not alone:
+            function = jax.nn.sigmoid if config.expert_scores == "sigmoid" else jax.nn.softmax
+            scores = function(scores.astype(jnp.float32))
+        ranked = scores if added is None else scores + added[None]
+        if config.expert_groups > 1:
+            ranked = self._in_best_groups(ranked)
+        best, chosen = jax.lax.top_k(ranked, config.experts_per_token)
+        if added is not None:
+            best = jnp.take_along_axis(scores, chosen, axis=-1)
+        if alone:
+            best = jax.nn.softmax(best.astype(jnp.float32))
+        elif not whole:
+            best = best / (jnp.sum(best, axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
+        return best if config.expert_scale == 1 else best * config.expert_scale, chosen
+
+    def _in_best_groups(self, ranked: Float[Array, "tokens E"]) -> Float[Array, "tokens E"]:
+        """What experts are ranked by, -inf outside the groups that a token chooses from."""
+        count, config = self.config.expert_groups, self.config
+        groups = ranked.reshape(ranked.shape[0], count, ranked.shape[1] // count)
+        worth = jnp.sum(jax.lax.top_k(groups, config.group_best)[0], axis=-1)
+        _, taken = jax.lax.top_k(worth, config.groups_per_token)
+        is_open = jnp.any(jax.nn.one_hot(taken, count, dtype=jnp.bool_), axis=1)
+        return jnp.where(is_open[:, :, None], groups, -jnp.inf).reshape(ranked.shape)
 
     def _expert(self, x: Array, expert: Array, *parameters: Array) -> Array:
         """Tokens [R, D] of one expert -> [R, D]."""
