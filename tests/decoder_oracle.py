@@ -41,6 +41,18 @@ def int8(x):
     return np.round(x / np.where(scale == 0, 1, scale)) * scale
 
 
+def routed(config, scores, added):
+    """Which experts a token is given to, and by which weights: groups, then experts, in lists."""
+    scores = softmax(scores) if config.expert_scores == "softmax" else 1 / (1 + np.exp(-scores))
+    ranked, size = scores + added, config.num_experts // config.expert_groups
+    groups = [list(range(first, first + size)) for first in range(0, config.num_experts, size)]
+    groups.sort(key=lambda group: -sum(sorted(ranked[group])[-config.group_best :]))
+    open_ones = [e for group in groups[: config.groups_per_token] for e in group]
+    best = sorted(open_ones, key=lambda e: -ranked[e])[: config.experts_per_token]
+    shares = scores[best] if config.expert_shares == "all" else scores[best] / scores[best].sum()
+    return best, shares * config.expert_scale
+
+
 class Layer:
     """One block with its list of tokens, per key/value head."""
 
@@ -74,9 +86,7 @@ class Layer:
         c = self.config
         if not c.has_experts(self.index):
             return self.dense("mlp", x)
-        scores = self.linear("mlp.router", x)
-        best = np.argsort(-scores)[: c.experts_per_token]
-        shares = softmax(scores)[best] if c.expert_shares == "all" else softmax(scores[best])
+        best, shares = routed(c, self.linear("mlp.router", x), self.w.get("mlp.score_bias", 0))
         y = 0
         if c.shared_expert_dim:
             y = self.dense("mlp.shared", x)

@@ -71,16 +71,19 @@ class Latent:
     def norm(self, name, x):
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self.epsilon) * self.tree[name]["scale"]
 
+    def bias(self, name):
+        return self.tree[name].get("bias", 0.0)
+
     def __call__(self, x, rotates=True):
         """Features [T, D] to features [T, D]: every token sees those up to itself."""
         x, tree, rope_dim = np.asarray(x, np.float64), self.tree, self.rope_dim
         turn = lambda a, t: turned(a, t, a.shape[-1] - rope_dim, interleaved=self.interleaved) if rotates else a
         if "query_up" in tree:
-            low = self.norm("query_norm", x @ tree["query_down"]["kernel"])
+            low = self.norm("query_norm", x @ tree["query_down"]["kernel"] + self.bias("query_down"))
             queries = np.einsum("tq,qnh->tnh", low, tree["query_up"]["kernel"])
         else:
             queries = np.einsum("td,dnh->tnh", x, tree["query"]["kernel"])
-        down = x @ tree["kv_down"]["kernel"]
+        down = x @ tree["kv_down"]["kernel"] + self.bias("kv_down")
         latent, shared = self.norm("kv_norm", down[:, :-rope_dim]), down[:, -rope_dim:]
         nope = np.einsum("tc,cnp->tnp", latent, tree["key_up"]["kernel"])
         values = np.einsum("tc,cnv->tnv", latent, tree["value_up"]["kernel"])
@@ -90,4 +93,4 @@ class Latent:
         for t in range(len(x)):
             for n in range(values.shape[1]):
                 heads[t, n] = softmax(keys[: t + 1, n] @ turn(queries[t, n], t) * self.scale) @ values[: t + 1, n]
-        return np.einsum("tnv,nvd->td", heads, tree["out"]["kernel"])
+        return np.einsum("tnv,nvd->td", heads, tree["out"]["kernel"]) + self.bias("out")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_oracle import routed
 from flax import nnx
-from policy_oracles import softmax
 
 from kvattn import errors
 from kvattn.models import Decoder, DecoderConfig, experts
@@ -61,18 +61,6 @@ def apply(layer, x):
 
 def silu(x):
     return x / (1 + np.exp(-x))
-
-
-def routed(config, scores, added):
-    """Which experts a token is given to, and by which weights: groups, then experts, in lists."""
-    scores = softmax(scores) if config.expert_scores == "softmax" else 1 / (1 + np.exp(-scores))
-    ranked, size = scores + added, config.num_experts // config.expert_groups
-    groups = [list(range(first, first + size)) for first in range(0, config.num_experts, size)]
-    groups.sort(key=lambda group: -sum(sorted(ranked[group])[-config.group_best :]))
-    open_ones = [e for group in groups[: config.groups_per_token] for e in group]
-    best = sorted(open_ones, key=lambda e: -ranked[e])[: config.experts_per_token]
-    shares = scores[best] if config.expert_shares == "all" else scores[best] / scores[best].sum()
-    return best, shares * config.expert_scale
 
 
 def expected(layer, config, x):

@@ -20,6 +20,7 @@ SIZES = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_he
 KINDS = {
     "plain": {"rope": kvattn.RoPE(4)},
     "query latent, pairs": {"q_lora_rank": 8, "rope": kvattn.RoPE(4, interleaved=True), "scale": 0.2},
+    "biases": {"q_lora_rank": 8, "rope": kvattn.RoPE(4), "use_bias": True},
 }
 DEEPSEEK = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
@@ -35,6 +36,9 @@ def made(kind="plain"):
     for i, name in enumerate(n for n in ("query_norm", "kv_norm") if hasattr(layer, n)):
         scale = getattr(layer, name).scale
         scale[...] = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, scale.shape), jnp.float32)
+    for i, name in enumerate(n for n in ("query_down", "kv_down", "out") if kind == "biases"):
+        bias = getattr(layer, name).bias
+        bias[...] = jnp.asarray(np.random.default_rng(9 + i).normal(size=bias.shape), jnp.float32)
     return layer
 
 

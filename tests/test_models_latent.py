@@ -22,8 +22,9 @@ SIZES = dict(vocab_size=V, model_dim=24, num_layers=2, num_heads=4, mlp_dim=40, 
 LATENT = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, latent_norm_epsilon=1e-2)
 LITE = DecoderConfig(**SIZES, **LATENT)
 LARGE = dataclasses.replace(
-    LITE, q_lora_rank=10, rope_interleaved=True, attention_scale=0.4, softcap=4.0, windows=(None, 5)
-)
+    LITE, q_lora_rank=10, rope_interleaved=True, attention_scale=0.4, softcap=4.0, windows=(None, 5), qkv_bias=True,
+    out_bias=True,
+)  # fmt: skip
 CACHED = LITE.kv_lora_rank + LITE.qk_rope_head_dim
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LENGTHS = (13, 6)
@@ -131,6 +132,7 @@ CONFIG_ERRORS = {
     "size": ({"head_dim": 10}, errors.ConfigError, "= 16 numbers"),
     "odd": ({"qk_rope_head_dim": 3}, errors.ConfigError, "even"),
     "norm": ({"qk_norm": True, "sinks": True}, errors.ConfigError, "qk_norm, sinks"),
+    "biases": ({"out_bias": True}, errors.ConfigError, "or none"),
     "alibi": ({"positions": "alibi"}, errors.ConfigError, "positions='rope'"),
     "float": ({"kv_lora_rank": 8.0}, errors.DTypeError, "kv_lora_rank"),
     "nothing": ({"q_lora_rank": 0}, errors.ConfigError, "q_lora_rank must be >= 1"),

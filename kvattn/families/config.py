@@ -87,7 +87,7 @@ class DecoderConfig:
         activation: "silu", "gelu", "gelu_tanh", "quick_gelu" or "relu".
         gated: the MLP is ``down(activation(gate(x)) * up(x))``, otherwise ``down(activation(up(x)))``.
         mlp_bias: the MLP's projections have biases.
-        qkv_bias: so have those to queries, keys and values.
+        qkv_bias: so have those to queries, keys and values; in latent attention, those to latents, with `out_bias`.
         out_bias: so has the one from the heads back to D.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
         qk_norm: queries and keys pass a norm, of the kind that `norm` says.
@@ -351,7 +351,9 @@ class DecoderConfig:
         """That nothing is asked of latent attention that it does not have."""
         if self.positions != "rope":
             raise ConfigError(f"latent attention needs positions='rope', got {self.positions!r}.")
-        without = ("qkv_bias", "out_bias", "qkv_clip", "qk_norm", "sinks", "rotary_dim")
+        if self.qkv_bias != self.out_bias:
+            raise ConfigError("in latent attention the projections to latents and the output's have biases, or none.")
+        without = ("qkv_clip", "qk_norm", "sinks", "rotary_dim")
         asked = [name for name in without if getattr(self, name)]
         if asked:
             raise ConfigError(f"latent attention (kv_lora_rank) has no {', '.join(asked)}: leave it out.")

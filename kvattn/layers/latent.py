@@ -20,6 +20,7 @@ from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError
@@ -31,7 +32,7 @@ from kvattn.positions import RoPE
 # What `AttentionSettings` asks for and this attention does not have.
 _WITHOUT: Mapping[str, Any] = {
     **dict.fromkeys(("qkv_features", "use_out_bias", "chunk", "qk_norm", "qkv_clip", "cache_sharding", "bias_init")),
-    **dict.fromkeys(("use_bias", "normalize_qk", "alibi"), False),
+    **dict.fromkeys(("normalize_qk", "alibi"), False),
     "qk_norm_heads": "shared",
     "qk_norm_epsilon": 0.0,
 }
@@ -102,7 +103,9 @@ def checked(given: Mapping[str, Any], sizes: LatentSizes) -> AttentionSettings:
             f"rope was made for head_dim {rope.head_dim}, but what turns of a key has qk_rope_head_dim {sizes.rotary}: "
             f"give kvattn.RoPE({sizes.rotary})."
         )
+    _checks.flag("use_bias", given["use_bias"])
     absorbed = {
+        "use_bias": False,  # they are in projections that are the same in both forms
         "num_kv_heads": 1,
         "head_dim": sizes.cached,
         "value_head_dim": sizes.latent,

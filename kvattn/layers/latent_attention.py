@@ -39,7 +39,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
     - ``kv_down/kernel [D, C + R]`` (the latent, then what keys share) and ``kv_norm/scale [C]``,
     - ``key_up/kernel [C, N, P]``, ``value_up/kernel [C, N, Hv]`` and ``out/kernel [N, Hv, D]``.
 
-    The norms are RMS norms; there are no biases.
+    The norms are RMS norms. With `use_bias` ``query_down``, ``kv_down`` and ``out`` have biases, the others never.
 
     Args:
         num_heads: N.
@@ -52,6 +52,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
         rope: a `kvattn.RoPE` for heads of R. None: nothing turns. Checkpoints of DeepSeek-V2 and V3 need
             ``interleaved=True``.
         out_features: D of the output; `in_features` if None.
+        use_bias: the projections to latents and the output's have biases.
         dtype: of the computation; that of inputs and parameters if None.
         param_dtype: of the parameters.
         precision: of the matrix products.
@@ -110,6 +111,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
         q_lora_rank: int | None = None,
         rope: RoPE | None = None,
         out_features: int | Sequence[int] | None = None,
+        use_bias: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: PrecisionLike = None,
@@ -140,9 +142,9 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
 
         by_head = placement.latent_metadata(mesh, axis, settings.num_heads)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        linear = functools.partial(nnx.LinearGeneral, use_bias=False, precision=precision, **common)
+        linear = functools.partial(nnx.LinearGeneral, use_bias=bool(use_bias), precision=precision, **common)
         project = functools.partial(linear, kernel_init=kernel_init)
-        to_heads = functools.partial(project, kernel_metadata=by_head.up)
+        to_heads = functools.partial(project, use_bias=False, kernel_metadata=by_head.up)
         norm = functools.partial(nnx.RMSNorm, epsilon=norm_epsilon, **common)
 
         query = (settings.num_heads, sizes.query)

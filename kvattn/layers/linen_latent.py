@@ -64,6 +64,7 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
     q_lora_rank: int | None = None
     rope: RoPE | None = None
     out_features: int | Sequence[int] | None = None
+    use_bias: bool = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     precision: jax.lax.PrecisionLike = None
@@ -121,7 +122,7 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         """
         settings, sizes = self._settings()
         inputs = jnp.asarray(inputs)
-        heads = functools.partial(self._project, kernel_init=self.up_kernel_init or self.kernel_init)
+        heads = functools.partial(self._project, use_bias=False, kernel_init=self.up_kernel_init or self.kernel_init)
         if sizes.query_latent is None:
             query = heads("query", (self.num_heads, sizes.query))(inputs)
         else:
@@ -205,8 +206,9 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
 
     def _project(self, name: str, features: Any, **options: Any) -> nn.DenseGeneral:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
-        options = {"axis": -1, "kernel_init": self.kernel_init, "dot_general": linen_parts.dot_general, **options}
-        return nn.DenseGeneral(features, use_bias=False, name=name, **settings, **options)
+        given = {"axis": -1, "use_bias": bool(self.use_bias), "kernel_init": self.kernel_init}
+        options = {**given, "dot_general": linen_parts.dot_general, **options}
+        return nn.DenseGeneral(features, name=name, **settings, **options)
 
     def _norm(self, name: str) -> nn.RMSNorm:
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -119,6 +119,7 @@ def _attention(
             qk_rope_head_dim=config.qk_rope_head_dim or 0,
             v_head_dim=config.v_head_dim or 0,
             norm_epsilon=config.latent_norm_epsilon,
+            use_bias=config.qkv_bias,
             **options,
         )
     return GroupedQueryAttention(
