@@ -180,14 +180,26 @@ def test_gradients_are_those_of_a_sum_over_all_experts():
 
 # What is read --------------------------------------------------------------------------------------------------------
 
-MIXTRAL = {"model_dim": 128, "mlp_dim": 448, "num_experts": 8, "experts_per_token": 2, "expert_kind": "gated"}
+MIXTRAL = {
+    "model_dim": 128, "mlp_dim": 448, "num_experts": 8, "experts_per_token": 2, "expert_kind": "gated",
+    "num_kv_heads": 2,
+}  # fmt: skip
 """A thirty-second of its sizes."""
+DEEPSEEK = MIXTRAL | {
+    "expert_scores": "sigmoid", "expert_bias": True, "expert_groups": 4, "groups_per_token": 2, "group_best": 2,
+    "shared_expert_dim": 64, "router_float32": True, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "num_kv_heads": None,
+}  # fmt: skip
+"""As many experts of the same sizes, in groups, and one more that every token reads."""
 
 
-@pytest.mark.parametrize(("rows", "read"), [(1, 2), (3, 6), (16, 8)])
-def test_a_decode_step_reads_the_chosen_experts(rows, read):
+@pytest.mark.parametrize(
+    ("like", "rows", "read"), [(MIXTRAL, 1, 2), (MIXTRAL, 3, 6), (MIXTRAL, 16, 8), (DEEPSEEK, 1, 2)],
+    ids=["mixtral-1", "mixtral-3", "mixtral-16", "deepseek-1"],
+)  # fmt: skip
+def test_a_decode_step_reads_the_chosen_experts(like, rows, read):
     """From the compiled program: products with one expert's kernel, as often as experts may be chosen, at most all."""
-    config = DecoderConfig(vocab_size=32, num_layers=1, num_heads=4, num_kv_heads=2, **MIXTRAL)
+    config = DecoderConfig(vocab_size=32, num_layers=1, num_heads=4, **like)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     cache = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).make_cache(rows, 16))
