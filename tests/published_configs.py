@@ -146,6 +146,63 @@ MISTRAL3 = {
     },
     "vision_feature_layer": -1,
 }  # fmt: skip
+_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+DEEPSEEK_V2_LITE = _HF | {
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"}, "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2", "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "pretraining_tp": 1,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "rope_theta": 10000,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": True, "tie_word_embeddings": False,
+    "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+DEEPSEEK_V3 = _HF | {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "bos_token_id": 0,
+    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "quantization_config": FP8, "rms_norm_eps": 1e-06,
+    "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
+    "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+MOONLIGHT = {name: x for name, x in DEEPSEEK_V3.items() if name not in ("quantization_config", "rope_scaling")} | {
+    "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163585, "first_k_dense_replace": 1,
+    "hidden_size": 2048, "intermediate_size": 11264, "max_position_embeddings": 8192, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6,
+    "num_hidden_layers": 27, "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446,
+    "seq_aux": True, "topk_group": 1, "vocab_size": 163840,
+}  # fmt: skip
+KIMI_K2 = DEEPSEEK_V3 | {
+    "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163585, "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072, "model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 384,
+    "num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0,
+    "rope_scaling": _YARN | {"beta_fast": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "seq_aux": True, "topk_group": 1, "vocab_size": 163840,
+}  # fmt: skip
+_MINICPM3_FACTORS = [1.0 + i / 5000 for i in range(16)]
+MINICPM3 = {
+    "architectures": ["MiniCPM3ForCausalLM"], "bos_token_id": 1, "dim_model_base": 256, "eos_token_id": [2, 73440],
+    "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.1, "intermediate_size": 6400,
+    "kv_lora_rank": 256, "max_position_embeddings": 32768, "model_type": "minicpm3", "num_attention_heads": 40,
+    "num_hidden_layers": 62, "num_key_value_heads": 40, "q_lora_rank": 768, "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": _MINICPM3_FACTORS, "original_max_position_embeddings": 32768, "short_factor": _MINICPM3_FACTORS,
+        "type": "longrope",
+    },
+    "scale_depth": 1.4, "scale_emb": 12, "torch_dtype": "bfloat16", "transformers_version": "4.41.0",
+    "use_cache": True, "vocab_size": 73448,
+}  # fmt: skip
 
 PUBLISHED = {
     "gemma-7b": (GEMMA, 8_537_680_896),
@@ -242,6 +299,18 @@ PUBLISHED = {
                      "moe_intermediate_size": 1536, "num_attention_heads": 64, "num_hidden_layers": 94},
         235_093_634_560,
     ),
+    "deepseek-v2-lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
+    "deepseek-v2": (
+        DEEPSEEK_V2_LITE | {"hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+                            "n_group": 8, "n_routed_experts": 160, "num_attention_heads": 128,
+                            "num_hidden_layers": 60, "num_key_value_heads": 128, "q_lora_rank": 1536,
+                            "routed_scaling_factor": 16.0, "topk_group": 3, "topk_method": "group_limited_greedy"},
+        235_741_434_880,
+    ),
+    "deepseek-v3": (DEEPSEEK_V3, 671_026_419_200),
+    "moonlight-16b-a3b": (MOONLIGHT, 15_960_110_208),
+    "kimi-k2": (KIMI_K2, 1_026_408_232_448),
+    "minicpm3-4b": (MINICPM3, 4_073_875_968),
     "gemma-3-4b": (GEMMA3, 3_880_263_168),
     "mistral-small-3.1": (MISTRAL3, 23_572_403_200),
 }  # fmt: skip

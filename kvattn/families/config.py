@@ -254,8 +254,8 @@ class DecoderConfig:
         missing = [name for name, size in sizes.items() if size is None]
         if missing:
             raise ConfigError(
-                f"latent attention needs {', '.join(_LATENT)}; {' and '.join(missing)} is missing: give all of them, or "
-                "none and no q_lora_rank."
+                f"latent attention needs {', '.join(_LATENT)}; {' and '.join(missing)} is missing: give all of them, "
+                "or none and no q_lora_rank."
             )
         for name, size in sizes.items():
             _checks.integer(name, size, 1)

@@ -89,6 +89,8 @@ class Family(Format):
         has_states: every layer also keeps a state of constant size.
         kv_heads: K, given N. None: the usual field, else N.
         head_dim: H. None: the usual field, else D // N.
+        values_in_keys: Hv, where a value is the first numbers of its key, stored once (latent attention, MLA). None:
+            values are stored for themselves.
         params: the exact number of parameters, tied ones once. None: it is estimated.
         estimate: what the estimate has to know.
         experts: how its experts differ from Mixtral's.
@@ -109,6 +111,7 @@ class Family(Format):
     has_states: bool = False
     kv_heads: Callable[["Sizes", int], int] | None = None
     head_dim: Counter | None = None
+    values_in_keys: Counter | None = None
     params: Counter | None = None
     estimate: Estimate = Estimate()
     experts: Experts = Experts()

@@ -39,10 +39,11 @@ GENERATION = frozenset({
 
 TRAINING = frozenset({
     "activation_dropout", "attention_dropout", "attention_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop",
+    "aux_loss_alpha",
     "classifier_dropout", "dropout", "emb_pdrop", "embd_pdrop", "embedding_dropout", "fc_dropout", "ffn_dropout",
     "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "init_device", "init_method", "init_std",
     "initializer_range", "layerdrop", "loss_type", "mlp_pdrop", "neftune_noise_alpha", "rescale_prenorm_residual",
-    "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef",
+    "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef", "seq_aux",
     "tf_legacy_loss", "training_dtype", "z_loss_coefficient",
 })  # fmt: skip
 """About training: dropout, losses, first values."""

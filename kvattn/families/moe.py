@@ -25,11 +25,14 @@ def routed(theirs: str, ours: str, config: DecoderConfig, names: Sequence[str]) 
 
 
 def dense(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterator[rules.Rule]:
-    """A gated MLP under the names of Llama, as layers without experts have it, and experts that serve every token."""
+    """A gated MLP under the names of Llama, as layers without experts have it, and experts that serve every token.
+
+    It has biases where `DecoderConfig.mlp_bias` says so.
+    """
     for name, into, out in (
         ("gate", config.model_dim, hidden), ("up", config.model_dim, hidden), ("down", hidden, config.model_dim),
     ):  # fmt: skip
-        yield from rules.linear(f"{theirs}.{name}_proj", f"{ours}.{name}", (into,), (out,), False)
+        yield from rules.linear(f"{theirs}.{name}_proj", f"{ours}.{name}", (into,), (out,), config.mlp_bias)
 
 
 def layer_of(ours: str) -> int:

@@ -34,12 +34,14 @@ class Layout:
         axes: for every axis of the tensor, the axes of the parameter that lie along it, the slowest first. Torch's
             weight [N * H, D] of a projection to [D, N, H] is ((1, 2), (0,)).
         entries: which entries of the tensor an axis of the parameter takes, where these are not all of them in order.
-            It must be the slowest of those along the tensor's axis.
+        sizes: how many entries the tensor has along such an axis, where it is not the slowest of those along the
+            tensor's. Torch's weight [N * (P + V), D] of keys and values, whose keys are [D, N, P], has P + V of axis 2.
     """
 
     shape: Shape
     axes: tuple[tuple[int, ...], ...]
     entries: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def within(self, index: Index) -> list[Indices]:
         """For every axis of the tensor the indices of a part of the parameter, in the part's order."""
@@ -48,7 +50,7 @@ class Layout:
             along = np.zeros(1, np.int64)
             for axis in axes:
                 entries = np.asarray(self.entries.get(axis, range(self.shape[axis])), np.int64)[index[axis]]
-                along = (along[:, None] * self.shape[axis] + entries).ravel()
+                along = (along[:, None] * self.sizes.get(axis, self.shape[axis]) + entries).ravel()
             found.append(along)
         return found
 
@@ -82,6 +84,11 @@ class Rule:
     packed: int = 1
     exact: bool = False
     stored: tuple[str, ...] = FLOATS
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """The dtypes that one of the tensors may have."""
+        del name
+        return self.stored
 
     def read(self, read: Callable[[str, list[Indices]], Numbers], index: Index) -> dict[str, Numbers]:
         """A part of every parameter. What several of them need is read once.

@@ -6,6 +6,7 @@ To add one, write a file here that registers a `kvattn.families.Family`, and imp
 from kvattn.families.hf import bloom as bloom
 from kvattn.families.hf import chatglm as chatglm
 from kvattn.families.hf import cohere2 as cohere2
+from kvattn.families.hf import deepseek as deepseek
 from kvattn.families.hf import falcon as falcon
 from kvattn.families.hf import gemma as gemma
 from kvattn.families.hf import glm4 as glm4
@@ -18,6 +19,7 @@ from kvattn.families.hf import lfm2 as lfm2
 from kvattn.families.hf import llama as llama
 from kvattn.families.hf import llama4 as llama4
 from kvattn.families.hf import mamba as mamba
+from kvattn.families.hf import minicpm3 as minicpm3
 from kvattn.families.hf import minimax as minimax
 from kvattn.families.hf import mixtral as mixtral
 from kvattn.families.hf import olmo2 as olmo2
