@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 
 from kvattn._typing import Array
 from kvattn.errors import CacheVersionError, ConfigError, DTypeError, KVAttnError, UnsupportedError
-from kvattn.families import FAMILIES, Blueprint, Fields, Rule
+from kvattn.families import FAMILIES, Blueprint, Fields, Rule, fp8
 from kvattn.families.rules import HEAD, Index, Numbers, Shape
 from kvattn.families.text_part import OTHER_TENSORS, to_load
 from kvattn.models import placement
@@ -167,10 +167,11 @@ def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = Non
             f"{source}: model_type {kind!r} is not supported; the known ones are {', '.join(known)}."
         )
     fields = Fields(settings, str(source), family, ignore)
-    if not family.is_quantized:
-        fields.only("quantization_config", why="quantised weights are read for gpt_oss (mxfp4) only")
+    is_fp8 = not family.is_quantized and _is_fp8(fields)
     try:
         blueprint = family.blueprint(fields)
+        if is_fp8:
+            blueprint = fp8.blockwise(blueprint, fields.get("quantization_config"), str(source))
     except KVAttnError as error:
         if str(source) in str(error):
             raise
@@ -181,6 +182,22 @@ def _described(folder: Path, ignore: Collection[str], *, tied: bool | None = Non
     if settings.get("model_type") == given.get("model_type"):
         return blueprint
     return dataclasses.replace(blueprint, ignored=(*blueprint.ignored, OTHER_TENSORS))
+
+
+def _is_fp8(fields: Fields) -> bool:
+    """Whether weights are in FP8.
+
+    Raises:
+        UnsupportedError: they are quantised in another way.
+    """
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return False
+    kind = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if kind != "fp8":
+        known = "'fp8' in blocks (and 'mxfp4' of gpt_oss)"
+        raise fields.unsupported("quantization_config.quant_method", kind, known)
+    return True
 
 
 def _check_blueprint(blueprint: Blueprint, parameters: Mapping[str, Shape], folder: Path) -> None:
@@ -216,8 +233,8 @@ def _checked(blueprint: Blueprint, tensors: Tensors, folder: Path) -> dict[str, 
             entry = tensors.entries[found]
             if entry.shape != shape:
                 problems.append(f"shape: {found} in {entry.file.name} is {entry.shape}, the config makes it {shape}")
-            elif entry.dtype not in rule.stored:
-                problems.append(f"kind: {found} in {entry.file.name} holds {entry.dtype}, not {rule.stored}")
+            elif entry.dtype not in rule.kinds(name):
+                problems.append(f"kind: {found} in {entry.file.name} holds {entry.dtype}, not {rule.kinds(name)}")
     for name in sorted(set(tensors.entries) - set(names.values())):
         bare = located.bare(name)
         if not (_BUFFERS.search(name) or any(re.search(p, n) for p in blueprint.ignored for n in (name, bare))):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvattn.errors import CacheCorruptionError, ConfigError, DTypeError, MissingFileError
@@ -17,6 +18,8 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ENDING = ".safetensors"
+_MAPPED = {"F8_E4M3": jnp.float8_e4m3fn}
+"""Dtypes that safetensors knows and cannot make arrays of NumPy of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,11 @@ class Tensors:
             self._open = entry.file, _opened(entry.file).__enter__()
         whole = all(len(along) == size for along, size in zip(where, entry.shape, strict=False))
         try:
-            runs = [self._open[1].get_tensor(name)] if whole else _runs(self._open[1].get_slice(name), where)
+            if entry.dtype in _MAPPED:
+                part = _mapped(name, entry)
+                runs = [np.array(run) for run in ([part] if whole else _runs(part, where))]
+            else:
+                runs = [self._open[1].get_tensor(name)] if whole else _runs(self._open[1].get_slice(name), where)
         except (SafetensorError, TypeError, ValueError) as error:
             raise CacheCorruptionError(f"{entry.file}: {name} cannot be read: {error}.") from error
         nbytes = sum(run.nbytes for run in runs)
@@ -181,6 +188,14 @@ def _runs(part: Any, where: Sequence[Indices]) -> list[Numbers]:
     ranges = [slice(int(along[0]), int(along[-1]) + 1) for along in others]
     ends = np.nonzero(np.diff(rows) != 1)[0] + 1
     return [part[(slice(int(run[0]), int(run[-1]) + 1), *ranges)] for run in np.split(rows, ends)]
+
+
+def _mapped(name: str, entry: Entry) -> Numbers:
+    """A tensor where it lies in its file, whose header has been checked."""
+    with entry.file.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = json.loads(file.read(length))[name]["data_offsets"][0]
+    return np.memmap(entry.file, _MAPPED[entry.dtype], "r", 8 + length + start, entry.shape)
 
 
 def _opened(file: Path) -> Any:
