@@ -1,5 +1,7 @@
 """Published configurations, as config.json has them, and published parameter counts: what the planner is held to."""
 
+import published_configs
+
 
 def gated(kind, layers, heads, kv_heads, dim, mlp, vocab, **more):
     return {
@@ -111,7 +113,24 @@ CONFIGS = {
     "opt-30b": opt(48, 56, 7168),
     "opt-66b": opt(64, 72, 9216),
     "opt-175b": opt(96, 96, 12288),
+    "qwen2.5-0.5b": gated("qwen2", 24, 14, 2, 896, 4864, 151936, **TIED),
+    "qwen2.5-1.5b": gated("qwen2", 28, 12, 2, 1536, 8960, 151936, **TIED),
+    "qwen2.5-3b": gated("qwen2", 36, 16, 2, 2048, 11008, 151936, **TIED),
+    "qwen2.5-14b": gated("qwen2", 48, 40, 8, 5120, 13824, 152064),
+    "qwen3-1.7b": gated("qwen3", 28, 16, 8, 2048, 6144, 151936, head_dim=128, **TIED),
+    "qwen3-4b": gated("qwen3", 36, 32, 8, 2560, 9728, 151936, head_dim=128, **TIED),
+    "qwen3-14b": gated("qwen3", 40, 40, 8, 5120, 17408, 151936, head_dim=128, **UNTIED),
 }  # fmt: skip
+
+
+def unquantised(config):
+    """The table has models as they are before their weights are rounded."""
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+CONFIGS |= {
+    name: unquantised(config) for name, (config, _) in published_configs.PUBLISHED.items() if name not in CONFIGS
+}
 
 # What the model pages and papers say, to the digit where weights are published. The counters never saw these.
 PUBLISHED = {
@@ -146,7 +165,15 @@ PUBLISHED = {
     "opt-125m": 125_239_296,
     "opt-1.3b": 1_315_758_080,
     "opt-6.7b": 6_658_473_984,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-14b": 14_768_307_200,
 }
+PUBLISHED |= {name: count for name, (_, count) in published_configs.PUBLISHED.items()}
 
 ESTIMATED = {
     "cohere": (gated("cohere", 40, 64, 64, 8192, 22528, 256000, **TIED), 34_980_831_232),

@@ -884,8 +884,14 @@ def test_published_configs(tmp_path, name):
     config, count = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     found, spec = describe(tmp_path), from_config(tmp_path)
-    assert sum(math.prod(shape) for shape in found.tensors.values()) == count
-    assert (spec.num_params, spec.is_estimate, spec.cache_is_estimate, spec.notes) == (count, False, False, ())
+    scales = [shape for name, shape in found.tensors.items() if name.endswith("_scale_inv")]
+    assert sum(math.prod(shape) for shape in found.tensors.values()) - sum(map(math.prod, scales)) == count
+    assert (spec.num_params, spec.is_estimate, spec.cache_is_estimate) == (count, False, False)
+    assert (spec.weight_dtype, spec.num_scale_bytes) == (
+        "float8_e4m3fn" if scales else None,
+        4 * sum(map(math.prod, scales)),
+    )
+    assert len(spec.notes) == bool(scales)
     assert spec.layer_windows == found.config.layer_windows
     sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
     assert [getattr(spec, size) for size in sizes] == [getattr(found.config, size) for size in sizes]

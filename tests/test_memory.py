@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published_configs
 import pytest
 import variants
 from memory_configs import (
@@ -253,6 +254,94 @@ def test_values_of_another_size(codec):
     assert cache_bytes(model, 3, 256, codec=codec, backend="cpu") == 2 * cache.nbytes
     assert kvattn.memory.bytes_per_token(2, 2, 64, value_head_dim=32) == 2 * 2 * (64 + 32) * 2
     assert model.num_params - with_kv_heads(model, 1).num_params == 2 * 8 * (64 + 32)
+
+
+def latent(**changes):
+    """One key of 72 numbers for all heads, 64 of which are its value."""
+    return dataclasses.replace(tiny(1, 8, 1, 72), value_head_dim=64, values_in_keys=True, **changes)
+
+
+IN_KEYS = {"value_head_dim": 64, "values_in_keys": True}
+
+
+@pytest.mark.parametrize("codec", [None, kvattn.Int8(), kvattn.Float8(), kvattn.Int4(24)], ids=str)
+def test_latent_caches_to_the_byte(codec):
+    """Under every policy, contiguous and in pages."""
+    for policy in POLICIES:
+        options = {"policy": policy, "codec": codec}
+        capacity = variants.capacity_of(policy, 300) if policy is not None and policy.needs_mass else 300
+        cache = jax.eval_shape(
+            lambda capacity=capacity, options=options: kvattn.KVCache.create(
+                3, 1, 72, capacity=capacity, **IN_KEYS, **options
+            )
+        )
+        assert cache_bytes(latent(), 3, 300, backend="cpu", **options) == cache.nbytes, policy
+        rule = policy or Full()
+        pages, columns = 3 * pages_at_once(rule, 16, 300), -(-most_slots(rule, 300) // 16)
+        paged = jax.eval_shape(
+            lambda pages=pages, columns=columns, options=options: kvattn.PagedKVCache.create(
+                pages, 16, 1, 72, batch_size=3, max_pages=columns, **IN_KEYS, **options
+            )
+        )
+        assert cache_bytes(latent(), 3, 300, page_size=16, **options) == paged.nbytes, policy
+    with pytest.raises(errors.UnsupportedError, match="KIVI"):
+        cache_bytes(latent(), 1, 300, codec=kvattn.KIVI())
+
+
+@pytest.mark.parametrize(("by", "batch"), [("batch", 8), ("sequence", 3)])
+@pytest.mark.parametrize("codec", [None, kvattn.Int8()], ids=str)
+def test_what_a_device_holds_of_latents(by, batch, codec):
+    mesh = jax.make_mesh((4,), ("model",))
+    cache = jax.eval_shape(lambda: kvattn.KVCache.create(batch, 1, 72, capacity=1024, codec=codec, **IN_KEYS))
+    device = dataclasses.replace(DEVICES["a10"], backend="cpu")
+    p = plan(latent(), device, batch_size=batch, length=1024, codec=codec, num_devices=4, by=by)
+    assert p.device_cache_bytes == kvattn.sharding.bytes_per_device(cache, mesh, by=by)
+
+
+def test_deepseek():
+    """As its papers have it: 576 numbers a token and layer; 671 billion parameters, of which a token meets 37."""
+    p = plan("deepseek-v3", "h200", batch_size=32, length=8192, num_devices=16)
+    assert p.bytes_per_token == 61 * 1152 and p.by == "batch"
+    assert p.changed(codec=kvattn.Int8()).bytes_per_token == 61 * (576 + 4)
+    assert p.changed(codec=kvattn.Int4(64)).bytes_per_token == 61 * (288 + 9 * 4)
+    # A ring has a slot for every token that is seen, and nothing else.
+    ring = p.changed(policy=kvattn.SlidingWindow(1024))
+    assert ring.cache_bytes == 32 * 61 * (1024 * 1152 + 8)
+    assert p.changed(by="sequence").device_cache_bytes == 32 * 61 * (8192 // 16 * 1152 + 8)
+    heads = p.changed(by="heads")
+    assert heads.device_cache_bytes == heads.cache_bytes == p.cache_bytes == 16 * p.device_cache_bytes
+    assert "1 key/value head takes the room of 16" in heads.notes[0]
+    assert not any("GQA" in lever.name or "MQA" in lever.name for lever in levers(p))
+    # All parameters, and those that a token meets: with and without the table that it is only looked up in.
+    for name, total, active in (("v3", 671.0, 37.6), ("v2", 235.7, 21.4), ("v2-lite", 15.7, 2.7)):
+        spec = MODELS[f"deepseek-{name}"]
+        assert (round(spec.num_params / 1e9, 1), round(spec.active_params / 1e9, 1)) == (total, active)
+    lite = MODELS["deepseek-v2-lite"]
+    assert round((lite.active_params - 102400 * 2048) / 1e9, 1) == 2.5  # 2.4 in its paper
+    assert MODELS["DeepSeek-R1"] is MODELS["deepseek-v3"]
+
+
+def test_fp8_in_blocks():
+    """Weights of projections in 8 bits, a float32 for each block of 128 x 128, everything else in 16 bits."""
+    config, count = published_configs.PUBLISHED["deepseek-v3"]
+    p = plan(from_config(config), "h200", num_devices=8)
+    d, vocab, experts = 7168, 129280, 256
+    floats = 2 * vocab * d + 61 * (2 * d + 1536 + 512) + d + 58 * experts * (d + 1)
+    attention = [(1536, d), (128 * 192, 1536), (576, d), (128 * 256, 512), (d, 128 * 128)]
+    mlp = lambda hidden: [(hidden, d), (hidden, d), (d, hidden)]
+    matrices = 61 * attention + 3 * mlp(18432) + 58 * (experts + 1) * mlp(2048)
+    assert sum(a * b for a, b in matrices) == count - floats
+    scales = sum(-(-a // 128) * -(-b // 128) for a, b in matrices)
+    assert p.weight_bytes == count - floats + 2 * floats + 4 * scales
+    assert "163,352,928 bytes of scales" in p.notes[0] and p.model.num_scale_bytes == 4 * scales
+    assert p.changed(weight_dtype="bfloat16").weight_bytes == 2 * count
+    # One token reads 8 of 256 experts, with their scales.
+    idle = 58 * 248 * sum(a * b for a, b in mlp(2048)) * (1 + 4 / 128**2)
+    read = p.step_seconds * DEVICES["h200"].bandwidth * 8
+    assert abs(read / (p.weight_bytes - idle) - 1) < 1e-5  # 576 is no multiple of 128
+    # Of a file that cannot be read it is not known how many, as before.
+    odd = from_config(config | {"quantization_config": published_configs.FP8 | {"fmt": "e5m2"}})
+    assert odd.num_scale_bytes == 0 and "scales are not counted" in odd.notes[0]
 
 
 @pytest.mark.parametrize("fault", ["no state", "no lengths", "no rounding", "no scales", "keys only", "residual"])

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvattn.cli import parse, show
+from kvattn.cli import memory_tables, parse, show
 from kvattn.errors import ConfigError
-from kvattn.memory import MODELS, bytes_per_token
+from kvattn.memory import MODELS
 from kvattn.serving.replay import Replay, knee, replay
 from kvattn.serving.trace import TraceRequest, read_trace
 
@@ -82,8 +82,7 @@ def _replayed(requests: Sequence[TraceRequest], sizes: Sequence[int], block_size
 
 
 def _bytes_per_token(name: str) -> int:
-    spec = MODELS[name]
-    return bytes_per_token(spec.num_cache_layers, spec.num_kv_heads, spec.head_dim)
+    return memory_tables.bytes_of_token(MODELS[name])
 
 
 def _screen(

@@ -15,7 +15,7 @@ from kvattn.families.params import embeddings, params_of
 from kvattn.families.registry import FAMILIES, find
 from kvattn.families.settings import Value
 from kvattn.families.text_part import text_part
-from kvattn.memory.hf_quantized import quantized
+from kvattn.memory.hf_quantized import in_blocks, quantized
 from kvattn.memory.specs import ModelSpec
 
 _ENCODERS = re.compile(
@@ -28,10 +28,10 @@ _ENCODERS = re.compile(
 """Families that are encoders, or have one."""
 
 _LATENT = frozenset({
-    "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
-    "kimi_k2", "kimi_linear", "longcat_flash", "minicpm3", "sarvam_mla", "youtu",
+    "axk1", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash",
+    "sarvam_mla", "youtu",
 })  # fmt: skip
-"""Families that cache latent vectors."""
+"""Families that cache latent vectors and are not known here."""
 
 _STATE = frozenset({
     "falcon_mamba", "mamba", "mamba2", "retnet", "rwkv", "rwkv5", "rwkv6", "rwkv7", "xlstm",
@@ -62,8 +62,8 @@ def from_config(
         MissingFileError: no such file.
         ConfigError: settings that are no such config or contradict each other, or that parameters cannot be estimated
             from.
-        UnsupportedError: a cache that is not one of keys and values per head and token: latent (MLA), a state alone, an
-            encoder's; or settings of an unknown family that may mean such a thing.
+        UnsupportedError: a cache that is not known: latent (MLA) of an unknown family, a state alone, an encoder's; or
+            settings of an unknown family that may mean such a thing.
 
     Example:
         >>> from kvattn.memory import from_config
@@ -84,13 +84,15 @@ def from_config(
 
     model_dim = f.size("model_dim")
     windows, sources = layers_of(f)
-    weights, notes = _weights(f, num_params)
+    weights, notes = _weights(f, num_params, config)
     spec = ModelSpec(
         name=str(name or outer_name or kind),
         num_layers=len(windows),
         num_heads=f.size("heads"),
         num_kv_heads=f.kv_heads,
         head_dim=f.head_dim,
+        value_head_dim=None if family.values_in_keys is None else family.values_in_keys(f),
+        values_in_keys=family.values_in_keys is not None,
         window=windows[0] if len(set(windows)) == 1 else tuple(windows),
         kv_source=None if sources == list(range(len(sources))) else tuple(sources),
         model_dim=model_dim,
@@ -132,10 +134,10 @@ def _refuse(config: Mapping[str, Value], family: Family) -> None:
             f"model_type {kind!r} is an encoder, or has one: it keeps no keys and values as it goes. Plan a decoder "
             "with a ModelSpec."
         )
-    if kind in _LATENT - FAMILIES.keys() or config.get("kv_lora_rank"):
+    if family.values_in_keys is None and (kind in _LATENT - FAMILIES.keys() or config.get("kv_lora_rank")):
         raise UnsupportedError(
-            f"model_type {kind!r} caches latent vectors (MLA), not keys and values per head: this library has no such "
-            "cache."
+            f"model_type {kind!r} caches latent vectors (MLA) in a way that is not known here: plan it with a "
+            "ModelSpec, of one key/value head with values_in_keys."
         )
     if not is_known and kind in _STATE:
         raise UnsupportedError(
@@ -149,7 +151,7 @@ def _refuse(config: Mapping[str, Value], family: Family) -> None:
         )
 
 
-def _weights(f: Sizes, num_params: int | None) -> tuple[dict[str, Value], list[str]]:
+def _weights(f: Sizes, num_params: int | None, config: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:
     """What a `ModelSpec` has on parameters, and what should be said of them."""
     estimated, given = num_params is None and f.family.params is None, num_params is not None
     num_params = params_of(f) if num_params is None else num_params
@@ -171,6 +173,11 @@ def _weights(f: Sizes, num_params: int | None) -> tuple[dict[str, Value], list[s
         whole = num_params - embeddings(f) if dtype != "mxfp4" else found.get("num_expert_weights", num_params)
         found |= {"weight_dtype": dtype, "num_quantized_params": whole if whole > 0 else None}
         scales = "" if dtype == "mxfp4" else "; scales are not counted"
+        if (blocks := in_blocks(config, f.family)) is not None:
+            numbers, nbytes = blocks
+            if numbers <= num_params:
+                found |= {"num_quantized_params": numbers, "num_scale_bytes": nbytes}
+                scales = f", with {nbytes:,} bytes of scales"
         notes.append(f"weights are in {dtype}, as its quantization_config says, unless weight_dtype is given{scales}")
     return found, notes + [note] * bool(note)
 

@@ -1,8 +1,13 @@
 """What the quantization_config of a config.json says of the bytes of the weights."""
 
+import math
 from collections.abc import Mapping
 
-from kvattn.errors import ConfigError
+from kvattn.errors import ConfigError, KVAttnError
+from kvattn.families import fp8
+from kvattn.families.family import Family
+from kvattn.families.fields import Fields
+from kvattn.families.settings import Value
 from kvattn.memory.dtypes import BITS
 
 
@@ -29,6 +34,33 @@ def quantized(settings: object) -> tuple[str | None, str]:
         return found, ""
     said = f"of method {method!r}" if method else repr(dict(settings))
     return None, f"quantization_config {said} is not understood: weights are planned unquantised"
+
+
+def in_blocks(config: Mapping[str, Value], family: Family) -> tuple[int, int] | None:
+    """Of weights in FP8 with a scale for every block: how many numbers they are, and the bytes of their scales.
+
+    Args:
+        config: the settings.
+        family: which can be loaded, so that its tensors are known.
+
+    Returns:
+        None where weights are stored in another way, or the tensors are not known.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8" or family.blueprint is None:
+        return None
+    settings = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        blueprint = family.blueprint(Fields(settings, "config.json", family))
+        rules = fp8.blockwise(blueprint, quantization, "config.json").rules
+    except (KVAttnError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None  # the loader says why
+    numbers = scales = 0
+    for rule in rules:
+        if isinstance(rule, fp8.BlockScaled):
+            numbers += sum(math.prod(rule.sources[name]) for name in rule.scaled)
+            scales += sum(math.prod(rule.sources[name + fp8.SCALES]) for name in rule.scaled)
+    return numbers, 4 * scales
 
 
 def _dtype(method: object, settings: Mapping[str, object]) -> str | None:

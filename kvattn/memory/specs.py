@@ -44,6 +44,7 @@ class ModelSpec:
             where that is not known (then mxfp4 holds for all parameters).
         weight_dtype: what the checkpoint's weights are quantised to, such as "int4"; None: they are not.
         num_quantized_params: parameters that `weight_dtype` holds for, the others having 16 bits; None: all.
+        num_scale_bytes: bytes of the scales that the checkpoint has for them besides, where they are known.
         source: where the numbers are from.
         is_estimate: whether the parameters are estimated, not counted.
         cache_is_estimate: whether the cache is, because the architecture is not known here.
@@ -84,6 +85,7 @@ class ModelSpec:
     num_expert_weights: int | None = None
     weight_dtype: str | None = None
     num_quantized_params: int | None = None
+    num_scale_bytes: int = 0
     source: str = ""
     is_estimate: bool = False
     cache_is_estimate: bool = False
@@ -151,6 +153,8 @@ class ModelSpec:
             value = getattr(self, field)
             if value is not None and _checks.integer(field, value, 0) > self.num_params:
                 raise ConfigError(f"{field} ({value}) exceeds num_params ({self.num_params}).")
+        if _checks.integer("num_scale_bytes", self.num_scale_bytes, 0) and self.weight_dtype is None:
+            raise ConfigError("num_scale_bytes without weight_dtype: what are they the scales of?")
         if self.weight_dtype is not None:
             object.__setattr__(self, "weight_dtype", name_of("weight_dtype", self.weight_dtype))
         elif self.num_quantized_params is not None:
@@ -189,9 +193,10 @@ class ModelSpec:
         return self.num_params if stored is None else stored
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all parameters: of `params_in` this type, and of the others in bfloat16."""
+        """Bytes of all parameters: of `params_in` this type with the checkpoint's scales, of the others in bfloat16."""
         stored = self.params_in(dtype)
-        return num_bytes(stored, dtype) + num_bytes(self.num_params - stored, "bfloat16")
+        scales = self.num_scale_bytes if dtype == self.weight_dtype else 0
+        return num_bytes(stored, dtype) + num_bytes(self.num_params - stored, "bfloat16") + scales
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -223,7 +228,8 @@ class ModelSpec:
         if idle and self.num_experts and self.experts_per_token and dtype == "mxfp4" and self.num_expert_weights:
             of_experts = (self.num_params - self.active_params) / (1 - self.experts_per_token / self.num_experts)
             stored = self.num_expert_weights / of_experts  # their biases have 16 bits
-        return self.weight_bytes(dtype) - idle * (stored * float(BITS[dtype]) + (1 - stored) * 16) / 8
+        scales = self.num_scale_bytes / max(self.params_in(dtype), 1) if dtype == self.weight_dtype else 0
+        return self.weight_bytes(dtype) - idle * ((stored * float(BITS[dtype]) + (1 - stored) * 16) / 8 + scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kvattn import _checks
+from kvattn.errors import ConfigError
 
 SCHEMES = ("heads", "batch", "sequence")
 """The ways `choose` chooses from."""
@@ -66,12 +67,14 @@ def explain(
     head_dim: int = 128,
     num_slots: int = 4096,
     dtype: DTypeLike = jnp.bfloat16,
+    value_head_dim: int | None = None,
+    values_in_keys: bool = False,
 ) -> Explanation:
     """What `choose` chooses, why, and what every scheme costs.
 
-    Bytes are those of one layer's keys and values as they are: 2 H itemsize per slot and head, times K, B and C, one of
-    which is divided by n and rounded up. `kvattn.sharding.bytes_per_device` tells them for a cache, with codec and
-    policy.
+    Bytes are those of one layer's keys and values as they are: (H + Hv) itemsize per slot and head, H itemsize where
+    values are in the keys, times K, B and C, one of which is divided by n and rounded up.
+    `kvattn.sharding.bytes_per_device` tells them for a cache, with codec and policy.
 
     Args:
         num_heads: N.
@@ -81,11 +84,20 @@ def explain(
         head_dim: H.
         num_slots: C.
         dtype: of keys and values.
+        value_head_dim: Hv; None: H.
+        values_in_keys: whether values are the first numbers of their keys, stored once (latent attention).
+
+    Raises:
+        ConfigError: a count below 1, heads that do not group, values longer than the keys they are in.
+        DTypeError: a count that is no int, a flag that is no bool.
     """
     by, why = _choice(num_heads, num_kv_heads, batch_size, axis_size)
     _checks.integer("head_dim", head_dim, 1)
     _checks.integer("num_slots", num_slots, 1)
-    n, token = axis_size, 2 * head_dim * jnp.dtype(dtype).itemsize
+    value_head_dim = head_dim if value_head_dim is None else _checks.integer("value_head_dim", value_head_dim, 1)
+    if _checks.flag("values_in_keys", values_in_keys) and value_head_dim > head_dim:
+        raise ConfigError(f"values_in_keys: value_head_dim ({value_head_dim}) must be at most head_dim ({head_dim}).")
+    n, token = axis_size, (head_dim + (0 if values_in_keys else value_head_dim)) * jnp.dtype(dtype).itemsize
     padded = -(-num_heads // n) * n
     reasons: dict[str, str] = {}
     size: dict[str, int | None] = {
@@ -125,7 +137,7 @@ def against_heads(num_heads: int | None, num_kv_heads: int, axis_size: int) -> s
     """Why heads cannot be split over so many devices; None: they can. `num_heads` None: only K is known."""
     n = axis_size
     if num_kv_heads == 1 and n > 1:
-        return "One key/value head (MQA) cannot be split: every device would hold the whole cache."
+        return "One key/value head (MQA, MLA) cannot be split: every device would hold the whole cache."
     if num_kv_heads % n and n % num_kv_heads:
         return f"{num_kv_heads} key/value heads and {n} devices: neither divides the other."
     if num_heads is not None and num_heads % n:
