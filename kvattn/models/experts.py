@@ -95,7 +95,7 @@ class Experts(nnx.Module):
         tokens, per_token = x.reshape(batch * length, features), self.config.experts_per_token
         added = None
         if self.config.expert_bias:
-            added, *parameters = parameters
+            added, parameters = parameters[0], parameters[1:]
         shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]), added)
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
         out = jax.lax.map(lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert))

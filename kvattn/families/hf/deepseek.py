@@ -41,7 +41,7 @@ def _v3(fields: Fields) -> rules.Blueprint:
     return _blueprint(fields, router, rope_interleaved=fields.flag("rope_interleave"))
 
 
-def _blueprint(fields: Fields, router: dict[str, Value], **rest: bool) -> rules.Blueprint:
+def _blueprint(fields: Fields, router: dict[str, Value], **rest: Value) -> rules.Blueprint:
     sizes, rope = latent.sizes(fields), fields.rope()
     config = DecoderConfig(
         **sizes,
