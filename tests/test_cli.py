@@ -47,6 +47,21 @@ def flat(text):
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
+
+def test_memory_of_latents():
+    """Counted once, where values are in keys; not divided by heads; not measured as if they had values of their own."""
+    shown = flat(printed("memory", "--model", "deepseek-v3", "--device", "h200", "--devices", 16, "--by", "heads"))
+    assert "128 query heads on 1 key/value head of 576, whose first 512 numbers are its value" in shown
+    assert "70,272 bytes per token in all layers (68.62 KiB): bfloat16" in shown
+    assert "by heads, 1 key/value head takes the room of 16 on 16 devices" in shown
+    table = printed("memory")
+    rows = {line.split()[0]: line.split()[-2] for line in table.splitlines() if " KiB" in line}
+    assert (rows["deepseek-v3"], rows["minicpm3-4b"], rows["llama-2-7b"]) == ("69", "35", "512")
+    assert "1.03 T" in table
+    refused = call("bench", "--model", "deepseek-v3")
+    assert refused.exit_code != 0 and "latent attention" in flat(refused.output)
+
+
 SCREENS = [
     (),
     ("--model", "llama-2-7b"),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kvattn import measure
 from kvattn.cli import bench_engine, parse, show
-from kvattn.errors import ConfigError
+from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.memory import MODELS
 
 Model = Annotated[str | None, parse.option("NAME", "Take the heads of a model of `kvattn memory`.")]
@@ -178,7 +178,14 @@ def _heads(model: str | None, heads: str | None, kv_heads: str | None, head_dim:
     """Those of a model, and what is given otherwise."""
     texts = {"num_heads": ("heads", heads), "num_kv_heads": ("kv-heads", kv_heads), "head_dim": ("head-dim", head_dim)}
     given = {name: count for name, (word, text) in texts.items() if (count := parse.count(word, text)) is not None}
-    return given if model is None else {name: getattr(MODELS[model], name) for name in texts} | given
+    if model is None:
+        return given
+    if (spec := MODELS[model]).values_in_keys:
+        raise UnsupportedError(
+            f"{spec.name} has latent attention, whose values lie in its keys; the bench measures caches with values of "
+            f"their own: give --heads {spec.num_heads} --kv-heads 1 --head-dim {spec.head_dim} to read twice as much."
+        )
+    return {name: getattr(spec, name) for name in texts} | given
 
 
 def _bench_engine(

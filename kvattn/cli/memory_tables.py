@@ -15,7 +15,7 @@ def everything() -> list[RenderableType]:
     for m in MODELS.values():
         per_token = bytes_of_token(m)
         heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
-        params = f"{m.num_params / 1e9:.3g} B"
+        params = f"{m.num_params / 1e9:.3g} B" if m.num_params < 1e12 else f"{m.num_params / 1e12:.3g} T"
         models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
     devices = show.columns(["device", "memory", "GB/s", "TFLOP/s", "source"], left=(0, 4))
     for d in DEVICES.values():
@@ -46,6 +46,7 @@ def sizes(p: Plan) -> list[RenderableType]:
     """Model, weights, bytes per token: what no device is needed for."""
     m = p.model
     heads = f"{m.num_heads} query heads on {m.num_kv_heads} key/value head{'s' * (m.num_kv_heads > 1)} of {m.head_dim}"
+    heads += f", whose first {m.value_dim} numbers are its value" * m.values_in_keys
     per_token = p.bytes_per_token
     binary = f"{per_token / 2**20:.3f} MiB" if per_token >= 2**20 / 10 else f"{per_token / 2**10:.4g} KiB"
     how = [p.dtype if p.codec is None else str(p.codec)]

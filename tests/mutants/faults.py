@@ -1260,7 +1260,28 @@ FAULTS: list[Fault] = [
         test_experts.py::test_experts_one_by_one
         test_experts.py::test_tokens_that_agree
         """,
-        ("Experts._chosen", "(best if self", "(scores if self"),
+        ("Experts._chosen", "jax.nn.softmax(best.astype(jnp.float32))", "best.astype(jnp.float32)"),
+        ("Experts._chosen", "best / (jnp.sum(best, axis=-1, keepdims=True) + 1e-20)", "best"),
+        ("Experts._chosen", "best = jnp.take_along_axis(scores, chosen, axis=-1)", "pass"),
+        ("Experts._chosen", "scores + added[None]", "scores"),
+        ("Experts._chosen", "best * config.expert_scale", "best"),
+        ("Experts._chosen", 'config.expert_scores == "sigmoid"', "False"),
+        ("Experts._chosen", "and config.group_best == 1", "", "test_experts.py::test_experts_one_by_one"),
+        ("Experts._in_best_groups", "config.group_best)", "1)"),
+        ("Experts._in_best_groups", "config.groups_per_token)", "count)"),
+        (
+            "Experts.__call__",
+            "x.astype(jnp.float32) if self.config.router_float32 else x",
+            "x",
+            "",
+            "the router's own dtype makes it float32",
+        ),
+        (
+            "Experts.__init__",
+            '{"dtype": jnp.float32} if config.router_float32 else {}',
+            "{}",
+            "test_experts.py::test_a_router_in_float32",
+        ),
         ("Experts._of_all", "y * jax.nn.sigmoid(", "y * jax.nn.silu("),
         ("Experts._expert", "(linear + 1) * gated", "linear * gated"),
         ("_Blocks.__init__", "min(num_experts, choices) +", "min(num_experts, choices) - 1 +"),
@@ -2380,5 +2401,96 @@ FAULTS: list[Fault] = [
         "test_layers_latent.py::test_on_a_mesh",
         ("latent_metadata", "(None, heads, None)", "(None, None, None)"),
         ("heads_as", "heads[1], None)", "None, None)", "", "JAX splits them in the product then"),
+    ),
+    *group(
+        "families/config.py",
+        """
+        test_experts.py::test_groups_are_checked
+        test_models_latent.py::test_settings_are_checked_together
+        """,
+        ("DecoderConfig._check_groups", "if rest or not self.num_experts", "if rest"),
+        (
+            "DecoderConfig._check_groups",
+            "self.experts_per_token > taken * size",
+            "self.experts_per_token > groups * size",
+        ),
+        ("DecoderConfig._check_groups", "best > size", "best > self.num_experts"),
+        ("DecoderConfig._latent_head", "value not in (None, only)", "value is None"),
+        ("DecoderConfig._check_latent", "self.qkv_bias != self.out_bias", "False"),
+        ("DecoderConfig.is_latent", '(*_LATENT, "q_lora_rank")', "_LATENT"),
+    ),
+    *group(
+        "models/decoder.py",
+        """
+        test_models_latent.py::test_whole_rows_and_chunks
+        test_models_latent.py::test_bytes_and_refusals
+        """,
+        ("_attention", "norm_epsilon=config.latent_norm_epsilon", "norm_epsilon=config.norm_epsilon"),
+        ("_attention", '"scale": config.layer_scales[layer]', '"scale": None'),
+        ("_attention", '"softcap": config.softcap', '"softcap": None'),
+        ("_attention", '"window": config.layer_windows[layer]', '"window": None'),
+        ("_attention", "q_lora_rank=config.q_lora_rank", "q_lora_rank=None"),
+        ("_attention", "use_bias=config.qkv_bias,\n            **options", "**options"),
+        ("_attention", "attention_fn is not default_attention", "False"),
+    ),
+    *group(
+        "models/convert.py",
+        "test_models_latent.py::test_bytes_and_refusals",
+        ("_refuse_latent", '("kv_down", "kernel")', '("key", "kernel")'),
+    ),
+    *group(
+        "families/fp8.py",
+        "test_fp8.py",
+        ("expanded", "scale[columns][None]", "scale[columns * 0][None]"),
+        ("expanded", 'side="right"', 'side="left"'),
+        ("BlockScaled._floats", "along // size", "along // (size + 1)"),
+        ("BlockScaled.kinds", '("F8_E4M3",) if name in self.scaled else FLOATS', "FLOATS"),
+        ("_scaled", "-(-size // along)", "size // along"),
+        ("_scaled", "not (kept and kept.search(name.removesuffix(_ENDING)))", "True"),
+        ("_scaled", "made.endswith(_WHOLE)", "made.endswith(_WHOLE[:3])"),
+        ("_checked", "value is not None and value not in known", "False"),
+        ("_checked", "block is None", "False"),
+        ("_checked", 'rf"(^|\.){re.escape(name)}(\.|$)"', 'rf"^{re.escape(name)}$"'),
+    ),
+    *group(
+        "models/tensors.py",
+        "test_fp8.py::test_blocks_that_do_not_divide",
+        ("_mapped", "8 + length + start", "length + start"),
+    ),
+    *group(
+        "families/latent.py",
+        "test_checkpoints.py::test_published_configs",
+        ("params", "low * (d + 1 + queries)", "low * (d + queries)"),
+        ("params", "(d + bias) * (rank + rotary) + rank +", "(d + bias) * (rank + rotary) +"),
+        ("cached", 'rank(f) + f.size("qk_rope_head_dim")', "rank(f)"),
+        ("one_head", "return 1", "return heads"),
+    ),
+    *group(
+        "families/hf/deepseek.py",
+        "test_checkpoints.py::test_published_configs",
+        ("_params", "experts * (d + (f.family.blueprint is _v3))", "experts * d"),
+        ("_is_sparse", ">= f.count", "> f.count"),
+    ),
+    *group(
+        "memory/hf_quantized.py",
+        "test_memory.py::test_fp8_in_blocks",
+        ("in_blocks", "return numbers, 4 * scales", "return numbers, scales"),
+    ),
+    *group(
+        "memory/specs.py",
+        "test_memory.py::test_fp8_in_blocks",
+        ("ModelSpec.weight_bytes", "if dtype == self.weight_dtype else 0", "if False else 0"),
+        ("ModelSpec.touched_bytes", "/ 8 + scales)", "/ 8)"),
+    ),
+    *group(
+        "sharding/choose.py",
+        "test_sharding_placing.py::test_one_array_where_values_are_in_keys",
+        ("explain", "0 if values_in_keys else value_head_dim", "value_head_dim"),
+        ("explain", "and value_head_dim > head_dim", "and False"),
+    ),
+    *group(
+        "cli/memory_tables.py",
+        "test_cli.py::test_memory_of_latents",
+        ("bytes_of_token", '"values_in_keys": spec.values_in_keys', '"values_in_keys": False'),
     ),
 ]
