@@ -767,6 +767,22 @@ FLAGS = [
     ("qwen2_moe", {"decoder_sparse_step": 0}, ConfigError),
     ("qwen2_moe", {"mlp_only_layers": [0, 1]}, UnsupportedError),
     ("qwen3_moe", {"mlp_only_layers": 3}, ConfigError),
+    ("deepseek_v2", {"num_key_value_heads": 2}, UnsupportedError),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, UnsupportedError),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, UnsupportedError),
+    ("deepseek_v2", {"head_dim": 5}, UnsupportedError),
+    ("deepseek_v2", {"kv_lora_rank": 0}, ConfigError),
+    ("deepseek_v2", {"q_lora_rank": -1}, ConfigError),
+    ("deepseek_v2", {"num_experts_per_tok": None}, ConfigError),
+    ("deepseek_v3", {"scoring_func": "softmax"}, UnsupportedError),
+    ("deepseek_v3", {"topk_method": "greedy"}, UnsupportedError),
+    ("deepseek_v3", {"qk_head_dim": 11}, UnsupportedError),
+    ("deepseek_v3", {"n_group": 3}, ConfigError),
+    ("deepseek_v3", {"routed_scaling_factor": 0}, ConfigError),
+    ("deepseek_v3", {"qk_rope_head_dim": 3, "head_dim": None, "qk_head_dim": None}, ConfigError),
+    ("deepseek_v3", {"moe_layer_freq": 0}, ConfigError),
+    ("minicpm3", {"scale_depth": -1.0}, ConfigError),
+    ("minicpm3", {"scale_emb": None}, ConfigError),
     ("gemma3_images", {"use_something": 3}, UnsupportedError),
     ("mistral3_images", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError),
 ]
@@ -779,6 +795,7 @@ OURS = {
     "num_kv_heads": "num_key_value_heads",
     "experts_per_token": "num_experts_per_tok",
     "decoder_sparse_step": "mlp_only_layers",
+    "expert_groups": "n_group",
 }
 """Where the decoder's settings say it, by their own names."""
 

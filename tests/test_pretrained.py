@@ -31,13 +31,13 @@ VARIANTS = (
     "llama_yarn", "mistral_full", "mpt_clip", "opt350m", "qwen2_window",
 )  # fmt: skip
 LATER = (
-    "cohere2", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "mistral3_images", "mixtral", "olmo2", "phi3",
-    "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "minicpm3",
+    "mistral3_images", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 LATER_VARIANTS = (
-    "cohere2_biases", "gemma_biases", "glm4_plain", "gpt_neox_serial", "granite_biases", "mixtral_window",
-    "olmo2_biases", "phi3_short", "qwen2_moe_mixed", "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel",
-    "starcoder2_plain",
+    "cohere2_biases", "deepseek_v2_groups", "deepseek_v3_halves", "gemma_biases", "glm4_plain", "gpt_neox_serial",
+    "granite_biases", "minicpm3_plain", "mixtral_window", "olmo2_biases", "phi3_short", "qwen2_moe_mixed",
+    "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel", "starcoder2_plain",
 )  # fmt: skip
 BY_LENGTH = ("phi3_long",)
 """Rows on both sides of the length at which frequencies change: whole prompts only, as transformers has them."""
@@ -63,7 +63,7 @@ def some(*quick, of=ALL):
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in of]
 
 
-EVERY = some(*PLAIN, "mixtral", "olmo2")
+EVERY = some(*PLAIN, "deepseek_v3", "mixtral", "olmo2")
 
 
 def real(golden):
@@ -244,8 +244,10 @@ def test_every_parameter_matters():
         )(state)
         for path, x in jax.tree.leaves_with_path(gradients):
             where = f"{name} {jax.tree_util.keystr(path)}"
-            # Keys move all scores of a query alike by their bias.
-            assert ("key" in where and "bias" in where) or float(jnp.max(jnp.abs(x))) > 1e-5, where
+            # Keys move all scores of a query alike by their bias; that of experts decides, and moves nothing.
+            assert ("key" in where and "bias" in where) or "score_bias" in where or float(jnp.max(jnp.abs(x))) > 1e-5, (
+                where
+            )
 
 
 def test_dynamic_frequencies_go_by_the_real_length():
@@ -299,7 +301,7 @@ def test_palm_style():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("axes", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_on_a_mesh(name, axes):
     """Experts split within each, one norm over heads of several devices, rows over the other axis."""
@@ -374,6 +376,12 @@ FAULTS = {
     "clipping": ("mpt_clip", "mpt", _config(qkv_clip=None)),
     "experts' limit": ("gpt_oss", "gpt_oss", _config(expert_limit=1.0)),
     "shares of all experts": ("qwen2_moe", "qwen2_moe", _config(expert_shares="chosen")),
+    "pairs of latents' neighbours": ("deepseek_v3", "deepseek_v3", _config(rope_interleaved=False)),
+    "scale of latents' scores": ("deepseek_v2", "deepseek_v2", _config(attention_scale=None)),
+    "groups of experts": ("deepseek_v3", "deepseek_v3", _config(expert_groups=1, groups_per_token=1, group_best=1)),
+    "the best of a group": ("deepseek_v3", "deepseek_v3", _config(group_best=1)),
+    "weights of experts": ("deepseek_v3", "deepseek_v3", _config(expert_shares="all")),
+    "epsilon of latents": ("minicpm3", "minicpm3", _config(latent_norm_epsilon=1e-2)),
     "pairs of neighbours": ("glm4", "glm4", _config(rope_interleaved=False)),
     "one norm over all heads": ("olmo2", "olmo2", _config(norm_epsilon=1e-2)),
     "residual": ("bloom_post", "bloom", _config(residual_after_norm=False)),

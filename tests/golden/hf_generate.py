@@ -245,6 +245,10 @@ SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 SIGLIP |= {"image_size": 8, "patch_size": 4}
 PIXTRAL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 PIXTRAL |= {"image_size": 8, "patch_size": 4}
+LATENT = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 4, "kv_lora_rank": 10, "qk_nope_head_dim": 6}
+LATENT |= {"qk_rope_head_dim": 4, "v_head_dim": 7, "q_lora_rank": 9}
+ROUTED = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+MSCALE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 6.0]}
 
 # Families that came later, with the flags that are usual; then with the others.
@@ -301,6 +305,50 @@ LATER = {
             "text_config": {"model_type": "mistral", **SMALL, "sliding_window": None, "head_dim": 6},
             "vision_config": {"model_type": "pixtral", **PIXTRAL},
             "tie_word_embeddings": False,
+        },
+    ),
+    # No latent of queries, experts chosen by their scores alone; yarn that scales scores too.
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **ROUTED,
+            "num_hidden_layers": 3,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "max_position_embeddings": 128,
+            "rope_scaling": {**MSCALE, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    # Groups whose best experts count as pairs, a bias that chooses; neighbours turn together.
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **ROUTED,
+            "num_hidden_layers": 3,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "max_position_embeddings": 128,
+            "rope_scaling": {**MSCALE, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "minicpm3": (
+        "MiniCPM3",
+        {
+            **LATENT,
+            "scale_emb": 3,
+            "scale_depth": 1.1,
+            "dim_model_base": 12,
+            "max_position_embeddings": 256,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.3],
+                "long_factor": [1.0, 5.0],
+                "original_max_position_embeddings": 64,
+                "rope_theta": 1000.0,
+            },
         },
     ),
     "gemma_biases": ("Gemma", {**SMALL, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False}),
@@ -429,6 +477,53 @@ LATER = {
             "tie_word_embeddings": True,
         },
     ),
+    "deepseek_v2_groups": (
+        "DeepseekV2",
+        {
+            **ROUTED,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "first_k_dense_replace": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek_v3_halves": (
+        "DeepseekV3",
+        {
+            **ROUTED,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 0.8,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+        },
+    ),
+    "minicpm3_plain": (
+        "MiniCPM3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "v_head_dim": None,
+            "scale_emb": 1.5,
+            "scale_depth": None,
+            "dim_model_base": None,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 
@@ -442,8 +537,10 @@ def model_of(kind: str, settings: dict, seed: int):
     # Where the embedding is the head too, a large one would say its own token again, whatever the layers do.
     tied = getattr(model.config, "tie_word_embeddings", False)
     generator = torch.Generator().manual_seed(seed)
+    drawn = dict(model.named_parameters())
+    drawn |= {name: x for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():
-        for name, x in model.named_parameters():
+        for name, x in drawn.items():
             noise = torch.randn(x.shape, generator=generator)
             if x.ndim == 1 and "weight" in name:  # norms
                 x.copy_(x + 0.3 * noise)
