@@ -343,7 +343,26 @@ GEMMA_BLOCK = {"model_dim": 2304, "num_layers": 26, "num_heads": 8, "num_kv_head
 GEMMA_BLOCK |= {"mlp_dim": 9216, "norm_epsilon": 1e-6, "activation": "gelu_tanh", "attention_scale": 0.0625}
 GEMMA_BLOCK |= {"tie_embeddings": True, "qkv_bias": False, "rope_scaling": None}
 SIX = (*[4096] * 5, None)
+_DEEPSEEK = {"num_kv_heads": 1, "head_dim": 576, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128}
+_DEEPSEEK |= {"qk_rope_head_dim": 64, "v_head_dim": 128, "qkv_bias": False, "norm_epsilon": 1e-6, "rope_theta": 1e4}
+_DEEPSEEK |= {"rope_interleaved": True, "tie_embeddings": False, "attention_scale": None, "rope_scaling": None}
+NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}}
+"""What cannot be left out: null there, which is transformers' default, is no model."""
 ABSENT = {
+    "deepseek_v2": _DEEPSEEK
+    | {"vocab_size": 102400, "model_dim": 4096, "num_layers": 32, "num_heads": 32, "mlp_dim": 11008}
+    | {"num_experts": 64, "expert_dim": 1407, "shared_expert_dim": 2814, "expert_scores": "softmax"}
+    | {"expert_shares": "all", "expert_scale": 1.0, "expert_groups": 1, "expert_bias": False, "expert_layers": None},
+    "deepseek_v3": _DEEPSEEK
+    | {"vocab_size": 129280, "model_dim": 7168, "num_layers": 61, "num_heads": 128, "mlp_dim": 18432}
+    | {"num_experts": 256, "experts_per_token": 8, "expert_dim": 2048, "shared_expert_dim": 2048}
+    | {"expert_scores": "sigmoid", "expert_shares": "chosen", "expert_scale": 2.5, "expert_groups": 8}
+    | {"groups_per_token": 4, "expert_bias": True, "expert_layers": (False,) * 3 + (True,) * 58},
+    "kimi_k2": _DEEPSEEK | {"num_experts": 256, "expert_groups": 8},
+    "minicpm3": {"vocab_size": 73448, "model_dim": 2560, "num_layers": 62, "num_heads": 40, "mlp_dim": 6400}
+    | {"kv_lora_rank": 256, "q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    | {"norm_epsilon": 1e-5, "embedding_scale": 12, "residual_scale": 1.4 / 62**0.5, "logit_scale": 0.1}
+    | {"tie_embeddings": True, "rope_interleaved": False, "mlp_bias": False, "qkv_bias": False},
     "bloom": {"vocab_size": 250880, "model_dim": 64, "num_layers": 2, "num_heads": 8, "mlp_dim": 256}
     | {"norm_epsilon": 1e-5, "residual_after_norm": False, "tie_embeddings": True},
     "falcon": {"vocab_size": 65024, "model_dim": 4544, "num_layers": 32, "num_heads": 71, "num_kv_heads": 1}
@@ -425,7 +444,7 @@ def config_of(folder, **fields):
 
 @pytest.mark.parametrize("kind", LOADED)
 def test_absent_fields_have_the_familys_defaults(tmp_path, kind):
-    fields = config_of(tmp_path, model_type=kind).to_json()
+    fields = config_of(tmp_path, model_type=kind, **NEEDED.get(kind, {})).to_json()
     assert {name: fields[name] for name in ABSENT[kind]} == ABSENT[kind]
     assert set(LOADED) == set(ABSENT)
 

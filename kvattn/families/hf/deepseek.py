@@ -127,17 +127,17 @@ def _is_sparse(f: Sizes, layer: int) -> bool:
 _USUAL = ROPE | latent.DEFAULTS | {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "kv_lora_rank": 512, "q_lora_rank": 1536,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_layer_freq": 1,
-    "num_nextn_predict_layers": None,
 }  # fmt: skip
-_MAY_BE_NULL = frozenset({"q_lora_rank", "n_routed_experts", "n_shared_experts"})
+_MAY_BE_NULL = frozenset({"q_lora_rank", "n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"})
 V2 = Family(
     model_type="deepseek_v2",
-    defaults=_USUAL | usual(vocab=32000, dim=4096, mlp=11008, layers=32, heads=32, length=2048) | {
+    defaults=_USUAL | usual(vocab=102400, dim=4096, mlp=11008, layers=32, heads=32, length=2048) | {
         "mlp_bias": False, "first_k_dense_replace": 0, "n_routed_experts": 64, "n_shared_experts": 2,
         "num_experts_per_tok": None, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0,
         "topk_method": "greedy", "n_group": None, "topk_group": None, "norm_topk_prob": False,
-        "scoring_func": "softmax",
+        "scoring_func": "softmax", "num_nextn_predict_layers": None,
     },
+    aliases={"n_routed_experts": ("num_experts",)},
     nullable=_MAY_BE_NULL,
     blueprint=_v2,
     kv_heads=latent.one_head,
@@ -151,8 +151,9 @@ V3 = Family(
         "first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
         "moe_intermediate_size": 2048, "routed_scaling_factor": 2.5, "topk_method": "noaux_tc", "n_group": 8,
         "topk_group": 4, "norm_topk_prob": True, "scoring_func": "sigmoid", "rope_interleave": True,
+        "num_nextn_predict_layers": 1,
     },
-    aliases={"n_routed_experts": ("num_local_experts",)},
+    aliases={"n_routed_experts": ("num_local_experts",), "num_nextn_predict_layers": ("num_mtp_layers",)},
     nullable=_MAY_BE_NULL,
     blueprint=_v3,
     kv_heads=latent.one_head,
