@@ -96,14 +96,14 @@ def test_token_by_token(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", [kvattn.Float8(), kvattn.Int4()], ids=str)
+@pytest.mark.parametrize("codec", [kvattn.Float8(), kvattn.Int4(4)], ids=str)
 @pytest.mark.parametrize("policy", [kvattn.Scissorhands(8), kvattn.FastGen(), kvattn.Chunked(4), None], ids=str)
 def test_every_option_runs(policy, codec):
     """Half the bits leave what comes out close; a policy that lets go is compared with itself as it is."""
     model, call = model_of()
     tokens = jnp.asarray([ROWS[0]], jnp.int32)
     found = [np.asarray(call(tokens, model.make_cache(1, 16, policy=policy, codec=c))[0]) for c in (None, codec)]
-    assert np.abs(found[0] - found[1]).max() < 0.5 * found[0].std()
+    assert 0 < np.sqrt(np.mean((found[0] - found[1]) ** 2)) < 0.3 * found[0].std()
 
 
 def test_bytes_and_refusals():
@@ -158,14 +158,16 @@ def test_saved_and_loaded(tmp_path):
 
 def test_a_decode_step_works_in_place():
     """All of the caches are aliased; what is needed besides does not grow with them."""
-    config = dataclasses.replace(LITE, num_layers=1, model_dim=16, num_heads=2, mlp_dim=16, kv_lora_rank=60)
+    sizes = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16, "kv_lora_rank": 60}
+    config = DecoderConfig(**{**SIZES, **LATENT, **sizes})
     model, _ = model_of(config)
     apply, weights = stateless(model)
     found = []
     for capacity in (2048, 8192):
         cache = jax.eval_shape(lambda capacity=capacity: model.make_cache(1, capacity))
         given = weights, jax.ShapeDtypeStruct((1, 1), jnp.int32), cache
-        memory = jax.jit(apply, donate_argnums=2).lower(*given).compile().memory_analysis()
+        step = jax.jit(apply, donate_argnums=2, compiler_options=FAST)
+        memory = step.lower(*given).compile().memory_analysis()
         own = sum(layer.nbytes for layer in cache)
         assert memory.alias_size_in_bytes >= own
         found.append((own, memory.temp_size_in_bytes))
@@ -195,16 +197,15 @@ def test_generated_scored_and_served():
 def test_on_a_mesh(by, kind):
     """Parameters by heads, the cache by rows or slots."""
     mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(kind, kind))
-    model, call = model_of(LARGE)
-    split = Decoder(LARGE, mesh=mesh, by=by, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(split)
-    moved = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), nnx.state(model), state)
-    split = nnx.merge(graph, moved)
+    model, split = (Decoder(LARGE, rngs=nnx.Rngs(0), **on) for on in ({}, {"mesh": mesh, "by": by}))
     kernel = split.layers[0].attention.query_up.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(10, 2, 10)}
-    apply, weights = stateless(split)
-    step = functools.partial(jax.jit(apply, donate_argnames="cache", compiler_options=FAST), weights)
     cache = split.make_cache(2, 16)
-    (data,) = {tuple(shard.data.nbytes for shard in layer.keys["data"].addressable_shards) for layer in cache[:1]}
-    assert sum(data) == cache[0].keys["data"].nbytes
-    np.testing.assert_allclose(through(step, cache, 4), through(call, model.make_cache(2, 16), 4), atol=1e-4)
+    shards = {shard.data.nbytes for shard in cache[0].keys["data"].addressable_shards}
+    assert shards == {cache[0].keys["data"].nbytes // 2}
+    found = []
+    for each in (model, split):
+        apply, weights = stateless(each)
+        step = functools.partial(jax.jit(apply, donate_argnames="cache", compiler_options=FAST), weights)
+        found.append(through(step, each.make_cache(2, 16), 4))
+    np.testing.assert_allclose(*found, atol=1e-4 * found[0].std())

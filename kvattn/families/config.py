@@ -267,7 +267,7 @@ class DecoderConfig:
             if value not in (None, only):
                 raise ConfigError(
                     f"{name} is {value}, but latent attention caches one key of kv_lora_rank + qk_rope_head_dim = "
-                    f"{cached} numbers for all heads: leave {name} out."
+                    f"{cached} numbers for all heads: leave {name} out (None in dataclasses.replace)."
                 )
         return 1, cached
 
