@@ -102,6 +102,19 @@ def test_names_without_their_prefix(folder, name, prefix):
     assert_same(from_pretrained(path), from_pretrained(GOLDEN / name))
 
 
+def test_layers_that_guess_are_left_alone(folder):
+    """DeepSeek-V3's files have modules behind the last layer that predict tokens further ahead: as many as are said."""
+    path = folder("deepseek_v3")
+    given = tensors(path)
+    behind = {name.replace("layers.2.", "layers.3."): x for name, x in given.items() if "layers.2." in name}
+    behind["model.layers.3.eh_proj.weight"] = np.ones((4, 8), np.float32)
+    save_file(given | behind, path / WEIGHTS)
+    assert_same(from_pretrained(path), from_pretrained(GOLDEN / "deepseek_v3"))
+    set_config(path, num_nextn_predict_layers=0)
+    with pytest.raises(CacheVersionError, match=r"left over: model\.layers\.3\.eh_proj"):
+        from_pretrained(path)
+
+
 def test_buffers_and_tied_heads_are_passed_over(folder):
     path = folder("gpt2")
     given = tensors(path)

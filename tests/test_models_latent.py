@@ -60,7 +60,7 @@ def assert_logits(logits, model, policy=None, codec=None, tolerance=1e-4):
         np.testing.assert_allclose(logits[row, : len(tokens)], expected, atol=tolerance * expected.std())
 
 
-@pytest.mark.parametrize("config", [LITE, LARGE], ids=["lite", "large"])
+@pytest.mark.parametrize("config", [pytest.param(LITE, marks=pytest.mark.slow), LARGE], ids=["lite", "large"])
 def test_whole_rows_and_chunks(config):
     """Materialised, and absorbed in chunks."""
     model, call = model_of(config)
@@ -69,6 +69,7 @@ def test_whole_rows_and_chunks(config):
         row[: len(tokens)] = tokens
     logits, none = call(jnp.asarray(padded))
     assert none is None and isinstance(model.layers[0].attention, MultiHeadLatentAttention)
+    assert (model.layers[0].attention.kv_down.bias is not None) == config.qkv_bias
     assert_logits(np.asarray(logits), model)
     assert_logits(through(call, model.make_cache(2, 16), 7), model)
 
@@ -154,6 +155,24 @@ def test_saved_and_loaded(tmp_path):
     tokens = jnp.asarray(ROWS[:1], jnp.int32)
     apply, weights = stateless(again)
     np.testing.assert_array_equal(jax.jit(apply, compiler_options=FAST)(weights, tokens)[0], call(tokens)[0])
+
+
+@pytest.mark.slow
+def test_a_bias_that_chooses_stays_float32(tmp_path):
+    """In a model of bfloat16 too, saved and loaded; unless it is stored in fewer bits, which works too."""
+    experts = {"num_experts": 4, "experts_per_token": 2, "expert_kind": "gated", "expert_dim": 8, "expert_bias": True}
+    config = dataclasses.replace(LITE, num_layers=1, **experts, router_float32=True)
+    model = Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    bias = lambda model: model.layers[0].mlp.score_bias[...]
+    model.layers[0].mlp.score_bias[...] = jnp.asarray([0.0, 1.0, 1.0001, 0.5])
+    path = save(model, tmp_path / "model.safetensors")
+    for again in (load(path), load(path, dtype=jnp.bfloat16)):
+        np.testing.assert_array_equal(bias(again), bias(model))
+        assert again.layers[0].mlp.up.dtype == again.embed.embedding.dtype == jnp.bfloat16
+    less = load(save(model, tmp_path / "less.safetensors", dtype=jnp.bfloat16))
+    assert bias(less).dtype == jnp.bfloat16
+    logits, _ = jax.jit(lambda tokens: less(tokens), compiler_options=FAST)(jnp.asarray(ROWS[:1]))
+    assert np.isfinite(logits).all()
 
 
 def test_a_decode_step_works_in_place():

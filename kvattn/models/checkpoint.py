@@ -86,10 +86,11 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Dec
     if problems:
         raise CacheVersionError(f"{path} does not fit {path.with_suffix('.json').name}:\n  " + "\n  ".join(problems))
 
-    kinds = {x.dtype for x in tensors.values()}
-    param_dtype = dtype if dtype is not None else max(kinds, key=lambda kind: kind.itemsize)
-    model = nnx.eval_shape(lambda: Decoder(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
-    return filled(model, {name: jnp.asarray(tensor, param_dtype) for name, tensor in tensors.items()})
+    usual = max(tensors.values(), key=lambda x: x.nbytes).dtype if dtype is None else dtype
+    model = nnx.eval_shape(lambda: Decoder(config, param_dtype=usual, rngs=nnx.Rngs(0)))
+    # Some are float32 whatever the others are.
+    become = {name: tensors[name].dtype if dtype is None else x.dtype for name, x in parameters_of(model).items()}
+    return filled(model, {name: jnp.asarray(tensor, become[name]) for name, tensor in tensors.items()})
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

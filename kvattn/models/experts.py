@@ -113,7 +113,7 @@ class Experts(nnx.Module):
         if not alone:
             function = jax.nn.sigmoid if config.expert_scores == "sigmoid" else jax.nn.softmax
             scores = function(scores.astype(jnp.float32))
-        ranked = scores if added is None else scores + added[None]
+        ranked = scores if added is None else scores + added[None].astype(scores.dtype)
         if config.expert_groups > 1:
             ranked = self._in_best_groups(ranked)
         best, chosen = jax.lax.top_k(ranked, config.experts_per_token)
