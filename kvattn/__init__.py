@@ -30,7 +30,9 @@ from kvattn.policies import Full as Full
 from kvattn.policies import Scissorhands as Scissorhands
 from kvattn.policies import SlidingWindow as SlidingWindow
 from kvattn.policies import StreamingLLM as StreamingLLM
+from kvattn.positions import RelativeBuckets as RelativeBuckets
 from kvattn.positions import RoPE as RoPE
+from kvattn.positions import Temperature as Temperature
 from kvattn.positions import alibi_slopes as alibi_slopes
 from kvattn.sharding.explicit import cached_attention as cached_attention
 

@@ -277,10 +277,29 @@ def per_head(name: str, x: Any, num_heads: int, *, finite: bool = False) -> Floa
     x = floating(name, x)
     if x.shape != (num_heads,):
         raise ShapeError(f"{name} must have shape ({num_heads},), one value per query head, got {x.shape}.")
+    _check_values(name, x, finite)
+    return x
+
+
+def by_distance(name: str, x: Any, num_heads: int) -> Float[jax.Array, "N distances"] | None:
+    """Checks finite values for each query head and each distance, 0 and more; None stays None."""
+    if x is None:
+        return None
+    x = floating(name, x)
+    if x.ndim != 2 or x.shape[0] != num_heads or x.shape[1] < 1:
+        raise ShapeError(
+            f"{name} must be [N, distances] = [{num_heads}, 1 or more], a number for each query head and distance, got "
+            f"shape {x.shape}. kvattn.RelativeBuckets makes it of T5's table."
+        )
+    _check_values(name, x, finite=True)
+    return x
+
+
+def _check_values(name: str, x: jax.Array, finite: bool) -> None:
+    """Raises where numbers that can be seen are NaN or +inf, or with `finite` infinite at all."""
     if is_concrete(x):  # NumPy: a constant may be looked at inside jit too
         values = np.asarray(x).astype(np.float64)
         if finite and not np.all(np.isfinite(values)):
             raise RangeError(f"{name} must be finite, got {values.tolist()}.")
         if np.any(np.isnan(values) | (values == np.inf)):
             raise RangeError(f"{name} must not hold NaN or +inf, got {values.tolist()}.")
-    return x

@@ -40,7 +40,17 @@ def rotated(x, position, theta=10000.0):
 
 
 def attend_token(
-    query, keys, values, *, distances=None, scale=None, softcap=None, sinks=None, alibi_slopes=None, dtype=np.float64
+    query,
+    keys,
+    values,
+    *,
+    distances=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    alibi_slopes=None,
+    relative_bias=None,
+    dtype=np.float64,
 ):
     """One query against a list of tokens.
 
@@ -48,11 +58,12 @@ def attend_token(
         query: [N, H].
         keys: list of n arrays [K, H].
         values: list of n arrays [K, Hv].
-        distances: n numbers, key position minus query position (for ALiBi).
+        distances: n numbers, key position minus query position (for ALiBi and relative bias).
         scale: factor of the scores; None: 1/sqrt(H).
         softcap: cap of the scores.
         sinks: [N] logits that join the sum.
         alibi_slopes: [N].
+        relative_bias: [N, distances]; the last is for all larger ones.
         dtype: float64 for the truth. A storage dtype for the honest low-precision computation that the accuracy rule
             compares with: inputs in that dtype, sums term by term and softmax in float32, probabilities and output
             rounded to it.
@@ -77,6 +88,9 @@ def attend_token(
             scores = wide(softcap) * np.tanh(scores / wide(softcap))
         if alibi_slopes is not None:
             scores = scores + wide(alibi_slopes[n]) * np.asarray(distances, wide)
+        if relative_bias is not None:
+            far = len(relative_bias[n]) - 1
+            scores = scores + np.array([wide(relative_bias[n][min(-d, far)]) for d in distances])
         top = scores.max() if sinks is None else max(scores.max(), wide(sinks[n]))
         weights = np.exp(scores - top)
         total = weights.sum() + (0 if sinks is None else np.exp(wide(sinks[n]) - top))
@@ -103,8 +117,9 @@ class TokenLists:
         chunk: a further such limit of the call.
         limit: most tokens a sequence may ever have; a chunk past it is dropped whole.
         rope_theta: rotate queries and keys at their positions.
+        temperature: floor and scale: queries are multiplied by 1 + scale * ln(1 + (position + 1) // floor).
         dtype: see `attend_token`.
-        rules: scale, softcap, sinks, alibi_slopes.
+        rules: scale, softcap, sinks, alibi_slopes, relative_bias.
     """
 
     def __init__(
@@ -118,6 +133,7 @@ class TokenLists:
         chunk=None,
         limit=None,
         rope_theta=None,
+        temperature=None,
         dtype=np.float64,
         **rules,
     ):
@@ -127,6 +143,7 @@ class TokenLists:
         self.window, self.cuts, self.chunk = narrower(keeps, window), cuts, cuts or chunk
         self.limit = limit
         self.rope_theta = rope_theta
+        self.temperature = temperature
         self.dtype = dtype
         self.rules = rules
 
@@ -166,7 +183,7 @@ class TokenLists:
                 row.append((self._turn(key[b, t], p), np.array(value[b, t])))
                 seen = sorted(seen_from(p, self.window, self.num_sinks, self.chunk))
                 out[b, t], lse[b, t] = attend_token(
-                    self._turn(query[b, t], p),
+                    self._warm(self._turn(query[b, t], p), p),
                     [row[j][0] for j in seen],
                     [row[j][1] for j in seen],
                     distances=[j - p for j in seen],
@@ -178,6 +195,12 @@ class TokenLists:
     def _turn(self, x, position):
         x = np.array(x)
         return x if self.rope_theta is None else rotated(x.astype(np.float64), position, self.rope_theta)
+
+    def _warm(self, x, position):
+        if self.temperature is None:
+            return x
+        floor, scale = self.temperature
+        return x * (1 + scale * np.log(1 + (position + 1) // floor))
 
     def trim(self, num_tokens):
         for row, n in zip(self.rows, num_tokens, strict=True):

@@ -16,7 +16,7 @@ from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import Context
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 
 
 def prepared[C: Cache](
@@ -34,6 +34,8 @@ def prepared[C: Cache](
     softcap: float | None,
     sinks: object,
     alibi_slopes: object,
+    relative_bias: object,
+    temperature: Temperature | None,
     token_ids: object,
     implementation: api.Implementation,
     num_heads: int | None = None,
@@ -54,6 +56,8 @@ def prepared[C: Cache](
         softcap: see there.
         sinks: see there.
         alibi_slopes: see there.
+        relative_bias: see there.
+        temperature: see there.
         token_ids: see there.
         implementation: see there.
         num_heads: N, where `query` has heads behind those that fill it up. None: all are real.
@@ -63,6 +67,8 @@ def prepared[C: Cache](
     """
     if rope is not None and not isinstance(rope, RoPE):
         raise DTypeError(f"rope must be a kvattn.RoPE or None, got {rope!r}.")
+    if temperature is not None and not isinstance(temperature, Temperature):
+        raise DTypeError(f"temperature must be a kvattn.Temperature or None, got {temperature!r}.")
     cache = usable(cache)
     query = _checks.query("query", query)
     if query.ndim != 4:
@@ -83,6 +89,7 @@ def prepared[C: Cache](
         scale=scale,
         softcap=softcap,
         key_rope=rope if moves else None,
+        temperature=temperature,
     )
     if rope is not None and cache.values_in_keys and rope.rotary_begin < cache.value_head_dim:
         raise ConfigError(
@@ -91,7 +98,9 @@ def prepared[C: Cache](
             f"rotary_begin={cache.value_head_dim})."
         )
     per_head = PerHead(
-        _checks.per_head("sinks", sinks, heads), _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True)
+        _checks.per_head("sinks", sinks, heads),
+        _checks.per_head("alibi_slopes", alibi_slopes, heads, finite=True),
+        _checks.by_distance("relative_bias", relative_bias, heads),
     )
     _checks.one_of("padding", padding, ("right", "left"))
     for name, limit in (("window", window), ("chunk", chunk)):
@@ -112,9 +121,10 @@ def prepared[C: Cache](
     if cache.is_static:
         if key is not None or value is not None:
             raise ConfigError("a static cache holds the encoder's keys and values: pass key=None and value=None.")
-        if rope is not None or window is not None or chunk is not None:
+        if any(x is not None for x in (rope, window, chunk, relative_bias, temperature)):
             raise ConfigError(
-                "a static cache has no order in common with the queries: no rope, no window and no chunk."
+                "a static cache has no order in common with the queries: no rope, window, chunk, relative_bias or "
+                "temperature."
             )
         run = step.cross
     else:

@@ -30,11 +30,13 @@ class Request:
         alibi_slopes: adds slope * (key position - query position) to the scores. None: nothing.
         mask: who may attend to whom.
         scale: factor of the scores.
-        softcap: scores become softcap * tanh(scores / softcap), before ALiBi and mask.
+        softcap: scores become softcap * tanh(scores / softcap), before ALiBi, relative bias and mask.
         want_mass: whether the attention per slot is wanted.
         key_rope: rotates the keys of the view by their positions. None: they are stored rotated.
         of_several: whether the queries of a row are of several sequences that read it together: then many of them are
             no prompt.
+        relative_bias: adds what stands there for the distance from key to query, the last for all larger ones. None:
+            nothing.
     """
 
     query: Float[Array, "B T N H"]
@@ -47,6 +49,7 @@ class Request:
     want_mass: bool = dataclasses.field(default=False, metadata={"static": True})
     key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
     of_several: bool = dataclasses.field(default=False, metadata={"static": True})
+    relative_bias: Float[Array, "N distances"] | None = None
 
     def reached(self, kv_positions: Int32[Array, "*lead B K1 R"]) -> Bool[Array, "*lead B K1 R"]:
         """Which slots hold a token that some query of the row may attend to. All others are as good as empty.
@@ -95,7 +98,7 @@ def adjust(
     q_positions: Int32[Array, "B T"],
     kv_positions: Int32[Array, "B K1 R"],
 ) -> Float[Array, "B K G T R"]:
-    """Scale, soft cap and ALiBi.
+    """Scale, soft cap, ALiBi and relative bias.
 
     Args:
         scores: raw products.
@@ -106,8 +109,20 @@ def adjust(
     scores = scores * jnp.asarray(request.scale, scores.dtype)
     if request.softcap is not None:
         scores = jnp.tanh(scores / request.softcap) * request.softcap
-    if request.alibi_slopes is not None:
-        distance = kv_positions[:, :, None, None, :] - q_positions[:, None, None, :, None]
-        slopes = request.alibi_slopes.astype(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
-        scores = scores + slopes * distance.astype(scores.dtype)
+    slopes, relative = request.alibi_slopes, request.relative_bias
+    if slopes is None and relative is None:
+        return scores
+    _, kv_heads, group, *_ = scores.shape
+    distance = q_positions[:, None, None, :, None] - kv_positions[:, :, None, None, :]
+    if slopes is not None:
+        scores = scores - slopes.astype(scores.dtype).reshape(1, kv_heads, group, 1, 1) * distance.astype(scores.dtype)
+    if relative is not None:
+        by_head = relative.astype(scores.dtype).reshape(kv_heads, group, -1)
+        head = [jnp.arange(size, dtype=jnp.int32) for size in (kv_heads, group)]
+        scores = scores + by_head[head[0][:, None, None, None], head[1][:, None, None], _along(by_head, distance)]
     return scores
+
+
+def _along(by_distance: Float[Array, "... distances"], distance: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """Where in such a table a distance is found: the last entry is for all larger ones, the first for keys to come."""
+    return jnp.clip(distance, 0, by_distance.shape[-1] - 1)

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int32
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend.request import Request
-from kvattn.attend.tokens import folded
+from kvattn.attend.tokens import PerHead, folded
 from kvattn.cache.view import View
 from kvattn.masks import Mask
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Rules:
         scale: factor of the scores.
         softcap: scores become softcap * tanh(scores / softcap). None: they do not.
         key_rope: rotates keys as they are read, by the positions they are seen at. None: they lie rotated.
+        temperature: multiplies queries by a factor of their true positions. None: it does not.
     """
 
     mask: Mask
     scale: float
     softcap: float | None
     key_rope: RoPE | None = None
+    temperature: Temperature | None = None
 
     @classmethod
     def checked(
@@ -42,6 +44,7 @@ class Rules:
         scale: ArrayLike | None,
         softcap: object,
         key_rope: RoPE | None = None,
+        temperature: Temperature | None = None,
     ) -> tuple[Float[Array, "*BT N H"], "Rules"]:
         """The rules of a call, and its queries, which take in a scale that is traced.
 
@@ -53,6 +56,7 @@ class Rules:
             scale: a number [], or None, which is 1/sqrt(H).
             softcap: or None.
             key_rope: as in `Rules`.
+            temperature: likewise.
 
         Raises:
             RangeError, DTypeError, ShapeError, ConfigError: numbers out of range, or no numbers.
@@ -62,14 +66,20 @@ class Rules:
         query, scale = folded(query, scale)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         mask = mask.narrowed(_checks.window(window)).cut(_checks.window(chunk, "chunk"))
-        return query, cls(mask, scale, _checks.positive_softcap(softcap), key_rope)
+        return query, cls(mask, scale, _checks.positive_softcap(softcap), key_rope, temperature)
+
+    def warmed(self, query: Float[Array, "B T N H"], positions: Int32[Array, "B T"]) -> Float[Array, "B T N H"]:
+        """Queries at these true positions, with the temperature."""
+        if self.temperature is None:
+            return query
+        return self.temperature.warmed(query, positions)
 
     def request(
         self,
         query: Float[Array, "B T N H"],
         positions: Int32[Array, "B T"],
         view: View,
-        slopes: Float[Array, " N"] | None,
+        per_head: PerHead,
         *,
         mask: Mask | None = None,
         want_mass: bool = False,
@@ -80,11 +90,12 @@ class Rules:
             query,
             positions,
             view,
-            slopes,
+            per_head.slopes,
             mask=self.mask if mask is None else mask,
             scale=self.scale,
             softcap=self.softcap,
             want_mass=want_mass,
             key_rope=self.key_rope,
             of_several=of_several,
+            relative_bias=per_head.relative,
         )

@@ -136,7 +136,7 @@ def cross(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Steppe
     t = jnp.arange(new.length, dtype=jnp.int32)[None]
     positions = jnp.where(t < new.num_new[:, None], t, EMPTY)
     everything = Mask(causal=False)
-    request = step.rules.request(new.query, positions, step.part.view(cache), per_head.slopes, mask=everything)
+    request = step.rules.request(new.query, positions, step.part.view(cache), per_head, mask=everything)
     out, _, _ = _attended(step, [request], per_head)
     return out, cache.advance(jnp.zeros_like(new.num_new), new.refused, new.bad_count)
 
@@ -175,13 +175,14 @@ def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
     seen_at = jnp.where(is_real, (cache.lengths - _gone(cache))[:, None] + t, 0)
     rotated = lambda x, positions: x if step.rope is None else step.rope(x, positions)
+    query = step.rules.warmed(new.query, cache.lengths[:, None] + t)
     from_sinks = policy.sink_positions(seen_at)
     if from_sinks is not None:
         count, positions = from_sinks
-        from_sinks = count, rotated(new.query, positions), jnp.where(is_real, positions, EMPTY)
+        from_sinks = count, rotated(query, positions), jnp.where(is_real, positions, EMPTY)
     # A key that will move in the cache is stored as it is, and rotated when it is read.
     key = rotated(new.key, seen_at) if step.rules.key_rope is None else new.key
-    return _Located(rotated(new.query, seen_at), key, new.value, jnp.where(is_real, seen_at, EMPTY), from_sinks)
+    return _Located(rotated(query, seen_at), key, new.value, jnp.where(is_real, seen_at, EMPTY), from_sinks)
 
 
 def _gone(cache: Cache) -> Int32[Array, " B"]:
@@ -208,7 +209,7 @@ def _own_view(step: Step, tokens: _Located, cache: Cache) -> View:
 
 def _requests(step: Step, tokens: _Located, view: View, per_head: PerHead, want_mass: bool = False) -> list[Request]:
     """What the queries ask of one view: one request, or two where the first tokens are seen from elsewhere."""
-    mask, request = step.rules.mask, functools.partial(step.rules.request, view=view, slopes=per_head.slopes)
+    mask, request = step.rules.mask, functools.partial(step.rules.request, view=view, per_head=per_head)
     if tokens.from_sinks is None:
         return [request(tokens.query, tokens.positions, want_mass=want_mass)]
     num_sinks, query, positions = tokens.from_sinks
@@ -225,7 +226,7 @@ def _together(step: Step, tokens: _Located, parts: Parted, per_head: PerHead) ->
     """Attention to what rows read together, level by level."""
     for spans in parts.levels:
         query, positions = spans.queries(tokens.query), spans.positions(tokens.positions)
-        request = step.rules.request(query, positions, spans.view(step.part), per_head.slopes, of_several=True)
+        request = step.rules.request(query, positions, spans.view(step.part), per_head, of_several=True)
         out, lse, _ = api.attend(request, step.implementation)
         yield spans.by_row(out, lse)
 

@@ -54,15 +54,17 @@ class NewTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerHead:
-    """One number per query head.
+    """What there is of each query head: arrays whose first axis is N.
 
     Attributes:
         sinks: a logit that joins the softmax sum only; or None.
         slopes: ALiBi's; or None.
+        relative: what is added to the score of a key by its distance, the last number for all larger ones; or None.
     """
 
     sinks: Float[Array, " N"] | None = None
     slopes: Float[Array, " N"] | None = None
+    relative: Float[Array, "N distances"] | None = None
 
 
 def rotated_left(x: Shaped[Array, "B T *rest"], by: Int32[Array, " B"]) -> Shaped[Array, "B T *rest"]:

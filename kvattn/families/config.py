@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
 from kvattn.families.settings import Value
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 MAX_LAYERS = 10_000
@@ -39,7 +39,8 @@ _CHOICES = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "sandwich", "output"),
     "activation": ACTIVATIONS,
-    "qk_norm_heads": ("shared", "own", "joint"),
+    "qk_norm_heads": ("shared", "own", "joint", "unscaled"),
+    "output_gate": (None, "elementwise", "headwise"),
     "expert_kind": ("gpt_oss", "gated"),
     "expert_shares": ("chosen", "all"),
     "expert_scores": ("softmax", "sigmoid"),
@@ -66,6 +67,8 @@ class DecoderConfig:
             by the mask alone.
         windows: how many tokens a query sees, its own included: None for all of them, one int for all layers,
             or one entry per layer. A layer with a window keeps a cache of that size.
+        chunks: a query sees the tokens of its own chunk of so many positions only: None, one int, or one entry per
+            layer, as `windows`.
         norm_epsilon: of the norms.
         tie_embeddings: the output projection is the transposed embedding.
         softcap: caps the attention scores.
@@ -91,8 +94,11 @@ class DecoderConfig:
         out_bias: so has the one from the heads back to D.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip].
         qk_norm: queries and keys pass a norm, of the kind that `norm` says.
-        qk_norm_heads: over each head, with one scale for all of them ("shared") or one for each ("own"), or over all
-            heads together ("joint"), as in `kvattn.layers.MultiHeadAttention`.
+        qk_norm_heads: over each head, with one scale for all of them ("shared"), one for each ("own") or none
+            ("unscaled"), or over all heads together ("joint"), as in `kvattn.layers.MultiHeadAttention`.
+        qk_norm_layers: in which layers, an entry per layer; all if None.
+        temperature: floor and scale of a `kvattn.Temperature`, which layers without RoPE have. None: none.
+        output_gate: what attention puts out is multiplied by a gate, as in `kvattn.layers.MultiHeadAttention`.
         sinks: a learned logit per head joins the softmax sum.
         attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None, in latent attention
             1/√(P + R).
@@ -153,6 +159,7 @@ class DecoderConfig:
     rope_interleaved: bool = False
     rope_layers: tuple[bool, ...] | None = None
     windows: int | tuple[int | None, ...] | None = None
+    chunks: int | tuple[int | None, ...] | None = None
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     softcap: float | None = None
@@ -177,6 +184,9 @@ class DecoderConfig:
     qkv_clip: float | None = None
     qk_norm: bool = False
     qk_norm_heads: str = "shared"
+    qk_norm_layers: tuple[bool, ...] | None = None
+    temperature: tuple[float, float] | None = None
+    output_gate: str | None = None
     sinks: bool = False
     attention_scale: float | tuple[float, ...] | None = None
     embedding_dim: int | None = None
@@ -287,8 +297,10 @@ class DecoderConfig:
         for name, least in _SIZES.items():
             value = getattr(self, name)
             settled[name] = None if value is None and name in _MAY_BE_NONE else _checks.integer(name, value, least)
-        settled["windows"] = _each("windows", self.windows, self.num_layers, "layers", _window)
-        for name in ("rope_layers", "expert_layers"):
+        for name in ("windows", "chunks"):
+            settled[name] = _each(name, getattr(self, name), self.num_layers, "layers", _window)
+        settled["temperature"] = _temperature(self.temperature)
+        for name in ("rope_layers", "expert_layers", "qk_norm_layers"):
             settled[name] = _layers(name, getattr(self, name), self.num_layers)
         settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
         if self.alibi_slopes is not None:
@@ -306,6 +318,8 @@ class DecoderConfig:
         turning = ("rope_scaling", "local_rope_theta", "rotary_dim", "rope_interleaved", "rope_layers")
         if self.positions != "rope" and any(getattr(self, name) for name in turning):
             raise ConfigError(f"{', '.join(turning)} need positions='rope', got {self.positions!r}.")
+        if self.qk_norm_layers is not None and not self.qk_norm:
+            raise ConfigError("qk_norm_layers says which layers have the norm of qk_norm: set it too.")
         if self.norm_bias and self.norm != "layer":
             raise ConfigError("norm_bias needs norm='layer': an RMS norm has none.")
         if self.shared_norm and not self.parallel:
@@ -353,7 +367,7 @@ class DecoderConfig:
             raise ConfigError(f"latent attention needs positions='rope', got {self.positions!r}.")
         if self.qkv_bias != self.out_bias:
             raise ConfigError("in latent attention the projections to latents and the output's have biases, or none.")
-        without = ("qkv_clip", "qk_norm", "sinks", "rotary_dim")
+        without = ("qkv_clip", "qk_norm", "sinks", "rotary_dim", "chunks", "temperature", "output_gate")
         asked = [name for name in without if getattr(self, name)]
         if asked:
             raise ConfigError(f"latent attention (kv_lora_rank) has no {', '.join(asked)}: leave it out.")
@@ -372,6 +386,21 @@ class DecoderConfig:
     def layer_scales(self) -> tuple[float | None, ...]:
         """What multiplies the scores of each layer; None: 1/√H, in latent attention 1/√(P + R)."""
         return self._per_layer(self.attention_scale)
+
+    @property
+    def layer_chunks(self) -> tuple[int | None, ...]:
+        """The chunk of positions of each layer."""
+        return self._per_layer(self.chunks)
+
+    def has_qk_norm(self, layer: int) -> bool:
+        """Whether queries and keys of a layer pass a norm."""
+        return self.qk_norm and (self.qk_norm_layers is None or self.qk_norm_layers[layer])
+
+    def temperature_of(self, layer: int) -> Temperature | None:
+        """The temperature of one layer's queries; None: it has none."""
+        if self.temperature is None or self.rope_of(layer) is not None:
+            return None
+        return Temperature(*self.temperature)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, where others have one MLP."""
@@ -476,6 +505,15 @@ def _layers(name: str, value: object, num_layers: int) -> tuple[bool, ...] | Non
 
 def _window(name: str, window: object) -> int | None:
     return None if window is None else _checks.integer(name, window, 1, RangeError)
+
+
+def _temperature(given: object) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise DTypeError(f"temperature must be two numbers, floor and scale, got {given!r}.")
+    checked = Temperature(*given)
+    return checked.floor, checked.scale
 
 
 def _scale(name: str, scale: object) -> int | float | None:

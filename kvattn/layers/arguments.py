@@ -13,9 +13,15 @@ from kvattn.attend import full, registry
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError
 from kvattn.layers import placement
-from kvattn.layers.norms import HEADS
 from kvattn.policies import Policy
+from kvattn.positions import RelativeBuckets, Temperature
 from kvattn.sharding import scheme as schemes
+
+GATES = ("elementwise", "headwise")
+"""What `output_gate` may be."""
+
+HEADS = ("shared", "own", "joint", "unscaled")
+"""What `qk_norm_heads` may be."""
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -138,6 +144,14 @@ def _rope(name: str, value: Any) -> None:
         raise DTypeError(f"{name} must be a kvattn.RoPE, got {value!r} of type {type(value).__name__}.")
 
 
+def _one_of_kind(kind: type) -> "Check":
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise DTypeError(f"{name} must be a kvattn.{kind.__name__}, got {value!r} of type {type(value).__name__}.")
+
+    return check
+
+
 def _axis(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise DTypeError(f"{name} must be the name of a mesh axis, got {value!r} of type {type(value).__name__}.")
@@ -178,6 +192,9 @@ _MAY_BE_NONE: dict[str, Check] = {
     "window": lambda _, window: _checks.window(window),
     "chunk": lambda _, chunk: _checks.window(chunk, "chunk"),
     "rope": _rope,
+    "relative_buckets": _one_of_kind(RelativeBuckets),
+    "temperature": _one_of_kind(Temperature),
+    "output_gate": lambda name, gate: _checks.one_of(name, gate, GATES),
     "scale": lambda _, scale: _checks.finite_scale(scale),
     "softcap": lambda _, softcap: _checks.positive_softcap(softcap),
     "qkv_clip": lambda name, limit: _checks.positive(name, limit, RangeError),

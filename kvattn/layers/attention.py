@@ -26,7 +26,7 @@ from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import attention_fn as attention
-from kvattn.layers import caching, masking, placement, projections
+from kvattn.layers import biases, caching, gates, masking, norms, placement, projections
 from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import Attention, dot_product_attention
 from kvattn.layers.makes_caches import MakesCaches
@@ -34,10 +34,10 @@ from kvattn.layers.norms import HeadsNorm
 from kvattn.layers.originals import NNXAttention
 from kvattn.layers.placement import Metadata
 from kvattn.layers.projections import Sharding
-from kvattn.layers.rotary import rotate
+from kvattn.layers.rotary import rotate, warm
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Policy
-from kvattn.positions import RoPE
+from kvattn.positions import RelativeBuckets, RoPE, Temperature
 
 EMPTY: Metadata = MappingProxyType({})
 ZEROS = nnx.initializers.zeros_init()
@@ -64,13 +64,19 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         window: a query sees the last `window` tokens, its own included. Implies causality.
         chunk: a query sees its own chunk of so many positions only: those from chunk * (t // chunk) to its own, t.
         rope: a `kvattn.RoPE`, applied to queries and keys at their true positions.
+        relative_buckets: T5's relative positions, `kvattn.RelativeBuckets`: a learned number per head and bucket of
+            distances joins the scores: the parameter ``relative_bias [num_buckets, N]``, zero at first.
+        temperature: a `kvattn.Temperature`: queries are multiplied by a factor of their true positions.
+        output_gate: what attention puts out is multiplied by the sigmoid of a projection of the layer's input, before
+            the output projection: "elementwise", by the parameter ``gate/kernel [D, N, H]``, or "headwise", by
+            ``gate/kernel [D, N]`` (https://arxiv.org/abs/2505.06708). It has a bias where the queries have one.
         alibi: True for the usual ALiBi slopes, or N slopes.
         scale: multiplies the scores; 1/√H if None.
         softcap: caps the scores by ``softcap * tanh(score / softcap)``.
         sinks: a learned logit per head that joins the softmax sum: the parameter ``sinks [N]``, zero at first.
         qk_norm: "layer" (Flax's `normalize_qk`) or "rms", over each head of queries and keys.
         qk_norm_heads: "shared": heads share one scale [H]; "own": each has its own, [heads, H]; "joint": the norm is
-            taken over all heads of a token together, and its scale is [heads, H].
+            taken over all heads of a token together, and its scale is [heads, H]; "unscaled": there is no scale.
         qk_norm_epsilon: the epsilon of that norm.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
         use_out_bias: whether the output projection has a bias; as `use_bias` if None.
@@ -149,6 +155,9 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         window: int | None = None,
         chunk: int | None = None,
         rope: RoPE | None = None,
+        relative_buckets: RelativeBuckets | None = None,
+        temperature: Temperature | None = None,
+        output_gate: str | None = None,
         alibi: bool | Sequence[float] = False,
         scale: float | None = None,
         softcap: float | None = None,
@@ -209,22 +218,7 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             to_heads, self.in_kv_features, kernel_metadata=metadata.kv, bias_metadata=metadata.kv_bias
         )
 
-        def head_norm(heads: int, scale_metadata: Metadata) -> Any:  # what `nnx.data` returns becomes an attribute
-            if settings.qk_norm is None:
-                return nnx.data(None)
-            if settings.qk_norm_heads != "shared":
-                return HeadsNorm(
-                    heads,
-                    head_dim,
-                    kind=settings.qk_norm,
-                    joint=settings.qk_norm_heads == "joint",
-                    epsilon=settings.qk_norm_epsilon,
-                    param_dtype=param_dtype,
-                    scale_metadata=scale_metadata,
-                )
-            kind = nnx.RMSNorm if settings.qk_norm == "rms" else functools.partial(nnx.LayerNorm, use_bias=False)
-            options = {"epsilon": qk_norm_epsilon, "promote_dtype": ln_promote_dtype, "scale_metadata": scale_metadata}
-            return kind(head_dim, **options, **common)
+        norm = functools.partial(norms.of_heads, settings, promote_dtype=ln_promote_dtype, rngs=rngs)
 
         # The order of these draws is Flax's: equal seeds give equal parameters.
         self.query = to_heads(
@@ -232,8 +226,10 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         )
         self.key = kv_to_heads((num_kv_heads, head_dim))
         self.value = kv_to_heads((num_kv_heads, value_head_dim))
-        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = head_norm(num_heads, query_ln_scale_metadata)
-        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = head_norm(num_kv_heads, key_ln_scale_metadata)
+        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = norm(
+            num_heads, metadata=query_ln_scale_metadata
+        )
+        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = norm(num_kv_heads, metadata=key_ln_scale_metadata)
         self.out = nnx.LinearGeneral(
             (num_heads, value_head_dim),
             self.out_features,
@@ -250,6 +246,14 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             **common,
         )
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), **metadata.sinks) if sinks else nnx.data(None)
+        self.relative_bias: nnx.Param[Array] | None = nnx.data(None)
+        if relative_buckets is not None:
+            table = jnp.zeros((relative_buckets.num_buckets, num_heads), param_dtype)
+            self.relative_bias = nnx.Param(table, **metadata.relative_bias)
+        self.gate: nnx.LinearGeneral | None = nnx.data(None)
+        if output_gate is not None:
+            shape, kind = gates.gate_shape(output_gate, num_heads, value_head_dim), metadata.gates[output_gate]
+            self.gate = to_heads(in_features, shape, kernel_metadata=kind.kernel, bias_metadata=kind.bias)
         self.rngs = rngs.dropout.fork() if keep_rngs and settings.dropout_rate > 0 else None
         self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
         self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
@@ -295,7 +299,7 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             is_causal: query t sees the keys 0 to t. With a cache and in decode this holds anyway.
             out_sharding: how the output is split over an Explicit mesh; worked out if None.
             qkv_sharding: the same for queries, keys and values.
-            input_positions: int [..., T] or [T]: the positions `rope` uses, instead of the tokens' own.
+            input_positions: int [..., T] or [T]: the positions of `rope` and `temperature`, instead of the tokens' own.
             cache: a `kvattn.KVCache` (from `make_cache` or `make_cross_cache`) or a `kvattn.PagedKVCache`, which the
                 new tokens are added to.
             num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
@@ -332,9 +336,10 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             key, value = (None, None) if cache.is_static else self._keys_and_values(x_k, x_v, qkv_sharding)
             x, cache = caching.cached_attention(
                 settings, query, key, value, cache,
-                sinks=self._sinks, num_new=num_new, padding=padding, token_ids=token_ids,
+                sinks=self._sinks, relative_bias=self._relative_bias,
+                num_new=num_new, padding=padding, token_ids=token_ids,
             )  # fmt: skip
-            return projections.from_heads(self.out, x, out_sharding), cache
+            return self._outputs(x, x_q, out_sharding), cache
 
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
@@ -356,14 +361,19 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
                 settings, window=None, chunk=None, alibi_slopes=None
             )  # they are in mask and bias
             x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
-            y = projections.from_heads(self.out, masking.spoil(x, step.spoiled), out_sharding)
+            y = self._outputs(masking.spoil(x, step.spoiled), x_q, out_sharding)
             return jnp.where(step.fits, y, 0)
+        bias = None
         if not cross:
             if settings.mesh is not None:
                 query, key, value = (placement.whole_heads(x) for x in (query, key, value))
             query, key = (rotate(settings.rope, x, input_positions) for x in (query, key))
-        x = attend(settings, query, key, value, mask=mask, is_causal=is_causal, input_positions=input_positions)
-        return projections.from_heads(self.out, x, out_sharding)
+            query = warm(settings.temperature, query, input_positions)
+            bias = biases.of_full(settings, self._relative_bias, query, key)
+        x = attend(
+            settings, query, key, value, mask=mask, bias=bias, is_causal=is_causal, input_positions=input_positions
+        )
+        return self._outputs(x, x_q, out_sharding)
 
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
@@ -467,9 +477,19 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         key = projections.to_heads(self.key, inputs_k, norm=self.key_ln, clip=self.qkv_clip, sharding=sharding)
         return key, projections.to_heads(self.value, inputs_v, clip=self.qkv_clip, sharding=sharding)
 
+    def _outputs(self, x: Array, inputs: Array, sharding: Sharding) -> Array:
+        """What each head mixed, [..., T, N, Hv], through the gate that `inputs` [..., T, D] set, to features."""
+        if self.gate is not None:
+            x = gates.gated(x, projections.projected(self.gate, inputs))
+        return projections.from_heads(self.out, x, sharding)
+
     @property
     def _sinks(self) -> Float[Array, " N"] | None:
         return None if self.sinks is None else self.sinks[...]
+
+    @property
+    def _relative_bias(self) -> Float[Array, "buckets N"] | None:
+        return None if self.relative_bias is None else self.relative_bias[...]
 
     def _append(
         self,
@@ -484,6 +504,9 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         if self.cached_key is None or self.cached_value is None or self.cache_index is None:
             raise ConfigError("Autoregressive cache not initialized, call ``init_cache`` first.")
         cached = decode_protocol.Cached(self.cached_key[...], self.cached_value[...], self.cache_index[...])
-        step = decode_protocol.extend(settings, cached, query, key, value, mask=mask, input_positions=input_positions)
+        step = decode_protocol.extend(
+            settings, cached, query, key, value,
+            mask=mask, input_positions=input_positions, relative_bias=self._relative_bias,
+        )  # fmt: skip
         self.cached_key[...], self.cached_value[...], self.cache_index[...] = step.cached
         return step

@@ -129,6 +129,7 @@ def cached_attention[C: Cache](
     cache: C,
     *,
     sinks: Float[Array, " N"] | None,
+    relative_bias: Float[Array, "buckets N"] | None = None,
     num_new: ArrayLike | Sequence[int] | None,
     padding: str,
     token_ids: ArrayLike | None,
@@ -142,6 +143,7 @@ def cached_attention[C: Cache](
         value: None also where values are in the keys.
         cache: what came before.
         sinks: a logit per head that joins the softmax sum.
+        relative_bias: a number per bucket of distances and head.
         num_new: int32 [B], how many of the T tokens of each row are real; None: all.
         padding: on which side the others lie, "right" or "left".
         token_ids: int32 [B, T], for policies that look at tokens.
@@ -159,9 +161,13 @@ def cached_attention[C: Cache](
         "softcap": settings.softcap,
         "sinks": None if sinks is None else sinks.astype(jnp.float32),
         "alibi_slopes": settings.slopes,
+        "relative_bias": None,
+        "temperature": settings.temperature,
         "token_ids": token_ids,
         "implementation": settings.implementation,
     }
+    if settings.relative_buckets is not None and relative_bias is not None:
+        rules["relative_bias"] = settings.relative_buckets.by_distance(relative_bias.astype(jnp.float32))
     if settings.mesh is None:
         return explicit.cached_attention(query, key, value, cache, **rules)
     if key is not None and value is not None:
@@ -201,13 +207,15 @@ def check_cross(settings: AttentionSettings) -> None:
     """Checks that a layer can attend to an encoder's tokens, which share no order with the queries.
 
     Raises:
-        ConfigError: it has a window, rotary positions or ALiBi.
+        ConfigError: it has a window, a chunk, rotary positions, ALiBi, a relative bias or a temperature.
     """
     for name, value in (
         ("window", settings.window),
         ("chunk", settings.chunk),
         ("rope", settings.rope),
         ("alibi", settings.alibi_slopes),
+        ("relative_buckets", settings.relative_buckets),
+        ("temperature", settings.temperature),
     ):
         if value is not None:
             raise ConfigError(

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Int, Int32, Num
+from jaxtyping import Float, Int, Int32, Num
 
 from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.errors import CapacityError, DTypeError, ShapeError
-from kvattn.layers import masking, placement
-from kvattn.layers.rotary import rotate
+from kvattn.layers import biases, masking, placement
+from kvattn.layers.rotary import rotate, warm
 from kvattn.layers.settings import AttentionSettings
 
 
@@ -46,7 +46,7 @@ class Step(NamedTuple):
         key: the cached keys in the dtype of the query, zero where no token lies.
         value: the cached values, likewise.
         mask: bool, broadcastable to [..., N, T, L].
-        bias: ALiBi's, broadcastable to [..., N, T, L], or None.
+        bias: of ALiBi and of distances, broadcastable to [..., N, T, L], or None.
         fits: bool (): the tokens were taken. If not, the output of this step means nothing.
         spoiled: rows of the batch whose mask is none (`kvattn.layers.masking`), or None.
     """
@@ -70,6 +70,7 @@ def extend(
     *,
     mask: ArrayLike | None,
     input_positions: ArrayLike | None,
+    relative_bias: Float[Array, "buckets N"] | None,
 ) -> Step:
     """Writes T tokens behind the first `index` ones, rotated to their positions and cast to the cache's dtype.
 
@@ -80,7 +81,8 @@ def extend(
         key: [..., T, K, H].
         value: [..., T, K, Hv].
         mask: the caller's, broadcastable to [..., N, T, L].
-        input_positions: int [..., T] or [T], what rope uses instead of index, index + 1, ...
+        input_positions: int [..., T] or [T], what rope and temperature use instead of index, index + 1, ...
+        relative_bias: a number per bucket of distances and head; None: there are no buckets.
 
     Raises:
         ShapeError: keys or a mask that do not fit the cache.
@@ -109,13 +111,11 @@ def extend(
     taken = positions(index, num_tokens)
     rotate_at = taken if input_positions is None else input_positions
     query, key = rotate(settings.rope, query, rotate_at), rotate(settings.rope, key, rotate_at)
+    query = warm(settings.temperature, query, rotate_at)
     cached_key, cached_value = _write(cached_key, key, start, fits), _write(cached_value, value, start, fits)
 
-    slots, alibi_slopes, bias = jnp.arange(length, dtype=jnp.int32), settings.slopes, None
-    if alibi_slopes is not None:
-        behind = (slots[None, :] - taken[:, None]).astype(alibi_slopes.dtype)
-        bias = alibi_slopes[:, None, None] * behind[None]
-        bias = bias.reshape((1,) * (query.ndim - 3) + bias.shape)
+    slots = jnp.arange(length, dtype=jnp.int32)
+    bias = biases.of_all(settings, relative_bias, taken[:, None] - slots[None, :], query.ndim)
     index = index + num_tokens
     return Step(
         cached=Cached(cached_key, cached_value, index),

@@ -32,6 +32,7 @@ from kvattn.positions import RoPE
 # What `AttentionSettings` asks for and this attention does not have.
 _WITHOUT: Mapping[str, Any] = {
     **dict.fromkeys(("qkv_features", "use_out_bias", "chunk", "qk_norm", "qkv_clip", "cache_sharding", "bias_init")),
+    **dict.fromkeys(("relative_buckets", "temperature", "output_gate")),
     **dict.fromkeys(("normalize_qk", "alibi"), False),
     "qk_norm_heads": "shared",
     "qk_norm_epsilon": 0.0,

@@ -23,12 +23,12 @@ from kvattn.attend import full
 from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, ShapeError
-from kvattn.layers import caching, linen_parts, masking, placement
+from kvattn.layers import biases, caching, linen_parts, masking, placement
 from kvattn.layers.linen_latent import MultiHeadLatentAttention
-from kvattn.layers.rotary import rotate
+from kvattn.layers.rotary import rotate, warm
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Policy
-from kvattn.positions import RoPE
+from kvattn.positions import RelativeBuckets, RoPE, Temperature
 
 __all__ = [
     "GroupedQueryAttention",
@@ -86,6 +86,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     window: int | None = None
     chunk: int | None = None
     rope: RoPE | None = None
+    relative_buckets: RelativeBuckets | None = None
+    temperature: Temperature | None = None
+    output_gate: str | None = None
     alibi: bool | Sequence[float] = False
     scale: float | None = None
     softcap: float | None = None
@@ -153,6 +156,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         is_cross = cache is None and self._is_cross(settings, inputs_q, inputs_k if inputs_kv is None else inputs_kv)
         inputs_k, inputs_v = linen_parts.key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype) if self.sinks else None
+        relative_bias = project.relative_bias()
 
         if cache is not None:
             caching.check_call(
@@ -170,9 +174,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             key, value = (None, None) if cache.is_static else project.keys_and_values(inputs_k, inputs_v)
             x, cache = caching.cached_attention(
                 settings, query, key, value, cache,
-                sinks=sinks, num_new=num_new, padding=padding, token_ids=token_ids,
+                sinks=sinks, relative_bias=relative_bias, num_new=num_new, padding=padding, token_ids=token_ids,
             )  # fmt: skip
-            return project.out(self._forced(x), inputs_q.shape[-1]), cache
+            return project.out(self._forced(x), inputs_q), cache
 
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
@@ -186,17 +190,20 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             sow_weights=sow_weights,
         )
         if self.decode and not is_cross:
-            step = linen_parts.decode_step(self, settings, query, key, value, mask, input_positions)
+            step = linen_parts.decode_step(self, settings, query, key, value, mask, input_positions, relative_bias)
             if step is not None:
                 settings = dataclasses.replace(
                     settings, window=None, chunk=None, alibi_slopes=None
                 )  # they are in mask and bias
                 x = attend(settings, step.query, step.key, step.value, mask=step.mask, bias=step.bias)
-                return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q.shape[-1]), 0)
+                return jnp.where(step.fits, project.out(masking.spoil(x, step.spoiled), inputs_q), 0)
+        bias = None
         if not is_cross:
             query, key = (rotate(self.rope, x, input_positions) for x in (query, key))
-        x = attend(settings, query, key, value, mask=mask, is_causal=is_causal)
-        return project.out(x, inputs_q.shape[-1])
+            query = warm(self.temperature, query, input_positions)
+            bias = biases.of_full(settings, relative_bias, query, key)
+        x = attend(settings, query, key, value, mask=mask, bias=bias, is_causal=is_causal)
+        return project.out(x, inputs_q)
 
     def make_cache(
         self,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from kvattn._typing import AnyArray, Array
 from kvattn.attend import full
 from kvattn.errors import ConfigError
-from kvattn.layers import decode, masking, norms, originals, placement, projections
+from kvattn.layers import decode, gates, masking, norms, originals, placement, projections
 from kvattn.layers.attention_fn import Attention, accepted_arguments
 from kvattn.layers.settings import AttentionSettings
 
@@ -79,11 +79,25 @@ class Projections:
         key = self._norm("key_ln", self._heads("key", inputs_k, (num_kv_heads, size), *inits))
         return key, self._heads("value", inputs_v, (num_kv_heads, value_size), *inits)
 
-    def out(self, x: Array, in_features: int) -> Array:
-        """Projects heads [..., T, N, Hv] to features, as many as the input's unless the layer says otherwise."""
-        layer = self.layer
+    def relative_bias(self) -> Float[Array, "buckets N"] | None:
+        """The number of each bucket of distances and head, where the layer has buckets."""
+        layer, buckets = self.layer, self.settings.relative_buckets
+        if buckets is None:
+            return None
+        shape = (buckets.num_buckets, self.settings.num_heads)
+        return nn.meta.unbox(layer.param("relative_bias", nn.initializers.zeros, shape, layer.param_dtype))
+
+    def out(self, x: Array, inputs: AnyArray) -> Array:
+        """Projects heads [..., T, N, Hv] to features, as many as those of `inputs` unless the layer says otherwise.
+
+        They pass the gate that the inputs [..., T, D] set, where the layer has one.
+        """
+        layer, settings = self.layer, self.settings
+        if settings.output_gate is not None:
+            shape = gates.gate_shape(settings.output_gate, settings.num_heads, settings.head_dims[1])
+            x = gates.gated(x, self._projected("gate", inputs, shape, layer.kernel_init, layer.bias_init))
         return nn.DenseGeneral(
-            features=in_features if layer.out_features is None else layer.out_features,
+            features=inputs.shape[-1] if layer.out_features is None else layer.out_features,
             axis=(-2, -1),
             use_bias=self.settings.use_out_bias,
             kernel_init=layer.out_kernel_init or layer.kernel_init,
@@ -97,8 +111,20 @@ class Projections:
     def _heads(
         self, name: str, inputs: AnyArray, features: tuple[int, int], kernel_init: Initializer, bias_init: Initializer
     ) -> Array:
-        """Projects [..., T, D] to heads [..., T, *features]."""
-        x = nn.DenseGeneral(
+        """Projects [..., T, D] to heads [..., T, *features], which are clipped."""
+        x = self._projected(name, inputs, features, kernel_init, bias_init)
+        return projections.clipped(x, self.settings.qkv_clip)
+
+    def _projected(
+        self,
+        name: str,
+        inputs: AnyArray,
+        features: tuple[int, ...],
+        kernel_init: Initializer,
+        bias_init: Initializer,
+    ) -> Array:
+        """Projects [..., T, D] to [..., T, *features]."""
+        return nn.DenseGeneral(
             features=features,
             axis=-1,
             use_bias=self.settings.use_bias,
@@ -109,7 +135,6 @@ class Projections:
             name=name,
             **self.common,
         )(inputs)
-        return projections.clipped(x, self.settings.qkv_clip)
 
     def _norm(self, name: str, x: Array) -> Array:
         """Normalises the heads of [..., T, heads, H], where the layer has a norm."""
@@ -117,8 +142,8 @@ class Projections:
         if settings.qk_norm is None:
             return x
         if settings.qk_norm_heads != "shared":
-            joint, epsilon = settings.qk_norm_heads == "joint", settings.qk_norm_epsilon
-            norm = HeadsNorm(settings.qk_norm, joint, epsilon, settings.param_dtype, name=name, parent=self.layer)
+            heads, epsilon = settings.qk_norm_heads, settings.qk_norm_epsilon
+            norm = HeadsNorm(settings.qk_norm, heads, epsilon, settings.param_dtype, name=name, parent=self.layer)
             return norm(x)
         options = {"epsilon": settings.qk_norm_epsilon, "dtype": settings.dtype, "param_dtype": settings.param_dtype}
         if settings.qk_norm == "layer":
@@ -156,15 +181,17 @@ class HeadsNorm(nn.Module):
     """The Linen twin of `kvattn.layers.norms.HeadsNorm`."""
 
     kind: str
-    joint: bool
+    heads: str
     epsilon: float
     param_dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*BT heads H"]) -> Float[Array, "*BT heads H"]:
         """Normalises queries or keys."""
-        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-2:], self.param_dtype)
-        return norms.normalized(x, scale, kind=self.kind, joint=self.joint, epsilon=self.epsilon)
+        scale = None
+        if self.heads != "unscaled":
+            scale = self.param("scale", nn.initializers.ones_init(), x.shape[-2:], self.param_dtype)
+        return norms.normalized(x, scale, kind=self.kind, joint=self.heads == "joint", epsilon=self.epsilon)
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any) -> Array:
@@ -184,6 +211,7 @@ def decode_step(
     value: Array,
     mask: ArrayLike | None,
     input_positions: ArrayLike | None,
+    relative_bias: Float[Array, "buckets N"] | None,
 ) -> decode.Step | None:
     """Adds tokens [..., T, K, H] to the collection `cache`; None in the call that creates it."""
     exists = layer.has_variable("cache", "cached_key")
@@ -195,7 +223,10 @@ def decode_step(
     if not exists:
         return None
     cached = decode.Cached(*(variable.value for variable in variables))
-    step = decode.extend(settings, cached, query, key, value, mask=mask, input_positions=input_positions)
+    step = decode.extend(
+        settings, cached, query, key, value,
+        mask=mask, input_positions=input_positions, relative_bias=relative_bias,
+    )  # fmt: skip
     for variable, new in zip(variables, step.cached, strict=True):
         variable.value = new
     return step

@@ -68,6 +68,14 @@ Metadata = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class GateMetadata:
+    """The metadata of the gate's parameters: its kernel [D, N, Hv] or [D, N], and its bias."""
+
+    kernel: Metadata
+    bias: Metadata
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadMetadata:
     """The metadata of an attention layer's parameters.
 
@@ -79,6 +87,8 @@ class HeadMetadata:
         out: of the kernel [N, H, D].
         out_bias: [D].
         sinks: [N].
+        relative_bias: [buckets, N].
+        gates: of the kernel and the bias of each kind of gate.
     """
 
     query: Metadata
@@ -88,6 +98,8 @@ class HeadMetadata:
     out: Metadata
     out_bias: Metadata
     sinks: Metadata
+    relative_bias: Metadata
+    gates: Mapping[str, GateMetadata]
 
 
 def head_metadata(
@@ -116,6 +128,11 @@ def head_metadata(
         out=on(by_head, within, None),
         out_bias=on(),
         sinks=on(by_head),
+        relative_bias=on(None, by_head),
+        gates={
+            "elementwise": GateMetadata(on(None, by_head, within), on(by_head, within)),
+            "headwise": GateMetadata(on(None, by_head), on(by_head)),
+        },
     )
 
 

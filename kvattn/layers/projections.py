@@ -10,7 +10,7 @@ from jaxtyping import Num
 from kvattn._typing import AnyArray, Array
 from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import placement
-from kvattn.layers.placement import HeadMetadata, Metadata
+from kvattn.layers.placement import GateMetadata, HeadMetadata, Metadata
 from kvattn.layers.settings import AttentionSettings
 
 Sharding = NamedSharding | PartitionSpec | None
@@ -118,6 +118,8 @@ def metadata(
             out=out or kernel,
             out_bias=out_bias or bias,
             sinks={},
+            relative_bias={},
+            gates={"elementwise": GateMetadata(kernel, bias), "headwise": GateMetadata({}, {})},
         )
     num_heads, num_kv_heads, size = settings.num_heads, settings.num_kv_heads, settings.head_dims[0]
     split = placement.head_metadata(settings.mesh, settings.axis, num_heads, num_kv_heads, size)
@@ -129,4 +131,6 @@ def metadata(
         out=out or split.out,
         out_bias=out_bias or split.out_bias,
         sinks=split.sinks,
+        relative_bias=split.relative_bias,
+        gates=split.gates,
     )

@@ -1,4 +1,4 @@
-"""Rotary positions of queries and keys with any number of batch axes."""
+"""What positions do to queries and keys with any number of batch axes: they turn, and queries grow."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 from kvattn._typing import Array
 from kvattn.attend.full import flatten
 from kvattn.errors import ShapeError
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 
 
 def rotate(rope: RoPE | None, x: Array, positions: ArrayLike | None) -> Array:
@@ -17,10 +17,24 @@ def rotate(rope: RoPE | None, x: Array, positions: ArrayLike | None) -> Array:
     """
     if rope is None:
         return x
+    positions, batch = _positions(x, positions), x.shape[:-3]
+    if positions.ndim > 1:
+        positions = flatten(positions, batch, 1)
+    return rope(flatten(x, batch, 3), positions).reshape(x.shape)
+
+
+def warm(temperature: Temperature | None, query: Array, positions: ArrayLike | None) -> Array:
+    """Queries [..., T, N, H] times the factor of their positions, int [..., T] or [T]; 0, 1, 2, ... if None.
+
+    Raises:
+        ShapeError: positions of another shape.
+    """
+    return query if temperature is None else temperature.warmed(query, _positions(query, positions))
+
+
+def _positions(x: Array, positions: ArrayLike | None) -> Array:
     batch, length = x.shape[:-3], x.shape[-3]
     positions = jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
     if positions.shape not in ((length,), (*batch, length)):
         raise ShapeError(f"input_positions must be {(*batch, length)} or {(length,)}, got {positions.shape}.")
-    if positions.ndim > 1:
-        positions = flatten(positions, batch, 1)
-    return rope(flatten(x, batch, 3), positions).reshape(x.shape)
+    return positions

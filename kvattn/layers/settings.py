@@ -18,7 +18,7 @@ from kvattn.codecs import Codec
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError
 from kvattn.layers import arguments
 from kvattn.policies import Policy
-from kvattn.positions import RoPE
+from kvattn.positions import RelativeBuckets, RoPE, Temperature
 
 CacheSharding = NamedSharding | PartitionSpec | tuple[Any, ...]
 
@@ -52,6 +52,9 @@ class AttentionSettings:
     window: int | None
     chunk: int | None
     rope: RoPE | None
+    relative_buckets: RelativeBuckets | None
+    temperature: Temperature | None
+    output_gate: str | None
     alibi_slopes: tuple[float, ...] | None
     scale: float | Array | None
     softcap: float | None
@@ -102,6 +105,9 @@ class AttentionSettings:
             window=_checks.window(given["window"]),
             chunk=_checks.window(given["chunk"], "chunk"),
             rope=given["rope"],
+            relative_buckets=given["relative_buckets"],
+            temperature=given["temperature"],
+            output_gate=given["output_gate"],
             alibi_slopes=_alibi_slopes(given["alibi"], num_heads),
             scale=scale if scale is None or isinstance(scale, Tracer) else float(scale),
             softcap=_checks.positive_softcap(given["softcap"]),
@@ -175,6 +181,9 @@ class HasSettings:
     window = Setting[int | None]()
     chunk = Setting[int | None]()
     rope = Setting[RoPE | None]()
+    relative_buckets = Setting[RelativeBuckets | None]()
+    temperature = Setting[Temperature | None]()
+    output_gate = Setting[str | None]()
     alibi_slopes = Setting[tuple[float, ...] | None]()
     scale = Setting[float | Array | None]()
     softcap = Setting[float | None]()

@@ -24,6 +24,8 @@ def refusal(request: Request) -> str | None:
         return f"it takes up to {MOST_TOKENS} new tokens, here are {request.query.shape[1]}"
     if request.key_rope is not None:
         return "it does not rotate keys while it reads them"
+    if request.relative_bias is not None:
+        return "it has no relative bias"
     if request.mask.chunk is not None:
         return "it does not cut positions into chunks"
     if view.codec.format is None:

@@ -17,6 +17,7 @@ from kvattn._typing import Array, Encoded
 from kvattn.attend import api
 from kvattn.attend.rules import Rules
 from kvattn.attend.state import add_sinks
+from kvattn.attend.tokens import PerHead
 from kvattn.cache import Layout, View
 from kvattn.cache.pages import block_layout
 from kvattn.cache.view import block_positions
@@ -326,7 +327,7 @@ def _attend(
         out = jnp.zeros((batch, heads, view.value_head_dim), q.dtype)
         return (out, jnp.full((batch, heads), -jnp.inf, accumulator(q.dtype))) if return_lse else out
     here = jnp.full((batch, 1), view.layout.num_slots - 1, jnp.int32)
-    out, lse, _ = api.attend(rules.request(query, here, view, slopes), implementation)
+    out, lse, _ = api.attend(rules.request(query, here, view, PerHead(slopes=slopes)), implementation)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks)
     out = out[:, 0].astype(q.dtype)

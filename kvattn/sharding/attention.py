@@ -20,7 +20,7 @@ from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
 from kvattn.pallas.interpreter import interpreted
 from kvattn.policies import Context
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 from kvattn.sharding.cache import placed_by, resolved
 from kvattn.sharding.filled import filled_up
 from kvattn.sharding.pages import check_tables
@@ -48,6 +48,8 @@ def cached_attention[C: Cache](
     softcap: float | None = None,
     sinks: Float[ArrayLike, " heads"] | None = None,
     alibi_slopes: Float[ArrayLike, " heads"] | None = None,
+    relative_bias: Float[ArrayLike, "heads distances"] | None = None,
+    temperature: Temperature | None = None,
     token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
@@ -95,6 +97,8 @@ def cached_attention[C: Cache](
         softcap: see there.
         sinks: see there.
         alibi_slopes: see there.
+        relative_bias: see there.
+        temperature: see there.
         token_ids: see there.
         implementation: see there.
 
@@ -138,6 +142,8 @@ def cached_attention[C: Cache](
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        temperature=temperature,
         token_ids=token_ids,
         implementation=tuple(implementation) if isinstance(implementation, list) else implementation,
         num_heads=num_heads,

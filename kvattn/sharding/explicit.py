@@ -23,7 +23,7 @@ from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.cache.axes import axis_of
 from kvattn.errors import ShardingError
-from kvattn.positions import RoPE
+from kvattn.positions import RoPE, Temperature
 from kvattn.sharding.pages import with_own_pages
 from kvattn.sharding.scheme import TokenSpecs
 from kvattn.sharding.split import MeshAxes, names, specs_of
@@ -44,6 +44,8 @@ def cached_attention[C: Cache](
     softcap: float | None = None,
     sinks: Float[ArrayLike, " N"] | None = None,
     alibi_slopes: Float[ArrayLike, " N"] | None = None,
+    relative_bias: Float[ArrayLike, "N distances"] | None = None,
+    temperature: Temperature | None = None,
     token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
@@ -71,6 +73,9 @@ def cached_attention[C: Cache](
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: float [N], a learned logit per head that joins the softmax sum only.
         alibi_slopes: float [N]: adds slope * (key position - query position) to the scores.
+        relative_bias: float [N, distances]: adds what stands there for the distance from key to query, the last number
+            for all larger ones. `kvattn.RelativeBuckets` makes it of T5's table.
+        temperature: multiplies queries by a factor of their true positions.
         token_ids: int32 [B, T], for policies that look at tokens.
         implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu", a sequence of these to try in order, or None for
             the best that works.
@@ -100,6 +105,8 @@ def cached_attention[C: Cache](
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        temperature=temperature,
         token_ids=token_ids,
         implementation=implementation,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
@@ -14,8 +15,8 @@ from kvattn.sharding.scheme import DeviceStep
 
 def filled_up(new: NewTokens, per_head: PerHead, num_heads: int) -> tuple[NewTokens, PerHead]:
     """The arguments of a step with so many query heads, zeros behind those that are given."""
-    sinks, slopes = (None if x is None else _filled(x, 0, num_heads) for x in (per_head.sinks, per_head.slopes))
-    return dataclasses.replace(new, query=_filled(new.query, 2, num_heads)), PerHead(sinks, slopes)
+    per_head = jax.tree.map(lambda x: _filled(x, 0, num_heads), per_head)
+    return dataclasses.replace(new, query=_filled(new.query, 2, num_heads)), per_head
 
 
 def real_heads(step: DeviceStep, num_heads: int) -> DeviceStep:
@@ -23,9 +24,8 @@ def real_heads(step: DeviceStep, num_heads: int) -> DeviceStep:
 
     def call(new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
         count = new.query.shape[2]
-        sinks, slopes = (None if x is None else x[:num_heads] for x in (per_head.sinks, per_head.slopes))
         new = dataclasses.replace(new, query=new.query[:, :, :num_heads])
-        out, cache = step(new, PerHead(sinks, slopes), cache)
+        out, cache = step(new, jax.tree.map(lambda x: x[:num_heads], per_head), cache)
         return _filled(out, 2, count), cache
 
     return call

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
@@ -18,7 +19,7 @@ from kvattn.errors import ConfigError
 from kvattn.sharding.split import Split
 
 DeviceStep = Callable[[NewTokens, PerHead, Any], tuple[Float[Array, "B T N Hv"], Any]]
-"""A step on one device: the new tokens, the numbers per query head, the cache; out and the new cache."""
+"""A step on one device: the new tokens, what there is of each query head, the cache; out and the new cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TokenSpecs:
         query: queries and output [B, T, N, H].
         tokens: new keys and values [B, T, K, H].
         row: one number, or T, per row.
-        head: one number per query head.
+        head: what there is of each query head.
     """
 
     query: PartitionSpec
@@ -50,7 +51,7 @@ class TokenSpecs:
             bad_count=self.row,
             ids=given(new.ids, self.row),
         )
-        return tokens, PerHead(given(per_head.sinks, self.head), given(per_head.slopes, self.head))
+        return tokens, jax.tree.map(lambda _: self.head, per_head)
 
 
 @dataclasses.dataclass(frozen=True)

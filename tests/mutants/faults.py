@@ -2528,4 +2528,78 @@ FAULTS: list[Fault] = [
         "test_pretrained.py::test_whole_prompts[deepseek_v2]",
         ("Layout.within", "self.sizes.get(axis, self.shape[axis])", "self.shape[axis]"),
     ),
+    *group(
+        "positions/relative.py",
+        """
+        test_relative_bias.py::test_buckets
+        test_relative_bias.py::test_tables
+        """,
+        ("RelativeBuckets._table", "self._each_way - 1)", "self._each_way)"),
+        ("RelativeBuckets._table", "distance < exact", "distance <= exact", "", "the first wide bucket begins there"),
+        ("RelativeBuckets._table", "- exact)\n", "- exact - 1)\n"),
+        ("RelativeBuckets.of", "distance < 0, ahead, past", "distance <= 0, ahead, past"),
+        ("RelativeBuckets.of", " + self._each_way", ""),
+        ("RelativeBuckets.by_distance", "self.max_distance + 1", "self.max_distance"),
+        ("RelativeBuckets.between", "query[:, None] - key[None, :]", "key[None, :] - query[:, None]"),
+    ),
+    *group(
+        "attend/request.py",
+        "test_relative_bias.py::test_a_step",
+        ("_along", "by_distance.shape[-1] - 1", "by_distance.shape[-1] - 2"),
+        ("_along", "jnp.clip(distance, 0,", "jnp.clip(distance - 1, 0,"),
+        (
+            "adjust",
+            "relative.astype(scores.dtype).reshape(kv_heads, group, -1)",
+            "relative.astype(scores.dtype)[::-1].reshape(kv_heads, group, -1)",
+        ),
+    ),
+    *group(
+        "positions/temperature.py",
+        """
+        test_temperature_and_gates.py::test_the_factor
+        test_temperature_and_gates.py::test_a_step
+        """,
+        ("Temperature.__call__", "jnp.float32) + 1)", "jnp.float32))"),
+        ("Temperature.__call__", "* self.scale + 1", "* self.scale"),
+        (
+            "Temperature.warmed",
+            "query.astype(wide) * factor",
+            "query.astype(wide) * factor.astype(query.dtype).astype(wide)",
+        ),
+    ),
+    *group(
+        "attend/step.py",
+        "test_temperature_and_gates.py::test_a_step",
+        (
+            "_located",
+            "step.rules.warmed(new.query, cache.lengths[:, None] + t)",
+            "step.rules.warmed(new.query, seen_at)",
+        ),
+        (
+            "_located",
+            "from_sinks = count, rotated(query, positions)",
+            "from_sinks = count, rotated(new.query, positions)",
+        ),
+    ),
+    *group(
+        "layers/attention.py",
+        "test_temperature_and_gates.py::test_layers",
+        ("MultiHeadAttention._outputs", "if self.gate is not None:", "if False:"),
+        ("MultiHeadAttention.__call__", "query = warm(settings.temperature, query, input_positions)", "pass"),
+        (
+            "MultiHeadAttention.__call__",
+            "bias = biases.of_full(settings, self._relative_bias, query, key)",
+            "pass",
+            "test_relative_bias.py::test_layers",
+        ),
+    ),
+    *group(
+        "layers/decode.py",
+        """
+        test_temperature_and_gates.py::test_layers
+        test_relative_bias.py::test_layers
+        """,
+        ("extend", "query = warm(settings.temperature, query, rotate_at)", "pass"),
+        ("extend", "taken[:, None] - slots[None, :]", "slots[None, :] - taken[:, None]"),
+    ),
 ]
