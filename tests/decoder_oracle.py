@@ -60,7 +60,9 @@ class Layer:
         self.config, self.policy, self.codec, self.index = config, policy, codec, index
         start = f"layers.{index}."
         self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
-        self.rope, self.window = config.rope_of(index), config.layer_windows[index]
+        self.rope, self.window, self.chunk = (
+            config.rope_of(index), config.layer_windows[index], config.layer_chunks[index],
+        )  # fmt: skip
         scale = config.layer_scales[index]
         size = config.qk_nope_head_dim + config.qk_rope_head_dim if config.is_latent else config.head_dim
         self.scale = size**-0.5 if scale is None else scale
@@ -93,6 +95,11 @@ class Layer:
             if c.shared_expert_gate:
                 y = y / (1 + np.exp(-self.linear("mlp.shared_gate", x)))
         for share, e in zip(shares, best, strict=True):
+            if c.expert_weighs == "input":
+                given = share * x
+                hidden = ACTIVATIONS[c.activation](given @ self.w["mlp.gate"][e]) * (given @ self.w["mlp.up"][e])
+                y = y + hidden @ self.w["mlp.down"][e]
+                continue
             if c.expert_kind == "gated":
                 hidden = ACTIVATIONS[c.activation](x @ self.w["mlp.gate"][e]) * (x @ self.w["mlp.up"][e])
                 y = y + share * (hidden @ self.w["mlp.down"][e])
@@ -113,7 +120,8 @@ class Layer:
         axes = (0, 1) if c.qk_norm_heads == "joint" else (1,)
         if c.norm == "layer":
             x = x - x.mean(axes, keepdims=True)
-        return x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
+        scale = 1 if c.qk_norm_heads == "unscaled" else self.w[f"attention.{name}.scale"]
+        return x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_epsilon) * scale
 
     def latent_norm(self, name, x):
         return x / np.sqrt((x**2).mean() + self.config.latent_norm_epsilon) * self.w[f"attention.{name}.scale"]
@@ -142,8 +150,11 @@ class Layer:
         q, k, v = (self.linear(f"attention.{name}", x) for name in ("query", "key", "value"))
         if c.qkv_clip:
             q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
-        if c.qk_norm:
+        if c.has_qk_norm(self.index):
             q, k = self.head_norm("query_ln", q), self.head_norm("key_ln", k)
+        if c.temperature and self.rope is None:
+            floor, scale = c.temperature
+            q = q * (1 + scale * np.log(1 + (t + 1) // floor))
         self.keys[t], self.values[t] = k, v
         if self.codec:
             self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
@@ -163,6 +174,7 @@ class Layer:
             tokens.append(t)
             places = self.places(tokens, t)
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
+            near = [i for i in near if self.chunk is None or places[i] // self.chunk == t // self.chunk]
             mass = np.zeros(len(tokens))
             for n in range(head * group, (head + 1) * group):
                 scores = np.array([self.product(q[n], n, head, tokens, places, i, t) for i in near]) * self.scale
@@ -176,6 +188,9 @@ class Layer:
                 out[n] = sum(p * self.value(n, head, tokens[i]) for p, i in zip(probs, near, strict=True))
                 mass[near] += probs / group
             self.forget(head, t, mass)
+        if c.output_gate:
+            gate = 1 / (1 + np.exp(-self.linear("attention.gate", x)))
+            out = out * gate.reshape(c.num_heads, -1)
         return self.linear("attention.out", out)
 
     def product(self, query, n, head, tokens, places, i, t):
@@ -201,7 +216,7 @@ class Layer:
         if isinstance(self.policy, kvattn.StreamingLLM):
             p = self.policy
             tokens[:] = [j for j in tokens if j < p.num_sinks or j > t - p.window]
-            return list(range(len(tokens)))
+            return list(range(len(tokens))) if p.positions_in == "cache" else list(tokens)
         return list(tokens)
 
     def forget(self, head, t, mass):

@@ -374,7 +374,7 @@ COUNTED = {
     "chatglm3-6b": (CHATGLM | {"padded_vocab_size": 65024, "ffn_hidden_size": 13696}, 6.24, 6.24),
     "qwen1.5-moe-a2.7b": (sized("qwen2_moe", 24, 16, 16, 2048), 14.3, 2.7),
 }  # fmt: skip
-COUNTED_EXACTLY = ("qwen1.5-moe-a2.7b",)
+COUNTED_EXACTLY = ("llama-4-maverick", "llama-4-maverick, listed", "llama-4-scout", "qwen1.5-moe-a2.7b")
 """Those of a family with a counter."""
 
 BUILT = {

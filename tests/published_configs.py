@@ -128,6 +128,40 @@ GEMMA3 = {
         "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
     },
 }  # fmt: skip
+LLAMA4 = {
+    "architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
+    "image_token_index": 200092, "model_type": "llama4", "torch_dtype": "bfloat16",
+    "text_config": {
+        "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+        "attn_temperature_tuning": 4, "bos_token_id": 200000, "eos_token_id": [200001, 200007, 200008],
+        "floor_scale": 8192, "for_llm_compressor": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+        "initializer_range": 0.02, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760, "model_type": "llama4_text",
+        "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
+        "num_key_value_heads": 8, "num_local_experts": 16, "output_router_logits": False, "pad_token_id": 200018,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+        "rope_scaling": {
+            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "torch_dtype": "bfloat16", "use_cache": True, "use_qk_norm": True, "vocab_size": 202048,
+    },
+    "transformers_version": "4.51.0.dev0",
+    "vision_config": {
+        "attention_dropout": 0.0, "hidden_act": "gelu", "hidden_size": 1408, "image_size": 336,
+        "initializer_range": 0.02, "intermediate_size": 5632, "model_type": "llama4_vision_model", "norm_eps": 1e-05,
+        "multi_modal_projector_bias": False, "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 34,
+        "patch_size": 14, "pixel_shuffle_ratio": 0.5, "projector_dropout": 0.0, "projector_input_dim": 4096,
+        "projector_output_dim": 4096, "rope_theta": 10000, "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default", "vision_output_dim": 4096,
+    },
+}  # fmt: skip
+MAVERICK = LLAMA4 | {
+    "text_config": LLAMA4["text_config"] | {
+        "attn_temperature_tuning": False, "interleave_moe_layer_step": 2, "max_position_embeddings": 1048576,
+        "num_local_experts": 128, "rope_scaling": None, "use_qk_norm": False,
+    },
+}  # fmt: skip
 MISTRAL3 = {
     "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "model_type": "mistral3",
     "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
@@ -233,6 +267,8 @@ PUBLISHED = {
                 "partial_rotary_factor": 0.75, "rope_scaling": _FACTORS | {"type": "longrope"},
                 "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064}, 3_836_021_760,
     ),
+    "llama-4-scout": (LLAMA4, 107_769_861_120),
+    "llama-4-maverick": (MAVERICK, 400_711_848_960),
     "olmo-2-7b": (OLMO2, 7_298_617_344),
     "olmo-2-13b": (
         OLMO2 | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,

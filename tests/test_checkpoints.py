@@ -402,6 +402,11 @@ ABSENT = {
     "granite": LLAMA_BLOCK
     | {"vocab_size": 32000, "num_kv_heads": 32, "mlp_dim": 11008, "qkv_bias": False, "mlp_bias": False}
     | {"embedding_scale": 1.0, "attention_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0},
+    "llama4_text": {"vocab_size": 202048, "model_dim": 5120, "num_layers": 48, "num_heads": 40, "num_kv_heads": 8}
+    | {"head_dim": 128, "mlp_dim": 16384, "expert_dim": 8192, "shared_expert_dim": 8192, "num_experts": 16}
+    | {"experts_per_token": 1, "expert_layers": None, "chunks": (8192, 8192, 8192, None) * 12, "rope_theta": 5e5}
+    | {"rope_layers": (True, True, True, False) * 12, "qk_norm_layers": (True, True, True, False) * 12}
+    | {"temperature": (8192, 0.1), "norm_epsilon": 1e-5, "qkv_bias": False, "tie_embeddings": False},
     "mixtral": LLAMA_BLOCK
     | {"vocab_size": 32000, "num_kv_heads": 8, "mlp_dim": 14336, "norm_epsilon": 1e-5, "rope_theta": 1e6}
     | {"num_experts": 8, "experts_per_token": 2, "expert_kind": "gated", "expert_shares": "chosen"},
@@ -941,7 +946,8 @@ def test_published_configs(tmp_path, name):
         4 * sum(map(math.prod, scales)),
     )
     assert len(spec.notes) == bool(scales)
-    assert spec.layer_windows == found.config.layer_windows
+    windows = zip(found.config.layer_windows, found.config.layer_chunks, strict=True)
+    assert spec.layer_windows == tuple(window or chunk for window, chunk in windows)
     sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
     assert [getattr(spec, size) for size in sizes] == [getattr(found.config, size) for size in sizes]
     if found.config.num_experts:

@@ -31,13 +31,14 @@ VARIANTS = (
     "llama_yarn", "mistral_full", "mpt_clip", "opt350m", "qwen2_window",
 )  # fmt: skip
 LATER = (
-    "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "minicpm3",
-    "mistral3_images", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "llama4",
+    "llama4_images", "minicpm3", "mistral3_images", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3_moe", "smollm3",
+    "stablelm", "starcoder2",
 )  # fmt: skip
 LATER_VARIANTS = (
     "cohere2_biases", "deepseek_v2_groups", "deepseek_v3_halves", "gemma_biases", "glm4_plain", "gpt_neox_serial",
-    "granite_biases", "minicpm3_plain", "mixtral_window", "olmo2_biases", "phi3_short", "qwen2_moe_mixed",
-    "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel", "starcoder2_plain",
+    "granite_biases", "llama4_plain", "minicpm3_plain", "mixtral_window", "olmo2_biases", "phi3_short",
+    "qwen2_moe_mixed", "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel", "starcoder2_plain",
 )  # fmt: skip
 BY_LENGTH = ("phi3_long",)
 """Rows on both sides of the length at which frequencies change: whole prompts only, as transformers has them."""
@@ -167,10 +168,17 @@ def test_layers_keep_caches_of_their_own_size():
 # Policies and codecs ------------------------------------------------------------------------------
 
 
+def beside_chunks(model, policy):
+    """A policy that goes with chunks, which go by true positions."""
+    moves = isinstance(policy, kvattn.StreamingLLM) and any(model.config.layer_chunks)
+    return dataclasses.replace(policy, positions_in="original") if moves else policy
+
+
 @pytest.mark.parametrize("name", some("gemma2"))
 @pytest.mark.parametrize("policy", [kvattn.StreamingLLM(4, T), kvattn.H2O(12, 12)], ids=["StreamingLLM", "H2O"])
 def test_a_budget_that_holds_all_is_full(name, policy):
     model, call, golden = family(name)
+    policy = beside_chunks(model, policy)
     for size in (1, T):
         logits, _ = through(call, model.make_cache(B, policy=policy), golden, size)
         assert_logits(logits, golden)
@@ -185,7 +193,8 @@ def test_a_budget_that_holds_all_is_full(name, policy):
 def test_small_budgets_are_lists_of_tokens(name, policy, codec):
     """Token by token against the decoder of `decoder_oracle.py`, which also is a second opinion of the whole model."""
     model, call, golden = family(name)
-    if codec is not None and any(model.config.layer_windows):
+    policy = beside_chunks(model, policy)
+    if codec is not None and any((*model.config.layer_windows, *model.config.layer_chunks)):
         policy = kvattn.Full()  # the oracle keeps what it does not look at
     capacity = T + golden["greedy"].shape[1] if policy is codec is None else T
     logits, cache = through(call, model.make_cache(B, capacity, policy=policy, codec=codec), golden, 1)
@@ -204,7 +213,7 @@ def test_small_budgets_are_lists_of_tokens(name, policy, codec):
             continue
         # Where every layer has a window, what a policy lets go may lie outside it anyway.
         assert (
-            all(model.config.layer_windows)
+            all(a or b for a, b in zip(model.config.layer_windows, model.config.layer_chunks, strict=True))
             or np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread
             or length <= 9
         )
@@ -382,6 +391,10 @@ FAULTS = {
     "groups of experts": ("deepseek_v3", "deepseek_v3", _config(expert_groups=1, groups_per_token=1, group_best=1)),
     "the best of a group": ("deepseek_v3", "deepseek_v3", _config(group_best=1)),
     "weights of experts": ("deepseek_v3", "deepseek_v3", _config(expert_shares="all")),
+    "chunks": ("llama4", "llama4_text", _config(chunks=None)),
+    "temperature": ("llama4", "llama4_text", _config(temperature=None)),
+    "layers with norms": ("llama4", "llama4_text", _config(qk_norm_layers=None)),
+    "what experts are given": ("llama4", "llama4_text", _config(expert_weighs="output")),
     "epsilon of latents": ("minicpm3", "minicpm3", _config(latent_norm_epsilon=1e-2)),
     "pairs of neighbours": ("glm4", "glm4", _config(rope_interleaved=False)),
     "one norm over all heads": ("olmo2", "olmo2", _config(norm_epsilon=1e-2)),

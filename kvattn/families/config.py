@@ -32,7 +32,7 @@ _SIZES = {
 """Sizes, and the least that each may be."""
 _MAY_BE_NONE = (
     "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "embedding_dim",
-    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "q_lora_rank", *_LATENT,
+    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "output_gate", "q_lora_rank", *_LATENT,
 )  # fmt: skip
 _CHOICES = {
     "positions": ("rope", "alibi", "learned"),
@@ -40,10 +40,11 @@ _CHOICES = {
     "norm_position": ("pre", "post", "sandwich", "output"),
     "activation": ACTIVATIONS,
     "qk_norm_heads": ("shared", "own", "joint", "unscaled"),
-    "output_gate": (None, "elementwise", "headwise"),
+    "output_gate": ("elementwise", "headwise"),
     "expert_kind": ("gpt_oss", "gated"),
     "expert_shares": ("chosen", "all"),
     "expert_scores": ("softmax", "sigmoid"),
+    "expert_weighs": ("output", "input"),
 }
 
 
@@ -113,6 +114,7 @@ class DecoderConfig:
         expert_scores: what the router's products with a token become: their "softmax", or the "sigmoid" of each.
         expert_shares: what a token's experts are weighted by: their scores over the sum of those that were "chosen", or
             as they are among "all", of which the chosen then have less than 1.
+        expert_weighs: what a weight multiplies: what the expert makes of the token ("output"), or is given ("input").
         expert_scale: multiplies these weights; 1 if it is 1.
         expert_bias: a learned number per expert is added to its score where experts are chosen, not where they are
             weighted.
@@ -198,6 +200,7 @@ class DecoderConfig:
     expert_kind: str = "gpt_oss"
     expert_scores: str = "softmax"
     expert_shares: str = "chosen"
+    expert_weighs: str = "output"
     expert_scale: float = 1.0
     expert_bias: bool = False
     expert_groups: int = 1
@@ -228,7 +231,8 @@ class DecoderConfig:
             if not isinstance(getattr(self, name), bool):
                 raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
         for name, known in _CHOICES.items():
-            _checks.one_of(name, getattr(self, name), known)
+            if getattr(self, name) is not None or name not in _MAY_BE_NONE:
+                _checks.one_of(name, getattr(self, name), known)
         settled |= self._numbers()
         for name, value in settled.items():
             object.__setattr__(self, name, value)

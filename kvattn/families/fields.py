@@ -7,12 +7,14 @@ from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
 from kvattn.families.config import MAX_LAYERS
 from kvattn.families.harmless import is_harmless
-from kvattn.families.kinds import FULL, WINDOW, Kind
+from kvattn.families.kinds import CHUNK, FULL, WINDOW, Kind
 from kvattn.families.settings import Format, Settings, Value
 from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
 """More heads than any model has: a number that is no mistake of the file lies below."""
+_LIMITED: Mapping[Kind, str] = {WINDOW: "sliding_attention", CHUNK: "chunked_attention"}
+"""What transformers calls such layers."""
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -219,24 +221,37 @@ class Fields(Settings):
             ConfigError: too few or too many entries, or a windowed layer without a size.
             UnsupportedError: a kind of attention that is not known.
         """
-        window, listed = self.get("sliding_window"), self.get("layer_types")
+        return self.limits(kinds, WINDOW, "sliding_window", used)
+
+    def limits(
+        self, kinds: Sequence[Kind], limited: Kind, name: str, used: bool = True
+    ) -> tuple[int | None, ...] | None:
+        """The window or chunk of each layer, as `windows`.
+
+        Args:
+            kinds: `FULL` or `limited`, one for each layer that there is.
+            limited: `WINDOW` or `CHUNK`.
+            name: the field that says how large it is.
+            used: whether the family's flags say that there is one.
+        """
+        size, listed = self.get(name), self.get("layer_types")
         if listed is not None and not isinstance(listed, list):
             raise ConfigError(f"{self.source}: layer_types must be a list, got {listed!r}.")
         if listed is not None:
             num_layers = len(kinds)
-            known: dict[str, Kind] = {"sliding_attention": WINDOW, "full_attention": FULL}
+            known: dict[str, Kind] = {_LIMITED[limited]: limited, "full_attention": FULL}
             for kind in listed:
                 if not isinstance(kind, str) or kind not in known:
                     raise UnsupportedError(f"{self.source}: layer_types holds {kind!r}; known are {', '.join(known)}.")
             kinds = [known[kind] for kind in listed]
             if len(kinds) != num_layers:
                 raise ConfigError(f"{self.source}: layer_types has {len(kinds)} entries for {num_layers} layers.")
-        if WINDOW not in kinds:
+        if limited not in kinds:
             return None
-        if window is None or not used:
-            raise ConfigError(f"{self.source}: there are layers with a window, but sliding_window is null.")
-        window = self.size("sliding_window")
-        return tuple(window if kind == WINDOW else None for kind in kinds)
+        if size is None or not used:
+            raise ConfigError(f"{self.source}: there are layers with a {limited}, but {name} is null.")
+        size = self.size(name)
+        return tuple(size if kind == limited else None for kind in kinds)
 
     def unsupported(self, name: str, value: Value, known: str) -> UnsupportedError:
         """The error to raise for a value that is not supported."""

@@ -1,4 +1,4 @@
-"""The tensors of experts as Mixtral, Qwen and their relatives store them: three matrices for each expert."""
+"""The tensors of experts as families store them: three matrices for each, or all in one tensor."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +22,24 @@ def routed(theirs: str, ours: str, config: DecoderConfig, names: Sequence[str]) 
     ):
         sources = [f"{theirs}.experts.{i}.{name}.weight" for i in range(experts)]
         yield rules.stacked(sources, (out, into), f"{ours}.{our}", rules.Layout((into, out), ((1,), (0,))))
+
+
+def fused(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterator[rules.Rule]:
+    """The router and the experts of one layer as Llama 4 stores them: all experts in one tensor, gates before ups.
+
+    Args:
+        theirs: what the MLP of the layer is called in the files.
+        ours: what it is called here.
+        config: of the decoder.
+        hidden: the hidden size of an expert.
+    """
+    features, experts = config.model_dim, config.num_experts
+    yield from rules.linear(f"{theirs}.router", f"{ours}.router", (features,), (experts,), False)
+    axes, into = ((0,), (1,), (2,)), (experts, features, 2 * hidden)
+    parts = {"gate": range(hidden), "up": range(hidden, 2 * hidden)}
+    kernels = {f"{ours}.{n}": rules.Layout((experts, features, hidden), axes, {2: part}) for n, part in parts.items()}
+    yield rules.Rule({f"{theirs}.experts.gate_up_proj": into}, kernels)
+    yield rules.tensor(f"{theirs}.experts.down_proj", (experts, hidden, features), f"{ours}.down")
 
 
 def dense(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterator[rules.Rule]:

@@ -13,6 +13,8 @@ _AROUND = ("is_encoder_decoder", "quantization_config")
 """What is told around it and holds for it too."""
 _OF_OTHERS = re.compile(r"vision|image|video|audio|multimodal|projector|spatial_merge|mm_tokens|(boi|eoi)_token")
 """Fields around it that are about the other parts."""
+_UNTIED = ("llama4",)
+"""Whose embeddings are not tied where nothing is said around the text part."""
 OTHER_TENSORS = r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector)\."
 """Tensors of the other parts."""
 
@@ -30,7 +32,7 @@ def text_part(config: Mapping[str, Value]) -> Mapping[str, Value]:
 def to_load(config: Mapping[str, Value]) -> Mapping[str, Value]:
     """The same for a reader that passes over nothing: with the fields around it that may matter to it.
 
-    Whether embeddings are tied is said around it, as in transformers, and true where nothing is said.
+    Whether embeddings are tied is said around it, as in transformers; where nothing is, it goes by the kind of model.
     """
     text = text_part(config)
     if text is config:
@@ -40,7 +42,8 @@ def to_load(config: Mapping[str, Value]) -> Mapping[str, Value]:
         for name, value in config.items()
         if name not in (*_KEYS, *_AROUND, *HARMLESS, *text) and not _OF_OTHERS.search(name)
     }
-    return {**rest, **text, "tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    tied = config.get("tie_word_embeddings", config.get("model_type") not in _UNTIED)
+    return {**rest, **text, "tie_word_embeddings": tied}
 
 
 def _inner(config: Mapping[str, Value]) -> Mapping[str, Value] | None:

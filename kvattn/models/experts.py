@@ -98,9 +98,13 @@ class Experts(nnx.Module):
             added, parameters = parameters[0], parameters[1:]
         shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]), added)
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
-        out = jax.lax.map(lambda block: self._expert(*block, *parameters), (blocks.gathered(tokens), blocks.expert))
+        given, weighs_input = blocks.gathered(tokens), self.config.expert_weighs == "input"
+        if weighs_input:
+            given = given * blocks.of_choices(shares.astype(x.dtype).ravel())[:, :, None]
+        out = jax.lax.map(lambda block: self._expert(*block, *parameters), (given, blocks.expert))
         # The sum of a token is always taken in the order of its choices.
-        out = blocks.scattered(out).reshape(*chosen.shape, features) * shares.astype(x.dtype)[:, :, None]
+        out = blocks.scattered(out).reshape(*chosen.shape, features)
+        out = out if weighs_input else out * shares.astype(x.dtype)[:, :, None]
         return jnp.sum(out, axis=1).reshape(x.shape)
 
     def _chosen(
@@ -186,6 +190,10 @@ class _Blocks:
         source = source.at[self.place].set(jnp.arange(self.place.shape[0], dtype=jnp.int32) // self.per_token)
         found = jnp.take(tokens, source, axis=0, mode="fill", fill_value=0)
         return found.reshape(self.count, self.rows, tokens.shape[1])
+
+    def of_choices(self, x: Float[Array, " choices"]) -> Float[Array, "blocks R"]:
+        """A number of each choice where its token lies; 0 where none does."""
+        return jnp.zeros((self.count * self.rows,), x.dtype).at[self.place].set(x).reshape(self.count, self.rows)
 
     def scattered(self, out: Float[Array, "blocks R D"]) -> Float[Array, "choices D"]:
         """What the blocks made of each choice."""
