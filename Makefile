@@ -23,10 +23,10 @@ export PIP_PROGRESS_BAR ?= off
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs bench clean
+.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs docs-test bench clean
 
 help:
-	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | bench | clean"
+	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | docs-test | bench | clean"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "kvattn needs Python 3.12, this is " + sys.version'
@@ -48,8 +48,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
 
+# All of it, compiled as users' programs are.
 test-full: $(VENV)/.dev kernels-aot
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	KVATTN_TEST_OPTIMIZE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --shapes=1 $(TESTS)
 	$(MAKE) test JAX_VERSION=$(OLDEST_JAX)
 	$(MAKE) mutants MUTANTS="--sample 30"
@@ -87,6 +88,10 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
 	@echo "docs: site/index.html"
+
+# Every code block of the pages, executed: four minutes of one core, and so not a part of `make test`.
+docs-test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -k test_page tests/test_docs.py
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/decode_cpu.py

@@ -60,7 +60,14 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", with_code(PAGES), ids=lambda path: str(path.relative_to(ROOT)))
+def pages():
+    """README, and the others, which `make docs-test` runs."""
+    for path in with_code(PAGES):
+        slow = () if path.parent == ROOT else pytest.mark.slow
+        yield pytest.param(path, id=str(path.relative_to(ROOT)), marks=slow)
+
+
+@pytest.mark.parametrize("path", pages())
 def test_page(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # What pages call a checkpoint is a tiny one.
