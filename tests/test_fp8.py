@@ -74,7 +74,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(b[name], np.float32), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "llama3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama3", "deepseek_v3"])
 def test_blocks_that_do_not_divide(tmp_path, name):
     """Each number times its block's scale: projections, experts; not embeddings, norms, routers."""
     stored, floats = checkpoint(name)
