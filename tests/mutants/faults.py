@@ -2468,8 +2468,9 @@ FAULTS: list[Fault] = [
     *group(
         "families/hf/deepseek.py",
         "test_checkpoints.py::test_published_configs",
-        ("_params", "experts * (d + (f.family.blueprint is _v3))", "experts * d"),
-        ("_is_sparse", ">= f.count", "> f.count"),
+        ("_params", "f.num_experts * (d + (f.family.blueprint is _v3))", "f.num_experts * d"),
+        ("_params", "bool(shared) * ", "", "test_checkpoints.py::test_which_layers_of_deepseek_have_experts"),
+        ("_experts", "i % every == 0", "True", "test_checkpoints.py::test_which_layers_of_deepseek_have_experts"),
     ),
     *group(
         "memory/hf_quantized.py",
