@@ -2422,7 +2422,7 @@ FAULTS: list[Fault] = [
     *group(
         "models/decoder.py",
         """
-        test_models_latent.py::test_whole_rows_and_chunks
+        test_models_latent.py::test_chunks
         test_models_latent.py::test_bytes_and_refusals
         """,
         ("_attention", "norm_epsilon=config.latent_norm_epsilon", "norm_epsilon=config.norm_epsilon"),
