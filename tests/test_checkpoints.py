@@ -111,8 +111,12 @@ SPARSE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
-@pytest.mark.parametrize(("fields", "sparse"), SPARSE, ids=str)
+@pytest.mark.parametrize(
+    ("name", "fields", "sparse"),
+    [(name, *case) for name in ("deepseek_v2", "deepseek_v3") for case in SPARSE]
+    + [("deepseek_v2", {"first_k_dense_replace": 0, "n_shared_experts": 0, "mlp_bias": True}, None)],
+    ids=str,
+)
 def test_which_layers_of_deepseek_have_experts(folder, name, fields, sparse):
     """In the decoder, among its tensors, and counted by the planner."""
     path = folder(name)
