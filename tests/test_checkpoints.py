@@ -102,6 +102,33 @@ def test_names_without_their_prefix(folder, name, prefix):
     assert_same(from_pretrained(path), from_pretrained(GOLDEN / name))
 
 
+SPARSE = [
+    ({"moe_layer_freq": 2, "first_k_dense_replace": 0}, (True, False, True)),
+    ({"first_k_dense_replace": 2}, (False, False, True)),
+    ({"first_k_dense_replace": 0, "n_shared_experts": None}, None),
+    ({"n_routed_experts": None}, "dense"),
+    ({"first_k_dense_replace": 9}, "dense"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sparse"),
+    [(name, *case) for name in ("deepseek_v2", "deepseek_v3") for case in SPARSE]
+    + [("deepseek_v2", {"first_k_dense_replace": 0, "n_shared_experts": 0, "mlp_bias": True}, None)],
+    ids=str,
+)
+def test_which_layers_of_deepseek_have_experts(folder, name, fields, sparse):
+    """In the decoder, among its tensors, and counted by the planner."""
+    path = folder(name)
+    set_config(path, **fields)
+    found, spec = describe(path), from_config(path)
+    assert found.config.num_experts == (0 if sparse == "dense" else 8)
+    assert found.config.expert_layers == (None if sparse == "dense" else sparse)
+    assert spec.num_params == sum(map(math.prod, found.tensors.values()))
+    idle = spec.num_params - spec.active_params
+    assert idle == sum(map(found.config.has_experts, range(3))) * 5 * 3 * 32 * 12
+
+
 def test_layers_that_guess_are_left_alone(folder):
     """DeepSeek-V3's files have modules behind the last layer that predict tokens further ahead: as many as are said."""
     path = folder("deepseek_v3")

@@ -74,7 +74,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(b[name], np.float32), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "llama3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama3", "deepseek_v3"])
 def test_blocks_that_do_not_divide(tmp_path, name):
     """Each number times its block's scale: projections, experts; not embeddings, norms, routers."""
     stored, floats = checkpoint(name)
@@ -110,11 +110,15 @@ def test_modules_that_stay_floats(tmp_path):
 
 
 def test_the_dtype_is_that_of_the_floats(tmp_path):
-    """Scales are float32 and weights 8 bits; the model computes in what the rest is stored in."""
-    stored, _ = checkpoint("llama3")
-    half = {n: x.astype(jnp.bfloat16) if x.dtype == np.float32 and "scale" not in n else x for n, x in stored.items()}
-    model = from_pretrained(folder_of(tmp_path, "llama3", half))
-    assert model.layers[0].mlp.up.kernel.dtype == jnp.bfloat16
+    """Not that of the scales, float32 and here most of the file: that of what is no weight in 8 bits."""
+    stored = {}
+    for key, x in load_file(GOLDEN / "llama3" / WEIGHTS).items():
+        if x.ndim == 2 and not key.endswith(FLOATS):
+            stored[key], stored[f"{key}_scale_inv"], _ = rounded(x, (1, 1))
+        else:
+            stored[key] = x.astype(jnp.bfloat16)
+    model = from_pretrained(folder_of(tmp_path, "llama3", stored, weight_block_size=[1, 1]))
+    assert model.layers[0].mlp.up.kernel.dtype == model.embed.embedding.dtype == jnp.bfloat16
 
 
 SETTINGS = {

@@ -318,7 +318,9 @@ FIELDS = {
     **dict.fromkeys(
         ("num_kv_heads", "head_dim", "embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim"), SIZE
     ),
-    **dict.fromkeys(("rope_theta", "expert_alpha", "expert_limit"), NEEDED_POSITIVE),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), SIZE),
+    **dict.fromkeys(("expert_groups", "groups_per_token", "group_best"), NEEDED_SIZE),
+    **dict.fromkeys(("rope_theta", "expert_alpha", "expert_limit", "expert_scale"), NEEDED_POSITIVE),
     **dict.fromkeys(("local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale"), POSITIVE),
     **{
         key: [*((v, errors.DTypeError) for v in ("11", True, (1, 0))), ((True,), errors.ConfigError)]
@@ -326,10 +328,14 @@ FIELDS = {
     },
     "rope_scaling": [(3, errors.KVAttnError), ({"rope_type": "nonsense"}, errors.ConfigError)],
     "windows": [*WINDOW, ([4], errors.ConfigError), ((4, "4"), errors.DTypeError), ((4, 0), errors.RangeError)],
-    "norm_epsilon": [*NUMBER, (None, errors.DTypeError), *((v, errors.RangeError) for v in (-1e-6, np.inf, np.nan))],
+    **{
+        key: [*NUMBER, (None, errors.DTypeError), *((v, errors.RangeError) for v in (-1e-6, np.inf, np.nan))]
+        for key in ("norm_epsilon", "latent_norm_epsilon")
+    },
     **{key: [NUMBER[0], *((v, errors.RangeError) for v in (0, -1.0, np.nan))] for key in ("softcap", "logit_softcap")},
     **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("positions", "norm", "norm_position", "activation")},
-    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("qk_norm_heads", "expert_kind", "expert_shares")},
+    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("qk_norm_heads", "expert_kind")},
+    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("expert_scores", "expert_shares")},
     "max_positions": SIZE,
     "alibi_slopes": [
         ("12", errors.DTypeError),
@@ -354,6 +360,8 @@ FIELDS = {
             "rope_interleaved",
             "shared_expert_gate",
             "embedding_norm",
+            "expert_bias",
+            "router_float32",
             "shared_norm",
             "sinks",
             "tie_embeddings",

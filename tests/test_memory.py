@@ -876,7 +876,10 @@ def test_what_the_checkpoint_is_quantised_to(what):
     tables = 2 * 128256 * 4096
     bits = {None: 16, "int3": 3, "int4": 4, "mxfp4": 4.25}.get(expected, 8)
     linear = spec.num_params - (0 if expected == "mxfp4" else tables)
-    assert p.weight_bytes == math.ceil(linear * bits / 8) + 2 * (spec.num_params - linear)
+    if what == "fp8":  # in blocks: a float32 for each, and norms in 16 bits too
+        linear -= 65 * 4096
+        assert spec.num_scale_bytes == 4 * 32 * (2 * 32 * 32 + 2 * 8 * 32 + 3 * 112 * 32)
+    assert p.weight_bytes == math.ceil(linear * bits / 8) + 2 * (spec.num_params - linear) + spec.num_scale_bytes
     assert plan(spec, "h100", weight_dtype="float32").weight_bytes == 4 * spec.num_params
 
 

@@ -265,14 +265,15 @@ class DecoderConfig:
     def _latent_head(self) -> tuple[int, int]:
         """K and H of latent attention: one head, of what is cached of a token."""
         sizes = {name: getattr(self, name) for name in _LATENT}
+        for name, size in {**sizes, "q_lora_rank": self.q_lora_rank}.items():
+            if size is not None:
+                _checks.integer(name, size, 1)
         missing = [name for name, size in sizes.items() if size is None]
         if missing:
             raise ConfigError(
                 f"latent attention needs {', '.join(_LATENT)}; {' and '.join(missing)} is missing: give all of them, "
                 "or none and no q_lora_rank."
             )
-        for name, size in sizes.items():
-            _checks.integer(name, size, 1)
         if self.qk_rope_head_dim % 2:  # pyright: ignore
             raise ConfigError(f"qk_rope_head_dim must be even, as pairs turn, got {self.qk_rope_head_dim}.")
         cached = sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"]

@@ -66,8 +66,8 @@ def convert_to_gqa[T](params_or_model: T, num_kv_heads: int) -> T:
         ConfigError: a head count that `num_kv_heads` does not divide; no attention layer; Flax's decode cache.
         ShapeError: projections of an attention layer that do not fit each other.
         UnsupportedError: keys that are normalised head by head (the mean of normalised keys is not the normalised
-            mean); parameters of the key and value projections that are neither kernel nor bias; in a module,
-            attention layers of classes that are not Flax's or kvattn's.
+            mean); parameters of the key and value projections that are neither kernel nor bias; latent attention; in a
+            module, attention layers of classes that are not Flax's or kvattn's.
 
     Example:
         >>> from flax import nnx

@@ -298,8 +298,8 @@ def _largest_first(rules: Iterable[Rule]) -> list[Rule]:
 def _usual_dtype(tensors: Tensors) -> np.dtype:
     """The floating dtype that most numbers are stored in."""
     counts: dict[str, int] = {}
-    for entry in tensors.entries.values():
-        if entry.dtype in _DTYPES:
+    for name, entry in tensors.entries.items():
+        if entry.dtype in _DTYPES and not name.endswith(fp8.SCALES):
             counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.nbytes
     usual = jnp.dtype(_DTYPES[max(counts, key=lambda kind: counts[kind])])
     return jnp.dtype(jnp.float32) if usual == jnp.float64 else usual

@@ -111,7 +111,8 @@ def explain(
             "No head is stored twice." if copies == 1 else f"Each key/value head is stored {copies} times."
         )
     else:
-        size["heads"], reasons["heads"] = None, against
+        latent = " Latent attention keeps one key for all query heads." * values_in_keys
+        size["heads"], reasons["heads"] = None, against + latent
     if batch_size % n:
         size["batch"], reasons["batch"] = None, f"{batch_size} rows do not divide over {n} devices."
     else:
@@ -137,7 +138,7 @@ def against_heads(num_heads: int | None, num_kv_heads: int, axis_size: int) -> s
     """Why heads cannot be split over so many devices; None: they can. `num_heads` None: only K is known."""
     n = axis_size
     if num_kv_heads == 1 and n > 1:
-        return "One key/value head (MQA, MLA) cannot be split: every device would hold the whole cache."
+        return "One key/value head (MQA) cannot be split: every device would hold the whole cache."
     if num_kv_heads % n and n % num_kv_heads:
         return f"{num_kv_heads} key/value heads and {n} devices: neither divides the other."
     if num_heads is not None and num_heads % n:

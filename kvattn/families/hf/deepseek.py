@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from kvattn.families import latent, moe, params, rules
+from kvattn.families import experts, latent, moe, params, rules
 from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import ROPE, usual
 from kvattn.families.family import Family, Sizes
@@ -105,23 +105,18 @@ def _predicting(fields: Fields, config: DecoderConfig) -> tuple[str, ...]:
 def _params(f: Sizes) -> int:
     """Parameters without the layers that guess."""
     d, layers, bias = f.size("model_dim"), f.num_layers, f.flag("mlp_bias")
-    sparse = [_is_sparse(f, i) for i in range(layers)].count(True)
+    sparse = experts.sparse_layers(f)
     dense = _mlp(d, f.size("mlp_dim"), bias)
     total = params.embeddings(f) + d + layers * (latent.params(f) + 2 * d) + (layers - sparse) * dense
     if sparse:
-        size, experts = f.size("moe_intermediate_size"), f.num_experts
-        router = experts * (d + (f.family.blueprint is _v3))
-        shared = f.count("shared_experts")
-        total += sparse * (experts * 3 * d * size + router + bool(shared) * _mlp(d, shared * size, bias))
+        size, shared = f.size("moe_intermediate_size"), f.count("shared_experts")
+        router = f.num_experts * (d + (f.family.blueprint is _v3))
+        total += sparse * (f.num_experts * 3 * d * size + router + bool(shared) * _mlp(d, shared * size, bias))
     return total
 
 
 def _mlp(features: int, hidden: int, bias: bool) -> int:
     return 3 * features * hidden + bias * (2 * hidden + features)
-
-
-def _is_sparse(f: Sizes, layer: int) -> bool:
-    return f.num_experts > 0 and layer >= f.count("dense_layers") and layer % f.size("moe_layer_freq", 1) == 0
 
 
 _USUAL = ROPE | latent.DEFAULTS | {
