@@ -26,7 +26,7 @@ FAULTS: list[Fault] = [
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
         ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, numbers", "jnp.where(skipped | bad, 0"),
         ("PagedKVCache._beyond", "used > room", "used > room + 1"),
-        ("PagedKVCache.vouched", "jnp.where(bad, 0, step.num_new)", "step.num_new"),
+        ("PagedKVCache.vouched", "status=status), bad", "status=status), jnp.zeros_like(bad)"),
         ("PagedKVCache.pages_outside", "self.page_table >= end", "self.page_table > end"),
         ("PagedKVCache._refuse_shared_writes", "next_one, next_one)", "next_one - 1, next_one)"),
     ),
