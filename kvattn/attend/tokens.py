@@ -19,7 +19,7 @@ class NewTokens:
 
     Attributes:
         query: the queries.
-        key: the keys; None for a static cache, to which nothing is appended, and where the cache has the tokens already.
+        key: the keys; None for a static cache, to which nothing is appended, and where the cache has these tokens.
         value: the values; None likewise, and where they are the first numbers of the keys.
         num_new: how many are real, and taken; the others are pads.
         refused: rows whose tokens do not fit: `num_new` is 0 there.

@@ -252,8 +252,8 @@ class Cache(Tree):
             writes: whether it is; else its tokens are there already.
 
         Raises:
-            RangeError: a page that does not exist. Under jit: status bit, and the row is told. A page that two rows would
-                write to, or one row twice. Under jit nobody looks.
+            RangeError: a page that does not exist. Under jit: status bit, and the row is told. A page that two rows
+                would write to, or one row twice. Under jit nobody looks.
             BlockStateError: a page that one row would write to and another reads. Under jit nobody looks.
         """
         del mask, writes

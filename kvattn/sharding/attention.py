@@ -76,7 +76,8 @@ def cached_attention[C: Cache](
 
     Args:
         query: float [B, T, N, H].
-        key: float [B, T, K, H]; None for a static cache, and for the cache of another layer, as there. K heads also where `shard_cache` made copies in the cache.
+        key: float [B, T, K, H]; None for a static cache, and for the cache of another layer, as there. K heads also
+            where `shard_cache` made copies in the cache.
         value: float [B, T, K, Hv]; None likewise, and where values are in the keys.
         cache: from `shard_cache`. One that lies on a single device is split by the first step, if it divides.
         mesh: of Explicit or Auto axes.

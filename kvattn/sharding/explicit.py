@@ -56,9 +56,9 @@ def cached_attention[C: Cache](
 
     Args:
         query: float [B, T, N, H].
-        key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`: nothing is
-            appended. For a static cache (`KVCache.from_encoder`) every query attends to all its tokens; for any other
-            the queries are those of its last tokens, `num_new` of T, which another layer appended (below).
+        key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`: nothing
+            is appended. For a static cache (`KVCache.from_encoder`) every query attends to all its tokens; for any
+            other the queries are those of its last tokens, `num_new` of T, which another layer appended (below).
         value: float [B, T, K, Hv]. None for a cache whose values are in its keys (``values_in_keys=True``).
         cache: what was kept so far, a `KVCache` or a `PagedKVCache`.
         num_new: int32 [B], how many of the T tokens are real. None: all.
@@ -82,13 +82,13 @@ def cached_attention[C: Cache](
         out [B, T, N, Hv] in query's dtype, and the new cache. Products are taken in the wider of query and cache dtype
         and accumulated in float32.
 
-    Layers that share a cache (YOCO, arXiv:2405.05254; CLA, arXiv:2405.12981): one of them owns it and appends, the others
-    call this with its new cache, and key and value None, each with queries of its own. The cache comes back as it was.
-    What these queries attend to is what the policy keeps once the owner's step is done: policies that go by attention
-    have then let a token go, and count the attention of the owner's queries only. Where T > 1 tokens came at once and
-    some are gone that the first of them see (a ring has turned, a budget was cut) that is refused; pass the tokens' keys
-    and values with the cache that the owner was given, and ``append=False``: that attends to just what the owner's
-    queries attend to.
+    Layers that share a cache (YOCO, arXiv:2405.05254; CLA, arXiv:2405.12981): one of them owns it and appends, the
+    others call this with its new cache, and key and value None, each with queries of its own. The cache comes back as
+    it was. What these queries attend to is what the policy keeps once the owner's step is done: policies that go by
+    attention have then let a token go, and count the attention of the owner's queries only. Where T > 1 tokens came at
+    once and some are gone that the first of them see (a ring has turned, a budget was cut) that is refused; pass the
+    tokens' keys and values with the cache that the owner was given, and ``append=False``: that attends to just what the
+    owner's queries attend to.
 
     Raises:
         ShapeError, DTypeError, RangeError, ConfigError: arguments that do not fit.
