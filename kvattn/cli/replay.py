@@ -83,7 +83,7 @@ def _replayed(requests: Sequence[TraceRequest], sizes: Sequence[int], block_size
 
 def _bytes_per_token(name: str) -> int:
     spec = MODELS[name]
-    return bytes_per_token(spec.num_cache_layers, spec.num_kv_heads, spec.head_dim)
+    return sum(bytes_per_token(1, *spec.heads[layer]) for layer in spec.cache_layers)
 
 
 def _screen(

@@ -1,7 +1,7 @@
 """`Family`: everything known about one kind of model. `Sizes`: a config.json of it, as the planner reads it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, RangeError, UnsupportedError
@@ -89,6 +89,7 @@ class Family(Format):
         has_states: every layer also keeps a state of constant size.
         kv_heads: K, given N. None: the usual field, else N.
         head_dim: H. None: the usual field, else D // N.
+        heads: K and H of each layer, given what the layers keep, where layers differ. None: they do not.
         params: the exact number of parameters, tied ones once. None: it is estimated.
         estimate: what the estimate has to know.
         experts: how its experts differ from Mixtral's.
@@ -109,6 +110,7 @@ class Family(Format):
     has_states: bool = False
     kv_heads: Callable[["Sizes", int], int] | None = None
     head_dim: Counter | None = None
+    heads: Callable[["Sizes", Sequence[Kind]], list[tuple[int, int]]] | None = None
     params: Counter | None = None
     estimate: Estimate = Estimate()
     experts: Experts = Experts()
