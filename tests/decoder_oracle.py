@@ -42,21 +42,23 @@ def int8(x):
 
 
 class Layer:
-    """One block with its list of tokens, per key/value head."""
+    """One block with its list of tokens, per key/value head; or with that of an earlier layer, its owner."""
 
-    def __init__(self, config, parameters, index, policy, codec):
+    def __init__(self, config, parameters, index, policy, codec, owner=None):
+        self.owner = self if owner is None else owner
+        self.kv_heads, self.size = config.layer_kv_heads[index], config.layer_head_dims[index]
         self.config, self.policy, self.codec, self.index = config, policy, codec, index
         start = f"layers.{index}."
         self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
         self.rope, self.window = config.rope_of(index), config.layer_windows[index]
         scale = config.layer_scales[index]
-        self.scale = config.head_dim**-0.5 if scale is None else scale
+        self.scale = self.size**-0.5 if scale is None else scale
         self.slopes = None
         if config.positions == "alibi":
             self.slopes = config.alibi_slopes or np.asarray(kvattn.alibi_slopes(config.num_heads), np.float64)
         self.keys, self.values = {}, {}
-        self.tokens = [[] for _ in range(config.num_kv_heads)]
-        self.score = [{} for _ in range(config.num_kv_heads)]
+        self.tokens = [[] for _ in range(self.kv_heads)]
+        self.score = [{} for _ in range(self.kv_heads)]
 
     def norm(self, name, x):
         c = self.config
@@ -69,13 +71,24 @@ class Layer:
         y = np.tensordot(x, self.w[f"{name}.kernel"], axes=x.ndim)
         return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
-    def mlp(self, x):
+    def mlp(self, x, before):
         c = self.config
         if not c.has_experts(self.index):
             return self.dense("mlp", x)
-        scores = self.linear("mlp.router", x)
+        if not c.experts_beside:
+            return self.experts(x, x)
+        y = self.norm("mlp.experts_post_norm", self.experts(self.norm("mlp.experts_norm", before), before))
+        return y + self.norm("mlp.beside_norm", self.dense("mlp.beside", x))
+
+    def experts(self, x, seen):
+        c = self.config
+        if c.router_scales:
+            seen = seen / np.sqrt((seen**2).mean() + c.norm_epsilon) * self.w["mlp.router_scale"] / len(seen) ** 0.5
+        scores = self.linear("mlp.router", seen)
         best = np.argsort(-scores)[: c.experts_per_token]
         shares = softmax(scores)[best] if c.expert_shares == "all" else softmax(scores[best])
+        if c.router_scales:
+            shares = shares * self.w["mlp.expert_scale"][best]
         y = 0
         if c.shared_expert_dim:
             y = self.dense("mlp.shared", x)
@@ -105,18 +118,15 @@ class Layer:
         return x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_epsilon) * self.w[f"attention.{name}.scale"]
 
     def attention(self, x, t):
-        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
-        q, k, v = (self.linear(f"attention.{name}", x) for name in ("query", "key", "value"))
-        if c.qkv_clip:
-            q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
-        if c.qk_norm:
-            q, k = self.head_norm("query_ln", q), self.head_norm("key_ln", k)
-        self.keys[t], self.values[t] = k, v
-        if self.codec:
-            self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
-        out = np.zeros((c.num_heads, v.shape[-1]))
-        for head, tokens in enumerate(self.tokens):
-            tokens.append(t)
+        c, group, owner = self.config, self.config.num_heads // self.kv_heads, self.owner
+        q = self.clipped(self.linear("attention.query", x))
+        q = self.head_norm("query_ln", q) if c.qk_norm else q
+        if owner is self:
+            self.keep(x, t)
+        out = np.zeros((c.num_heads, self.size))
+        for head, tokens in enumerate(owner.tokens):
+            if owner is self:
+                tokens.append(t)
             places = self.places(tokens, t)
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
             mass = np.zeros(len(tokens))
@@ -129,10 +139,27 @@ class Layer:
                 if c.sinks:
                     scores = np.append(scores, self.w["attention.sinks"][n])
                 probs = softmax(scores)[: len(near)]
-                out[n] = sum(p * self.values[tokens[i]][head] for p, i in zip(probs, near, strict=True))
+                out[n] = sum(p * owner.values[tokens[i]][head] for p, i in zip(probs, near, strict=True))
                 mass[near] += probs / group
-            self.forget(head, t, mass)
+            if owner is self:  # what other layers' queries attend to is of no account
+                self.forget(head, t, mass)
         return self.linear("attention.out", out)
+
+    def keep(self, x, t):
+        """Keys and values of a token."""
+        c = self.config
+        k = v = self.clipped(self.linear("attention.key", x))
+        if not c.layer_values_from_keys[self.index]:
+            v = self.clipped(self.linear("attention.value", x))
+        k = self.head_norm("key_ln", k) if c.qk_norm else k
+        v = v / np.sqrt((v**2).mean(-1, keepdims=True) + c.norm_epsilon) if c.value_norm else v
+        self.keys[t], self.values[t] = k, v
+        if self.codec:
+            self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
+
+    def clipped(self, y):
+        limit = self.config.qkv_clip
+        return np.clip(y, -limit, limit) if limit else y
 
     def product(self, query, head, tokens, places, i, t):
         """Of a query at position t, seen at the last of the places, and key i, at its own."""
@@ -141,7 +168,7 @@ class Layer:
             # A key has the frequencies of the length it came at, and a query, but to the sinks, those of its own.
             came, at = tokens[i], at if tokens[i] < self.policy.num_sinks else t
         query = rotated(self.rope_at(at), query[None], at)[0]
-        key = self.keys[tokens[i]][head]
+        key = self.owner.keys[tokens[i]][head]
         return query @ (key if self.codec else rotated(self.rope_at(came), key[None], came)[0])
 
     def rope_at(self, position):
@@ -166,29 +193,34 @@ class Layer:
         if len(tokens) > p.num_heavy + p.num_recent:
             tokens.remove(min((j for j in tokens if j <= t - p.num_recent), key=lambda j: (score[j], j)))
 
-    def __call__(self, x, t):
+    def __call__(self, x, t, embedded=None):
         c, plain, scale = self.config, self.config.norm_position in ("post", "output"), self.config.residual_scale or 1
         inner = x if plain else self.norm("attention_norm", x)
         y = self.attention(inner, t)
         if c.parallel:
-            return x + scale * (y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x)))
+            return x + scale * (y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x), x))
         for name, function in (("attention", None), ("mlp", self.mlp)):
             if function is not None:
                 inner = x if plain else self.norm("mlp_norm", x)
-                y = function(inner)
+                y = function(inner, x)
             if c.norm_position in ("sandwich", "output"):
                 y = self.norm(f"{name}_post_norm", y)
             x = (inner if c.residual_after_norm else x) + scale * y
             if c.norm_position == "post":
                 x = self.norm(f"{name}_norm", x)
-        return x
+        if embedded is not None:
+            gate = ACTIVATIONS[c.activation](self.linear("own_embedding.gate", x))
+            x = x + self.norm("own_embedding.norm", self.linear("own_embedding.out", gate * embedded))
+        return x * self.w["scale"] if c.layer_scale else x
 
 
 def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
     """Logits [T, V] of one sequence, token by token, and the layers with the tokens they kept."""
     config = model.config
     parameters = {name: np.asarray(x, np.float64) for name, x in parameters_of(model).items()}
-    layers = [Layer(config, parameters, i, policy, codec) for i in range(config.num_layers)]
+    layers = []
+    for i, source in enumerate(config.layer_sources):
+        layers.append(Layer(config, parameters, i, policy, codec, None if source == i else layers[source]))
     outer = Layer.__new__(Layer)
     outer.config, outer.w = config, parameters
     table, rows = parameters["embed.embedding"], []
@@ -200,8 +232,14 @@ def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
             x = x + parameters["positions.embedding"][t]
         if config.embedding_norm:
             x = outer.norm("embed_norm", x)
-        for layer in layers:
-            x = layer(x, t)
+        own = [None] * len(layers)
+        if size := config.per_layer_dim:
+            own = (x @ parameters["own_embeddings.projection.kernel"] / config.model_dim**0.5).reshape(-1, size)
+            own = [outer.norm("own_embeddings.norm", row) for row in own]
+            own = np.stack(own) + parameters["own_embeddings.table.embedding"][token].reshape(-1, size) * size**0.5
+            own = own / 2**0.5
+        for layer, embedded in zip(layers, own, strict=True):
+            x = layer(x, t, embedded)
         if config.final_norm:
             x = outer.norm("norm", x)
         if config.embedding_dim is not None:

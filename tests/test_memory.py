@@ -34,6 +34,7 @@ from memory_configs import (
     nested,
     sized,
 )
+from published_configs import GEMMA4_E2B
 
 import kvattn
 from kvattn import errors, memory
@@ -695,6 +696,30 @@ def test_layers_that_share_a_cache():
     assert plan(hunyuan, "h100", length=100).prefill_attention_flops == whole.prefill_attention_flops
 
 
+def test_layers_with_heads_of_their_own():
+    """Gemma 4: of 512 where there is no window, of 256 where there is; and the last 20 layers of E2B keep nothing."""
+    e2b = GEMMA4_E2B["text_config"]
+    spec = from_config(e2b)
+    assert spec.cache_layers == tuple(range(15)) and spec.layer_sources[15:] == ((13,) * 4 + (14,)) * 4
+    assert spec.heads == ((1, 256),) * 4 + ((1, 512),) + spec.heads[:5] * 6
+    of_token = lambda spec: 2 * 2 * sum(k * h for k, h in (spec.heads[i] for i in spec.cache_layers))
+    whole = dataclasses.replace(spec, window=None)
+    for model in (whole, dataclasses.replace(whole, kv_source=None)):
+        assert plan(model, "h100").bytes_per_token == of_token(model)
+        one_more = [cache_bytes(model, 1, n, page_size=16, backend="gpu") for n in (160, 176)]
+        assert one_more[1] - one_more[0] == 16 * of_token(model) + 4 * model.num_cache_layers
+    # The cache as it is made.
+    tiny_one = from_config(e2b | {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "layer_types": None})
+    made = [
+        kvattn.KVCache.create(2, k, h, capacity=40, policy=None if w is None else kvattn.SlidingWindow(w))
+        for (k, h), w in ((tiny_one.heads[i], tiny_one.layer_windows[i]) for i in tiny_one.cache_layers)
+    ]
+    assert cache_bytes(tiny_one, 2, 40, backend="cpu") == sum(cache.nbytes for cache in made)
+    by_heads = plan(dataclasses.replace(whole, layer_heads=((8, 256), (2, 512)) * 17 + ((8, 256),), kv_source=None),
+                    "h100", length=64, num_devices=2, by="heads")  # fmt: skip
+    assert by_heads.device_cache_bytes < by_heads.cache_bytes
+
+
 def test_layers_without_a_cache_are_not_attended_to():
     model = tiny(4, 4, 2, 16, window=(8, None, 8, None))
     hybrid = dataclasses.replace(model, kv_source=(None, 1, None, 1), window=(None, None, 8, None))
@@ -1320,8 +1345,11 @@ REFUSED = {
         lambda: from_config({"model_type": "x", "is_encoder_decoder": True, "text_config": LLAMA}),
     ),
     "Mamba alone": (errors.UnsupportedError, "state", lambda: from_config(LLAMA | {"model_type": "mamba2"})),
-    "heads that differ by layer": (
-        errors.UnsupportedError, "gemma4", lambda: from_config({"model_type": "gemma4_text"}),
+    "a model of Gemma 4's kind that is not known": (
+        errors.UnsupportedError, "layer_heads", lambda: from_config({"model_type": "gemma4_unified"}),
+    ),
+    "heads of fewer layers": (
+        errors.ConfigError, "layer_heads", lambda: dataclasses.replace(tiny(), layer_heads=((1, 8),)),
     ),
     "kinds of layers that are not known": (
         errors.UnsupportedError, "compressed", lambda: from_config(LLAMA | {"layer_types": ["compressed"] * 32}),

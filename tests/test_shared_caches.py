@@ -261,7 +261,7 @@ def test_where_arguments_lie():
 def test_what_is_gone_is_refused():
     cache = kvattn.KVCache.create(1, K, H, policy=kvattn.SlidingWindow(4), dtype=jnp.float32)
     query, key, value = (x[:1] for x in suites.tokens(0, CHUNK, value_head_dim=H))
-    out, after = kvattn.cached_attention(query, key, value, cache)
+    _, after = kvattn.cached_attention(query, key, value, cache)
     with pytest.raises(errors.UnsupportedError, match=r"let go of tokens that the first of 7 .* append=False"):
         kvattn.cached_attention(query, None, None, after)
     # The last token alone, or a window that the ring has room for.

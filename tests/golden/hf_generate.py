@@ -245,6 +245,16 @@ SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 SIGLIP |= {"image_size": 8, "patch_size": 4}
 PIXTRAL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 PIXTRAL |= {"image_size": 8, "patch_size": 4}
+FOURTH = {
+    **SMALL,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCAB,
+}
+"""Gemma 4 without all that can be left out."""
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 6.0]}
 
 # Families that came later, with the flags that are usual; then with the others.
@@ -429,13 +439,71 @@ LATER = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 4,
+            "final_logit_softcapping": 9.0,
+        },
+    ),
+    "gemma4_experts": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4_plain": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma4_images": (
+        "Gemma4",
+        {
+            "text_config": {
+                **FOURTH,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "hidden_size_per_layer_input": 4,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "position_embedding_size": 16,
+                "patch_size": 4,
+            },
+        },
+    ),
 }
 
 
 def model_of(kind: str, settings: dict, seed: int):
     """A model whose every parameter is drawn."""
     with_images = "vision_config" in settings
-    prefix = "Gemma3Text" if kind == "Gemma3" and not with_images else kind
+    prefix = f"{kind}Text" if kind in ("Gemma3", "Gemma4") and not with_images else kind
     config = getattr(transformers, f"{prefix}Config")(**({} if with_images else ENDS), **settings)
     head = "ForConditionalGeneration" if with_images else "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     model = getattr(transformers, kind + head)(config).eval().float()
@@ -443,6 +511,9 @@ def model_of(kind: str, settings: dict, seed: int):
     tied = getattr(model.config, "tie_word_embeddings", False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, x in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                x.copy_(x + 0.3 * torch.randn(x.shape, generator=generator))
         for name, x in model.named_parameters():
             noise = torch.randn(x.shape, generator=generator)
             if x.ndim == 1 and "weight" in name:  # norms

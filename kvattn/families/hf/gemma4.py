@@ -158,7 +158,10 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
         layer_scale=True,
     )
     parts = dict(llama.PARTS) | _own_parts(config)
-    return rules.blueprint(config, parts, _block(config), buffers=llama.BUFFERS)
+    # Published files have projections of layers that share, which nothing goes through.
+    shared = "|".join(str(i) for i in range(num_layers) if is_shared[i])
+    unused = [rf"(^|\.)layers\.({shared})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\."] * bool(shared)
+    return rules.blueprint(config, parts, _block(config), buffers=(*llama.BUFFERS, *unused))
 
 
 def _own_parts(config: DecoderConfig) -> dict[str, rules.Part]:
