@@ -392,8 +392,8 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
         """
         caching.check_owner(self.settings)
         features = self.in_kv_features
-        _, *inputs = projections.checked_inputs(inputs_k, inputs_k, inputs_v, features, features)
-        return self._keys_and_values(*inputs, None)
+        _, x_k, x_v = projections.checked_inputs(inputs_k, inputs_k, inputs_v, features, features)
+        return self._keys_and_values(x_k, x_v, None)
 
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
@@ -407,8 +407,8 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
             ShapeError: `encoder_out` is not [B, S, in_kv_features].
         """
         settings, _ = attention.resolve(self.settings, self.attention_fn)
-        caching.check_cross(settings)
         caching.check_owner(settings)
+        caching.check_cross(settings)
         if getattr(encoder_out, "ndim", None) != 3 or encoder_out.shape[-1] != self.in_kv_features:
             shape = getattr(encoder_out, "shape", None)
             raise ShapeError(f"encoder_out must be [B, S, {self.in_kv_features}], got shape {shape}.")

@@ -306,8 +306,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
             ShapeError: `encoder_out` is not [B, S, D'].
         """
-        caching.check_cross(self._settings())
         caching.check_owner(self._settings())
+        caching.check_cross(self._settings())
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
         return self(encoder_out, cache=_Encode(lengths))

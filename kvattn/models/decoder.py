@@ -24,7 +24,7 @@ from kvattn.families.config import DecoderConfig
 from kvattn.layers import dot_product_attention as default_attention
 from kvattn.layers import placement
 from kvattn.layers.attention_fn import Attention
-from kvattn.models.block import Block
+from kvattn.models.block import KV, Block
 from kvattn.models.parts import Norm, OwnEmbeddings
 from kvattn.models.placement import Split
 from kvattn.policies import Policy

@@ -44,6 +44,8 @@ def _sizes(f: Settings, kinds: Sequence[Kind], usual: tuple[int, int]) -> list[t
         return found
     if not isinstance(given, Mapping) or not all(isinstance(entry, Mapping) for entry in given.values()):
         raise ConfigError(f"per_layer_config must hold an object for layers by their number, got {given!r}.")
+    if unknown := sorted(set(map(str, given)) - set(map(str, range(len(kinds))))):
+        raise ConfigError(f"per_layer_config names {', '.join(unknown)}, which are no layers of {len(kinds)}.")
     listed = [given.get(str(i), given.get(i)) for i in range(len(kinds))]
     known = {"head_dim", "num_key_value_heads"}
     if unknown := sorted({str(name) for entry in listed if entry for name in entry} - known):
