@@ -354,6 +354,11 @@ ABSENT = {
     "gemma3_text": GEMMA_BLOCK
     | {"vocab_size": 262208, "softcap": None, "logit_softcap": None, "rope_theta": 1e6, "local_rope_theta": 1e4}
     | {"windows": SIX * 4 + (4096, 4096)},
+    "gemma4_text": GEMMA_BLOCK
+    | {"vocab_size": 262144, "num_layers": 30, "head_dim": (*[256] * 5, 512) * 5, "attention_scale": 1.0}
+    | {"windows": (*[512] * 5, None) * 5, "rope_theta": 1e6, "local_rope_theta": 1e4, "logit_softcap": None}
+    | {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.25}, "per_layer_dim": 256}
+    | {"kv_source": None, "num_experts": 0, "value_norm": True, "values_from_keys": False},
     "cohere2": {"vocab_size": 256000, "model_dim": 8192, "num_layers": 40, "num_heads": 64, "num_kv_heads": 64}
     | {"mlp_dim": 22528, "norm_epsilon": 1e-5, "activation": "silu", "logit_scale": 0.0625, "rope_theta": 1e4}
     | {"windows": (4096, 4096, 4096, None) * 10, "rope_layers": (True, True, True, False) * 10}

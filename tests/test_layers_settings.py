@@ -314,8 +314,8 @@ NEEDED_POSITIVE = [*POSITIVE, (None, errors.DTypeError)]
 STRICT_FLAG = [(v, errors.DTypeError) for v in ("no", 1, None)]
 EACH_SIZE = [
     *(row for row in SIZE if row[0] != [16]),
-    *((v, errors.ConfigError) for v in ([16], (16, 0))),
-    ((16, "16"), errors.DTypeError),
+    *((v, errors.ConfigError) for v in ([2], (2, 0))),
+    ((2, "2"), errors.DTypeError),
 ]
 COUNT = [(v, errors.DTypeError) for v in ("1", 1.5, None, True)] + [(-1, errors.ConfigError)]
 FIELDS = {

@@ -619,8 +619,12 @@ def test_parameters_of_real_checkpoints(folder):
     """Counted from the config, and from the header of the weights."""
     data = (folder / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    others = ("__metadata__", "vision_tower.", "multi_modal_projector.")
-    tensors = [math.prod(entry["shape"]) for name, entry in header.items() if not name.startswith(others)]
+    others = ("__metadata__", "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.embed_vision.")
+    tensors = [
+        math.prod(entry["shape"])
+        for name, entry in header.items()
+        if not (name.startswith(others) or name.endswith(".layer_scalar"))  # a buffer
+    ]
     spec = from_config(folder)
     assert spec.num_params == sum(tensors)
     assert spec.name == folder.name and from_config(folder / "config.json", name="mine").name == "mine"
@@ -630,9 +634,17 @@ def test_parameters_of_real_checkpoints(folder):
 def test_sizes_of_real_checkpoints(folder):
     """Heads and windows, read by the planner and by what loads the checkpoint."""
     config, spec = describe(folder).config, from_config(folder)
-    assert spec.layer_windows == config.layer_windows
-    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
+    assert spec.layer_sources == config.layer_sources
+    names = ("num_layers", "num_heads", "model_dim")
     assert [getattr(spec, name) for name in names] == [getattr(config, name) for name in names]
+    assert_same_layers(spec, config)
+
+
+def assert_same_layers(spec, config, what=None):
+    """Windows and heads, layer by layer."""
+    assert (spec.num_layers, spec.num_heads) == (config.num_layers, config.num_heads), what
+    assert spec.layer_windows == config.layer_windows, what
+    assert spec.heads == tuple(zip(config.layer_kv_heads, config.layer_head_dims, strict=True)), what
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
@@ -646,8 +658,7 @@ def test_what_a_config_leaves_out(folder, tmp_path):
         except errors.KVAttnError:
             continue  # without it other fields contradict each other
         found, read = from_config(tmp_path), read + 1
-        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_windows"):
-            assert getattr(found, field) == getattr(loaded, field), (left_out, field)
+        assert_same_layers(found, loaded, left_out)
     assert read > len(config) // 2
 
 
@@ -709,7 +720,7 @@ def test_layers_with_heads_of_their_own():
         one_more = [cache_bytes(model, 1, n, page_size=16, backend="gpu") for n in (160, 176)]
         assert one_more[1] - one_more[0] == 16 * of_token(model) + 4 * model.num_cache_layers
     # The cache as it is made.
-    tiny_one = from_config(e2b | {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "layer_types": None})
+    tiny_one = from_config(e2b | {"num_hidden_layers": 12, "num_kv_shared_layers": 5, "layer_types": None})
     made = [
         kvattn.KVCache.create(2, k, h, capacity=40, policy=None if w is None else kvattn.SlidingWindow(w))
         for (k, h), w in ((tiny_one.heads[i], tiny_one.layer_windows[i]) for i in tiny_one.cache_layers)
@@ -887,8 +898,7 @@ def test_what_null_means(folder, tmp_path):
                     from_config(tmp_path)
             continue
         found, read = from_config(tmp_path), read + 1
-        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layer_windows"):
-            assert getattr(found, field) == getattr(loaded, field), (name, field)
+        assert_same_layers(found, loaded, name)
     assert read
 
 
@@ -1349,7 +1359,7 @@ REFUSED = {
         errors.UnsupportedError, "layer_heads", lambda: from_config({"model_type": "gemma4_unified"}),
     ),
     "heads of fewer layers": (
-        errors.ConfigError, "layer_heads", lambda: dataclasses.replace(tiny(), layer_heads=((1, 8),)),
+        errors.ConfigError, "layer_heads", lambda: dataclasses.replace(tiny(), layer_heads=((1, 8),) * 99),
     ),
     "kinds of layers that are not known": (
         errors.UnsupportedError, "compressed", lambda: from_config(LLAMA | {"layer_types": ["compressed"] * 32}),

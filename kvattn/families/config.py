@@ -229,6 +229,7 @@ class DecoderConfig:
                 raise type(error)(f"rope_scaling: {error}") from error
             object.__setattr__(self, "rope_scaling", rope.scaling)
             self.rope_of(0)
+        self._check_sources()
 
     def _numbers(self) -> dict[str, object]:
         """Numbers as Python's, which JSON and hashes take, and lists as tuples; all checked."""
@@ -295,7 +296,6 @@ class DecoderConfig:
             raise ConfigError("per_layer_dim needs norm='rms'.")
         if isinstance(self.head_dim, tuple) and self.rotary_dim is not None:
             raise ConfigError("rotary_dim is one for all layers, and head_dim differs from layer to layer.")
-        self._check_sources()
         if self.shared_expert_gate and self.shared_expert_dim is None:
             raise ConfigError("shared_expert_gate is a part of the shared expert: give shared_expert_dim too.")
 

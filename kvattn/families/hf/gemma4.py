@@ -18,6 +18,7 @@ from kvattn.families.hf import llama
 from kvattn.families.kinds import FULL, WINDOW, Kind, every
 from kvattn.families.registry import register
 from kvattn.families.settings import Settings, Value
+from kvattn.positions.scaling import ROPE_TYPES
 
 _PERIOD = 6
 """After so many layers one has no window, where the file does not list them."""
@@ -89,7 +90,7 @@ def _ropes(fields: Fields) -> dict[str, Value]:
         both[name] = dict(given)
     whole, local = both["full_attention"], both["sliding_attention"]
     share = whole.pop("partial_rotary_factor", None) if whole.get("rope_type") == "proportional" else None
-    inner = fields.scaled(whole, 10000.0, None)
+    inner = fields.scaled(whole, 10000.0, None, known=ROPE_TYPES)
     if share is not None:
         inner["rope_scaling"] = {"rope_type": "proportional", **(inner["rope_scaling"] or {})}
         inner["rope_scaling"]["partial_rotary_factor"] = share
