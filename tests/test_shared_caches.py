@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import suites
 import variants
-from oracles import assert_same_bits, attend_token
+from oracles import assert_same_bits, attend_token, kept_after
 from suites import CHUNK, B, H, K, N
 
 import kvattn
 from kvattn import errors, sharding
 from kvattn.cache.status import BAD_COUNT, BAD_PAGE, LOST
 from kvattn.pallas.interpreter import interpret
-from kvattn.policies import OrderedWindow
+from kvattn.policies import Context, OrderedWindow
 
 LENGTHS = suites.history(3)
 ROPE = kvattn.RoPE(H)
@@ -103,6 +103,18 @@ def test_what_a_reader_attends_to(case, padding):
         assert_unchanged(caches[1], second, LOST)
         refused += lost.sum()
     assert (refused > 0) == (case.limit is None)
+
+
+@pytest.mark.parametrize("case", [case for case in suites.POLICIES if case.by_position], ids=lambda case: case.id)
+def test_what_can_be_read(case):
+    """Whatever came before, and however much: where what is kept has all that the new tokens see."""
+    policy, most = case.make(), case.limit or 99
+    rows = np.array([(n, new) for n in range(14) for new in range(10) if n + new <= most], np.int32)
+    came = Context(*map(jnp.asarray, rows.T), 9, policy.num_slots(case.capacity))
+    found = policy.can_read((), came, policy.mask().narrowed(case.window).cut(case.chunk))
+    for (n, new), can in zip(rows.tolist(), np.asarray(found).tolist(), strict=True):
+        seen = set().union(*(case.seen_from(p) for p in range(n, n + new)))
+        assert can == (case.limit is not None or seen <= kept_after(n + new, case.keeps, case.num_sinks, case.cuts))
 
 
 @pytest.mark.parametrize("name", [*variants.POLICIES, "OrderedWindow"])
