@@ -117,6 +117,15 @@ def test_what_can_be_read(case):
         assert can == (case.limit is not None or seen <= kept_after(n + new, case.keeps, case.num_sinks, case.cuts))
 
 
+def test_what_can_be_read_of_a_budget():
+    """All that came, or single tokens."""
+    policy = kvattn.H2O(2, 2)
+    positions = jnp.asarray([[[0, 1, 2, -1, -1]], [[0, 2, 4, 5, -1]], [[0, 2, 4, 5, -1]]], jnp.int32)
+    state = policy.init(3, 1, 5).replace(positions=positions)
+    came = Context(jnp.asarray([1, 4, 5]), jnp.asarray([2, 2, 1]), 2, 5)
+    assert policy.can_read(state, came, policy.mask()).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("name", [*variants.POLICIES, "OrderedWindow"])
 def test_the_owners_queries_find_what_they_found(name):
     """Of policies that let a token go after each step, what is left is attended to, and nothing is scored."""
@@ -220,6 +229,8 @@ def test_pages_that_a_window_has_left():
     gone = cache.replace(page_table=jnp.asarray([[-1, -1, 2, 1]], jnp.int32))
     read, _ = kvattn.cached_attention(query[:, -1:], None, None, gone)
     np.testing.assert_allclose(read, out[:, -1:], atol=2e-5)
+    with pytest.raises(errors.RangeError, match="page_table names page -1"):
+        kvattn.cached_attention(query, None, None, gone)
 
 
 def test_pages_that_rows_share():
@@ -344,6 +355,8 @@ def test_pages_that_are_not_there():
     paged = kvattn.PagedKVCache.create(4, 4, K, H, batch_size=1, max_pages=2, dtype=jnp.float32)
     query, key, value = (x[:1] for x in suites.tokens(0, 3, value_head_dim=H))
     _, paged = kvattn.cached_attention(query, key, value, paged.with_tables([[0, 1]], [0]))
+    full = dataclasses.replace(paged, page_table=jnp.asarray([[0, -1]], jnp.int32))
+    kvattn.cached_attention(query, key, value, full, append=False)  # tokens that do not stay need no page
     gone = dataclasses.replace(paged, page_table=jnp.asarray([[-1, 1]], jnp.int32))
     with pytest.raises(errors.RangeError, match="page_table names page -1"):
         kvattn.cached_attention(query, None, None, gone)

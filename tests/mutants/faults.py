@@ -661,8 +661,8 @@ FAULTS: list[Fault] = [
         "attend/step.py",
         """
         test_shared_caches.py::test_what_a_reader_attends_to
-        test_shared_caches.py::test_the_owners_queries_find_what_they_found
         test_shared_caches.py::test_a_budget_is_read_once_the_owner_has_let_go
+        test_shared_caches.py::test_pages_that_a_window_has_left
         test_shared_caches.py::test_pages_that_rows_share
         """,
         ("read", "before=new.num_new", "before=new.num_new * 0"),
@@ -670,12 +670,17 @@ FAULTS: list[Fault] = [
         ("read", "held=True", "held=False"),
         ("read", "bits.mark(cache.status, new.refused, bits.LOST)", "cache.status"),
         ("beside", "jnp.zeros_like(new.num_new)", "new.num_new"),
-        ("needing_pages", "new.key is not None and new.stays", "True", "test_shared_caches.py::test_pages"),
+        (
+            "needing_pages",
+            "new.key is not None and new.stays",
+            "True",
+            "test_shared_caches.py::test_pages_that_are_not_there",
+        ),
         (
             "needing_pages",
             "new.key is None and cache.policy.in_order",
             "False",
-            "test_shared_caches.py::test_pages_that_are_not_there",
+            "test_shared_caches.py::test_pages_that_a_window_has_left",
         ),
     ),
     *group(
@@ -686,18 +691,18 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "policies/chunked.py",
-        "test_shared_caches.py::test_what_a_reader_attends_to",
+        "test_shared_caches.py::test_what_can_be_read",
         ("Chunked.can_read", ">= self._start(step.last)", "> self._start(step.last)"),
         ("Chunked.can_read", "| (mask.first_seen(step.lengths) >= self._start(step.last))", "| True"),
     ),
     *group(
         "policies/streaming.py",
-        "test_shared_caches.py::test_what_a_reader_attends_to",
+        "test_shared_caches.py::test_what_can_be_read",
         ("StreamingLLM.can_read", "first > step.last - window", "first >= step.last - window"),
     ),
     *group(
         "policies/base.py",
-        "test_shared_caches.py::test_the_owners_queries_find_what_they_found",
+        "test_shared_caches.py::test_what_can_be_read_of_a_budget",
         ("Policy.can_read", "step.num_new <= 1", "step.num_new <= 2"),
     ),
     *group(
