@@ -126,6 +126,16 @@ class Mask:
             ok &= kv >= first - jax.lax.rem(first, jnp.int32(self.chunk))
         return ok
 
+    def first_seen(self, q_positions: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+        """The first position that a query may attend to, but for the sinks."""
+        first = jnp.zeros_like(q_positions)
+        for window in (self.window, self.reach):
+            if window is not None:
+                first = jnp.maximum(first, q_positions - window + 1)
+        if self.chunk is not None:
+            first = jnp.maximum(first, q_positions - q_positions % self.chunk)
+        return first
+
     @property
     def is_bounded(self) -> bool:
         """Whether a query may be kept from tokens that came before it."""

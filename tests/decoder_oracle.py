@@ -54,9 +54,11 @@ def routed(config, scores, added):
 
 
 class Layer:
-    """One block with its list of tokens, per key/value head."""
+    """One block with its list of tokens, per key/value head; or with that of an earlier layer, its owner."""
 
-    def __init__(self, config, parameters, index, policy, codec):
+    def __init__(self, config, parameters, index, policy, codec, owner=None):
+        self.owner = self if owner is None else owner
+        self.kv_heads, self.size = config.layer_kv_heads[index], config.layer_head_dims[index]
         self.config, self.policy, self.codec, self.index = config, policy, codec, index
         start = f"layers.{index}."
         self.w = {name.removeprefix(start): x for name, x in parameters.items() if name.startswith(start)}
@@ -64,14 +66,14 @@ class Layer:
             config.rope_of(index), config.layer_windows[index], config.layer_chunks[index],
         )  # fmt: skip
         scale = config.layer_scales[index]
-        size = config.qk_nope_head_dim + config.qk_rope_head_dim if config.is_latent else config.head_dim
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim if config.is_latent else self.size
         self.scale = size**-0.5 if scale is None else scale
         self.slopes = None
         if config.positions == "alibi":
             self.slopes = config.alibi_slopes or np.asarray(kvattn.alibi_slopes(config.num_heads), np.float64)
         self.keys, self.values = {}, {}
-        self.tokens = [[] for _ in range(config.num_kv_heads)]
-        self.score = [{} for _ in range(config.num_kv_heads)]
+        self.tokens = [[] for _ in range(self.kv_heads)]
+        self.score = [{} for _ in range(self.kv_heads)]
 
     def norm(self, name, x):
         c = self.config
@@ -84,11 +86,22 @@ class Layer:
         y = np.tensordot(x, self.w[f"{name}.kernel"], axes=x.ndim)
         return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
-    def mlp(self, x):
+    def mlp(self, x, before):
         c = self.config
         if not c.has_experts(self.index):
             return self.dense("mlp", x)
-        best, shares = routed(c, self.linear("mlp.router", x), self.w.get("mlp.score_bias", 0))
+        if not c.experts_beside:
+            return self.experts(x, x)
+        y = self.norm("mlp.experts_post_norm", self.experts(self.norm("mlp.experts_norm", before), before))
+        return y + self.norm("mlp.beside_norm", self.dense("mlp.beside", x))
+
+    def experts(self, x, seen):
+        c = self.config
+        if c.router_scales:
+            seen = seen / np.sqrt((seen**2).mean() + c.norm_epsilon) * self.w["mlp.router_scale"] / len(seen) ** 0.5
+        best, shares = routed(c, self.linear("mlp.router", seen), self.w.get("mlp.score_bias", 0))
+        if c.router_scales:
+            shares = shares * self.w["mlp.expert_scale"][best]
         y = 0
         if c.shared_expert_dim:
             y = self.dense("mlp.shared", x)
@@ -143,35 +156,32 @@ class Layer:
         return q
 
     def queries(self, x, t):
-        """Queries [N, H] of a token, whose key and value are kept."""
+        """Queries [N, H] of a token, whose key and value are kept where the layer has its own."""
         c = self.config
         if c.is_latent:
             return self.latents(x, t)
-        q, k, v = (self.linear(f"attention.{name}", x) for name in ("query", "key", "value"))
-        if c.qkv_clip:
-            q, k, v = (np.clip(y, -c.qkv_clip, c.qkv_clip) for y in (q, k, v))
-        if c.has_qk_norm(self.index):
-            q, k = self.head_norm("query_ln", q), self.head_norm("key_ln", k)
+        q = self.clipped(self.linear("attention.query", x))
+        q = self.head_norm("query_ln", q) if c.has_qk_norm(self.index) else q
         if c.temperature and self.rope is None:
             floor, scale = c.temperature
             q = q * (1 + scale * np.log(1 + (t + 1) // floor))
-        self.keys[t], self.values[t] = k, v
-        if self.codec:
-            self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
+        if self.owner is self:
+            self.keep(x, t)
         return q
 
     def value(self, n, head, token):
         """Of a token, as query head n sees it."""
         if self.config.is_latent:
             return self.keys[token][0, : self.config.kv_lora_rank] @ self.w["attention.value_up.kernel"][:, n]
-        return self.values[token][head]
+        return self.owner.values[token][head]
 
     def attention(self, x, t):
-        c, group = self.config, self.config.num_heads // self.config.num_kv_heads
+        c, group, owner = self.config, self.config.num_heads // self.kv_heads, self.owner
         q = self.queries(x, t)
-        out = np.zeros((c.num_heads, c.v_head_dim or c.head_dim))
-        for head, tokens in enumerate(self.tokens):
-            tokens.append(t)
+        out = np.zeros((c.num_heads, c.v_head_dim or self.size))
+        for head, tokens in enumerate(owner.tokens):
+            if owner is self:
+                tokens.append(t)
             places = self.places(tokens, t)
             near = [i for i, p in enumerate(places) if self.window is None or places[-1] - p < self.window]
             near = [i for i in near if self.chunk is None or places[i] // self.chunk == t // self.chunk]
@@ -187,11 +197,28 @@ class Layer:
                 probs = softmax(scores)[: len(near)]
                 out[n] = sum(p * self.value(n, head, tokens[i]) for p, i in zip(probs, near, strict=True))
                 mass[near] += probs / group
-            self.forget(head, t, mass)
+            if owner is self:  # what other layers' queries attend to is of no account
+                self.forget(head, t, mass)
         if c.output_gate:
             gate = 1 / (1 + np.exp(-self.linear("attention.gate", x)))
             out = out * gate.reshape(c.num_heads, -1)
         return self.linear("attention.out", out)
+
+    def keep(self, x, t):
+        """Keys and values of a token."""
+        c = self.config
+        k = v = self.clipped(self.linear("attention.key", x))
+        if not c.layer_values_from_keys[self.index]:
+            v = self.clipped(self.linear("attention.value", x))
+        k = self.head_norm("key_ln", k) if c.has_qk_norm(self.index) else k
+        v = v / np.sqrt((v**2).mean(-1, keepdims=True) + c.norm_epsilon) if c.value_norm else v
+        self.keys[t], self.values[t] = k, v
+        if self.codec:
+            self.keys[t], self.values[t] = int8(rotated(self.rope_at(t), k, t)), int8(v)
+
+    def clipped(self, y):
+        limit = self.config.qkv_clip
+        return np.clip(y, -limit, limit) if limit else y
 
     def product(self, query, n, head, tokens, places, i, t):
         """Of a query at position t, seen at the last of the places, and key i, at its own."""
@@ -199,7 +226,7 @@ class Layer:
         if self.rope is not None and self.rope.depends_on_length and isinstance(self.policy, kvattn.StreamingLLM):
             # A key has the frequencies of the length it came at, and a query, but to the sinks, those of its own.
             came, at = tokens[i], at if tokens[i] < self.policy.num_sinks else t
-        key, score = self.keys[tokens[i]][head], 0.0
+        key, score = self.owner.keys[tokens[i]][head], 0.0
         if self.config.is_latent:
             plain, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
             score = query[:plain] @ (key[:rank] @ self.w["attention.key_up.kernel"][:, n])
@@ -229,29 +256,34 @@ class Layer:
         if len(tokens) > p.num_heavy + p.num_recent:
             tokens.remove(min((j for j in tokens if j <= t - p.num_recent), key=lambda j: (score[j], j)))
 
-    def __call__(self, x, t):
+    def __call__(self, x, t, embedded=None):
         c, plain, scale = self.config, self.config.norm_position in ("post", "output"), self.config.residual_scale or 1
         inner = x if plain else self.norm("attention_norm", x)
         y = self.attention(inner, t)
         if c.parallel:
-            return x + scale * (y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x)))
+            return x + scale * (y + self.mlp(inner if c.shared_norm else self.norm("mlp_norm", x), x))
         for name, function in (("attention", None), ("mlp", self.mlp)):
             if function is not None:
                 inner = x if plain else self.norm("mlp_norm", x)
-                y = function(inner)
+                y = function(inner, x)
             if c.norm_position in ("sandwich", "output"):
                 y = self.norm(f"{name}_post_norm", y)
             x = (inner if c.residual_after_norm else x) + scale * y
             if c.norm_position == "post":
                 x = self.norm(f"{name}_norm", x)
-        return x
+        if embedded is not None:
+            gate = ACTIVATIONS[c.activation](self.linear("own_embedding.gate", x))
+            x = x + self.norm("own_embedding.norm", self.linear("own_embedding.out", gate * embedded))
+        return x * self.w["scale"] if c.layer_scale else x
 
 
 def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
     """Logits [T, V] of one sequence, token by token, and the layers with the tokens they kept."""
     config = model.config
     parameters = {name: np.asarray(x, np.float64) for name, x in parameters_of(model).items()}
-    layers = [Layer(config, parameters, i, policy, codec) for i in range(config.num_layers)]
+    layers = []
+    for i, source in enumerate(config.layer_sources):
+        layers.append(Layer(config, parameters, i, policy, codec, None if source == i else layers[source]))
     outer = Layer.__new__(Layer)
     outer.config, outer.w = config, parameters
     table, rows = parameters["embed.embedding"], []
@@ -263,8 +295,14 @@ def logits_of(model: nnx.Module, tokens, policy=None, codec=None):
             x = x + parameters["positions.embedding"][t]
         if config.embedding_norm:
             x = outer.norm("embed_norm", x)
-        for layer in layers:
-            x = layer(x, t)
+        own = [None] * len(layers)
+        if size := config.per_layer_dim:
+            own = (x @ parameters["own_embeddings.projection.kernel"] / config.model_dim**0.5).reshape(-1, size)
+            own = [outer.norm("own_embeddings.norm", row) for row in own]
+            own = np.stack(own) + parameters["own_embeddings.table.embedding"][token].reshape(-1, size) * size**0.5
+            own = own / 2**0.5
+        for layer, embedded in zip(layers, own, strict=True):
+            x = layer(x, t, embedded)
         if config.final_norm:
             x = outer.norm("norm", x)
         if config.embedding_dim is not None:

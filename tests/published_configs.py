@@ -162,6 +162,32 @@ MAVERICK = LLAMA4 | {
         "num_local_experts": 128, "rope_scaling": None, "use_qk_norm": False,
     },
 }  # fmt: skip
+_GEMMA4_ROPE = {
+    "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+GEMMA4_E2B = {
+    "architectures": ["Gemma4ForConditionalGeneration"], "audio_token_id": 258881, "boa_token_id": 256000,
+    "boi_token_id": 255999, "eoa_token_id": 258883, "eoi_token_id": 258882, "eos_token_id": [1, 106],
+    "image_token_id": 258880, "video_token_id": 258884, "model_type": "gemma4", "tie_word_embeddings": True,
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2,
+        "dtype": "bfloat16", "enable_moe_block": False, "eos_token_id": 1, "final_logit_softcapping": 30.0,
+        "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1536,
+        "hidden_size_per_layer_input": 256, "intermediate_size": 6144,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "max_position_embeddings": 131072,
+        "model_type": "gemma4_text", "num_attention_heads": 8, "num_global_key_value_heads": None,
+        "num_hidden_layers": 35, "num_key_value_heads": 1, "num_kv_shared_layers": 20, "pad_token_id": 0,
+        "rms_norm_eps": 1e-06, "rope_parameters": _GEMMA4_ROPE, "sliding_window": 512, "tie_word_embeddings": True,
+        "use_cache": True, "use_double_wide_mlp": True, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+    },
+}  # fmt: skip
+_OF_31B = {
+    "attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10, "max_position_embeddings": 262144,
+    "num_attention_heads": 32, "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16,
+    "num_kv_shared_layers": 0, "sliding_window": 1024, "use_double_wide_mlp": False,
+}  # fmt: skip
 MISTRAL3 = {
     "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "model_type": "mistral3",
     "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
@@ -348,6 +374,8 @@ PUBLISHED = {
     "kimi-k2": (KIMI_K2, 1_026_408_232_448),
     "minicpm3-4b": (MINICPM3, 4_073_875_968),
     "gemma-3-4b": (GEMMA3, 3_880_263_168),
+    "gemma-4-e2b": (GEMMA4_E2B, 4_628_569_344),
+    "gemma-4-31b": (GEMMA4_E2B | {"text_config": GEMMA4_E2B["text_config"] | _OF_31B}, 30_697_345_280),
     "mistral-small-3.1": (MISTRAL3, 23_572_403_200),
 }  # fmt: skip
 """The config, and the parameters that transformers 5.24 builds of it (without what sees)."""

@@ -413,6 +413,11 @@ ABSENT = {
     "gemma3_text": GEMMA_BLOCK
     | {"vocab_size": 262208, "softcap": None, "logit_softcap": None, "rope_theta": 1e6, "local_rope_theta": 1e4}
     | {"windows": SIX * 4 + (4096, 4096)},
+    "gemma4_text": GEMMA_BLOCK
+    | {"vocab_size": 262144, "num_layers": 30, "head_dim": (*[256] * 5, 512) * 5, "attention_scale": 1.0}
+    | {"windows": (*[512] * 5, None) * 5, "rope_theta": 1e6, "local_rope_theta": 1e4, "logit_softcap": None}
+    | {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.25}, "per_layer_dim": 256}
+    | {"kv_source": None, "num_experts": 0, "value_norm": True, "values_from_keys": False},
     "cohere2": {"vocab_size": 256000, "model_dim": 8192, "num_layers": 40, "num_heads": 64, "num_kv_heads": 64}
     | {"mlp_dim": 22528, "norm_epsilon": 1e-5, "activation": "silu", "logit_scale": 0.0625, "rope_theta": 1e4}
     | {"windows": (4096, 4096, 4096, None) * 10, "rope_layers": (True, True, True, False) * 10}
@@ -966,7 +971,10 @@ def test_published_configs(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found, spec = describe(tmp_path), from_config(tmp_path)
     scales = [shape for name, shape in found.tensors.items() if name.endswith("_scale_inv")]
-    assert sum(math.prod(shape) for shape in found.tensors.values()) - sum(map(math.prod, scales)) == count
+    # What multiplies a layer's output is a buffer there.
+    no_parameters = ("_scale_inv", ".layer_scalar")
+    shapes = [shape for tensor, shape in found.tensors.items() if not tensor.endswith(no_parameters)]
+    assert sum(math.prod(shape) for shape in shapes) == count
     assert (spec.num_params, spec.is_estimate, spec.cache_is_estimate) == (count, False, False)
     assert (spec.weight_dtype, spec.num_scale_bytes) == (
         "float8_e4m3fn" if scales else None,
@@ -975,7 +983,9 @@ def test_published_configs(tmp_path, name):
     assert len(spec.notes) == bool(scales)
     windows = zip(found.config.layer_windows, found.config.layer_chunks, strict=True)
     assert spec.layer_windows == tuple(window or chunk for window, chunk in windows)
-    sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
+    assert spec.heads == tuple(zip(found.config.layer_kv_heads, found.config.layer_head_dims, strict=True))
+    assert spec.layer_sources == found.config.layer_sources
+    sizes = ("num_layers", "num_heads", "model_dim")
     assert [getattr(spec, size) for size in sizes] == [getattr(found.config, size) for size in sizes]
     if found.config.num_experts:
         assert (spec.num_experts, spec.experts_per_token) == (found.config.num_experts, found.config.experts_per_token)

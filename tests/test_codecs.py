@@ -597,7 +597,7 @@ def test_caught_swapped_scales(monkeypatch):
     block = base.Codec.block
     original = kvattn.KVCache.view
 
-    def view(cache, *positions):
+    def view(cache, *positions, **held):
         seen = original(cache, *positions)
         keys, values = dict(seen.keys), dict(seen.values)
         keys["scale"], values["scale"] = values["scale"], keys["scale"]

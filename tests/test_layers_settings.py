@@ -96,7 +96,7 @@ ARGUMENTS = {
     ],
     "scale": [*NUMBER[:1], (np.inf, errors.RangeError), ([0.1], errors.ShapeError)],
     "softcap": [*NUMBER[:1], *((v, errors.RangeError) for v in (0, -1.0, np.nan))],
-    "sinks": NEEDED_FLAG,
+    **dict.fromkeys(("sinks", "shares_kv", "values_from_keys", "value_norm"), NEEDED_FLAG),
     "qk_norm": CHOICE,
     "qk_norm_heads": [*CHOICE, (None, errors.ConfigError)],
     "qk_norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
@@ -312,12 +312,22 @@ def test_a_bad_argument_of_init_cache_is_named():
 
 NEEDED_POSITIVE = [*POSITIVE, (None, errors.DTypeError)]
 STRICT_FLAG = [(v, errors.DTypeError) for v in ("no", 1, None)]
+EACH_SIZE = [
+    *(row for row in SIZE if row[0] != [16]),
+    *((v, errors.ConfigError) for v in ([2], (2, 0))),
+    ((2, "2"), errors.DTypeError),
+]
 COUNT = [(v, errors.DTypeError) for v in ("1", 1.5, None, True)] + [(-1, errors.ConfigError)]
 FIELDS = {
-    **dict.fromkeys(("vocab_size", "model_dim", "num_layers", "num_heads", "mlp_dim"), NEEDED_SIZE),
-    **dict.fromkeys(
-        ("num_kv_heads", "head_dim", "embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim"), SIZE
-    ),
+    **dict.fromkeys(("vocab_size", "model_dim", "num_layers", "num_heads"), NEEDED_SIZE),
+    **dict.fromkeys(("embedding_dim", "expert_dim", "shared_expert_dim", "rotary_dim", "per_layer_dim"), SIZE),
+    **dict.fromkeys(("num_kv_heads", "head_dim"), EACH_SIZE),
+    "mlp_dim": [*EACH_SIZE, (None, errors.DTypeError)],
+    "kv_source": [
+        *((v, errors.DTypeError) for v in (3, "01", (0, "1"), (0, True))),
+        *((v, errors.ConfigError) for v in ((0,), (0, 2), (0, -1), (1, 1))),
+    ],
+    "values_from_keys": [*((v, errors.DTypeError) for v in ("no", None, 2)), ((True,), errors.ConfigError)],
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), SIZE),
     **dict.fromkeys(("expert_groups", "groups_per_token", "group_best"), NEEDED_SIZE),
     **dict.fromkeys(("rope_theta", "expert_alpha", "expert_limit", "expert_scale"), NEEDED_POSITIVE),
@@ -365,6 +375,10 @@ FIELDS = {
             "shared_norm",
             "sinks",
             "tie_embeddings",
+            "value_norm",
+            "layer_scale",
+            "experts_beside",
+            "router_scales",
         ),
         STRICT_FLAG,
     ),

@@ -598,7 +598,7 @@ def nothing_donated(patch):
 
 @fault(10, suites.check_compiled_memory, kvattn.Full(), jnp.bfloat16, "xla")
 def whole_cache_computed_anew(patch):
-    def view(original, cache, *positions):
+    def view(original, cache, *positions, **held):
         view = original(cache, *positions)
         return dataclasses.replace(view, keys={n: jnp.tanh(x) for n, x in view.keys.items()})
 

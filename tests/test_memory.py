@@ -35,6 +35,7 @@ from memory_configs import (
     nested,
     sized,
 )
+from published_configs import GEMMA4_E2B
 
 import kvattn
 from kvattn import errors, memory
@@ -707,8 +708,15 @@ def test_parameters_of_real_checkpoints(folder):
     """Counted from the config, and from the header of the weights."""
     data = (folder / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    others = ("__metadata__", "vision_tower.", "vision_model.", "multi_modal_projector.")
-    tensors = [math.prod(entry["shape"]) for name, entry in header.items() if not name.startswith(others)]
+    others = (
+        "__metadata__", "vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.",
+        "model.embed_vision.",
+    )  # fmt: skip
+    tensors = [
+        math.prod(entry["shape"])
+        for name, entry in header.items()
+        if not (name.startswith(others) or name.endswith(".layer_scalar"))  # a buffer
+    ]
     spec = from_config(folder)
     assert spec.num_params == sum(tensors)
     assert spec.name == folder.name and from_config(folder / "config.json", name="mine").name == "mine"
@@ -723,9 +731,17 @@ def limits(config):
 def test_sizes_of_real_checkpoints(folder):
     """Heads and windows, read by the planner and by what loads the checkpoint."""
     config, spec = describe(folder).config, from_config(folder)
-    assert spec.layer_windows == limits(config)
-    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_dim")
+    assert spec.layer_sources == config.layer_sources
+    names = ("num_layers", "num_heads", "model_dim")
     assert [getattr(spec, name) for name in names] == [getattr(config, name) for name in names]
+    assert_same_layers(spec, config)
+
+
+def assert_same_layers(spec, config, what=None):
+    """Windows and heads, layer by layer."""
+    assert (spec.num_layers, spec.num_heads) == (config.num_layers, config.num_heads), what
+    assert spec.layer_windows == limits(config), what
+    assert spec.heads == tuple(zip(config.layer_kv_heads, config.layer_head_dims, strict=True)), what
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
@@ -739,9 +755,7 @@ def test_what_a_config_leaves_out(folder, tmp_path):
         except errors.KVAttnError:
             continue  # without it other fields contradict each other
         found, read = from_config(tmp_path), read + 1
-        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            assert getattr(found, field) == getattr(loaded, field), (left_out, field)
-        assert found.layer_windows == limits(loaded), left_out
+        assert_same_layers(found, loaded, left_out)
     assert read > len(config) // 2
 
 
@@ -788,6 +802,30 @@ def test_layers_that_share_a_cache():
     whole = plan(dataclasses.replace(hunyuan, kv_source=None), "h100", length=100)
     assert plan(hunyuan, "h100", length=100).cache_bytes * 2 == whole.cache_bytes
     assert plan(hunyuan, "h100", length=100).prefill_attention_flops == whole.prefill_attention_flops
+
+
+def test_layers_with_heads_of_their_own():
+    """Gemma 4: of 512 where there is no window, of 256 where there is; and the last 20 layers of E2B keep nothing."""
+    e2b = GEMMA4_E2B["text_config"]
+    spec = from_config(e2b)
+    assert spec.cache_layers == tuple(range(15)) and spec.layer_sources[15:] == ((13,) * 4 + (14,)) * 4
+    assert spec.heads == ((1, 256),) * 4 + ((1, 512),) + spec.heads[:5] * 6
+    of_token = lambda spec: 2 * 2 * sum(k * h for k, h in (spec.heads[i] for i in spec.cache_layers))
+    whole = dataclasses.replace(spec, window=None)
+    for model in (whole, dataclasses.replace(whole, kv_source=None)):
+        assert plan(model, "h100").bytes_per_token == of_token(model)
+        one_more = [cache_bytes(model, 1, n, page_size=16, backend="gpu") for n in (160, 176)]
+        assert one_more[1] - one_more[0] == 16 * of_token(model) + 4 * model.num_cache_layers
+    # The cache as it is made.
+    tiny_one = from_config(e2b | {"num_hidden_layers": 12, "num_kv_shared_layers": 5, "layer_types": None})
+    made = [
+        kvattn.KVCache.create(2, k, h, capacity=40, policy=None if w is None else kvattn.SlidingWindow(w))
+        for (k, h), w in ((tiny_one.heads[i], tiny_one.layer_windows[i]) for i in tiny_one.cache_layers)
+    ]
+    assert cache_bytes(tiny_one, 2, 40, backend="cpu") == sum(cache.nbytes for cache in made)
+    by_heads = plan(dataclasses.replace(whole, layer_heads=((8, 256), (2, 512)) * 17 + ((8, 256),), kv_source=None),
+                    "h100", length=64, num_devices=2, by="heads")  # fmt: skip
+    assert by_heads.device_cache_bytes < by_heads.cache_bytes
 
 
 def test_layers_without_a_cache_are_not_attended_to():
@@ -960,9 +998,7 @@ def test_what_null_means(folder, tmp_path):
                     from_config(tmp_path)
             continue
         found, read = from_config(tmp_path), read + 1
-        for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            assert getattr(found, field) == getattr(loaded, field), (name, field)
-        assert found.layer_windows == limits(loaded), name
+        assert_same_layers(found, loaded, name)
     assert read
 
 
@@ -1419,8 +1455,11 @@ REFUSED = {
         lambda: from_config({"model_type": "x", "is_encoder_decoder": True, "text_config": LLAMA}),
     ),
     "Mamba alone": (errors.UnsupportedError, "state", lambda: from_config(LLAMA | {"model_type": "mamba2"})),
-    "heads that differ by layer": (
-        errors.UnsupportedError, "gemma4", lambda: from_config({"model_type": "gemma4_text"}),
+    "a model of Gemma 4's kind that is not known": (
+        errors.UnsupportedError, "layer_heads", lambda: from_config({"model_type": "gemma4_unified"}),
+    ),
+    "heads of fewer layers": (
+        errors.ConfigError, "layer_heads", lambda: dataclasses.replace(tiny(), layer_heads=((1, 8),) * 99),
     ),
     "kinds of layers that are not known": (
         errors.UnsupportedError, "compressed", lambda: from_config(LLAMA | {"layer_types": ["compressed"] * 32}),

@@ -23,22 +23,23 @@ from kvattn.models import FAMILIES, Decoder, DecoderConfig, from_pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
 PLAIN = (
-    "bloom", "falcon40b", "falcon7b", "gemma2", "gemma3", "gpt2", "gpt_bigcode", "gpt_oss", "llama2", "llama3",
-    "mistral", "mpt", "opt", "qwen2", "qwen3",
+    "bloom", "falcon40b", "falcon7b", "gemma2", "gemma3", "gemma4", "gpt2", "gpt_bigcode", "gpt_oss", "llama2",
+    "llama3", "mistral", "mpt", "opt", "qwen2", "qwen3",
 )  # fmt: skip
 VARIANTS = (
     "bloom_post", "falcon11b", "falcon_rw", "gemma3_scaled", "gpt2_scaled", "gpt_bigcode_mha", "llama_biases",
     "llama_yarn", "mistral_full", "mpt_clip", "opt350m", "qwen2_window",
 )  # fmt: skip
 LATER = (
-    "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma3_images", "glm4", "gpt_neox", "granite", "llama4",
-    "llama4_images", "minicpm3", "mistral3_images", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
+    "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma3_images", "gemma4_images", "glm4", "gpt_neox", "granite",
+    "llama4", "llama4_images", "minicpm3", "mistral3_images", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3_moe",
+    "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 LATER_VARIANTS = (
-    "cohere2_biases", "deepseek_v2_groups", "deepseek_v3_halves", "gemma_biases", "glm4_plain", "gpt_neox_serial",
-    "granite_biases", "llama4_plain", "minicpm3_plain", "mixtral_window", "olmo2_biases", "phi3_short",
-    "qwen2_moe_mixed", "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel", "starcoder2_plain",
+    "cohere2_biases", "deepseek_v2_groups", "deepseek_v3_halves", "gemma4_experts", "gemma4_plain", "gemma_biases",
+    "glm4_plain", "gpt_neox_serial", "granite_biases", "llama4_plain", "minicpm3_plain", "mixtral_window",
+    "olmo2_biases", "phi3_short", "qwen2_moe_mixed", "qwen3_moe_mixed", "smollm3_window", "stablelm_parallel",
+    "starcoder2_plain",
 )  # fmt: skip
 BY_LENGTH = ("phi3_long",)
 """Rows on both sides of the length at which frequencies change: whole prompts only, as transformers has them."""
@@ -184,7 +185,7 @@ def test_a_budget_that_holds_all_is_full(name, policy):
         assert_logits(logits, golden)
 
 
-@pytest.mark.parametrize("name", [*some("bloom", "gemma2", "gpt_oss", "opt"), *some(of=BY_LENGTH)])
+@pytest.mark.parametrize("name", [*some("bloom", "gemma2", "gemma4", "gpt_oss", "opt"), *some(of=BY_LENGTH)])
 @pytest.mark.parametrize(
     ("policy", "codec"),
     [(None, None), (kvattn.StreamingLLM(2, 4), None), (kvattn.H2O(4, 4), None), (None, kvattn.Int8())],
@@ -217,7 +218,8 @@ def test_small_budgets_are_lists_of_tokens(name, policy, codec):
             or np.abs(expected - golden["logits"][row, :length]).max() > 10 * TOLERANCE * spread
             or length <= 9
         )
-        for layer, oracle in zip(cache, layers, strict=True):
+        owners = [layer for layer in layers if layer.owner is layer]
+        for layer, oracle in zip(cache, owners, strict=True):
             held = np.atleast_2d(np.asarray(layer.positions)[row])
             for positions, kept in zip(
                 np.broadcast_to(held, (len(oracle.tokens), held.shape[1])), oracle.tokens, strict=True
@@ -311,7 +313,7 @@ def test_palm_style():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmo2", "gpt_oss", "deepseek_v3", "gemma4", "gemma4_experts"])
 @pytest.mark.parametrize("axes", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_on_a_mesh(name, axes):
     """Experts split within each, one norm over heads of several devices, rows over the other axis."""
@@ -332,8 +334,10 @@ def test_on_a_mesh(name, axes):
     np.testing.assert_allclose(got, want, atol=TOLERANCE * golden["logits"][real(golden)].std())
 
 
-def test_a_step_compiles_once_and_works_in_place():
-    model, _, golden = family("gemma3")
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_a_step_compiles_once_and_works_in_place(name):
+    """Caches that other layers read, too."""
+    model, _, golden = family(name)
     apply, weights = stateless(model)
     step = jax.jit(chex.assert_max_traces(apply, n=1), donate_argnames="cache", compiler_options=FAST)
     cache = model.make_cache(B, T)
@@ -398,6 +402,8 @@ FAULTS = {
     "epsilon of latents": ("minicpm3", "minicpm3", _config(latent_norm_epsilon=1e-2)),
     "pairs of neighbours": ("glm4", "glm4", _config(rope_interleaved=False)),
     "one norm over all heads": ("olmo2", "olmo2", _config(norm_epsilon=1e-2)),
+    "whose keys and values": ("gemma4", "gemma4_text", _config(kv_source=(0, 1, 2, 0, 1))),
+    "values without a norm": ("gemma4", "gemma4_text", _config(value_norm=False)),
     "residual": ("bloom_post", "bloom", _config(residual_after_norm=False)),
     "activation": ("bloom", "bloom", _config(activation="gelu")),
     "epsilon": ("opt", "opt", _config(norm_epsilon=1e-3)),

@@ -376,7 +376,7 @@ def test_static_cache_refuses():
         (errors.ConfigError, lambda: kvattn.cached_attention(query, new_key, new_value, cache)),
         (errors.ConfigError, lambda: kvattn.cached_attention(query, None, None, cache, rope=kvattn.RoPE(8))),
         (errors.ConfigError, lambda: kvattn.cached_attention(query, None, None, cache, window=3)),
-        (errors.ConfigError, lambda: kvattn.cached_attention(query, None, None, make_cache(FULL))),
+        (errors.RangeError, lambda: kvattn.cached_attention(query, None, None, make_cache(FULL))),  # it has no tokens
         (errors.UnsupportedError, lambda: cache.trim(1)),
         (errors.RangeError, lambda: kvattn.KVCache.from_encoder(key, value, [10] * B)),
         (errors.RangeError, lambda: kvattn.KVCache.from_encoder(key, value, [-1] * B)),

@@ -29,9 +29,9 @@ class Part:
         """`Cache.write`, by a kernel where `implementation` has one."""
         return cache.write(slots, key, value, api.writer(cache.store, implementation))
 
-    def view(self, cache: Cache) -> View:
-        """The slots, every token where the policy says that it is seen."""
-        return cache.view(cache.policy.cache_positions(cache.state))
+    def view(self, cache: Cache, *, held: bool = False) -> View:
+        """The slots, every token where the policy says that it is seen. `held` as in `Cache.view`."""
+        return cache.view(cache.policy.cache_positions(cache.state), held=held)
 
     def slots(self, store: Store, slots: Int32[Array, "B *K T"]) -> Int32[Array, "B *K T"]:
         """The slots by their numbers in the view; negative where they are not in it."""

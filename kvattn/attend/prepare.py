@@ -1,7 +1,10 @@
 """The arguments of `kvattn.cached_attention`, checked once and brought to the form that a step takes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int32
 
@@ -13,7 +16,7 @@ from kvattn.attend.step import Step
 from kvattn.attend.together import FEW_TOKENS
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
-from kvattn.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import Context
 from kvattn.positions import RoPE, Temperature
@@ -37,6 +40,7 @@ def prepared[C: Cache](
     relative_bias: object,
     temperature: Temperature | None,
     token_ids: object,
+    append: object,
     implementation: api.Implementation,
     num_heads: int | None = None,
 ) -> tuple[Step, NewTokens, PerHead, C]:
@@ -59,6 +63,7 @@ def prepared[C: Cache](
         relative_bias: see there.
         temperature: see there.
         token_ids: see there.
+        append: see there.
         implementation: see there.
         num_heads: N, where `query` has heads behind those that fill it up. None: all are real.
 
@@ -116,6 +121,7 @@ def prepared[C: Cache](
         )
     if token_ids is not None:
         token_ids = _token_ids(token_ids, query)
+    _checks.flag("append", append)
     num_new, bad_count = _real_tokens(num_new, batch, length)
     refused = jnp.zeros_like(bad_count)
     if cache.is_static:
@@ -127,16 +133,26 @@ def prepared[C: Cache](
                 "temperature."
             )
         run = step.cross
+    elif key is None and value is None:
+        refused, more = _lost(cache, num_new, length, rules.mask)
+        bad_count |= more
+        num_new = jnp.where(refused | more, 0, num_new)
+        run = step.read
     else:
         key, value = _keys_and_values(key, value, query, cache)
-        cache, num_new = cache.vouched(_context(cache, num_new, length), rules.mask)
-        fits = _fits(cache, num_new, length)
-        cache.refuse_overflow(fits, num_new)
-        num_new, refused = jnp.where(fits, num_new, 0), ~fits
-        run = step.append if _may_come_first(cache, length) else step.chunk
+        comes_first = step.append if _may_come_first(cache, length) else step.chunk
+        run = comes_first if append else step.beside
     if length == 0 or batch == 0:
         run = step.nothing
-    new = NewTokens(query, key, value, num_new, refused, bad_count, token_ids)
+    new = NewTokens(query, key, value, num_new, refused, bad_count, token_ids, stays=bool(append))
+    if not cache.is_static:
+        writes = key is not None and new.stays
+        cache, bad = cache.vouched(step.needing_pages(new, cache), rules.mask, writes=writes)
+        new = dataclasses.replace(new, num_new=jnp.where(bad, 0, num_new))
+    if key is not None:
+        fits = _fits(cache, new.num_new, length)
+        cache.refuse_overflow(fits, new.num_new)
+        new = dataclasses.replace(new, num_new=jnp.where(fits, new.num_new, 0), refused=~fits)
     return Step(run, rules, rope, padding, implementation), new, per_head, cache
 
 
@@ -185,8 +201,8 @@ def _keys_and_values(
         )
     if key is None or (value is None and not cache.values_in_keys):
         raise ConfigError(
-            "key and value are needed; only a static cache (KVCache.from_encoder) goes without, and one that was "
-            "created with values_in_keys=True without value."
+            "key and value go together: both None are for a static cache (KVCache.from_encoder) and for the queries "
+            "of tokens that another layer appended last; value alone for a cache with values_in_keys=True."
         )
 
     def checked(name: str, x: object, features: int) -> Float[Array, "B T K _"]:
@@ -197,6 +213,33 @@ def _keys_and_values(
 
     key = checked("key", key, cache.key_head_dim)
     return key, None if value is None else checked("value", value, cache.value_head_dim)
+
+
+def _lost(
+    cache: Cache, num_new: Int32[Array, " B"], length: int, mask: Mask
+) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+    """Of queries of tokens that another layer appended last: rows that have lost what some of them attend to.
+
+    And rows that never had so many tokens.
+    """
+    more = num_new > cache.lengths
+    if _checks.is_concrete(more) and np.any(more):
+        raise RangeError(
+            f"without keys and values the queries are those of the last tokens of the cache, whose rows have "
+            f"{_checks.on_host(cache.lengths).tolist()}; num_new says {_checks.on_host(num_new).tolist()}. The layer "
+            "that owns the cache appends them first."
+        )
+    num_new = jnp.where(more, 0, num_new)
+    came = Context(cache.lengths - num_new, num_new, length, cache.num_slots)
+    lost = ~cache.policy.can_read(cache.state, came, mask) & (num_new > 0)
+    if _checks.is_concrete(lost) and np.any(lost):
+        raise UnsupportedError(
+            f"{cache.policy} has let go of tokens that the first of {length} queries attend to: rows "
+            f"{np.nonzero(_checks.on_host(lost))[0].tolist()}. Read after every single token; or keep more (Full, or a "
+            "window that is longer than the layer's by the tokens of a chunk); or pass the keys and values of the "
+            "chunk with the cache as it was before them, and append=False."
+        )
+    return lost, more
 
 
 def _token_ids(token_ids: object, query: Float[Array, "B T N H"]) -> Int32[Array, "B T"]:

@@ -45,7 +45,7 @@ class Step:
     """A step on arguments that fit together (`kvattn.attend.prepare`), on one device or on a device's part. Hashable.
 
     Attributes:
-        run: what kind of step: `append`, `chunk`, `cross` or `nothing`.
+        run: what kind of step: `append`, `chunk`, `beside`, `read`, `cross` or `nothing`.
         rules: by which queries attend.
         rope: rotates queries, and keys before they are stored.
         padding: where pads lie, "right" or "left".
@@ -87,6 +87,7 @@ def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Step
 def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """One new token, or a few that overwrite nothing: write, attend to all that is kept, let the policy look."""
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
+    assert tokens.key is not None
     slots, is_one = policy.place(cache.state, told), new.length == 1  # several: of a policy without a state
     cache = part.write(cache, slots, tokens.key, tokens.value, step.implementation)
     cache = cache.replace(state=policy.enter(cache.state, slots, told)) if is_one else cache
@@ -117,18 +118,36 @@ def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Steppe
     Writing first would overwrite what the first tokens of the chunk still attend to.
     """
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
-    parts = parted(cache, new.length)
-    to_kept = _requests(step, tokens.of_own(parts), part.view(parts.own), per_head)
-    to_new = _requests(step, tokens, _own_view(step, tokens, cache), per_head)
-    out, lse, _ = _attended(step, [*to_kept, *to_new], per_head, _together(step, tokens, parts, per_head))
+    (out, lse), to_kept, to_new = _with_kept(step, tokens, per_head, cache)
     kept = fresh = None
     if policy.needs_mass:
         kept = part.all_slots(cache, _measured(step, to_kept, lse, cache, told))
         fresh = part.all_new(_measured(step, to_new, lse, cache, told), new.length)
+    assert tokens.key is not None
     state, slots = policy.absorb(cache.state, kept, fresh, told)
     cache = part.write(cache, slots, tokens.key, tokens.value)
     cache = cache.replace(state=state, status=_scorable(cache, lse))
     return out, cache.advance(new.num_new, new.refused, new.bad_count)
+
+
+def beside(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
+    """As `chunk`, but none of the new tokens takes a slot: they are another layer's, which keeps them (or has)."""
+    (out, _), *_ = _with_kept(step, _located(step, new, cache), per_head, cache)
+    return out, cache.advance(jnp.zeros_like(new.num_new), new.refused, new.bad_count)
+
+
+def read(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
+    """Queries of the last tokens of a cache, which another layer appended: attend to what is kept.
+
+    What these queries attend to is of no account to a policy: its scores are the owner's.
+    """
+    part, count = step.part, jnp.zeros_like(new.num_new)
+    tokens = _located(step, new, cache, before=new.num_new)
+    parts = parted(cache.replace(lengths=cache.lengths - new.num_new), new.length, new.num_new)
+    requests = _requests(step, tokens.of_own(parts), part.view(parts.own, held=True), per_head)
+    out, _, _ = _attended(step, requests, per_head, _together(step, tokens, parts, per_head))
+    cache = cache.replace(status=bits.mark(cache.status, new.refused, bits.LOST))
+    return out, cache.advance(count, jnp.zeros_like(new.refused), new.bad_count)
 
 
 def cross(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
@@ -150,14 +169,14 @@ class _Located:
 
     Attributes:
         query: rotated.
-        key: as it is stored.
-        value: the values; None where they are in the keys.
+        key: as it is stored; None where the cache has it already.
+        value: the values; None also where they are in the keys.
         positions: EMPTY for pads.
         from_sinks: for policies whose first n tokens are seen from elsewhere: n, and queries and positions for them.
     """
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B T K H"]
+    key: Float[Array, "B T K H"] | None
     value: Float[Array, "B T K Hv"] | None
     positions: Int32[Array, "B T"]
     from_sinks: tuple[int, Float[Array, "B T N H"], Int32[Array, "B T"]] | None
@@ -167,13 +186,20 @@ class _Located:
         return dataclasses.replace(self, positions=parts.positions(self.positions))
 
 
-def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
-    """Gives the new tokens their positions, and rotates them there."""
-    assert new.key is not None  # of a cache that is not static
+def _located(step: Step, new: NewTokens, cache: Cache, before: Int32[Array, " B"] | None = None) -> _Located:
+    """Gives the new tokens their positions, and rotates them there.
+
+    Args:
+        step: says how.
+        new: the tokens.
+        cache: which they come to.
+        before: how many of its last tokens they are, where it has them already.
+    """
     policy, t = cache.policy, jnp.arange(new.length, dtype=jnp.int32)[None]
     is_real = t < new.num_new[:, None]
+    first = cache.lengths - _gone(cache) - (0 if before is None else before)
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
-    seen_at = jnp.where(is_real, (cache.lengths - _gone(cache))[:, None] + t, 0)
+    seen_at = jnp.where(is_real, first[:, None] + t, 0)
     rotated = lambda x, positions: x if step.rope is None else step.rope(x, positions)
     query = step.rules.warmed(new.query, cache.lengths[:, None] + t)
     from_sinks = policy.sink_positions(seen_at)
@@ -181,7 +207,9 @@ def _located(step: Step, new: NewTokens, cache: Cache) -> _Located:
         count, positions = from_sinks
         from_sinks = count, rotated(query, positions), jnp.where(is_real, positions, EMPTY)
     # A key that will move in the cache is stored as it is, and rotated when it is read.
-    key = rotated(new.key, seen_at) if step.rules.key_rope is None else new.key
+    key = new.key
+    if key is not None and step.rules.key_rope is None:
+        key = rotated(key, seen_at)
     return _Located(rotated(query, seen_at), key, new.value, jnp.where(is_real, seen_at, EMPTY), from_sinks)
 
 
@@ -191,12 +219,22 @@ def _gone(cache: Cache) -> Int32[Array, " B"]:
     return jnp.zeros_like(cache.lengths) if positions is None else cache.lengths - 1 - jnp.max(positions, axis=(1, 2))
 
 
+def needing_pages(new: NewTokens, cache: Cache) -> Context:
+    """The tokens that must have pages in a step, besides those that were there before it."""
+    nobody = jnp.zeros_like(new.num_new)
+    if new.key is None and cache.policy.in_order:  # they lie in the last slots
+        return Context(cache.lengths - new.num_new, new.num_new, new.length, cache.num_slots)
+    comes = new.num_new if new.key is not None and new.stays else nobody
+    return Context(cache.lengths, comes, new.length, cache.num_slots)
+
+
 def _told(new: NewTokens, cache: Cache) -> Context:
     return Context(cache.lengths, new.num_new, new.length, cache.num_slots, new.ids)
 
 
 def _own_view(step: Step, tokens: _Located, cache: Cache) -> View:
     """The new tokens as the chunk sees them."""
+    assert tokens.key is not None
     key, value, positions = step.part.of_chunk(tokens.key, tokens.value, tokens.positions)
     token_bytes = key.shape[-1] * key.dtype.itemsize
     layout = Layout.best(key.shape[1], token_bytes, head_dim=key.shape[-1], values_in_keys=value is None)
@@ -229,6 +267,17 @@ def _together(step: Step, tokens: _Located, parts: Parted, per_head: PerHead) ->
         request = step.rules.request(query, positions, spans.view(step.part), per_head, of_several=True)
         out, lse, _ = api.attend(request, step.implementation)
         yield spans.by_row(out, lse)
+
+
+def _with_kept(
+    step: Step, tokens: _Located, per_head: PerHead, cache: Cache
+) -> tuple[State, list[Request], list[Request]]:
+    """Attention to what is kept and to the new tokens themselves; and what was asked of the one and the other."""
+    parts = parted(cache, tokens.query.shape[1])
+    to_kept = _requests(step, tokens.of_own(parts), step.part.view(parts.own), per_head)
+    to_new = _requests(step, tokens, _own_view(step, tokens, cache), per_head)
+    out, lse, _ = _attended(step, [*to_kept, *to_new], per_head, _together(step, tokens, parts, per_head))
+    return (out, lse), to_kept, to_new
 
 
 def _attended(step: Step, requests: list[Request], per_head: PerHead, shared: Iterable[State] = ()) -> Result:

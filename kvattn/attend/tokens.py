@@ -19,12 +19,13 @@ class NewTokens:
 
     Attributes:
         query: the queries.
-        key: the keys; None for a static cache, to which nothing is appended.
-        value: the values; None for a static cache, and where they are the first numbers of the keys.
+        key: the keys; None for a static cache, to which nothing is appended, and where the cache has these tokens.
+        value: the values; None likewise, and where they are the first numbers of the keys.
         num_new: how many are real, and taken; the others are pads.
         refused: rows whose tokens do not fit: `num_new` is 0 there.
         bad_count: rows that were given an impossible number of tokens: likewise.
         ids: what policies that look at tokens are told, or None.
+        stays: whether the cache takes them, or has them already; else it does without.
     """
 
     query: Float[Array, "B T N H"]
@@ -34,6 +35,7 @@ class NewTokens:
     refused: Bool[Array, " B"]
     bad_count: Bool[Array, " B"]
     ids: Int32[Array, "B T"] | None
+    stays: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def length(self) -> int:

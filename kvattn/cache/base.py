@@ -138,17 +138,20 @@ class Cache(Tree):
         """Where the arrays have their slots: a `Layout` or `Pages`."""
         raise NotImplementedError
 
-    def view(self, positions: Int32[Array, "B *K C"] | None = None) -> View:
+    def view(self, positions: Int32[Array, "B *K C"] | None = None, *, held: bool = False) -> View:
         """The slots as an implementation of attention reads them.
 
         Args:
             positions: where the token of each slot is seen, -1 for empty slots. None: at its own position.
+            held: those that hold what only an earlier token than the last one sees are not empty (`Policy.held`).
         """
         cache = self.usable()
+        find = cache.policy.held if held else cache.policy.positions
+        seen_at = find(cache.state, cache.lengths, cache.num_slots) if positions is None else positions
         return View(
             keys=cache.keys,
             values=cache.values,
-            positions=block_positions(cache.layout, cache.positions if positions is None else positions),
+            positions=block_positions(cache.layout, seen_at),
             counts=jnp.minimum(cache.lengths, cache.num_slots),
             layout=cache.layout,
             codec=cache.codec,
@@ -240,20 +243,21 @@ class Cache(Tree):
             )
         return rows
 
-    def vouched(self, step: Context, mask: Mask) -> tuple[Self, Int32[Array, " B"]]:
-        """Checks where the new tokens would go. Returns the cache, and how many of them may be appended.
+    def vouched(self, step: Context, mask: Mask, *, writes: bool = True) -> tuple[Self, Bool[Array, " B"]]:
+        """Checks where tokens lie and new ones would go. Returns the cache, and the rows where that is nowhere.
 
         Args:
             step: what is to be appended.
             mask: who may attend to whom.
+            writes: whether it is; else its tokens are there already.
 
         Raises:
-            RangeError: a page that does not exist. Under jit: status bit, and 0 for the row. A page that two rows would
-                write to, or one row twice. Under jit nobody looks.
+            RangeError: a page that does not exist. Under jit: status bit, and the row is told. A page that two rows
+                would write to, or one row twice. Under jit nobody looks.
             BlockStateError: a page that one row would write to and another reads. Under jit nobody looks.
         """
-        del mask
-        return self, step.num_new
+        del mask, writes
+        return self, jnp.zeros_like(step.num_new, bool)
 
     def advance(self, num_new: Int32[Array, " B"], too_many: Bool[Array, " B"], bad_count: Bool[Array, " B"]) -> Self:
         """The cache with `num_new` more tokens seen per row, and refusals recorded."""

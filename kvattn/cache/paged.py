@@ -340,7 +340,7 @@ class PagedKVCache(Cache):
             )
         return bad
 
-    def vouched(self, step: Context, mask: Mask) -> tuple["PagedKVCache", Int32[Array, " B"]]:
+    def vouched(self, step: Context, mask: Mask, *, writes: bool = True) -> tuple["PagedKVCache", Bool[Array, " B"]]:
         """Every page that holds a token or will take one must exist, and be no other's; see `Cache.vouched`."""
         numbers = num_numbers(self.page_table, self.num_kv_heads, self.num_pages)
         unknown = self.pages_outside(step, 0, numbers)
@@ -352,10 +352,10 @@ class PagedKVCache(Cache):
                 f"page_table names page {int(self.page_table[entry])} for the tokens from "
                 f"{entry[-1] * self.page_size} on of row {entry[0]}{head}; the pool has pages 0 to {numbers - 1}."
             )
-        if _checks.is_concrete(self.page_table, step.lengths, step.num_new, *jax.tree.leaves(self.state)):
+        if writes and _checks.is_concrete(self.page_table, step.lengths, step.num_new, *jax.tree.leaves(self.state)):
             self._refuse_shared_writes(step, mask)
         status = bits.mark(self.status, bad, bits.BAD_PAGE)
-        return dataclasses.replace(self, status=status), jnp.where(bad, 0, step.num_new)
+        return dataclasses.replace(self, status=status), bad
 
     def pages_outside(self, step: Context, first: Page, end: Page) -> Bool[Array, "B *K columns"]:
         """Entries that the tokens kept and new ones need, not in [first, end)."""

@@ -14,7 +14,7 @@ OVERFLOW = 1
 BAD_COUNT = 2
 """A count (`num_new`, tokens to trim) or a row number was out of range; the row was left as it was."""
 LOST = 4
-"""A trim needed tokens that the policy had already let go; the row was left as it was."""
+"""A trim, or another layer's queries, needed tokens that the policy had already let go; the row was left as it was."""
 NONFINITE = 8
 """A token was stored that a codec cannot encode, NaN or infinity (it reads as NaN), or that is too large for the
 cache's dtype (it reads as infinite); or one that is NaN came to a policy that goes by attention, for which such
@@ -30,7 +30,8 @@ _ERRORS: dict[int, tuple[type[KVAttnError], str]] = {
     BAD_COUNT: (RangeError, "num_new, a number of tokens to trim, or a row number was out of range; nothing was done"),
     LOST: (
         UnsupportedError,
-        "a trim reached back to tokens that the policy or the codec no longer keeps; nothing was done",
+        "a trim, or a layer that reads another's cache, reached back to tokens that the policy or the codec no longer "
+        "keeps; nothing was done",
     ),
     NONFINITE: (
         RangeError,

@@ -14,7 +14,8 @@ def everything() -> list[RenderableType]:
     models = show.columns(["model", "layers", "heads", "on", "of", "window", "params", "cache/token"])
     for m in MODELS.values():
         per_token = bytes_of_token(m)
-        heads = (str(m.num_heads), str(m.num_kv_heads), str(m.head_dim))
+        each = [sorted({str(pair[i]) for pair in m.heads}, key=int) for i in (0, 1)]
+        heads = (str(m.num_heads), *(", ".join(of) for of in each))
         params = f"{m.num_params / 1e9:.3g} B" if m.num_params < 1e12 else f"{m.num_params / 1e12:.3g} T"
         models.add_row(m.name, str(m.num_layers), *heads, windows(m), params, f"{per_token / 1024:,.0f} KiB")
     devices = show.columns(["device", "memory", "GB/s", "TFLOP/s", "source"], left=(0, 4))
@@ -28,7 +29,7 @@ def everything() -> list[RenderableType]:
 def bytes_of_token(spec: ModelSpec) -> int:
     """Bytes of a token in all layers of a model, in bfloat16."""
     values = {"value_head_dim": spec.value_head_dim, "values_in_keys": spec.values_in_keys}
-    return bytes_per_token(spec.num_cache_layers, spec.num_kv_heads, spec.head_dim, **values)
+    return sum(bytes_per_token(1, *spec.heads[layer], **values) for layer in spec.cache_layers)
 
 
 def windows(spec: ModelSpec) -> str:
@@ -45,7 +46,9 @@ def windows(spec: ModelSpec) -> str:
 def sizes(p: Plan) -> list[RenderableType]:
     """Model, weights, bytes per token: what no device is needed for."""
     m = p.model
-    heads = f"{m.num_heads} query heads on {m.num_kv_heads} key/value head{'s' * (m.num_kv_heads > 1)} of {m.head_dim}"
+    shapes = dict.fromkeys(m.heads)
+    heads = " or ".join(f"{kv_heads} key/value head{'s' * (kv_heads > 1)} of {size}" for kv_heads, size in shapes)
+    heads = f"{m.num_heads} query heads on {heads}"
     heads += f", whose first {m.value_dim} numbers are its value" * m.values_in_keys
     per_token = p.bytes_per_token
     binary = f"{per_token / 2**20:.3f} MiB" if per_token >= 2**20 / 10 else f"{per_token / 2**10:.4g} KiB"

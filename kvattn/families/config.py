@@ -14,9 +14,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 MAX_LAYERS = 10_000
 """More than any model has: what per layer is listed would not end."""
 _FLAGS = (
-    "final_norm", "gated", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
-    "residual_after_norm", "embedding_norm", "expert_bias", "rope_interleaved", "router_float32", "shared_expert_gate",
-    "shared_norm", "sinks", "tie_embeddings",
+    "final_norm", "gated", "layer_scale", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
+    "residual_after_norm", "embedding_norm", "expert_bias", "experts_beside", "rope_interleaved", "router_float32",
+    "router_scales", "shared_expert_gate", "shared_norm", "sinks", "tie_embeddings", "value_norm",
 )  # fmt: skip
 _POSITIVE = (
     "rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "expert_alpha",
@@ -27,12 +27,13 @@ _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _SIZES = {
     "embedding_dim": 1, "num_experts": 0, "experts_per_token": 0, "max_positions": 1, "expert_dim": 1,
     "shared_expert_dim": 1, "expert_groups": 1, "groups_per_token": 1, "group_best": 1, "rotary_dim": 2,
-    "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
+    "per_layer_dim": 1, "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
 }  # fmt: skip
 """Sizes, and the least that each may be."""
 _MAY_BE_NONE = (
     "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "embedding_dim",
-    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "output_gate", "q_lora_rank", *_LATENT,
+    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "per_layer_dim", "output_gate", "q_lora_rank",
+    *_LATENT,
 )  # fmt: skip
 _CHOICES = {
     "positions": ("rope", "alibi", "learned"),
@@ -57,9 +58,9 @@ class DecoderConfig:
         model_dim: D.
         num_layers: how many blocks of attention and MLP.
         num_heads: N.
-        num_kv_heads: K; N if None. (With latent attention 1.)
-        head_dim: H; D // N if None. (With latent attention C + R.)
-        mlp_dim: the hidden size of the MLP, or of each expert (see `expert_dim`).
+        num_kv_heads: K, of all layers or one entry per layer; N if None. (With latent attention 1.)
+        head_dim: H, of all layers or one entry per layer; D // N if None. (With latent attention C + R.)
+        mlp_dim: the hidden size of the MLP, of all layers or one entry per layer; or of each expert (see `expert_dim`).
         rope_theta: base of the rotary frequencies.
         rope_scaling: the HuggingFace rope dict, see `kvattn.RoPE`.
         rotary_dim: how many leading entries of a head turn; all if None.
@@ -70,6 +71,9 @@ class DecoderConfig:
             or one entry per layer. A layer with a window keeps a cache of that size.
         chunks: a query sees the tokens of its own chunk of so many positions only: None, one int, or one entry per
             layer, as `windows`.
+        kv_source: for each layer the number of the layer whose keys and values it attends to: its own, or that of an
+            earlier layer that has some. Layers that have none of their own have no projections to them and keep no
+            cache. None: each has its own.
         norm_epsilon: of the norms.
         tie_embeddings: the output projection is the transposed embedding.
         softcap: caps the attention scores.
@@ -100,12 +104,19 @@ class DecoderConfig:
         qk_norm_layers: in which layers, an entry per layer; all if None.
         temperature: floor and scale of a `kvattn.Temperature`, which layers without RoPE have. None: none.
         output_gate: what attention puts out is multiplied by a gate, as in `kvattn.layers.MultiHeadAttention`.
+        value_norm: values are divided by the root of the mean of their squares, head by head.
+        values_from_keys: there is no projection to values, they are the keys before their norm: in all layers, or one
+            entry per layer.
         sinks: a learned logit per head joins the softmax sum.
         attention_scale: multiplies the scores, one for all layers or one per layer; 1/√H if None, in latent attention
             1/√(P + R).
         embedding_dim: the size of an embedding, where it is not D: then it is projected to D, and back.
         embedding_scale: multiplies the embedding.
         embedding_norm: the embedding passes a norm.
+        per_layer_dim: the size of a second embedding, of which every layer has one of its own (Gemma 3n, 4): behind its
+            MLP a layer adds ``norm(out(activation(gate(x)) * embedded))``, where what is embedded is the token and, by
+            a projection, its first embedding.
+        layer_scale: what a layer returns is multiplied by a learned number.
         logit_scale: multiplies the logits, before `logit_softcap`.
         num_experts: how many MLPs there are to choose from; 0 for one that serves all tokens.
         experts_per_token: how many of them serve a token.
@@ -127,6 +138,10 @@ class DecoderConfig:
         expert_limit: there gate is clipped to (-inf, limit], up to [-limit, limit].
         expert_layers: which layers have experts, an entry per layer; all if None. The others have an MLP.
         shared_expert_dim: the hidden size of one more, gated MLP that serves every token beside its experts.
+        experts_beside: a layer with experts has its MLP too: both serve every token, with norms of their own before
+            the experts and behind either, and are added.
+        router_scales: the router sees the token divided by the root of the mean of its squares and √D, times a learned
+            vector, and what an expert is weighted by is multiplied by a learned number of its own.
         shared_expert_gate: it is multiplied by the sigmoid of a learned product with the token.
         kv_lora_rank: C. Attention is latent (`kvattn.layers.MultiHeadLatentAttention`): of each token C + R numbers are
             cached for all heads. The next sizes belong to it.
@@ -152,9 +167,9 @@ class DecoderConfig:
     model_dim: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_dim: int
+    num_kv_heads: int | tuple[int, ...] | None = None
+    head_dim: int | tuple[int, ...] | None = None
+    mlp_dim: int | tuple[int, ...]
     rope_theta: float = 10000.0
     rope_scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None = None
     rotary_dim: int | None = None
@@ -162,6 +177,7 @@ class DecoderConfig:
     rope_layers: tuple[bool, ...] | None = None
     windows: int | tuple[int | None, ...] | None = None
     chunks: int | tuple[int | None, ...] | None = None
+    kv_source: tuple[int, ...] | None = None
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     softcap: float | None = None
@@ -189,11 +205,15 @@ class DecoderConfig:
     qk_norm_layers: tuple[bool, ...] | None = None
     temperature: tuple[float, float] | None = None
     output_gate: str | None = None
+    value_norm: bool = False
+    values_from_keys: bool | tuple[bool, ...] = False
     sinks: bool = False
     attention_scale: float | tuple[float, ...] | None = None
     embedding_dim: int | None = None
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    per_layer_dim: int | None = None
+    layer_scale: bool = False
     logit_scale: float | None = None
     num_experts: int = 0
     experts_per_token: int = 0
@@ -219,10 +239,12 @@ class DecoderConfig:
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     latent_norm_epsilon: float = 1e-6
+    experts_beside: bool = False
+    router_scales: bool = False
 
     def __post_init__(self) -> None:
         settled: dict[str, object] = {}
-        for name in ("vocab_size", "model_dim", "num_layers", "mlp_dim"):
+        for name in ("vocab_size", "model_dim", "num_layers"):
             settled[name] = _checks.integer(name, getattr(self, name), 1)
         if self.num_layers > MAX_LAYERS:
             raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
@@ -240,14 +262,15 @@ class DecoderConfig:
         # RoPE checks the scaling and makes it hashable.
         if self.positions == "rope":
             try:
-                rope = self._rope(self.rope_theta, self.rope_scaling)
+                rope = self._rope(self.rope_theta, self.rope_scaling, 0)
             except KVAttnError as error:
                 raise type(error)(f"rope_scaling: {error}") from error
             object.__setattr__(self, "rope_scaling", rope.scaling)
             self.rope_of(0)
+        self._check_sources()
 
     def _heads(self) -> dict[str, object]:
-        """N, K and H."""
+        """N, and K and H of all layers or one entry per layer."""
         _checks.integer("num_heads", self.num_heads, 1)
         if self.is_latent:
             kv_heads, head_dim = self._latent_head()
@@ -258,9 +281,13 @@ class DecoderConfig:
                 raise ConfigError(
                     f"model_dim ({self.model_dim}) is no multiple of num_heads ({self.num_heads}): give head_dim."
                 )
-        _checks.head_counts(self.num_heads, kv_heads)
-        head_dim = _checks.integer("head_dim", head_dim, 1)
-        return {"num_heads": int(self.num_heads), "num_kv_heads": int(kv_heads), "head_dim": head_dim}
+        for count in kv_heads if isinstance(kv_heads, tuple | list) else (kv_heads,):
+            _checks.head_counts(self.num_heads, count)
+        each = {"head_dim": head_dim, "num_kv_heads": kv_heads, "mlp_dim": self.mlp_dim}
+        found = {
+            name: _alike(_each(name, value, self.num_layers, "layers", _least_one)) for name, value in each.items()
+        }
+        return {"num_heads": int(self.num_heads), **found}
 
     def _latent_head(self) -> tuple[int, int]:
         """K and H of latent attention: one head, of what is cached of a token."""
@@ -307,6 +334,13 @@ class DecoderConfig:
         settled["temperature"] = _temperature(self.temperature)
         for name in ("rope_layers", "expert_layers", "qk_norm_layers"):
             settled[name] = _layers(name, getattr(self, name), self.num_layers)
+        settled["values_from_keys"] = _alike(
+            _each("values_from_keys", self.values_from_keys, self.num_layers, "layers", _checks.flag)
+        )
+        if self.kv_source is not None:
+            if not isinstance(self.kv_source, tuple | list):
+                raise DTypeError(f"kv_source must be a tuple of layer numbers, one per layer, got {self.kv_source!r}.")
+            settled["kv_source"] = _each("kv_source", self.kv_source, self.num_layers, "layers", _number_of)
         settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
         if self.alibi_slopes is not None:
             if not isinstance(self.alibi_slopes, tuple | list):
@@ -342,6 +376,15 @@ class DecoderConfig:
         beside = ("expert_dim", "expert_layers", "shared_expert_dim")
         if not self.num_experts and any(getattr(self, name) is not None for name in beside):
             raise ConfigError(f"{', '.join(beside)} belong to a model with experts: num_experts is 0.")
+        for name in ("experts_beside", "router_scales"):
+            if getattr(self, name) and (not self.num_experts or self.expert_kind != "gated"):
+                raise ConfigError(f"{name} belongs to a model with experts whose expert_kind is 'gated'.")
+        if self.experts_beside and (self.parallel or self.norm_position != "sandwich" or self.norm != "rms"):
+            raise ConfigError("experts_beside needs norm_position='sandwich' and norm='rms', and no parallel blocks.")
+        if self.per_layer_dim is not None and self.norm != "rms":
+            raise ConfigError("per_layer_dim needs norm='rms'.")
+        if isinstance(self.head_dim, tuple) and self.rotary_dim is not None:
+            raise ConfigError("rotary_dim is one for all layers, and head_dim differs from layer to layer.")
         if self.shared_expert_gate and self.shared_expert_dim is None:
             raise ConfigError("shared_expert_gate is a part of the shared expert: give shared_expert_dim too.")
 
@@ -372,15 +415,71 @@ class DecoderConfig:
             raise ConfigError(f"latent attention needs positions='rope', got {self.positions!r}.")
         if self.qkv_bias != self.out_bias:
             raise ConfigError("in latent attention the projections to latents and the output's have biases, or none.")
-        without = ("qkv_clip", "qk_norm", "sinks", "rotary_dim", "chunks", "temperature", "output_gate")
+        without = (
+            "qkv_clip", "qk_norm", "sinks", "rotary_dim", "chunks", "temperature", "output_gate", "kv_source",
+            "value_norm", "values_from_keys",
+        )  # fmt: skip
         asked = [name for name in without if getattr(self, name)]
         if asked:
             raise ConfigError(f"latent attention (kv_lora_rank) has no {', '.join(asked)}: leave it out.")
+
+    def _check_sources(self) -> None:
+        """That `kv_source` names layers that have what is asked of them."""
+        windows, sources = self.layer_windows, self.layer_sources
+        sizes = list(zip(self.layer_kv_heads, self.layer_head_dims, strict=True))
+        for layer, source in enumerate(sources):
+            if source > layer or sources[source] != source:
+                raise ConfigError(
+                    f"kv_source of layer {layer} is {source}: it must be {layer} itself, or an earlier layer that has "
+                    "keys and values of its own."
+                )
+            if sizes[layer] != sizes[source]:
+                raise ConfigError(
+                    f"layer {layer} has {sizes[layer][0]} key/value heads of {sizes[layer][1]}, layer {source}, whose "
+                    f"keys and values it attends to, {sizes[source][0]} of {sizes[source][1]}."
+                )
+            kept, seen = windows[source], windows[layer]
+            if kept is not None and (seen is None or seen > kept):
+                raise ConfigError(
+                    f"layer {layer} sees {seen or 'all'} tokens of layer {source}, which keeps {kept} of them."
+                )
+            if self.positions == "rope" and self.rope_of(layer) != self.rope_of(source):
+                raise ConfigError(f"layers {source} and {layer} share keys, so they must turn them alike.")
 
     @property
     def is_latent(self) -> bool:
         """Whether attention is latent (MLA)."""
         return any(getattr(self, name) is not None for name in (*_LATENT, "q_lora_rank"))
+
+    @property
+    def layer_sources(self) -> tuple[int, ...]:
+        """`kv_source`, one entry per layer."""
+        return tuple(range(self.num_layers)) if self.kv_source is None else self.kv_source
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that keep keys and values: caches of a model have one entry for each."""
+        return tuple(layer for layer, source in enumerate(self.layer_sources) if layer == source)
+
+    @property
+    def layer_kv_heads(self) -> tuple[int, ...]:
+        """K of each layer."""
+        return self._per_layer(self.num_heads if self.num_kv_heads is None else self.num_kv_heads)
+
+    @property
+    def layer_head_dims(self) -> tuple[int, ...]:
+        """H of each layer."""
+        return self._per_layer(self.model_dim // self.num_heads if self.head_dim is None else self.head_dim)
+
+    @property
+    def layer_mlp_dims(self) -> tuple[int, ...]:
+        """The hidden size of each layer's MLP."""
+        return self._per_layer(self.mlp_dim)
+
+    @property
+    def layer_values_from_keys(self) -> tuple[bool, ...]:
+        """Which layers have no projection to values."""
+        return self._per_layer(self.values_from_keys)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -414,19 +513,26 @@ class DecoderConfig:
     @property
     def rope(self) -> RoPE | None:
         """The rotary embedding of layers without a window; None where order is told otherwise."""
-        return self._rope(self.rope_theta, self.rope_scaling) if self.positions == "rope" else None
+        if self.positions != "rope":
+            return None
+        layer = next((i for i, window in enumerate(self.layer_windows) if window is None), 0)
+        return self._rope(self.rope_theta, self.rope_scaling, layer)
 
     def rope_of(self, layer: int) -> RoPE | None:
         """The rotary embedding of one layer; None: it has none."""
         if self.rope_layers is not None and not self.rope_layers[layer]:
             return None
-        if self.positions != "rope" or self.local_rope_theta is None or self.layer_windows[layer] is None:
-            return self.rope
-        return self._rope(self.local_rope_theta, None)
+        if self.positions != "rope":
+            return None
+        if self.local_rope_theta is None or self.layer_windows[layer] is None:
+            return self._rope(self.rope_theta, self.rope_scaling, layer)
+        return self._rope(self.local_rope_theta, None, layer)
 
-    def _rope(self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None) -> RoPE:
+    def _rope(
+        self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None, layer: int
+    ) -> RoPE:
         return RoPE(
-            int(self.qk_rope_head_dim or self.head_dim or self.model_dim // self.num_heads),
+            int(self.qk_rope_head_dim or self.layer_head_dims[layer]),
             theta=theta,
             scaling=scaling,
             rotary_dim=self.rotary_dim,
@@ -495,6 +601,19 @@ def _each[T](name: str, value: object, count: int, of: str, check: Callable[[str
     if len(value) != count:
         raise ConfigError(f"{name} has {len(value)} entries for {count} {of}.")
     return tuple(check(name, entry) for entry in value)
+
+
+def _alike[T](value: T | tuple[T, ...]) -> T | tuple[T, ...]:
+    """One entry for all layers, where all are equal."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def _least_one(name: str, value: object) -> int:
+    return _checks.integer(name, value, 1)
+
+
+def _number_of(name: str, layer: object) -> int:
+    return _checks.integer(name, layer, 0)
 
 
 def _layers(name: str, value: object, num_layers: int) -> tuple[bool, ...] | None:

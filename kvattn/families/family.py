@@ -1,7 +1,7 @@
 """`Family`: everything known about one kind of model. `Sizes`: a config.json of it, as the planner reads it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, RangeError, UnsupportedError
@@ -22,7 +22,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("vocab_size", "padded_vocab_size"),
     "positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
     "shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "dense_layers": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
 }
@@ -91,6 +91,7 @@ class Family(Format):
         head_dim: H. None: the usual field, else D // N.
         values_in_keys: Hv, where a value is the first numbers of its key, stored once (latent attention, MLA). None:
             values are stored for themselves.
+        heads: K and H of each layer, given what the layers keep, where layers differ. None: they do not.
         params: the exact number of parameters, tied ones once. None: it is estimated.
         estimate: what the estimate has to know.
         experts: how its experts differ from Mixtral's.
@@ -112,6 +113,7 @@ class Family(Format):
     kv_heads: Callable[["Sizes", int], int] | None = None
     head_dim: Counter | None = None
     values_in_keys: Counter | None = None
+    heads: Callable[["Sizes", Sequence[Kind]], list[tuple[int, int]]] | None = None
     params: Counter | None = None
     estimate: Estimate = Estimate()
     experts: Experts = Experts()

@@ -154,7 +154,12 @@ class Fields(Settings):
         return value
 
     def scaled(
-        self, scaling: Mapping[str, Value], theta: Value, original: Value, head_dim: int | None = None
+        self,
+        scaling: Mapping[str, Value],
+        theta: Value,
+        original: Value,
+        head_dim: int | None = None,
+        known: Collection[str] = tuple(kind for kind in ROPE_TYPES if kind != "proportional"),
     ) -> dict[str, Value]:
         """The same from one rope dict, filled with what transformers takes from around it.
 
@@ -163,6 +168,7 @@ class Fields(Settings):
             theta: the base of the frequencies, where the dict has none.
             original: the length that the model was first made for, where it is not the dict's.
             head_dim: as in `rope`.
+            known: the kinds that the family may have.
         """
         most, scaling = self.size("max_position_embeddings"), dict(scaling)
         part = self._turned(scaling.pop("partial_rotary_factor", None), head_dim)
@@ -171,9 +177,9 @@ class Fields(Settings):
             raise ConfigError(f"{self.source}: rope_theta must be a number, got {theta!r}.")
         kinds, length = (scaling.get("rope_type"), scaling.get("type")), "original_max_position_embeddings"
         kind = kinds[1] if kinds[0] is None else kinds[0]
-        if isinstance(kind, str) and kind not in ROPE_TYPES:
+        if isinstance(kind, str) and kind not in known:
             raise UnsupportedError(
-                f"{self.source}: rope_type is {kind!r}; the known ones are {', '.join(map(repr, ROPE_TYPES))}."
+                f"{self.source}: rope_type is {kind!r}; the known ones are {', '.join(map(repr, known))}."
             )
         if kind == "dynamic":
             scaling[length] = most  # whatever the dict says

@@ -15,7 +15,7 @@ def routed(theirs: str, ours: str, config: DecoderConfig, names: Sequence[str]) 
         config: of the decoder.
         names: of an expert's gate, up and down projection.
     """
-    features, hidden, experts = config.model_dim, config.expert_dim or config.mlp_dim, config.num_experts
+    features, hidden, experts = config.model_dim, config.expert_dim or config.layer_mlp_dims[0], config.num_experts
     yield from rules.linear(f"{theirs}.gate", f"{ours}.router", (features,), (experts,), False)
     for name, our, into, out in zip(
         names, ("gate", "up", "down"), (features, features, hidden), (hidden, hidden, features), strict=True

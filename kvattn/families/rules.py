@@ -1,7 +1,6 @@
 """Which tensors of a checkpoint become which parameters, and how: a `Blueprint` is a list of rules."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -226,10 +225,18 @@ class _Parts:
                 continue
             for layer in range(self.config.num_layers):
                 for name, part in block.items():
-                    yield from self.part(part, f"{theirs}.{layer}", f"layers.{layer}.{name}")
+                    if name not in self._missing(layer):
+                        yield from self.part(part, f"{theirs}.{layer}", f"layers.{layer}.{name}")
         if not self.config.tie_embeddings:
             vocab, size = self.config.vocab_size, self.config.embedding_dim or self.config.model_dim
             yield tensor(HEAD, (vocab, size), "head.kernel", Layout((size, vocab), ((1,), (0,))))
+
+    def _missing(self, layer: int) -> set[str]:
+        """What a layer does not have, though others do."""
+        missing = {"attention.value"} if self.config.layer_values_from_keys[layer] else set()
+        if self.config.layer_sources[layer] != layer:
+            missing |= {"attention.key", "attention.value", "attention.key_ln"}
+        return missing
 
     def part(self, theirs: Part, prefix: str, ours: str) -> Iterator[Rule]:
         """For one part, by the prefix and name it has there and the name it has here."""
@@ -238,12 +245,14 @@ class _Parts:
             return
         theirs, kind = ".".join(filter(None, (prefix, theirs))), ours.rpartition(".")[2]
         config, features = self.config, self.config.model_dim
-        if kind in self._projections:
-            yield from linear(theirs, ours, *self._projections[kind], self.transposed)
+        layer = int(ours.split(".")[1]) if ours.startswith("layers.") else 0
+        if kind in self._projections(layer):
+            yield from linear(theirs, ours, *self._projections(layer)[kind], self.transposed)
         elif kind == "attention":
             yield from fused(theirs, ours, config, self.grouped, self.transposed)
         elif kind.endswith("_ln"):
-            yield from self._of_heads(theirs, ours, config.num_heads if kind == "query_ln" else kv(config))
+            heads = config.num_heads if kind == "query_ln" else config.layer_kv_heads[layer]
+            yield from self._of_heads(theirs, ours, heads, config.layer_head_dims[layer])
         elif kind.endswith("norm"):
             yield from norm(theirs, ours, features, bias=config.norm_bias, plus_one=self.plus_one)
         elif kind == "embed":
@@ -255,9 +264,8 @@ class _Parts:
         else:
             raise ConfigError(f"a decoder has no part {ours!r}, which is called {theirs!r}.")
 
-    def _of_heads(self, theirs: str, ours: str, heads: int) -> Iterator[Rule]:
+    def _of_heads(self, theirs: str, ours: str, heads: int, size: int) -> Iterator[Rule]:
         """The norm of queries or keys, which may have a tensor for all heads or one for each."""
-        size = width(self.config)
         if self.config.qk_norm_heads == "shared":
             yield from norm(theirs, ours, size, plus_one=self.plus_one)
         elif self.config.qk_norm_heads == "joint":
@@ -265,12 +273,12 @@ class _Parts:
         else:
             yield stacked([f"{theirs}.{i}.weight" for i in range(heads)], (size,), f"{ours}.scale", whole((size,)))
 
-    @functools.cached_property
-    def _projections(self) -> dict[str, tuple[Shape, Shape, bool]]:
+    def _projections(self, layer: int) -> dict[str, tuple[Shape, Shape, bool]]:
         """From which axes to which, and whether with a bias."""
-        config, size = self.config, width(self.config)
-        features, hidden, embedded = (config.model_dim,), (config.mlp_dim,), (config.embedding_dim or config.model_dim,)
-        heads, kv_heads = (config.num_heads, size), (kv(config), size)
+        config, size = self.config, self.config.layer_head_dims[layer]
+        features, embedded = (config.model_dim,), (config.embedding_dim or config.model_dim,)
+        hidden, heads = (config.layer_mlp_dims[layer],), (config.num_heads, size)
+        kv_heads = (config.layer_kv_heads[layer], size)
         return {
             "embed_in": (embedded, features, False),
             "embed_out": (features, embedded, False),
@@ -368,10 +376,10 @@ def fused(theirs: str, ours: str, config: DecoderConfig, grouped: bool, transpos
 
 
 def kv(config: DecoderConfig) -> int:
-    """K."""
-    return config.num_kv_heads or config.num_heads
+    """K, where it is that of all layers."""
+    return config.layer_kv_heads[0]
 
 
 def width(config: DecoderConfig) -> int:
-    """H."""
-    return config.head_dim or config.model_dim // config.num_heads
+    """H, where it is that of all layers."""
+    return config.layer_head_dims[0]

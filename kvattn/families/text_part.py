@@ -11,11 +11,11 @@ _KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where such a model has its text part, which may be one within another."""
 _AROUND = ("is_encoder_decoder", "quantization_config")
 """What is told around it and holds for it too."""
-_OF_OTHERS = re.compile(r"vision|image|video|audio|multimodal|projector|spatial_merge|mm_tokens|(boi|eoi)_token")
+_OF_OTHERS = re.compile(r"vision|image|video|audio|multimodal|projector|spatial_merge|mm_tokens|(bo|eo)[ia]_token")
 """Fields around it that are about the other parts."""
 _UNTIED = ("llama4",)
 """Whose embeddings are not tied where nothing is said around the text part."""
-OTHER_TENSORS = r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector)\."
+OTHER_TENSORS = r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
 """Tensors of the other parts."""
 
 

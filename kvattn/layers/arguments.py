@@ -163,7 +163,7 @@ _NEEDED: dict[str, Check] = {
     **dict.fromkeys(("num_heads", "in_features"), _size),
     **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), _size),
     **dict.fromkeys(("broadcast_dropout", "use_bias", "normalize_qk", "force_fp32_for_softmax"), _checks.flag),
-    **dict.fromkeys(("keep_rngs", "sinks"), _checks.flag),
+    **dict.fromkeys(("keep_rngs", "sinks", "shares_kv", "values_from_keys", "value_norm"), _checks.flag),
     **dict.fromkeys(("kernel_init", "attention_fn"), _checks.function),
     **dict.fromkeys(("qkv_promote_dtype", "out_promote_dtype", "ln_promote_dtype"), _checks.function),
     **dict.fromkeys(("kernel_metadata", "bias_metadata"), _metadata),

@@ -20,17 +20,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from kvattn import _checks
 from kvattn._typing import AnyArray, Array
 from kvattn.cache import Cache, KVCache
 from kvattn.codecs import Codec
-from kvattn.errors import ConfigError, DTypeError, ShapeError
+from kvattn.errors import ConfigError, ShapeError
 from kvattn.layers import attention_fn as attention
 from kvattn.layers import biases, caching, gates, masking, norms, placement, projections
-from kvattn.layers import decode as decode_protocol
 from kvattn.layers.attention_fn import Attention, dot_product_attention
+from kvattn.layers.flax_cache import FlaxCache
 from kvattn.layers.makes_caches import MakesCaches
-from kvattn.layers.norms import HeadsNorm
+from kvattn.layers.norms import HeadsNorm, rms
 from kvattn.layers.originals import NNXAttention
 from kvattn.layers.placement import Metadata
 from kvattn.layers.projections import Sharding
@@ -45,7 +44,7 @@ ZEROS = nnx.initializers.zeros_init()
 Initializer = Callable[..., Array]
 
 
-class MultiHeadAttention(MakesCaches, NNXAttention):
+class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
     Takes every argument of `flax.nnx.MultiHeadAttention`, in its order, and holds the same parameters:
@@ -79,6 +78,10 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             taken over all heads of a token together, and its scale is [heads, H]; "unscaled": there is no scale.
         qk_norm_epsilon: the epsilon of that norm.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] as they are projected.
+        shares_kv: the layer has no keys and values of its own, so no projections (nor norm) for them: it attends to
+            those of another layer, ``layer(x, cache=cache, append=False)``, and keeps none.
+        values_from_keys: there is no projection to values: they are the keys, before their norm.
+        value_norm: values are divided by the root of the mean of their squares, head by head.
         use_out_bias: whether the output projection has a bias; as `use_bias` if None.
         kv_metadata: metadata of the key and value kernels, where it differs from `kernel_metadata`.
         kv_bias_metadata: the same for their biases.
@@ -166,6 +169,9 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         qk_norm_heads: str = "shared",
         qk_norm_epsilon: float = 1e-6,
         qkv_clip: float | None = None,
+        shares_kv: bool = False,
+        values_from_keys: bool = False,
+        value_norm: bool = False,
         use_out_bias: bool | None = None,
         kv_metadata: Metadata | None = None,
         kv_bias_metadata: Metadata | None = None,
@@ -224,12 +230,15 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         self.query = to_heads(
             in_features, (num_heads, head_dim), kernel_metadata=metadata.query, bias_metadata=metadata.query_bias
         )
-        self.key = kv_to_heads((num_kv_heads, head_dim))
-        self.value = kv_to_heads((num_kv_heads, value_head_dim))
+        without = settings.shares_kv, settings.shares_kv or settings.values_from_keys
+        self.key: Any = nnx.data(None) if without[0] else kv_to_heads((num_kv_heads, head_dim))
+        self.value: Any = nnx.data(None) if without[1] else kv_to_heads((num_kv_heads, value_head_dim))
         self.query_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = norm(
             num_heads, metadata=query_ln_scale_metadata
         )
-        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = norm(num_kv_heads, metadata=key_ln_scale_metadata)
+        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = (
+            nnx.data(None) if without[0] else norm(num_kv_heads, metadata=key_ln_scale_metadata)
+        )
         self.out = nnx.LinearGeneral(
             (num_heads, value_head_dim),
             self.out_features,
@@ -280,6 +289,8 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
         token_ids: ArrayLike | None = None,
+        append: bool = True,
+        kv: tuple[Array, Array] | None = None,
     ) -> Any:
         """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
@@ -305,6 +316,11 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
             padding: on which side the others lie, "right" or "left".
             token_ids: int32 [B, T], for policies that look at tokens.
+            append: False: nothing is added to the cache. Without `kv` it is that of another layer after its step, and
+                the queries are those of the tokens that came last, as in `kvattn.cached_attention`.
+            kv: keys [..., T, K, H] and values of the tokens, as `keys_and_values` of this layer or another returns
+                them, in place of this layer's own. With ``append=False`` the cache is that of the other layer *before*
+                its step: so what its queries attend to is attended to, whatever a policy lets go.
 
         Returns:
             [..., T, out_features]; with `cache` also the new cache.
@@ -317,8 +333,10 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         """
         settings, attention_fn = attention.resolve(self.settings, self.attention_fn)
         deterministic = self.deterministic if deterministic is None else deterministic
+        decode_now = bool(self.decode if decode is None else decode)
+        own = caching.projects(settings, cache=cache, append=append, kv=kv, inputs_k=inputs_k, decode=decode_now)
         if cache is not None:
-            kv_features = None if cache.is_static else self.in_kv_features
+            kv_features = self.in_kv_features if own else None
             x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, kv_features)
             caching.check_call(
                 settings,
@@ -333,21 +351,21 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
                 inputs_k=cache.is_static and inputs_k is not None,
             )
             query = self._queries(x_q, qkv_sharding)
-            key, value = (None, None) if cache.is_static else self._keys_and_values(x_k, x_v, qkv_sharding)
+            key, value = self._keys_and_values(x_k, x_v, qkv_sharding) if own else kv or (None, None)
             x, cache = caching.cached_attention(
                 settings, query, key, value, cache,
                 sinks=self._sinks, relative_bias=self._relative_bias,
-                num_new=num_new, padding=padding, token_ids=token_ids,
+                num_new=num_new, padding=padding, token_ids=token_ids, append=append,
             )  # fmt: skip
             return self._outputs(x, x_q, out_sharding), cache
 
         if num_new is not None or token_ids is not None:
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
-        decode = bool(self.decode if decode is None else decode)
-        cross = decode and caching.is_cross(settings, inputs_q, inputs_k)
-        x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, self.in_kv_features)
+        cross = decode_now and caching.is_cross(settings, inputs_q, inputs_k)
+        kv_features = self.in_kv_features if own else None
+        x_q, x_k, x_v = projections.checked_inputs(inputs_q, inputs_k, inputs_v, self.in_features, kv_features)
         query = self._queries(x_q, qkv_sharding)
-        key, value = self._keys_and_values(x_k, x_v, qkv_sharding)
+        key, value = self._keys_and_values(x_k, x_v, qkv_sharding) if kv is None else kv
         attend = functools.partial(
             attention.call,
             attention_fn,
@@ -355,7 +373,7 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             dropout_rng=attention.dropout_key(settings, deterministic, self.rngs if rngs is None else rngs),
             module=self if sow_weights else None,
         )
-        if decode and not cross:
+        if decode_now and not cross:
             step = self._append(settings, query, key, value, mask, input_positions)
             settings = dataclasses.replace(
                 settings, window=None, chunk=None, alibi_slopes=None
@@ -375,6 +393,18 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
         )
         return self._outputs(x, x_q, out_sharding)
 
+    def keys_and_values(self, inputs_k: AnyArray, inputs_v: AnyArray | None = None) -> tuple[Array, Array]:
+        """The keys [..., S, K, H] and values of inputs [..., S, D], before rotation: `kv` of a call of any layer.
+
+        Raises:
+            ConfigError: the layer has none.
+            ShapeError, DTypeError: inputs that do not fit.
+        """
+        caching.check_owner(self.settings)
+        features = self.in_kv_features
+        _, x_k, x_v = projections.checked_inputs(inputs_k, inputs_k, inputs_v, features, features)
+        return self._keys_and_values(x_k, x_v, None)
+
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
 
@@ -387,84 +417,13 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
             ShapeError: `encoder_out` is not [B, S, in_kv_features].
         """
         settings, _ = attention.resolve(self.settings, self.attention_fn)
+        caching.check_owner(settings)
         caching.check_cross(settings)
         if getattr(encoder_out, "ndim", None) != 3 or encoder_out.shape[-1] != self.in_kv_features:
             shape = getattr(encoder_out, "shape", None)
             raise ShapeError(f"encoder_out must be [B, S, {self.in_kv_features}], got shape {shape}.")
         encoder_out = jnp.asarray(encoder_out)
         return KVCache.from_encoder(*self._keys_and_values(encoder_out, encoder_out, None), lengths)
-
-    def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
-        """Makes Flax's cache [..., L, K, H] for ``decode=True``, empty.
-
-        Args:
-            input_shape: [..., L, D], as of the whole sequence: L tokens are room for L tokens.
-            dtype: of what is stored; keys and values are cast to it. The layer's own if None.
-
-        Raises:
-            ShapeError, DTypeError, ConfigError: an `input_shape` that is no shape of two axes or more.
-            DTypeError: a dtype that is neither floating nor complex.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from flax import nnx
-            >>> from kvattn.layers import MultiHeadAttention
-            >>> layer = MultiHeadAttention(num_heads=2, in_features=8, decode=True, rngs=nnx.Rngs(0))
-            >>> layer.init_cache((1, 16, 8))
-            >>> layer(jnp.ones((1, 3, 8))).shape, int(layer.cache_index[...])
-            ((1, 3, 8), 3)
-        """
-        *batch, length, _ = decode_protocol.checked_shape(input_shape)
-        dtype = _checks.inexact("dtype", self.settings.storage_dtype if dtype is None else dtype)
-        sharding = placement.cache_metadata(self.cache_sharding, self.key.kernel[...], len(batch) + 3)
-
-        def empty(size: int) -> nnx.Cache[Array]:  # [..., L, K, size]
-            shape = (*batch, length, self.num_kv_heads, size)
-            return nnx.Cache(jnp.zeros(shape, dtype), **sharding)
-
-        self.cached_key = empty(self.head_dim)
-        self.cached_value = empty(self.value_head_dim)
-        self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
-
-    def check_cache(self) -> None:
-        """Raises what a jitted decode step could only record in `cache_index`.
-
-        Raises:
-            CapacityError: tokens were offered that did not fit. They were dropped, the cache holds those before them.
-        """
-        if self.cached_key is not None and self.cache_index is not None:
-            decode_protocol.refuse_overflow(self.cache_index[...], 0, self.cached_key.shape[-3])
-
-    def set_view(
-        self,
-        deterministic: bool | None = None,
-        decode: bool | None = None,
-        batch_size: int | Sequence[int] | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        """What `nnx.view` sets.
-
-        Args:
-            deterministic: if True, dropout is off.
-            decode: if True, calls append to Flax's cache.
-            batch_size: with `max_length`, makes an empty cache for so many rows (or batch axes).
-            max_length: how many tokens that cache holds.
-
-        Raises:
-            DTypeError: one of `batch_size` and `max_length` is missing.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
-        if decode is not None:
-            self.decode = decode
-        if decode and (batch_size is not None or max_length is not None):
-            if batch_size is None:
-                raise DTypeError("'batch_size' must be provided when initializing cache.")
-            if max_length is None:
-                raise DTypeError("'max_length' must be provided when initializing cache.")
-            batch = batch_size if isinstance(batch_size, Sequence) else (batch_size,)
-            batch = tuple(_checks.integer("batch_size", size, 0) for size in batch)
-            self.init_cache((*batch, _checks.integer("max_length", max_length, 1), self.in_features))
 
     # Parts of a call.
 
@@ -474,8 +433,11 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
 
     def _keys_and_values(self, inputs_k: Array, inputs_v: Array, sharding: Sharding) -> tuple[Array, Array]:
         """[..., S, D'] twice -> [..., S, K, H] and [..., S, K, Hv]."""
-        key = projections.to_heads(self.key, inputs_k, norm=self.key_ln, clip=self.qkv_clip, sharding=sharding)
-        return key, projections.to_heads(self.value, inputs_v, clip=self.qkv_clip, sharding=sharding)
+        key = value = projections.to_heads(self.key, inputs_k, clip=self.qkv_clip, sharding=sharding)
+        if not self.values_from_keys:
+            value = projections.to_heads(self.value, inputs_v, clip=self.qkv_clip, sharding=sharding)
+        key = key if self.key_ln is None else self.key_ln(key)
+        return key, rms(value, self.settings.qk_norm_epsilon) if self.value_norm else value
 
     def _outputs(self, x: Array, inputs: Array, sharding: Sharding) -> Array:
         """What each head mixed, [..., T, N, Hv], through the gate that `inputs` [..., T, D] set, to features."""
@@ -490,23 +452,3 @@ class MultiHeadAttention(MakesCaches, NNXAttention):
     @property
     def _relative_bias(self) -> Float[Array, "buckets N"] | None:
         return None if self.relative_bias is None else self.relative_bias[...]
-
-    def _append(
-        self,
-        settings: AttentionSettings,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: ArrayLike | None,
-        input_positions: ArrayLike | None,
-    ) -> decode_protocol.Step:
-        """Adds tokens [..., T, heads, H] to Flax's cache."""
-        if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-            raise ConfigError("Autoregressive cache not initialized, call ``init_cache`` first.")
-        cached = decode_protocol.Cached(self.cached_key[...], self.cached_value[...], self.cache_index[...])
-        step = decode_protocol.extend(
-            settings, cached, query, key, value,
-            mask=mask, input_positions=input_positions, relative_bias=self._relative_bias,
-        )  # fmt: skip
-        self.cached_key[...], self.cached_value[...], self.cache_index[...] = step.cached
-        return step

@@ -12,7 +12,7 @@ from kvattn._typing import AnyArray, Array
 from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.cache.groups import most_slots
 from kvattn.codecs import Codec
-from kvattn.errors import ConfigError, ShapeError
+from kvattn.errors import ConfigError, DTypeError, ShapeError
 from kvattn.layers import placement
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Chunked, Full, OrderedWindow, Policy, SlidingWindow
@@ -33,6 +33,7 @@ def create(
     memory_kind: str | None = None,
 ) -> KVCache:
     """An empty cache for a layer, whose settings fill in what is None."""
+    check_owner(settings)
     batch_size = _checks.integer("batch_size", batch_size, 0)
     head_dim, value_head_dim = settings.head_dims
     policy = _policy(settings, policy, SlidingWindow, Chunked)
@@ -66,6 +67,7 @@ def create_paged(
     dtype: DTypeLike | None,
 ) -> PagedKVCache:
     """An empty pool for a layer, with tables that name no page. What is None the settings fill in, or a rule."""
+    check_owner(settings)
     batch_size = _checks.integer("batch_size", batch_size, 0)
     _checks.integer("max_length", max_length, 1)
     head_dim, value_head_dim = settings.head_dims
@@ -133,13 +135,14 @@ def cached_attention[C: Cache](
     num_new: ArrayLike | Sequence[int] | None,
     padding: str,
     token_ids: ArrayLike | None,
+    append: bool = True,
 ) -> tuple[Float[Array, "B T N _"], C]:
     """`kvattn.cached_attention` by the settings of a layer, on its mesh if it has one.
 
     Args:
         settings: of the layer.
         query: of the new tokens.
-        key: None where the cache is static, as `value`.
+        key: None where the cache is static or has the tokens already, as `value`.
         value: None also where values are in the keys.
         cache: what came before.
         sinks: a logit per head that joins the softmax sum.
@@ -147,6 +150,7 @@ def cached_attention[C: Cache](
         num_new: int32 [B], how many of the T tokens of each row are real; None: all.
         padding: on which side the others lie, "right" or "left".
         token_ids: int32 [B, T], for policies that look at tokens.
+        append: False: the tokens are not added to the cache.
 
     Returns:
         The attention of the new tokens, and the cache with them.
@@ -164,6 +168,7 @@ def cached_attention[C: Cache](
         "relative_bias": None,
         "temperature": settings.temperature,
         "token_ids": token_ids,
+        "append": append,
         "implementation": settings.implementation,
     }
     if settings.relative_buckets is not None and relative_bias is not None:
@@ -201,6 +206,51 @@ def check_call(settings: AttentionSettings, cache: Cache, inputs_q: AnyArray, **
         raise ShapeError(f"with a cache inputs_q must be [B, T, D], one row per sequence, got {inputs_q.shape}.")
     if cache.is_static:
         check_cross(settings)
+
+
+def projects(
+    settings: AttentionSettings, *, cache: Cache | None, append: object, kv: object, inputs_k: object, decode: bool
+) -> bool:
+    """Whether a call makes keys and values of its inputs; else they are `kv`, or in the cache.
+
+    Raises:
+        ConfigError: arguments that exclude each other; a layer that has no keys and values and is given none.
+        DTypeError: an `append` that is no bool, a `kv` that is no pair.
+    """
+    _checks.flag("append", append)
+    if kv is not None:
+        if not isinstance(kv, tuple | list) or len(kv) != 2:
+            raise DTypeError(f"kv must be a pair of keys and values, got {type(kv).__name__}.")
+        for name, excluded in (
+            ("inputs_k", inputs_k is not None),
+            ("a static cache", cache is not None and cache.is_static),
+            ("decode=True", cache is None and decode),
+        ):
+            if excluded:
+                raise ConfigError(f"kv are the keys and values of the tokens themselves: leave {name} out.")
+        return False
+    if cache is not None and cache.is_static:
+        return False
+    if cache is None and not append:
+        raise ConfigError("append=False belongs to cache=: it says that nothing is added to it.")
+    if not append and inputs_k is not None:
+        raise ConfigError("append=False reads the last tokens of the cache: leave inputs_k out.")
+    if append and settings.shares_kv:
+        raise ConfigError(
+            "shares_kv=True: this layer has no keys and values of its own. Pass the cache of the layer that has, after "
+            "its step, and append=False; or kv, what keys_and_values of that layer returns."
+        )
+    return bool(append)
+
+
+def check_owner(settings: AttentionSettings) -> None:
+    """Checks that a layer has keys and values to keep.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if settings.shares_kv:
+        raise ConfigError("shares_kv=True: this layer keeps no keys and values; make the cache of the layer that does.")
 
 
 def check_cross(settings: AttentionSettings) -> None:

@@ -34,6 +34,7 @@ _WITHOUT: Mapping[str, Any] = {
     **dict.fromkeys(("qkv_features", "use_out_bias", "chunk", "qk_norm", "qkv_clip", "cache_sharding", "bias_init")),
     **dict.fromkeys(("relative_buckets", "temperature", "output_gate")),
     **dict.fromkeys(("normalize_qk", "alibi"), False),
+    **dict.fromkeys(("shares_kv", "values_from_keys", "value_norm"), False),
     "qk_norm_heads": "shared",
     "qk_norm_epsilon": 0.0,
 }

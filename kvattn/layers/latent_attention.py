@@ -184,6 +184,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
         num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
         token_ids: ArrayLike | None = None,
+        append: bool = True,
     ) -> Any:
         """Attends `inputs` to themselves, or to what a cache holds and to themselves.
 
@@ -200,6 +201,8 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
             num_new: int32 [B], how many of the T tokens of each row are real; with `cache` only.
             padding: on which side the others lie, "right" or "left".
             token_ids: int32 [B, T], for policies that look at tokens.
+            append: False: the cache is that of another layer after its step; nothing is added, and the queries are
+                those of the tokens that came last, as in `kvattn.cached_attention`.
 
         Returns:
             [..., T, out_features]; with `cache` also the new cache.
@@ -213,6 +216,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
         settings, sizes = self.settings, self.sizes
         deterministic = self.deterministic if deterministic is None else deterministic
         x, *_ = projections.checked_inputs(inputs, None, None, self.in_features, self.in_features)
+        own = caching.projects(settings, cache=cache, append=append, kv=None, inputs_k=None, decode=False)
         if cache is not None:
             latent.check_cache(cache)
             dropout = settings.dropout_rate > 0 and deterministic is False
@@ -224,7 +228,7 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
                 settings, sizes, self._queries(x), *self._latents(x), key_up=self.key_up.kernel[...]
             )
             out, cache = caching.cached_attention(
-                settings, query, key, None, cache,
+                settings, query, key if own else None, None, cache,
                 sinks=None, num_new=num_new, padding=padding, token_ids=token_ids,
             )  # fmt: skip
             out = latent.to_values(settings, out, self.value_up.kernel[...])

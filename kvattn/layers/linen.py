@@ -48,6 +48,10 @@ class _Encode:
         self.lengths = lengths
 
 
+class _Project:
+    """Stands in for a cache where keys and values are wanted as they are."""
+
+
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True):
     """Multi-head attention with N query heads and K key/value heads (K = N unless `num_kv_heads` is given).
 
@@ -97,6 +101,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
     qk_norm_heads: str = "shared"
     qk_norm_epsilon: float = 1e-6
     qkv_clip: float | None = None
+    shares_kv: bool = False
+    values_from_keys: bool = False
+    value_norm: bool = False
     use_out_bias: bool | None = None
     kv_kernel_init: Callable[..., Array] | None = None
     kv_bias_init: Callable[..., Array] | None = None
@@ -126,10 +133,12 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         sow_weights: bool = False,
         is_causal: bool = False,
         input_positions: ArrayLike | None = None,
-        cache: Cache | _Encode | None = None,
+        cache: Cache | _Encode | _Project | None = None,
         num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
         token_ids: ArrayLike | None = None,
+        append: bool = True,
+        kv: tuple[Array, Array] | None = None,
     ) -> Any:
         """Attends `inputs_q` to `inputs_k` and `inputs_v`, or to what a cache holds and to themselves.
 
@@ -152,8 +161,13 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             return KVCache.from_encoder(*project.keys_and_values(inputs_q, inputs_q), cache.lengths)
         settings = self._settings(inputs_q.shape[-1])
         project = linen_parts.Projections(self, settings)
+        if isinstance(cache, _Project):
+            return project.keys_and_values(*linen_parts.key_value_inputs(inputs_q, inputs_k, inputs_v, None))
         key_given = inputs_k is not None or inputs_kv is not None
         is_cross = cache is None and self._is_cross(settings, inputs_q, inputs_k if inputs_kv is None else inputs_kv)
+        own = caching.projects(
+            settings, cache=cache, append=append, kv=kv, inputs_k=True if key_given else None, decode=bool(self.decode)
+        )
         inputs_k, inputs_v = linen_parts.key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         sinks = self.param("sinks", nn.initializers.zeros, (self.num_heads,), self.param_dtype) if self.sinks else None
         relative_bias = project.relative_bias()
@@ -171,10 +185,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
                 dropout=self.dropout_rate > 0 and (self.deterministic is False or deterministic is False),
             )
             query = project.queries(inputs_q)
-            key, value = (None, None) if cache.is_static else project.keys_and_values(inputs_k, inputs_v)
+            key, value = project.keys_and_values(inputs_k, inputs_v) if own else kv or (None, None)
             x, cache = caching.cached_attention(
                 settings, query, key, value, cache,
-                sinks=sinks, relative_bias=relative_bias, num_new=num_new, padding=padding, token_ids=token_ids,
+                sinks=sinks, relative_bias=relative_bias,
+                num_new=num_new, padding=padding, token_ids=token_ids, append=append,
             )  # fmt: skip
             return project.out(self._forced(x), inputs_q), cache
 
@@ -182,7 +197,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             raise ConfigError("num_new and token_ids belong to cache=; without a cache use mask for padding.")
         # Linen draws parameters by name, so the order of these calls does not matter.
         query = project.queries(inputs_q)
-        key, value = project.keys_and_values(inputs_k, inputs_v)
+        key, value = project.keys_and_values(inputs_k, inputs_v) if kv is None else kv
         attend = functools.partial(
             self._attend,
             sinks=sinks,
@@ -277,6 +292,14 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             dtype=dtype,
         )
 
+    def keys_and_values(self, inputs_k: AnyArray, inputs_v: AnyArray | None = None) -> tuple[Array, Array]:
+        """Keys [..., S, K, H] and values before rotation: ``layer.apply(variables, x, method="keys_and_values")``.
+
+        Arguments and errors are those of `kvattn.layers.MultiHeadAttention`'s.
+        """
+        caching.check_owner(self._settings())
+        return self(inputs_k, inputs_k, inputs_v, cache=_Project())
+
     def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
         """Projects an encoder's output once: ``layer.apply(variables, encoder_out, method="make_cross_cache")``.
 
@@ -291,6 +314,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
             ShapeError: `encoder_out` is not [B, S, D'].
         """
+        caching.check_owner(self._settings())
         caching.check_cross(self._settings())
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")

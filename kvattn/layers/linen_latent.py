@@ -104,6 +104,7 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         num_new: ArrayLike | Sequence[int] | None = None,
         padding: str = "right",
         token_ids: ArrayLike | None = None,
+        append: bool = True,
     ) -> Any:
         """Attends `inputs` to themselves, or to what a cache holds and to themselves.
 
@@ -122,6 +123,7 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         """
         settings, sizes = self._settings()
         inputs = jnp.asarray(inputs)
+        own = caching.projects(settings, cache=cache, append=append, kv=None, inputs_k=None, decode=False)
         heads = functools.partial(self._project, use_bias=False, kernel_init=self.up_kernel_init or self.kernel_init)
         if sizes.query_latent is None:
             query = heads("query", (self.num_heads, sizes.query))(inputs)
@@ -144,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
             )  # fmt: skip
             query, key = latent.absorbed(settings, sizes, query, down, shared, linen_parts.kernel_of(key_up, down))
             x, cache = caching.cached_attention(
-                settings, query, key, None, cache,
+                settings, query, key if own else None, None, cache,
                 sinks=None, num_new=num_new, padding=padding, token_ids=token_ids,
             )  # fmt: skip
             return out(latent.to_values(settings, x, linen_parts.kernel_of(value_up, down))), cache

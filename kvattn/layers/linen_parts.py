@@ -76,8 +76,11 @@ class Projections:
         layer, num_kv_heads = self.layer, self.settings.num_kv_heads
         inits = layer.kv_kernel_init or layer.kernel_init, layer.kv_bias_init or layer.bias_init
         size, value_size = self.settings.head_dims
-        key = self._norm("key_ln", self._heads("key", inputs_k, (num_kv_heads, size), *inits))
-        return key, self._heads("value", inputs_v, (num_kv_heads, value_size), *inits)
+        key = value = self._heads("key", inputs_k, (num_kv_heads, size), *inits)
+        if not self.settings.values_from_keys:
+            value = self._heads("value", inputs_v, (num_kv_heads, value_size), *inits)
+        value = norms.rms(value, self.settings.qk_norm_epsilon) if self.settings.value_norm else value
+        return self._norm("key_ln", key), value
 
     def relative_bias(self) -> Float[Array, "buckets N"] | None:
         """The number of each bucket of distances and head, where the layer has buckets."""

@@ -40,6 +40,12 @@ def normalized(
     return wide.astype(x.dtype)
 
 
+def rms(x: Float[Array, "*BT heads H"], epsilon: float) -> Float[Array, "*BT heads H"]:
+    """Every head divided by the root of the mean of its squares, in float32 at least."""
+    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
 class HeadsNorm(nnx.Module):
     """`normalized` with a parameter ``scale [heads, H]``, ones at first; without, where heads are "unscaled"."""
 

@@ -66,6 +66,9 @@ class AttentionSettings:
     by: str
     axis: str
     values_in_keys: bool = False
+    shares_kv: bool = False
+    values_from_keys: bool = False
+    value_norm: bool = False
 
     @classmethod
     def checked(cls, given: Mapping[str, Any], in_features: int | None = None) -> "AttentionSettings":
@@ -84,6 +87,7 @@ class AttentionSettings:
         _checks.head_counts(num_heads, num_kv_heads)
         qkv_features, head_dim = _head_size(num_heads, given["qkv_features"], given["head_dim"], in_features)
         _check_rope(given["rope"], head_dim)
+        _check_values(given, head_dim)
         clip, scale, use_bias, use_out_bias = (given[n] for n in ("qkv_clip", "scale", "use_bias", "use_out_bias"))
         return cls(
             num_heads=num_heads,
@@ -118,6 +122,9 @@ class AttentionSettings:
             mesh=given["mesh"],
             by=given["by"],
             axis=given["axis"],
+            shares_kv=bool(given["shares_kv"]),
+            values_from_keys=bool(given["values_from_keys"]),
+            value_norm=bool(given["value_norm"]),
         )
 
     @property
@@ -191,6 +198,9 @@ class HasSettings:
     policy = Setting[Policy | None]()
     codec = Setting[Codec | None]()
     implementation = Setting[str | tuple[str, ...] | None]()
+    shares_kv = Setting[bool]()
+    values_from_keys = Setting[bool]()
+    value_norm = Setting[bool]()
     mesh = Setting[Mesh | AbstractMesh | None]()
     by = Setting[str]()
     axis = Setting[str]()
@@ -231,6 +241,20 @@ def _head_size(
 
 def _hashable[T](value: T) -> T | tuple[Any, ...]:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check_values(given: Mapping[str, Any], head_dim: int | None) -> None:
+    """Checks what is said of values.
+
+    Raises:
+        ConfigError: values of another size than the keys that they are; a layer that projects none and says how.
+    """
+    size = given["value_head_dim"]
+    if given["values_from_keys"] and size is not None and size != head_dim:
+        raise ConfigError(f"values_from_keys=True: values are as long as keys ({head_dim}), got value_head_dim {size}.")
+    for name in ("values_from_keys", "value_norm"):
+        if given["shares_kv"] and given[name]:
+            raise ConfigError(f"shares_kv=True: the layer projects no values, so leave {name} out.")
 
 
 def _check_rope(rope: RoPE | None, size: int | None) -> None:

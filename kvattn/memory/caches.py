@@ -71,7 +71,7 @@ def layers(
     codec: Codec | None = None,
     dtype: DTypeLike = "bfloat16",
     backend: str = "gpu",
-    num_kv_heads: int | None = None,
+    head_parts: int = 1,
     only: range | None = None,
     reading: bool = False,
     page_size: int | None = None,
@@ -86,7 +86,7 @@ def layers(
         codec: of all layers. None: as they are, in `dtype`.
         dtype: what tokens are before they are encoded: float32, bfloat16, float16.
         backend: whose layout.
-        num_kv_heads: K on one device, where heads are divided. None: the model's.
+        head_parts: devices that heads are divided over, of which this is the fullest.
         only: of these layers: those they have, and those of other layers that they share. None: of all.
         reading: count a cache once for every layer that attends to it, with that layer's window; False: once.
         page_size: R, of paged caches. None: contiguous.
@@ -126,18 +126,20 @@ def layers(
         kept = policy or (Full() if (window := windows[source]) is None else window_kept(window))
         if (reason := codec.refuses(kept.in_order)) is not None:
             raise UnsupportedError(f"{codec} does not work with {kept}: {reason}")
-        values_apart(codec, model.head_dim, model.value_dim, model.values_in_keys)
+        kv_heads, size = model.heads[source]
+        value_size = size if model.layer_heads is not None else model.value_dim
+        values_apart(codec, size, value_size, model.values_in_keys)
         layer = Layer(
             policy=kept,
             codec=codec,
-            num_kv_heads=num_kv_heads or model.num_kv_heads,
-            head_dim=model.head_dim,
+            num_kv_heads=-(-kv_heads // head_parts),
+            head_dim=size,
             dtype=stored,
             backend=backend,
             window=windows[reader],
             page_size=page_size or 0,
             chunk=prefill_chunk,
-            value_head_dim=model.value_dim,
+            value_head_dim=value_size,
             values_in_keys=model.values_in_keys,
         )
         found[layer] = found.get(layer, 0) + 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvattn.errors import ConfigError, MissingFileError, UnsupportedError
 from kvattn.families.experts import expert_params, expert_weights, sparse_layers
 from kvattn.families.family import NAMES, Family, Sizes
-from kvattn.families.layers import layers_of
+from kvattn.families.layers import kinds_of, layers_of
 from kvattn.families.params import embeddings, params_of
 from kvattn.families.registry import FAMILIES, find
 from kvattn.families.settings import Value
@@ -84,6 +84,7 @@ def from_config(
 
     model_dim = f.size("model_dim")
     windows, sources = layers_of(f)
+    heads = [] if family.heads is None else family.heads(f, kinds_of(f))
     weights, notes = _weights(f, num_params, config)
     spec = ModelSpec(
         name=str(name or outer_name or kind),
@@ -95,6 +96,7 @@ def from_config(
         values_in_keys=family.values_in_keys is not None,
         window=windows[0] if len(set(windows)) == 1 else tuple(windows),
         kv_source=None if sources == list(range(len(sources))) else tuple(sources),
+        layer_heads=tuple(heads) if len(set(heads)) > 1 else None,
         model_dim=model_dim,
         max_length=next((n for n in map(f.get, NAMES["positions"]) if n), None),
         source="config.json",
@@ -146,8 +148,8 @@ def _refuse(config: Mapping[str, Value], family: Family) -> None:
         )
     if not is_known and kind.startswith("gemma4"):
         raise UnsupportedError(
-            f"model_type {kind!r} has key/value heads of another size in layers without a window, which a ModelSpec "
-            "cannot say: plan both kinds of layers with one each."
+            f"model_type {kind!r} is no text model that is known here: plan it with a ModelSpec, whose layer_heads say "
+            "what layers without a window have."
         )
 
 

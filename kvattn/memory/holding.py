@@ -39,7 +39,7 @@ class Holding:
             )
         return cls(asked, placement)
 
-    def kinds(self, only: range | None = None, num_kv_heads: int | None = None, reading: bool = False) -> Kinds:
+    def kinds(self, only: range | None = None, head_parts: int = 1, reading: bool = False) -> Kinds:
         """Kinds of caches, as `kvattn.memory.caches.layers` has them."""
         asked = self.scenario
         return caches.layers(
@@ -49,7 +49,7 @@ class Holding:
             dtype=asked.dtype,
             backend=asked.device.backend,
             only=only,
-            num_kv_heads=num_kv_heads,
+            head_parts=head_parts,
             reading=reading,
             page_size=asked.page_size,
             prefill_chunk=asked.prefill_chunk,
@@ -63,12 +63,12 @@ class Holding:
     @functools.cached_property
     def stages(self) -> list[Kinds]:
         """What a device of each stage keeps."""
-        return [self.kinds(only, self.placement.num_kv_heads) for only in self.placement.stage_layers]
+        return [self.kinds(only, self.placement.head_parts) for only in self.placement.stage_layers]
 
     @functools.cached_property
     def readers(self) -> list[Kinds]:
         """What its layers attend to: a cache once for each of them."""
-        return [self.kinds(only, self.placement.num_kv_heads, reading=True) for only in self.placement.stage_layers]
+        return [self.kinds(only, self.placement.head_parts, reading=True) for only in self.placement.stage_layers]
 
     @property
     def notes(self) -> tuple[str, ...]:

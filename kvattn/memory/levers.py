@@ -106,7 +106,8 @@ def _changes(base: Plan, length: int) -> list[_Change]:
     """Every change that goes with the plan."""
     model, keeps_all = base.model, base.policy is None or base.policy.in_order
     changes: list[_Change] = []
-    for heads in dict.fromkeys(k for k in (8, 1) if k < model.num_kv_heads and model.num_heads % k == 0):
+    fewer = (k for k in (8, 1) if k < model.num_kv_heads and model.num_heads % k == 0 and model.layer_heads is None)
+    for heads in dict.fromkeys(fewer):
         kind = "MQA, 1 key/value head" if heads == 1 else f"GQA, {heads} key/value heads"
         changes.append((kind, OTHER, {"model": with_kv_heads(model, heads)}))
 

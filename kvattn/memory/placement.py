@@ -39,6 +39,11 @@ class Placement:
         return held(self.by, self.num_devices, self.model.num_kv_heads, 1, 1)[0]
 
     @property
+    def head_parts(self) -> int:
+        """Devices that heads are divided over."""
+        return self.num_devices if self.by == HEADS else 1
+
+    @property
     def num_rows(self) -> int:
         """B on one device."""
         return held(self.by, self.num_devices, 1, self.batch_size or 1, 1)[1]

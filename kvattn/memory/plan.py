@@ -289,9 +289,11 @@ def _crossover(lighter: Callable[[int], bool]) -> int | None:
 
 def _attention_flops(model: ModelSpec, length: int) -> int:
     """Of all layers, over one sequence that is read at once: 2 N (H + Hv) per pair of tokens."""
-    layers = zip(model.layer_windows, model.layer_sources, strict=True)
-    pairs = sum(_seen(length, window) for window, source in layers if source is not None)
-    return 2 * model.num_heads * (model.head_dim + model.value_dim) * pairs
+    layers = zip(model.layer_windows, model.layer_sources, model.heads, strict=True)
+    value_size = model.value_dim if model.layer_heads is None else 0
+    numbers = ((size + (value_size or size)) * _seen(length, window) for window, source, (_, size) in layers
+               if source is not None)  # fmt: skip
+    return 2 * model.num_heads * sum(numbers)
 
 
 def _seen(length: int, window: int | None) -> int:

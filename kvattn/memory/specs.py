@@ -35,6 +35,8 @@ class ModelSpec:
             an earlier layer that it shares a cache with, or None where it has no keys and values (linear attention,
             Mamba, convolutions, an MLP alone). None: every layer has its own. What such layers keep instead, a state
             of constant size, is not counted.
+        layer_heads: K and H of each layer, where they are not `num_kv_heads` and `head_dim` in all of them (Gemma 4).
+            Such a model has values as long as its keys.
         model_dim: D; None where it is not known (then the planner does not say what fewer heads save in weights).
         max_length: tokens it was trained for, or None.
         num_active_params: parameters one token is multiplied with; None: all.
@@ -77,6 +79,7 @@ class ModelSpec:
     values_in_keys: bool = False
     window: Window = None
     kv_source: KVSource = None
+    layer_heads: tuple[tuple[int, int], ...] | None = None
     model_dim: int | None = None
     max_length: int | None = None
     num_active_params: int | None = None
@@ -107,13 +110,14 @@ class ModelSpec:
         for field in ("model_dim", "max_length", "num_active_params", "num_experts", "experts_per_token"):
             if getattr(self, field) is not None:
                 _checks.integer(field, getattr(self, field), 1)
-        for field in ("window", "kv_source", "notes"):
+        for field in ("window", "kv_source", "layer_heads", "notes"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         if len(self.layer_windows) != self.num_layers:
             raise ConfigError(f"window has {len(self.layer_windows)} entries for {self.num_layers} layers.")
         for window in set(self.layer_windows):
             _checks.window(window)
+        self._check_heads()
         self._check_sources()
         self._check_weights()
         if (self.num_experts is None) != (self.experts_per_token is None):
@@ -125,6 +129,23 @@ class ModelSpec:
                 raise ConfigError("a model with experts needs num_active_params.")
         if self.num_active_params is not None and self.num_active_params > self.num_params:
             raise ConfigError(f"num_active_params ({self.num_active_params}) exceeds num_params ({self.num_params}).")
+
+    def _check_heads(self) -> None:
+        """That `layer_heads` are sizes of heads, one pair for each layer."""
+        if self.layer_heads is None:
+            return
+        pairs = [pair for pair in self.layer_heads if isinstance(pair, tuple | list) and len(pair) == 2]
+        if len(pairs) != self.num_layers or len(self.layer_heads) != self.num_layers:
+            raise ConfigError(
+                f"layer_heads must hold a pair of K and H for each of {self.num_layers} layers, got "
+                f"{self.layer_heads!r}."
+            )
+        for kv_heads, size in pairs:
+            _checks.head_counts(self.num_heads, kv_heads)
+            _checks.integer("head_dim", size, 1)
+        if self.value_head_dim is not None or self.values_in_keys:
+            raise ConfigError("layer_heads are of layers whose values are as long as keys: leave value_head_dim out.")
+        object.__setattr__(self, "layer_heads", tuple((int(kv), int(size)) for kv, size in pairs))
 
     def _check_sources(self) -> None:
         """That `kv_source` names layers that are there and have what is asked of them."""
@@ -164,6 +185,11 @@ class ModelSpec:
     def value_dim(self) -> int:
         """Hv."""
         return self.value_head_dim or self.head_dim
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """K and H of each layer."""
+        return ((self.num_kv_heads, self.head_dim),) * self.num_layers if self.layer_heads is None else self.layer_heads
 
     @property
     def layer_sources(self) -> tuple[int | None, ...]:

@@ -66,8 +66,8 @@ def convert_to_gqa[T](params_or_model: T, num_kv_heads: int) -> T:
         ConfigError: a head count that `num_kv_heads` does not divide; no attention layer; Flax's decode cache.
         ShapeError: projections of an attention layer that do not fit each other.
         UnsupportedError: keys that are normalised head by head (the mean of normalised keys is not the normalised
-            mean); parameters of the key and value projections that are neither kernel nor bias; latent attention; in a
-            module, attention layers of classes that are not Flax's or kvattn's.
+            mean); values that are the keys; parameters of the key and value projections that are neither kernel nor
+            bias; latent attention; in a module, attention layers of classes that are not Flax's or kvattn's.
 
     Example:
         >>> from flax import nnx
@@ -102,10 +102,13 @@ def _convert_module[M: nnx.Module](given: M, num_kv_heads: int) -> M:
     for path, layer in layers.items():
         if any(getattr(layer, name, None) is not None for name in CACHE_NAMES):
             raise _holds_cache(path)
-        _changes(path, _leaves(nnx.state(layer)), num_kv_heads)
+        if not getattr(layer, "shares_kv", False):
+            _changes(path, _leaves(nnx.state(layer)), num_kv_heads)
     for layer in layers.values():
         layer.num_kv_heads = num_kv_heads
         for projection in (layer.key, layer.value):
+            if projection is None:  # it has another layer's keys and values
+                continue
             projection.out_features = (num_kv_heads, *projection.out_features[1:])
             for variable in (projection.kernel, projection.bias):
                 if variable is not None:  # Layers may share one: the second time nothing is left to do.
@@ -177,6 +180,13 @@ def _refuse_latent(leaves: Iterable[Path]) -> None:
 def _attention_layers(leaves: Mapping[Path, object]) -> dict[Path, dict[Path, object]]:
     """By path, the leaves of every subtree that has the four kernels of an attention layer."""
     candidates = {path[:-2] for path in leaves if path[-2:] == KERNELS[0]}
+    for prefix in candidates:
+        has = [(*prefix, *kernel) in leaves for kernel in KERNELS]
+        if has == [True, True, False, True]:
+            raise UnsupportedError(
+                f"{_where(prefix)} has no projection to values, which are its keys: convert_to_gqa averages kernels of "
+                "both."
+            )
     found = {prefix for prefix in candidates if all((*prefix, *kernel) in leaves for kernel in KERNELS)}
     layers: dict[Path, dict[Path, object]] = {prefix: {} for prefix in sorted(found)}
     for path, leaf in leaves.items():

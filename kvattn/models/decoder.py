@@ -1,7 +1,7 @@
 """`Decoder`: a decoder-only transformer, of any of the families that `DecoderConfig` describes.
 
 Embedding, then blocks of grouped-query or latent attention and an MLP, each with its norms and a residual, then a
-norm and the logits. The caches are explicit: one per layer goes in, one per layer comes out.
+norm and the logits. The caches are explicit: one per layer that keeps keys and values goes in, and comes out.
 """
 
 from collections.abc import Sequence
@@ -19,128 +19,17 @@ from kvattn._typing import Array
 from kvattn.attend.tokens import rotated_left
 from kvattn.cache import Cache, PagedKVCache
 from kvattn.codecs import Codec
-from kvattn.errors import DTypeError, RangeError, ShapeError, UnsupportedError
+from kvattn.errors import DTypeError, RangeError, ShapeError
 from kvattn.families.config import DecoderConfig
-from kvattn.layers import GroupedQueryAttention, MultiHeadLatentAttention, placement
 from kvattn.layers import dot_product_attention as default_attention
+from kvattn.layers import placement
 from kvattn.layers.attention_fn import Attention
-from kvattn.models.experts import Experts
-from kvattn.models.parts import MLP, Norm
+from kvattn.models.block import KV, Block
+from kvattn.models.parts import Norm, OwnEmbeddings
 from kvattn.models.placement import Split
 from kvattn.policies import Policy
 
 Caches = tuple[Cache, ...]
-
-
-class Block(nnx.Module):
-    """Attention and MLP, each with its norms, added to what came in."""
-
-    def __init__(self, config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any):
-        def norm(wanted: bool = True) -> Any:
-            return Norm(config, split, param_dtype=options["param_dtype"]) if wanted else nnx.data(None)
-
-        comes_first, comes_last = config.norm_position != "output", config.norm_position in ("sandwich", "output")
-        self.norm_position = config.norm_position
-        self.parallel = config.parallel
-        self.residual_after_norm = config.residual_after_norm
-        self.residual_scale = config.residual_scale
-        self.attention_norm = norm(comes_first)
-        self.attention = _attention(config, layer, attention_fn, split, **options)
-        self.attention_post_norm = norm(comes_last)
-        self.mlp_norm = norm(comes_first and not config.shared_norm)
-        self.mlp = (Experts if config.has_experts(layer) else MLP)(config, split, **options)
-        self.mlp_post_norm = norm(comes_last)
-
-    def __call__(
-        self,
-        x: Array,
-        cache: Cache | None,
-        num_new: ArrayLike | None,
-        tokens: Array,
-        positions: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
-        """[B, T, D] and this layer's cache -> the same.
-
-        `tokens` [B, T] are for policies that look at them, `positions` [B, T] for RoPE where there is no cache (None:
-        0, 1, 2, ...).
-        """
-        inner = self._before(self.attention_norm, x)
-        if cache is None:
-            y = self.attention(inner, is_causal=True, input_positions=positions)
-        else:
-            y, cache = self.attention(inner, cache=cache, num_new=num_new, token_ids=tokens)
-        if self.parallel:
-            return x + self._scaled(y + self.mlp(inner if self.mlp_norm is None else self.mlp_norm(x))), cache
-        x = self._added(x, inner, y, self.attention_norm, self.attention_post_norm)
-        inner = self._before(self.mlp_norm, x)
-        return self._added(x, inner, self.mlp(inner), self.mlp_norm, self.mlp_post_norm), cache
-
-    def _before(self, norm: Norm | None, x: Array) -> Array:
-        """What attention or MLP is given, [B, T, D]."""
-        return x if norm is None or self.norm_position == "post" else norm(x)
-
-    def _added(self, x: Array, inner: Array, y: Array, norm: Norm | None, post_norm: Norm | None) -> Array:
-        """What attention or MLP made of `inner`, added to the residual, all [B, T, D]."""
-        if post_norm is not None:
-            y = post_norm(y)
-        x = (inner if self.residual_after_norm else x) + self._scaled(y)
-        return norm(x) if norm is not None and self.norm_position == "post" else x
-
-    def _scaled(self, y: Array) -> Array:
-        """What is added, [B, T, D], as large as the model wants it."""
-        return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
-
-
-def _attention(
-    config: DecoderConfig, layer: int, attention_fn: Attention, split: Split, **options: Any
-) -> GroupedQueryAttention | MultiHeadLatentAttention:
-    """What one block attends with."""
-    options |= {
-        "rope": config.rope_of(layer),
-        "window": config.layer_windows[layer],
-        "scale": config.layer_scales[layer],
-        "softcap": config.softcap,
-        "mesh": split.mesh,
-        "by": split.by,
-        "axis": split.axis,
-    }
-    if config.is_latent:
-        if attention_fn is not default_attention:
-            raise UnsupportedError(
-                "attention_fn is for attention with keys and values of every head; latent attention (kv_lora_rank) has "
-                "its own: leave attention_fn out."
-            )
-        return MultiHeadLatentAttention(
-            config.num_heads,
-            config.model_dim,
-            kv_lora_rank=config.kv_lora_rank or 0,
-            q_lora_rank=config.q_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim or 0,
-            qk_rope_head_dim=config.qk_rope_head_dim or 0,
-            v_head_dim=config.v_head_dim or 0,
-            norm_epsilon=config.latent_norm_epsilon,
-            use_bias=config.qkv_bias,
-            **options,
-        )
-    return GroupedQueryAttention(
-        config.num_heads,
-        config.model_dim,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        chunk=config.layer_chunks[layer],
-        temperature=config.temperature_of(layer),
-        output_gate=config.output_gate,
-        alibi=False if config.positions != "alibi" else config.alibi_slopes or True,
-        sinks=config.sinks,
-        qk_norm=config.norm if config.has_qk_norm(layer) else None,
-        qk_norm_heads=config.qk_norm_heads,
-        qk_norm_epsilon=config.norm_epsilon,
-        qkv_clip=config.qkv_clip,
-        attention_fn=attention_fn,
-        use_bias=config.qkv_bias,
-        use_out_bias=config.out_bias,
-        **options,
-    )
 
 
 class Decoder(nnx.Module):
@@ -209,6 +98,8 @@ class Decoder(nnx.Module):
         )
         self.embed_in = linear(width, config.model_dim, config.embedding_dim is not None)
         self.embed_norm = norm(config.embedding_norm)
+        size = config.per_layer_dim
+        self.own_embeddings = nnx.data(None) if size is None else OwnEmbeddings(config, split, size, **options)
         self.layers = nnx.List([Block(config, i, attention_fn, split, **options) for i in range(config.num_layers)])
         self.norm = norm(config.final_norm)
         self.embed_out = linear(config.model_dim, width, config.embedding_dim is not None)
@@ -229,8 +120,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [B, T].
-            cache: one per layer (`make_cache`), holding what came before; donate it. None: nothing came before
-                and nothing is kept.
+            cache: one per layer that keeps keys and values (`make_cache`), holding what came before; donate it. None:
+                nothing came before and nothing is kept.
             num_new: int32 [B], how many of the T tokens are real. None: all. What comes out at the others means
                 nothing. Without a cache and with pads on the right it tells "dynamic" and "longrope" RoPE how long a
                 row is; else nothing depends on it there: a token never sees those after it.
@@ -269,10 +160,8 @@ class Decoder(nnx.Module):
         Arguments and errors are those of a call.
         """
         tokens = self._tokens(tokens)
-        if cache is not None and len(cache) != len(self.layers):
-            raise ShapeError(
-                f"the model has {len(self.layers)} layers but was given {len(cache)} caches: one for each."
-            )
+        if cache is not None:
+            self.check_number(cache)
         _checks.one_of("padding", padding, ("right", "left"))
         late = None
         if padding == "left" and num_new is not None:
@@ -284,13 +173,65 @@ class Decoder(nnx.Module):
         positions = None
         if cache is None and num_new is not None and self._depends_on_length:
             positions = self._own_positions(tokens.shape[1], num_new)
-        caches = []
-        for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, None if cache is None else cache[i], num_new, tokens, positions)
-            caches.append(layer_cache)
+        embedded = None if self.own_embeddings is None else self.own_embeddings(tokens, x)
+        x, caches = self._through(x, cache, num_new, tokens, positions, embedded)
         if late is not None:
             x = rotated_left(x, -placement.like_rows(late, x))
-        return x, None if cache is None else tuple(caches)
+        return x, caches
+
+    def _through(
+        self,
+        x: Array,
+        cache: Sequence[Cache] | None,
+        num_new: ArrayLike | None,
+        tokens: Array,
+        positions: Array | None,
+        embedded: Array | None,
+    ) -> tuple[Array, Caches | None]:
+        """[B, T, D] through all layers, with the caches of those that keep keys and values.
+
+        What others read: of a cache that holds after its owner's step what each new token sees, that cache. Else the
+        tokens' keys and values, with the cache as it was before.
+        """
+        number = {layer: i for i, layer in enumerate(self.config.cache_layers)}
+        after: dict[int, Cache | None] = {}
+        keys_and_values: dict[int, KV | None] = {}
+        for i, (layer, source) in enumerate(zip(self.layers, self.config.layer_sources, strict=True)):
+            own = None if embedded is None else embedded[:, :, i]
+            before = None if cache is None else cache[number[source]]
+            if i == source:
+                x, after[i], keys_and_values[i] = layer(x, before, num_new, tokens, positions, embedded=own)
+                continue
+            there, kv, new = after[source], keys_and_values[source], num_new
+            given, append = before, True
+            if before is not None and there is not None:
+                append = False
+                if tokens.shape[1] == 1 or _keeps_a_chunk(before):
+                    # Tokens that were refused are not there.
+                    given, kv, new = there, None, there.lengths - before.lengths
+            x, marked, _ = layer(x, given, new, tokens, positions, kv=kv, append=append, embedded=own)
+            if marked is not None and there is not None:
+                after[source] = there.replace(status=there.status | marked.status)
+        return x, None if cache is None else tuple(cache for cache in after.values() if cache is not None)
+
+    def check_number(self, cache: Sequence[Cache]) -> None:
+        """Checks that there is a cache for every layer that keeps keys and values.
+
+        Raises:
+            ShapeError: more, or fewer.
+        """
+        expected = len(self.config.cache_layers)
+        if len(cache) != expected:
+            raise ShapeError(
+                f"the model has {len(self.layers)} layers{self._of_which} but was given {len(cache)} caches: one for "
+                "each."
+            )
+
+    @property
+    def _of_which(self) -> str:
+        """For messages: which of the layers have caches, where not all do."""
+        expected = len(self.config.cache_layers)
+        return "" if expected == len(self.layers) else f", {expected} of which keep keys and values,"
 
     def make_cache(
         self,
@@ -302,21 +243,21 @@ class Decoder(nnx.Module):
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
     ) -> Caches:
-        """Empty caches, one per layer.
+        """Empty caches, one per layer that keeps keys and values (`DecoderConfig.cache_layers`).
 
         Args:
             batch_size: B.
             capacity: most tokens a sequence may keep. Not needed where every layer has a window.
             policy: which tokens are kept. None: all of them, in layers with a window those within it. A list or tuple:
-                one for each layer.
-            codec: in how many bits. None: as they are. A list or tuple: one for each layer.
+                one for each of these layers.
+            codec: in how many bits. None: as they are. A list or tuple: one for each of these layers.
             dtype: what is stored without a codec. None: the dtype the model computes in.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
 
         Raises:
-            ShapeError: a list with more or fewer entries than there are layers.
+            ShapeError: a list with more or fewer entries than there are such layers.
         """
-        choices = zip(self.layers, self._each("policy", policy), self._each("codec", codec), strict=True)
+        choices = zip(self.owners, self._each("policy", policy), self._each("codec", codec), strict=True)
         return tuple(
             layer.attention.make_cache(
                 batch_size, capacity, policy=policy, codec=codec, dtype=dtype, memory_kind=memory_kind
@@ -335,7 +276,7 @@ class Decoder(nnx.Module):
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
     ) -> tuple[PagedKVCache, ...]:
-        """Empty pools of pages, one per layer.
+        """Empty pools of pages, one per layer that keeps keys and values.
 
         Layers of equal window and shape share tables (`kvattn.cache.groups_of`), which the host decides and
         `kvattn.cache.with_tables` gives to all of them.
@@ -359,15 +300,24 @@ class Decoder(nnx.Module):
         sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
         return tuple(
             layer.attention.make_paged_cache(pages, page_size, policy=policy, codec=codec, **sizes)
-            for layer, pages, policy, codec in zip(self.layers, *options, strict=True)
+            for layer, pages, policy, codec in zip(self.owners, *options, strict=True)
         )
 
+    @property
+    def owners(self) -> tuple[Block, ...]:
+        """The layers that keep keys and values, in the order of their caches."""
+        return tuple(self.layers[i] for i in self.config.cache_layers)
+
     def _each(self, name: str, value: Any) -> tuple[Any, ...]:
-        """One value per layer."""
+        """One value per layer that keeps keys and values."""
+        expected = len(self.config.cache_layers)
         if not isinstance(value, list | tuple):
-            return (value,) * len(self.layers)
-        if len(value) != len(self.layers):
-            raise ShapeError(f"{name} has {len(value)} entries for {len(self.layers)} layers: one for each, or one.")
+            return (value,) * expected
+        if len(value) != expected:
+            raise ShapeError(
+                f"{name} has {len(value)} entries for {len(self.layers)} layers{self._of_which.rstrip(',')}: one for "
+                "each, or one."
+            )
         return tuple(value)
 
     def _tokens(self, tokens: ArrayLike) -> Int[Array, "B T"]:
@@ -435,6 +385,11 @@ class Decoder(nnx.Module):
             logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+def _keeps_a_chunk(cache: Cache) -> bool:
+    """Whether a cache, once it has taken a chunk, gives its queries what they had while it came."""
+    return cache.policy.in_order and cache.codec.for_chunk(cache.dtype) == cache.codec
 
 
 def _at(x: Float[Array, "B T D"], index: ArrayLike) -> Float[Array, "B M D"]:

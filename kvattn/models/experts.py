@@ -10,8 +10,9 @@ from jaxtyping import Float, Int32
 
 from kvattn._typing import Array
 from kvattn.families.config import DecoderConfig
+from kvattn.layers.norms import rms
 from kvattn.layers.placement import explicit_spec, on_mesh_of
-from kvattn.models.parts import ACTIVATIONS, MLP, dense
+from kvattn.models.parts import ACTIVATIONS, MLP, Norm, dense
 from kvattn.models.placement import Split
 
 BLOCK_ROWS = 128
@@ -21,15 +22,24 @@ BLOCK_ROWS = 128
 class Experts(nnx.Module):
     """A router that gives each token to its best experts, weighted by their scores.
 
+    With `DecoderConfig.experts_beside` it holds the layer's MLP too, which serves every token.
+
     Tokens lie sorted by expert, in blocks of one expert each, and a block reads the kernels of its expert: for few
     tokens those of the chosen experts and no others; for many, each expert once for every `BLOCK_ROWS` tokens.
     """
 
     def __init__(
-        self, config: DecoderConfig, split: Split, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        split: Split,
+        mlp_dim: int,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         experts, model_dim = config.num_experts, config.model_dim
-        hidden, with_bias = config.expert_dim or config.mlp_dim, config.expert_kind == "gpt_oss"
+        hidden, with_bias = config.expert_dim or mlp_dim, config.expert_kind == "gpt_oss"
         self.config = config
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
@@ -65,19 +75,41 @@ class Experts(nnx.Module):
         self.shared = nnx.data(None) if shared is None else MLP(config, split, shared, **options)
         self.shared_gate = whole(1, False) if config.shared_expert_gate else nnx.data(None)
 
-    def __call__(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
+        def scale(size: int) -> Any:
+            if not config.router_scales:
+                return nnx.data(None)
+            return nnx.Param(jnp.ones((size,), param_dtype), **split.along((size,), None))
+
+        def norm() -> Any:
+            return Norm(config, split, param_dtype=param_dtype) if config.experts_beside else nnx.data(None)
+
+        self.router_scale, self.expert_scale = scale(model_dim), scale(experts)
+        self.beside = MLP(config, split, mlp_dim, **options) if config.experts_beside else nnx.data(None)
+        self.beside_norm, self.experts_norm, self.experts_post_norm = norm(), norm(), norm()
+
+    def __call__(self, x: Array, before: Array | None = None) -> Array:
+        """[B, T, D] -> [B, T, D]; `before` [B, T, D] is what came into the norm before, where the MLP is beside."""
+        if self.beside is None or before is None:
+            return self._of_experts(x, x)
+        return self.beside_norm(self.beside(x)) + self.experts_post_norm(
+            self._of_experts(self.experts_norm(before), before)
+        )
+
+    def _of_experts(self, x: Array, seen: Array) -> Array:
+        """What experts make of `x` [B, T, D], chosen by what the router makes of `seen` [B, T, D]."""
+        if self.router_scale is not None:
+            factor = self.router_scale[...].astype(seen.dtype) * jnp.asarray(self.config.model_dim**-0.5, seen.dtype)
+            seen = rms(seen, self.config.norm_epsilon) * factor[None, None]
         parameters = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         given = tuple(p[...] for p in parameters if p is not None)
-        scores = self.router(x.astype(jnp.float32) if self.config.router_float32 else x)
-        if self.score_bias is not None:
-            given = (self.score_bias[...], *given)
+        numbers = tuple(None if p is None else p[...] for p in (self.score_bias, self.expert_scale))
+        scores = self.router(seen.astype(jnp.float32) if self.config.router_float32 else seen)
         # What a sorted token is split like, no type can say: on an Explicit mesh that is left to the compiler.
         spec = explicit_spec(x)
         apply: Any = (
             self._apply if spec is None else jax.sharding.auto_axes(self._apply, out_sharding=on_mesh_of(x, *spec))
         )
-        y = apply(x, scores, *given)
+        y = apply(x, scores, numbers, given)
         return y if self.shared is None else y + self._of_all(self.shared, x)
 
     def _of_all(self, shared: MLP, x: Array) -> Array:
@@ -85,18 +117,27 @@ class Experts(nnx.Module):
         y = shared(x)
         return y if self.shared_gate is None else y * jax.nn.sigmoid(dense(self.shared_gate, x))
 
-    def _apply(self, x: Array, scores: Array, *parameters: Array) -> Array:
-        """[B, T, D] -> [B, T, D].
+    def _apply(
+        self,
+        x: Float[Array, "B T D"],
+        scores: Float[Array, "B T E"],
+        numbers: tuple[Float[Array, " E"] | None, Float[Array, " E"] | None],
+        parameters: tuple[Array, ...],
+    ) -> Float[Array, "B T D"]:
+        """What the chosen experts make of tokens.
 
-        `scores` are [B, T, E]; `parameters` what is added to them [E], if anything is, kernels [E, D, F] or [E, F, D],
-        and biases [E, F] or [E, D].
+        Args:
+            x: the tokens.
+            scores: what the router makes of them.
+            numbers: of each expert what is added to its score where it is chosen, and what multiplies its weight.
+            parameters: kernels [E, D, F] or [E, F, D], and biases [E, F] or [E, D].
         """
         batch, length, features = x.shape
         tokens, per_token = x.reshape(batch * length, features), self.config.experts_per_token
-        added = None
-        if self.config.expert_bias:
-            added, parameters = parameters[0], parameters[1:]
+        added, scale = numbers
         shares, chosen = self._chosen(scores.reshape(batch * length, scores.shape[-1]), added)
+        if scale is not None:
+            shares = shares * scale.astype(jnp.float32)[chosen]
         blocks = _Blocks(chosen.ravel(), scores.shape[-1], per_token)
         given, weighs_input = blocks.gathered(tokens), self.config.expert_weighs == "input"
         if weighs_input:

@@ -90,13 +90,12 @@ def continued(
             "cache must be what generate(..., return_cache=True) or model.make_cache returned, a tuple of one cache "
             f"per layer, got {type(cache).__name__}."
         )
-    if len(cache) != len(model.layers):
-        raise ShapeError(f"the model has {len(model.layers)} layers but was given {len(cache)} caches: one for each.")
+    model.check_number(cache)
     if len({id(layer) for layer in cache}) < len(cache):
         raise StaleCacheError("the cache of one layer is given to several: each has its own, which is used up.")
-    for number, (layer, block) in enumerate(zip(cache, model.layers, strict=True)):
+    for number, (layer, block) in enumerate(zip(cache, model.owners, strict=True)):
         _checks.not_donated("cache", layer)
-        where, attention = f"the cache of layer {number}", block.attention
+        where, attention = f"the cache of layer {model.config.cache_layers[number]}", block.attention
         if layer.is_static:
             raise ConfigError(f"{where} is static, it holds an encoder's keys and values: nothing can be appended.")
         if layer.batch_size != num_rows:
@@ -187,15 +186,16 @@ def chunk_size(model: Decoder, cache: Caches, longest: int, prefill_chunk: int |
     whole = rounded(longest)
     if prefill_chunk is not None:
         return min(whole, prefill_chunk)
-    config, attention = model.config, model.layers[0].attention
+    config = model.config
     if any(layer.policy.needs_mass or layer.codec.for_chunk(layer.dtype) != layer.codec for layer in cache):
         return whole
     if config.rope is not None and config.rope.depends_on_length:
         return whole
-    mlp = config.mlp_dim * (2 if config.gated or config.num_experts else 1)
+    mlp = max(config.layer_mlp_dims) * (2 if config.gated or config.num_experts else 1)
     mlp = max(mlp, 2 * (config.shared_expert_dim or 0), 2 * config.experts_per_token * config.model_dim)
-    heads = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
-    width = max(config.model_dim, mlp, heads)
+    layers = zip(config.layer_kv_heads, config.layer_head_dims, strict=True)
+    heads = max((config.num_heads + 2 * kv_heads) * size for kv_heads, size in layers)
+    width = max(config.model_dim, mlp, heads, config.num_layers * (config.per_layer_dim or 0))
     return min(whole, max(_ACTIVATIONS // (cache[0].batch_size * width * _ROUND), 1) * _ROUND)
 
 

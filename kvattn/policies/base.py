@@ -212,6 +212,27 @@ class Policy:
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         return jnp.where(slot < lengths[:, None], slot, EMPTY)
 
+    def held(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B *K C"]:
+        """`positions`, with those tokens that lie in their slots still though the last one does not see them."""
+        return self.positions(state, lengths, num_slots)
+
+    def can_read(self, state: State, step: Context, mask: Mask) -> Rows:
+        """Whether all that tokens attend to is there still, once they have been appended and nothing has come since.
+
+        So that another layer's queries of the same tokens can attend to it. To what a single token attends is what is
+        kept, whatever that is.
+
+        Args:
+            state: after the tokens came.
+            step: which came; `lengths` without them.
+            mask: who may attend to whom.
+        """
+        if self.in_order:
+            return jnp.ones_like(step.lengths, bool)
+        lengths = step.last + 1
+        lost = self.kept(state, lengths, step.num_slots) < lengths.reshape(-1, *(1,) * self.per_head)
+        return (step.num_new <= 1) | ~(jnp.any(lost, axis=1) if self.per_head else lost)
+
     def kept(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B *K"]:
         """Tokens kept."""
         return jnp.sum(self.positions(state, lengths, num_slots) >= 0, axis=-1, dtype=jnp.int32)

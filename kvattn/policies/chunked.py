@@ -55,6 +55,10 @@ class Chunked(Policy):
         position = self._start(last) + jnp.arange(num_slots, dtype=jnp.int32)[None]
         return jnp.where(position <= last, position, EMPTY)
 
+    def can_read(self, state: State, step: Context, mask: Mask) -> Rows:
+        """Within one chunk of positions."""
+        return super().can_read(state, step, mask) | (mask.first_seen(step.lengths) >= self._start(step.last))
+
     def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Within the last token's chunk, or all: those before it are gone."""
         left = lengths - num_tokens

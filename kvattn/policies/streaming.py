@@ -79,6 +79,12 @@ class StreamingLLM(Policy):
         position = jnp.where(slot < num_sinks, jnp.where(slot <= last, slot, EMPTY), in_ring)
         return jnp.where(position >= jnp.minimum(slot, num_sinks), position, EMPTY)
 
+    def can_read(self, state: State, step: Context, mask: Mask) -> Rows:
+        """As long as the ring has room for the tokens before the first one that it sees."""
+        num_sinks, window = self._counted
+        first = jnp.maximum(mask.first_seen(step.lengths), num_sinks)
+        return super().can_read(state, step, mask) | (first > step.last - window)
+
     def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only while nothing was overwritten."""
         return (lengths <= num_slots) | (num_tokens == 0)

@@ -68,6 +68,10 @@ class SlidingWindow(Policy):
         """min(tokens seen, C)."""
         return jnp.minimum(lengths, num_slots)
 
+    def can_read(self, state: State, step: Context, mask: Mask) -> Rows:
+        """As long as the ring has room for the tokens before the first one that it sees."""
+        return super().can_read(state, step, mask) | (mask.first_seen(step.lengths) > step.last - step.num_slots)
+
     def can_trim(self, state: State, lengths: Lengths, num_tokens: Lengths, num_slots: int) -> Rows:
         """Only while nothing was overwritten: a ring that has turned has lost the older tokens."""
         return (lengths <= num_slots) | (num_tokens == 0)
@@ -106,6 +110,10 @@ class OrderedWindow(Policy):
         slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
         last = lengths[:, None] - 1
         return jnp.where((slot <= last) & (slot > last - self._counted), slot, EMPTY)
+
+    def held(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
+        """All tokens; of those that the window has left, the pages may be another's by now."""
+        return super().positions(state, lengths, num_slots)
 
     @property
     def _counted(self) -> int:

@@ -55,8 +55,11 @@ class RoPE:
             - ``longrope``: ``short_factor`` and ``long_factor``, a divisor for each pair,
               ``original_max_position_embeddings``, and ``attention_factor`` or what it follows from: ``factor``,
               which without it is as that of yarn (Phi-3, https://arxiv.org/abs/2402.13753). See below.
+            - ``proportional``: of the pairs of a whole head, a share of ``partial_rotary_factor`` turns, the fastest;
+              may have ``factor``, by which frequencies are divided (Gemma 4).
 
-            ``rope_theta`` and ``partial_rotary_factor`` in the dict set `theta` and `rotary_dim`.
+            ``rope_theta`` and (but for ``proportional``) ``partial_rotary_factor`` in the dict set `theta` and
+            `rotary_dim`.
         rotary_dim: how many entries of a head turn (even), neighbours; the others pass through. None: all from
             `rotary_begin` on.
         rotary_begin: the first entry that turns. Latent attention (DeepSeek's MLA) has its rotary part behind a part
@@ -110,7 +113,7 @@ class RoPE:
         if theta < 1:
             raise ConfigError(f"theta must be >= 1, got {theta}.")
         rotary_dim = self.rotary_dim
-        fraction = fields.pop("partial_rotary_factor", None)
+        fraction = None if kind == "proportional" else fields.pop("partial_rotary_factor", None)
         if fraction is not None:
             from_dict = int(head_dim * _checks.positive("scaling['partial_rotary_factor']", fraction))
             if rotary_dim not in (None, from_dict):
@@ -125,6 +128,8 @@ class RoPE:
             raise ConfigError(f"RoPE turns pairs: rotary_dim must be even and between 2 and {room}, got {rotary_dim}.")
         if kind == "dynamic" and rotary_dim == 2:
             raise ConfigError("dynamic scaling needs rotary_dim > 2: its exponent is rotary_dim / (rotary_dim - 2).")
+        if fields.get("partial_rotary_factor", 0) > 1:
+            raise ConfigError(f"scaling['partial_rotary_factor'] must lie in (0, 1], got {dict(fields)}.")
         if kind == "yarn" and theta == 1:
             raise ConfigError("yarn scaling needs theta > 1, got 1.")
         for name in ("short_factor", "long_factor"):

@@ -25,12 +25,14 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "proportional": (),
 }
 ROPE_TYPES = tuple(_REQUIRED)
 """The kinds that there are."""
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor", "factor"),
+    "proportional": ("factor", "partial_rotary_factor"),
 }
 # Present in checkpoints of every kind, without meaning for some.
 _COMMON = ("original_max_position_embeddings", "max_position_embeddings", "finetuned")
@@ -192,6 +194,14 @@ def _longrope(plain: tuple[Fraction, ...], spectrum: Spectrum) -> tuple[Fraction
     return tuple(f / Fraction(x) for f, x in zip(plain, spectrum.fields["short_factor"], strict=True))
 
 
+def _proportional(plain: tuple[Fraction, ...], spectrum: Spectrum) -> tuple[Fraction, ...]:
+    """The first pairs turn as if all did, and the others do not (Gemma 4)."""
+    fields, size = spectrum.fields, 2 * spectrum.num_pairs
+    turning = int(fields.get("partial_rotary_factor", 1.0) * size // 2)
+    divisor = Fraction(fields.get("factor", 1.0))
+    return tuple(f / divisor if i < turning else Fraction(0) for i, f in enumerate(plain))
+
+
 def longrope_attention_factor(fields: dict[str, Any]) -> float:
     """What longrope multiplies cosines and sines by, whatever the length."""
     if "attention_factor" in fields:
@@ -206,6 +216,7 @@ _SCALED: dict[str, Callable[[tuple[Fraction, ...], Spectrum], tuple[Fraction, ..
     "dynamic": _unscaled,  # its factor depends on the call: see `dynamic_ratio`
     "yarn": _yarn,
     "llama3": _llama3,
+    "proportional": _proportional,
     "longrope": _longrope,  # up to the original length; beyond it those of `Spectrum.long`
 }
 

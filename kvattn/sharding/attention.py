@@ -14,12 +14,11 @@ from kvattn import _checks
 from kvattn._typing import Array
 from kvattn.attend import api
 from kvattn.attend.prepare import prepared, usable
-from kvattn.attend.step import Step
+from kvattn.attend.step import Step, needing_pages
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.errors import ShapeError, ShardingError
 from kvattn.pallas.interpreter import interpreted
-from kvattn.policies import Context
 from kvattn.positions import RoPE, Temperature
 from kvattn.sharding.cache import placed_by, resolved
 from kvattn.sharding.filled import filled_up
@@ -51,6 +50,7 @@ def cached_attention[C: Cache](
     relative_bias: Float[ArrayLike, "heads distances"] | None = None,
     temperature: Temperature | None = None,
     token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
+    append: bool = True,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
     """`kvattn.cached_attention` over a cache that is split over a mesh axis, with the same results.
@@ -78,8 +78,9 @@ def cached_attention[C: Cache](
 
     Args:
         query: float [B, T, N, H].
-        key: float [B, T, K, H]; None for a static cache. K heads also where `shard_cache` made copies in the cache.
-        value: float [B, T, K, Hv]; None for a static cache, and where values are in the keys.
+        key: float [B, T, K, H]; None for a static cache, and for the cache of another layer, as there. K heads also
+            where `shard_cache` made copies in the cache.
+        value: float [B, T, K, Hv]; None likewise, and where values are in the keys.
         cache: from `shard_cache`. One that lies on a single device is split by the first step, if it divides.
         mesh: of Explicit or Auto axes.
         by: as in `shard_cache`; "auto" is how the cache lies. Inside jit on Auto axes that cannot be seen: there "auto"
@@ -100,6 +101,7 @@ def cached_attention[C: Cache](
         relative_bias: see there.
         temperature: see there.
         token_ids: see there.
+        append: see there.
         implementation: see there.
 
     Returns:
@@ -145,6 +147,7 @@ def cached_attention[C: Cache](
         relative_bias=relative_bias,
         temperature=temperature,
         token_ids=token_ids,
+        append=append,
         implementation=tuple(implementation) if isinstance(implementation, list) else implementation,
         num_heads=num_heads,
     )
@@ -153,8 +156,7 @@ def cached_attention[C: Cache](
     shared = cache.shared if scheme.row_parts(split) > 1 else None
     if shared is not None:  # a span's members may be other devices' rows: here each reads by itself
         cache = cache.replace(shared=None)
-    told = Context(cache.lengths, new.num_new, new.length, cache.num_slots)
-    check_tables(cache, told, scheme.row_parts(split))
+    check_tables(cache, needing_pages(new, cache), scheme.row_parts(split))
     assert num_heads is not None
     given = new.query.shape[2]
     scheme = scheme.for_heads(split, cache, given)

@@ -47,6 +47,7 @@ def cached_attention[C: Cache](
     relative_bias: Float[ArrayLike, "N distances"] | None = None,
     temperature: Temperature | None = None,
     token_ids: Int[ArrayLike, "B T"] | Sequence[Sequence[int]] | None = None,
+    append: bool = True,
     implementation: api.Implementation = None,
 ) -> tuple[Float[Array, "B T N Hv"], C]:
     """Appends T new tokens to a cache and attends: T = 1 is decoding, T > 1 a prompt or a chunk of one.
@@ -57,8 +58,9 @@ def cached_attention[C: Cache](
 
     Args:
         query: float [B, T, N, H].
-        key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`, for a
-            static cache (`KVCache.from_encoder`): nothing is appended, every query attends to all its tokens.
+        key: float [B, T, K, H], N a multiple of K; query head n reads head n // (N // K). None, with `value`: nothing
+            is appended. For a static cache (`KVCache.from_encoder`) every query attends to all its tokens; for any
+            other the queries are those of its last tokens, `num_new` of T, which another layer appended (below).
         value: float [B, T, K, Hv]. None for a cache whose values are in its keys (``values_in_keys=True``).
         cache: what was kept so far, a `KVCache` or a `PagedKVCache`.
         num_new: int32 [B], how many of the T tokens are real. None: all.
@@ -77,6 +79,7 @@ def cached_attention[C: Cache](
             for all larger ones. `kvattn.RelativeBuckets` makes it of T5's table.
         temperature: multiplies queries by a factor of their true positions.
         token_ids: int32 [B, T], for policies that look at tokens.
+        append: False: keys and values are attended to as in any step, but the cache comes back without them.
         implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu", a sequence of these to try in order, or None for
             the best that works.
 
@@ -84,8 +87,18 @@ def cached_attention[C: Cache](
         out [B, T, N, Hv] in query's dtype, and the new cache. Products are taken in the wider of query and cache dtype
         and accumulated in float32.
 
+    Layers that share a cache (YOCO, arXiv:2405.05254; CLA, arXiv:2405.12981): one of them owns it and appends, the
+    others call this with its new cache, and key and value None, each with queries of its own. The cache comes back as
+    it was. What these queries attend to is what the policy keeps once the owner's step is done: policies that go by
+    attention have then let a token go, and count the attention of the owner's queries only. Where T > 1 tokens came at
+    once and some are gone that the first of them see (a ring has turned, a budget was cut) that is refused; pass the
+    tokens' keys and values with the cache that the owner was given, and ``append=False``: that attends to just what the
+    owner's queries attend to.
+
     Raises:
         ShapeError, DTypeError, RangeError, ConfigError: arguments that do not fit.
+        UnsupportedError: a shared cache has let go of tokens that the queries attend to. Under jit the row's output is
+            zeros, and `cache.check()` raises.
         CapacityError: the tokens of a row do not fit. Nothing is written. Under jit the row's whole chunk is dropped,
             its output is zeros, and `cache.check()` raises.
         UnsupportedError: the named implementation cannot do this.
@@ -108,6 +121,7 @@ def cached_attention[C: Cache](
         relative_bias=relative_bias,
         temperature=temperature,
         token_ids=token_ids,
+        append=append,
         implementation=implementation,
     )
     return step(new, per_head, cache) if step.is_empty else by_shard(step, new, per_head, cache)

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
-from kvattn.attend.step import Stepped
+from kvattn.attend.step import Stepped, needing_pages
 from kvattn.attend.tokens import NewTokens, PerHead
 from kvattn.cache import Cache
 from kvattn.cache import status as bits
@@ -49,8 +49,7 @@ def on_pages(
     """
     table = cache.page_table
     assert table is not None
-    context = Context(cache.lengths, new.num_new, new.length, cache.num_slots)
-    outside = cache.pages_outside(context, *allowed)
+    outside = cache.pages_outside(needing_pages(new, cache), *allowed)
     bad = outside.any(axis=tuple(range(1, outside.ndim)))
     here = (table >= first) & (table < first + cache.num_pages)
     own = cache.replace(

@@ -143,9 +143,9 @@ class Share(Part):
         """Those that are here, counted here."""
         return store.slots_in_share(slots, jax.lax.axis_index(self.axis), self.size)
 
-    def view(self, cache: Cache) -> View:
+    def view(self, cache: Cache, *, held: bool = False) -> View:
         """The slots that are here."""
-        return super().view(cache).share(jax.lax.axis_index(self.axis), self.size)
+        return super().view(cache, held=held).share(jax.lax.axis_index(self.axis), self.size)
 
     def of_chunk(
         self, key: Float[Array, "B T K H"], value: Float[Array, "B T K Hv"] | None, positions: Int32[Array, "B T"]

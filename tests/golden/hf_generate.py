@@ -245,6 +245,16 @@ SIGLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 SIGLIP |= {"image_size": 8, "patch_size": 4}
 PIXTRAL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 PIXTRAL |= {"image_size": 8, "patch_size": 4}
+FOURTH = {
+    **SMALL,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCAB,
+}
+"""Gemma 4 without all that can be left out."""
 LATENT = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 4, "kv_lora_rank": 10, "qk_nope_head_dim": 6}
 LATENT |= {"qk_rope_head_dim": 4, "v_head_dim": 7, "q_lora_rank": 9}
 ROUTED = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
@@ -477,6 +487,64 @@ LATER = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "num_hidden_layers": 5,
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")],
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 12,
+            "final_logit_softcapping": 9.0,
+        },
+    ),
+    "gemma4_experts": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4_plain": (
+        "Gemma4",
+        {
+            **FOURTH,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma4_images": (
+        "Gemma4",
+        {
+            "text_config": {
+                **FOURTH,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "hidden_size_per_layer_input": 4,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "position_embedding_size": 16,
+                "patch_size": 4,
+            },
+        },
+    ),
     "deepseek_v2_groups": (
         "DeepseekV2",
         {
@@ -576,7 +644,7 @@ LATEST = {
 def model_of(kind: str, settings: dict, seed: int):
     """A model whose every parameter is drawn."""
     with_images = "vision_config" in settings
-    prefix = f"{kind}Text" if kind in ("Gemma3", "Llama4") and not with_images else kind
+    prefix = f"{kind}Text" if kind in ("Gemma3", "Gemma4", "Llama4") and not with_images else kind
     config = getattr(transformers, f"{prefix}Config")(**({} if with_images else ENDS), **settings)
     head = "ForConditionalGeneration" if with_images else "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     model = getattr(transformers, kind + head)(config).eval().float()
@@ -586,6 +654,9 @@ def model_of(kind: str, settings: dict, seed: int):
     drawn = dict(model.named_parameters())
     drawn |= {name: x for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():
+        for name, x in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                x.copy_(x + 0.3 * torch.randn(x.shape, generator=generator))
         for name, x in drawn.items():
             noise = torch.randn(x.shape, generator=generator)
             if x.ndim == 1 and "weight" in name:  # norms

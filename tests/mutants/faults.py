@@ -26,7 +26,7 @@ FAULTS: list[Fault] = [
         ("PagedKVCache.copy_pages", "skipped = sources < 0", "skipped = sources < -1"),
         ("PagedKVCache.copy_pages", "jnp.where(skipped | bad, numbers", "jnp.where(skipped | bad, 0"),
         ("PagedKVCache._beyond", "used > room", "used > room + 1"),
-        ("PagedKVCache.vouched", "jnp.where(bad, 0, step.num_new)", "step.num_new"),
+        ("PagedKVCache.vouched", "status=status), bad", "status=status), jnp.zeros_like(bad)"),
         ("PagedKVCache.pages_outside", "self.page_table >= end", "self.page_table > end"),
         ("PagedKVCache._refuse_shared_writes", "next_one, next_one)", "next_one - 1, next_one)"),
     ),
@@ -660,6 +660,54 @@ FAULTS: list[Fault] = [
     *group(
         "attend/step.py",
         """
+        test_shared_caches.py::test_what_a_reader_attends_to
+        test_shared_caches.py::test_a_budget_is_read_once_the_owner_has_let_go
+        test_shared_caches.py::test_pages_that_a_window_has_left
+        test_shared_caches.py::test_pages_that_rows_share
+        """,
+        ("read", "before=new.num_new", "before=new.num_new * 0"),
+        ("read", "lengths=cache.lengths - new.num_new", "lengths=cache.lengths"),
+        ("read", "held=True", "held=False"),
+        ("read", "bits.mark(cache.status, new.refused, bits.LOST)", "cache.status"),
+        ("beside", "jnp.zeros_like(new.num_new)", "new.num_new"),
+        (
+            "needing_pages",
+            "new.key is not None and new.stays",
+            "True",
+            "test_shared_caches.py::test_pages_that_are_not_there",
+        ),
+        (
+            "needing_pages",
+            "new.key is None and cache.policy.in_order",
+            "False",
+            "test_shared_caches.py::test_pages_that_a_window_has_left",
+        ),
+    ),
+    *group(
+        "policies/window.py",
+        "test_shared_caches.py::test_what_a_reader_attends_to",
+        ("SlidingWindow.can_read", "> step.last - step.num_slots", "> step.last - step.num_slots - 1"),
+        ("SlidingWindow.can_read", "> step.last - step.num_slots", "> step.last - step.num_slots + 1"),
+    ),
+    *group(
+        "policies/chunked.py",
+        "test_shared_caches.py::test_what_can_be_read",
+        ("Chunked.can_read", ">= self._start(step.last)", "> self._start(step.last)"),
+        ("Chunked.can_read", "| (mask.first_seen(step.lengths) >= self._start(step.last))", "| True"),
+    ),
+    *group(
+        "policies/streaming.py",
+        "test_shared_caches.py::test_what_can_be_read",
+        ("StreamingLLM.can_read", "first > step.last - window", "first >= step.last - window"),
+    ),
+    *group(
+        "policies/base.py",
+        "test_shared_caches.py::test_what_can_be_read_of_a_budget",
+        ("Policy.can_read", "step.num_new <= 1", "step.num_new <= 2"),
+    ),
+    *group(
+        "attend/step.py",
+        """
         test_policies.py::test_streaming_within_a_window_of_the_call
         test_policies.py::test_h2o_by_places_where_keys_are_rotated
         test_meanings.py::test_overflow
@@ -669,7 +717,7 @@ FAULTS: list[Fault] = [
         ("_requests", "begin=num_sinks, num_sinks=0", "num_sinks=0"),
         ("_located", "jnp.where(is_real, positions, EMPTY)", "jnp.where(is_real, seen_at, EMPTY)"),
         ("_located", "cache.lengths - _gone(cache)", "cache.lengths"),
-        ("_located", "if step.rules.key_rope is None else new.key", "if True else new.key"),
+        ("_located", "and step.rules.key_rope is None", ""),
         ("cross", "t < new.num_new[:, None]", "t <= new.num_new[:, None]", "test_verbs.py::test_cross_attention"),
         ("cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
         ("_gone", "cache.lengths - 1 - jnp.max", "cache.lengths - jnp.max"),
@@ -787,7 +835,7 @@ FAULTS: list[Fault] = [
             "cache.lengths >= 0",
             "test_verbs.py::test_positions_end_where_int32_does",
         ),
-        ("prepared", "jnp.where(fits, num_new, 0), ~fits", "num_new, ~fits"),
+        ("prepared", "num_new=jnp.where(fits, new.num_new, 0), refused", "refused"),
         (
             "_may_come_first",
             "policy.mask() == Mask()",
@@ -1248,11 +1296,40 @@ FAULTS: list[Fault] = [
         ("to_load", "not _OF_OTHERS.search(name)", "False", "test_checkpoints.py::test_flags_that_cannot_be_honoured"),
     ),
     *group(
-        "models/decoder.py",
+        "models/block.py",
         "test_pretrained.py::test_whole_prompts[granite]",
         ("Block._scaled", "y if self.residual_scale is None else ", "y if True else "),
-        ("Decoder.logits", "logits * self.config.logit_scale", "logits"),
         ("Block.__init__", '!= "output"', '!= "outputs"', "test_pretrained.py::test_whole_prompts[olmo2]"),
+    ),
+    *group(
+        "models/block.py",
+        "test_pretrained.py::test_whole_prompts[gemma4]",
+        ("Block.__call__", "x = x * self.scale[...].astype(x.dtype)[None, None]", "pass"),
+        ("Block.__call__", "x = x + self.own_embedding(x, embedded)", "pass"),
+        ("Block.__init__", "value_norm=is_owner and config.value_norm", "value_norm=False"),
+    ),
+    *group(
+        "models/parts.py",
+        "test_pretrained.py::test_whole_prompts[gemma4]",
+        ("OwnEmbeddings.__call__", "self.size**0.5", "1"),
+        ("OwnEmbeddings.__call__", "self.norm(projected)", "projected"),
+    ),
+    *group(
+        "models/decoder.py",
+        "test_shared_layers.py::test_decoders",
+        ("Decoder._through", "tokens.shape[1] == 1 or _keeps_a_chunk(before)", "True"),
+        ("Decoder._through", "given, append = before, True", "given, append = before, False"),
+        (
+            "Decoder._through",
+            "there.lengths - before.lengths",
+            "num_new",
+            "test_shared_layers.py::test_what_is_refused_stays_refused",
+        ),
+    ),
+    *group(
+        "models/decoder.py",
+        "test_pretrained.py::test_whole_prompts[granite]",
+        ("Decoder.logits", "logits * self.config.logit_scale", "logits"),
     ),
     *group(
         "models/experts.py",

@@ -9,6 +9,7 @@ from kvattn.families.hf import cohere2 as cohere2
 from kvattn.families.hf import deepseek as deepseek
 from kvattn.families.hf import falcon as falcon
 from kvattn.families.hf import gemma as gemma
+from kvattn.families.hf import gemma4 as gemma4
 from kvattn.families.hf import glm4 as glm4
 from kvattn.families.hf import gpt2 as gpt2
 from kvattn.families.hf import gpt_neo as gpt_neo

@@ -56,7 +56,7 @@ def _blueprint(fields: Fields, router: dict[str, Value], **rest: Value) -> rules
     def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
         theirs = f"{theirs}.mlp"
         if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(theirs, ours, config, config.mlp_dim)
+            yield from moe.dense(theirs, ours, config, config.layer_mlp_dims[moe.layer_of(ours)])
             return
         yield from moe.routed(theirs, ours, config, ("gate_proj", "up_proj", "down_proj"))
         if config.expert_bias:

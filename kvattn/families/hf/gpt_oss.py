@@ -62,7 +62,7 @@ def _is_packed(fields: Fields) -> bool:
 
 def _experts(theirs: str, ours: str, config: DecoderConfig, packed: bool) -> Iterator[rules.Rule]:
     """Every matrix [E, in, out] and its bias [E, out]. Of the first, gate and up take every other output."""
-    experts, features, hidden = config.num_experts, config.model_dim, config.mlp_dim
+    experts, features, hidden = config.num_experts, config.model_dim, config.layer_mlp_dims[0]
     each = {"gate": range(0, 2 * hidden, 2), "up": range(1, 2 * hidden, 2)}
     for name, into, out, parts in (
         ("gate_up_proj", features, 2 * hidden, each),

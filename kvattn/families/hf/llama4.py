@@ -11,7 +11,7 @@ from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
 from kvattn.families.kinds import CHUNK, FULL, Kind
 from kvattn.families.registry import register
-from kvattn.families.settings import Settings
+from kvattn.families.settings import Settings, Value
 
 
 def _layers(f: Settings, num_layers: int) -> list[Kind]:
@@ -52,7 +52,7 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
     def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
         theirs = f"{theirs}.feed_forward"
         if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(theirs, ours, config, config.mlp_dim)
+            yield from moe.dense(theirs, ours, config, config.layer_mlp_dims[moe.layer_of(ours)])
             return
         yield from moe.fused(theirs, ours, config, hidden)
         yield from moe.dense(f"{theirs}.shared_expert", f"{ours}.shared", config, hidden)
@@ -66,7 +66,7 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
     return rules.blueprint(config, llama.PARTS, block, buffers=llama.BUFFERS)
 
 
-def _experts(fields: Fields, hidden: int, sparse: list[bool]) -> dict[str, object]:
+def _experts(fields: Fields, hidden: int, sparse: list[bool]) -> dict[str, Value]:
     """What `DecoderConfig` has on experts: their input is multiplied by the sigmoid of their score."""
     return {
         "num_experts": fields.size("num_local_experts"),

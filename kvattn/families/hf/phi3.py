@@ -30,7 +30,7 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
         "attention.out": "self_attn.o_proj",
         "mlp_norm": "post_attention_layernorm",
         "mlp": lambda theirs, ours: rules.gate_and_up(
-            f"{theirs}.mlp.gate_up_proj", ours, config.model_dim, config.mlp_dim
+            f"{theirs}.mlp.gate_up_proj", ours, config.model_dim, config.layer_mlp_dims[0]
         ),
         "mlp.down": "mlp.down_proj",
     }

@@ -66,7 +66,7 @@ def _blueprint(fields: Fields, **rest: Value) -> rules.Blueprint:
 
     def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
         if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(f"{theirs}.mlp", ours, config, config.mlp_dim)
+            yield from moe.dense(f"{theirs}.mlp", ours, config, config.layer_mlp_dims[0])
             return
         yield from moe.routed(f"{theirs}.mlp", ours, config, ("gate_proj", "up_proj", "down_proj"))
         if config.shared_expert_dim is not None:
