@@ -98,6 +98,8 @@ ARGUMENTS = {
     "softcap": [*NUMBER[:1], *((v, errors.RangeError) for v in (0, -1.0, np.nan))],
     **dict.fromkeys(("sinks", "shares_kv", "values_from_keys", "value_norm"), NEEDED_FLAG),
     "qk_norm": CHOICE,
+    "output_gate": CHOICE,
+    **dict.fromkeys(("relative_buckets", "temperature"), [(v, errors.DTypeError) for v in (32, "t5", True)]),
     "qk_norm_heads": [*CHOICE, (None, errors.ConfigError)],
     "qk_norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
     "norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
@@ -334,10 +336,18 @@ FIELDS = {
     **dict.fromkeys(("local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale"), POSITIVE),
     **{
         key: [*((v, errors.DTypeError) for v in ("11", True, (1, 0))), ((True,), errors.ConfigError)]
-        for key in ("rope_layers", "expert_layers")
+        for key in ("rope_layers", "expert_layers", "qk_norm_layers")
     },
     "rope_scaling": [(3, errors.KVAttnError), ({"rope_type": "nonsense"}, errors.ConfigError)],
-    "windows": [*WINDOW, ([4], errors.ConfigError), ((4, "4"), errors.DTypeError), ((4, 0), errors.RangeError)],
+    **{
+        key: [*WINDOW, ([4], errors.ConfigError), ((4, "4"), errors.DTypeError), ((4, 0), errors.RangeError)]
+        for key in ("windows", "chunks")
+    },
+    "temperature": [
+        *((v, errors.DTypeError) for v in (4, "12", (4,), (4, "1"))),
+        *((v, errors.KVAttnError) for v in ((0, 1), (4, -1))),
+    ],
+    "output_gate": CHOICE,
     **{
         key: [*NUMBER, (None, errors.DTypeError), *((v, errors.RangeError) for v in (-1e-6, np.inf, np.nan))]
         for key in ("norm_epsilon", "latent_norm_epsilon")
@@ -345,7 +355,7 @@ FIELDS = {
     **{key: [NUMBER[0], *((v, errors.RangeError) for v in (0, -1.0, np.nan))] for key in ("softcap", "logit_softcap")},
     **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("positions", "norm", "norm_position", "activation")},
     **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("qk_norm_heads", "expert_kind")},
-    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("expert_scores", "expert_shares")},
+    **{key: [*CHOICE, (None, errors.ConfigError)] for key in ("expert_scores", "expert_shares", "expert_weighs")},
     "max_positions": SIZE,
     "alibi_slopes": [
         ("12", errors.DTypeError),

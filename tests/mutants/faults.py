@@ -1306,7 +1306,7 @@ FAULTS: list[Fault] = [
         "test_pretrained.py::test_whole_prompts[gemma4]",
         ("Block.__call__", "x = x * self.scale[...].astype(x.dtype)[None, None]", "pass"),
         ("Block.__call__", "x = x + self.own_embedding(x, embedded)", "pass"),
-        ("Block.__init__", "value_norm=is_owner and config.value_norm", "value_norm=False"),
+        ("attention_of", "value_norm=is_owner and config.value_norm", "value_norm=False"),
     ),
     *group(
         "models/parts.py",
@@ -1347,9 +1347,9 @@ FAULTS: list[Fault] = [
         ("Experts._in_best_groups", "config.group_best)", "1)"),
         ("Experts._in_best_groups", "config.groups_per_token)", "count)"),
         (
-            "Experts.__call__",
-            "x.astype(jnp.float32) if self.config.router_float32 else x",
-            "x",
+            "Experts._of_experts",
+            "seen.astype(jnp.float32) if self.config.router_float32 else seen",
+            "seen",
             "",
             "the router's own dtype makes it float32",
         ),
@@ -2497,18 +2497,18 @@ FAULTS: list[Fault] = [
         ("DecoderConfig.is_latent", '(*_LATENT, "q_lora_rank")', "_LATENT"),
     ),
     *group(
-        "models/decoder.py",
+        "models/block.py",
         """
         test_models_latent.py::test_chunks
         test_models_latent.py::test_bytes_and_refusals
         """,
-        ("_attention", "norm_epsilon=config.latent_norm_epsilon", "norm_epsilon=config.norm_epsilon"),
-        ("_attention", '"scale": config.layer_scales[layer]', '"scale": None'),
-        ("_attention", '"softcap": config.softcap', '"softcap": None'),
-        ("_attention", '"window": config.layer_windows[layer]', '"window": None'),
-        ("_attention", "q_lora_rank=config.q_lora_rank", "q_lora_rank=None"),
-        ("_attention", "use_bias=config.qkv_bias,\n            **options", "**options"),
-        ("_attention", "attention_fn is not default_attention", "False"),
+        ("attention_of", "norm_epsilon=config.latent_norm_epsilon", "norm_epsilon=config.norm_epsilon"),
+        ("attention_of", '"scale": config.layer_scales[layer]', '"scale": None'),
+        ("attention_of", '"softcap": config.softcap', '"softcap": None'),
+        ("attention_of", '"window": config.layer_windows[layer]', '"window": None'),
+        ("attention_of", "q_lora_rank=config.q_lora_rank", "q_lora_rank=None"),
+        ("attention_of", "use_bias=config.qkv_bias,\n            **options", "**options"),
+        ("attention_of", "attention_fn is not default_attention", "False"),
     ),
     *group(
         "models/convert.py",
