@@ -99,7 +99,7 @@ ARGUMENTS = {
     **dict.fromkeys(("sinks", "shares_kv", "values_from_keys", "value_norm"), NEEDED_FLAG),
     "qk_norm": CHOICE,
     "output_gate": CHOICE,
-    **dict.fromkeys(("relative_buckets", "temperature"), [(v, errors.DTypeError) for v in (32, "t5", True)]),
+    **{key: [(v, errors.DTypeError) for v in (32, "t5", True)] for key in ("relative_buckets", "temperature")},
     "qk_norm_heads": [*CHOICE, (None, errors.ConfigError)],
     "qk_norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],
     "norm_epsilon": [("1e-6", errors.DTypeError), (None, errors.DTypeError), (-1e-6, errors.RangeError)],

@@ -636,7 +636,10 @@ def _temperature(given: object) -> tuple[float, float] | None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise DTypeError(f"temperature must be two numbers, floor and scale, got {given!r}.")
-    checked = Temperature(*given)
+    try:
+        checked = Temperature(*given)
+    except KVAttnError as error:
+        raise type(error)(f"temperature: {error}") from error
     return checked.floor, checked.scale
 
 
