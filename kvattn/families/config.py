@@ -1,56 +1,18 @@
 """`DecoderConfig`: what a decoder is made of. Frozen, hashable, without arrays, and readable as JSON."""
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, KVAttnError, RangeError
+from kvattn.families import values
+from kvattn.families.per_layer import LATENT, PerLayer
 from kvattn.families.settings import Value
-from kvattn.positions import RoPE, Temperature
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
-MAX_LAYERS = 10_000
-"""More than any model has: what per layer is listed would not end."""
-_FLAGS = (
-    "final_norm", "gated", "layer_scale", "mlp_bias", "norm_bias", "out_bias", "parallel", "qk_norm", "qkv_bias",
-    "residual_after_norm", "embedding_norm", "expert_bias", "experts_beside", "rope_interleaved", "router_float32",
-    "router_scales", "shared_expert_gate", "shared_norm", "sinks", "tie_embeddings", "value_norm",
-)  # fmt: skip
-_POSITIVE = (
-    "rope_theta", "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "expert_alpha",
-    "expert_limit", "expert_scale",
-)  # fmt: skip
-_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-"""Sizes of latent attention: all of them, or none."""
-_SIZES = {
-    "embedding_dim": 1, "num_experts": 0, "experts_per_token": 0, "max_positions": 1, "expert_dim": 1,
-    "shared_expert_dim": 1, "expert_groups": 1, "groups_per_token": 1, "group_best": 1, "rotary_dim": 2,
-    "per_layer_dim": 1, "q_lora_rank": 1, **dict.fromkeys(_LATENT, 1),
-}  # fmt: skip
-"""Sizes, and the least that each may be."""
-_MAY_BE_NONE = (
-    "local_rope_theta", "qkv_clip", "embedding_scale", "residual_scale", "logit_scale", "embedding_dim",
-    "max_positions", "expert_dim", "shared_expert_dim", "rotary_dim", "per_layer_dim", "output_gate", "q_lora_rank",
-    *_LATENT,
-)  # fmt: skip
-_CHOICES = {
-    "positions": ("rope", "alibi", "learned"),
-    "norm": ("rms", "layer"),
-    "norm_position": ("pre", "post", "sandwich", "output"),
-    "activation": ACTIVATIONS,
-    "qk_norm_heads": ("shared", "own", "joint", "unscaled"),
-    "output_gate": ("elementwise", "headwise"),
-    "expert_kind": ("gpt_oss", "gated"),
-    "expert_shares": ("chosen", "all"),
-    "expert_scores": ("softmax", "sigmoid"),
-    "expert_weighs": ("output", "input"),
-}
+from kvattn.families.values import MAX_LAYERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(PerLayer):
     """The sizes and rules of a `kvattn.models.Decoder`. As they stand, the defaults are those of Llama.
 
     Args:
@@ -249,11 +211,11 @@ class DecoderConfig:
         if self.num_layers > MAX_LAYERS:
             raise RangeError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         settled |= self._heads()
-        for name in _FLAGS:
+        for name in values.FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise DTypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) is not None or name not in _MAY_BE_NONE:
+        for name, known in values.CHOICES.items():
+            if getattr(self, name) is not None or name not in values.MAY_BE_NONE:
                 _checks.one_of(name, getattr(self, name), known)
         settled |= self._numbers()
         for name, value in settled.items():
@@ -262,7 +224,7 @@ class DecoderConfig:
         # RoPE checks the scaling and makes it hashable.
         if self.positions == "rope":
             try:
-                rope = self._rope(self.rope_theta, self.rope_scaling, 0)
+                rope = self.rope_by(self.rope_theta, self.rope_scaling, 0)
             except KVAttnError as error:
                 raise type(error)(f"rope_scaling: {error}") from error
             object.__setattr__(self, "rope_scaling", rope.scaling)
@@ -285,20 +247,21 @@ class DecoderConfig:
             _checks.head_counts(self.num_heads, count)
         each = {"head_dim": head_dim, "num_kv_heads": kv_heads, "mlp_dim": self.mlp_dim}
         found = {
-            name: _alike(_each(name, value, self.num_layers, "layers", _least_one)) for name, value in each.items()
+            name: values.alike(values.each(name, value, self.num_layers, "layers", values.least_one))
+            for name, value in each.items()
         }
         return {"num_heads": int(self.num_heads), **found}
 
     def _latent_head(self) -> tuple[int, int]:
         """K and H of latent attention: one head, of what is cached of a token."""
-        sizes = {name: getattr(self, name) for name in _LATENT}
+        sizes = {name: getattr(self, name) for name in LATENT}
         for name, size in {**sizes, "q_lora_rank": self.q_lora_rank}.items():
             if size is not None:
                 _checks.integer(name, size, 1)
         missing = [name for name, size in sizes.items() if size is None]
         if missing:
             raise ConfigError(
-                f"latent attention needs {', '.join(_LATENT)}; {' and '.join(missing)} is missing: give all of them, "
+                f"latent attention needs {', '.join(LATENT)}; {' and '.join(missing)} is missing: give all of them, "
                 "or none and no q_lora_rank."
             )
         if self.qk_rope_head_dim % 2:  # pyright: ignore
@@ -318,34 +281,40 @@ class DecoderConfig:
         settled: dict[str, object] = {
             name: _checks.non_negative(name, getattr(self, name)) for name in ("norm_epsilon", "latent_norm_epsilon")
         }
-        for name in _POSITIVE:
+        for name in values.POSITIVE:
             value = getattr(self, name)
-            if value is not None or name not in _MAY_BE_NONE:
-                settled[name] = _number(name, value, lambda n, x: _checks.positive(n, x, RangeError))
+            if value is not None or name not in values.MAY_BE_NONE:
+                settled[name] = values.number(name, value, lambda n, x: _checks.positive(n, x, RangeError))
             if name.endswith("rope_theta") and value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}.")
         for name in ("softcap", "logit_softcap"):
             settled[name] = _checks.positive_softcap(getattr(self, name), name)
-        for name, least in _SIZES.items():
+        for name, least in values.SIZES.items():
             value = getattr(self, name)
-            settled[name] = None if value is None and name in _MAY_BE_NONE else _checks.integer(name, value, least)
+            settled[name] = (
+                None if value is None and name in values.MAY_BE_NONE else _checks.integer(name, value, least)
+            )
         for name in ("windows", "chunks"):
-            settled[name] = _each(name, getattr(self, name), self.num_layers, "layers", _window)
-        settled["temperature"] = _temperature(self.temperature)
+            settled[name] = values.each(name, getattr(self, name), self.num_layers, "layers", values.window)
+        settled["temperature"] = values.floor_and_scale(self.temperature)
         for name in ("rope_layers", "expert_layers", "qk_norm_layers"):
-            settled[name] = _layers(name, getattr(self, name), self.num_layers)
-        settled["values_from_keys"] = _alike(
-            _each("values_from_keys", self.values_from_keys, self.num_layers, "layers", _checks.flag)
+            settled[name] = values.flags_of_layers(name, getattr(self, name), self.num_layers)
+        settled["values_from_keys"] = values.alike(
+            values.each("values_from_keys", self.values_from_keys, self.num_layers, "layers", _checks.flag)
         )
         if self.kv_source is not None:
             if not isinstance(self.kv_source, tuple | list):
                 raise DTypeError(f"kv_source must be a tuple of layer numbers, one per layer, got {self.kv_source!r}.")
-            settled["kv_source"] = _each("kv_source", self.kv_source, self.num_layers, "layers", _number_of)
-        settled["attention_scale"] = _each("attention_scale", self.attention_scale, self.num_layers, "layers", _scale)
+            settled["kv_source"] = values.each("kv_source", self.kv_source, self.num_layers, "layers", values.number_of)
+        settled["attention_scale"] = values.each(
+            "attention_scale", self.attention_scale, self.num_layers, "layers", values.scale
+        )
         if self.alibi_slopes is not None:
             if not isinstance(self.alibi_slopes, tuple | list):
                 raise DTypeError(f"alibi_slopes must be a tuple of numbers, one per head, got {self.alibi_slopes!r}.")
-            settled["alibi_slopes"] = _each("alibi_slopes", self.alibi_slopes, self.num_heads, "heads", _slope)
+            settled["alibi_slopes"] = values.each(
+                "alibi_slopes", self.alibi_slopes, self.num_heads, "heads", values.slope
+            )
         return settled
 
     def _check_combinations(self) -> None:
@@ -438,6 +407,8 @@ class DecoderConfig:
                     f"layer {layer} has {sizes[layer][0]} key/value heads of {sizes[layer][1]}, layer {source}, whose "
                     f"keys and values it attends to, {sizes[source][0]} of {sizes[source][1]}."
                 )
+            if self.layer_chunks[layer] != self.layer_chunks[source]:
+                raise ConfigError(f"layers {source} and {layer} share a cache, so they must have the same chunk.")
             kept, seen = windows[source], windows[layer]
             if kept is not None and (seen is None or seen > kept):
                 raise ConfigError(
@@ -445,102 +416,6 @@ class DecoderConfig:
                 )
             if self.positions == "rope" and self.rope_of(layer) != self.rope_of(source):
                 raise ConfigError(f"layers {source} and {layer} share keys, so they must turn them alike.")
-
-    @property
-    def is_latent(self) -> bool:
-        """Whether attention is latent (MLA)."""
-        return any(getattr(self, name) is not None for name in (*_LATENT, "q_lora_rank"))
-
-    @property
-    def layer_sources(self) -> tuple[int, ...]:
-        """`kv_source`, one entry per layer."""
-        return tuple(range(self.num_layers)) if self.kv_source is None else self.kv_source
-
-    @property
-    def cache_layers(self) -> tuple[int, ...]:
-        """The numbers of the layers that keep keys and values: caches of a model have one entry for each."""
-        return tuple(layer for layer, source in enumerate(self.layer_sources) if layer == source)
-
-    @property
-    def layer_kv_heads(self) -> tuple[int, ...]:
-        """K of each layer."""
-        return self._per_layer(self.num_heads if self.num_kv_heads is None else self.num_kv_heads)
-
-    @property
-    def layer_head_dims(self) -> tuple[int, ...]:
-        """H of each layer."""
-        return self._per_layer(self.model_dim // self.num_heads if self.head_dim is None else self.head_dim)
-
-    @property
-    def layer_mlp_dims(self) -> tuple[int, ...]:
-        """The hidden size of each layer's MLP."""
-        return self._per_layer(self.mlp_dim)
-
-    @property
-    def layer_values_from_keys(self) -> tuple[bool, ...]:
-        """Which layers have no projection to values."""
-        return self._per_layer(self.values_from_keys)
-
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """The window of each layer."""
-        return self._per_layer(self.windows)
-
-    @property
-    def layer_scales(self) -> tuple[float | None, ...]:
-        """What multiplies the scores of each layer; None: 1/√H, in latent attention 1/√(P + R)."""
-        return self._per_layer(self.attention_scale)
-
-    @property
-    def layer_chunks(self) -> tuple[int | None, ...]:
-        """The chunk of positions of each layer."""
-        return self._per_layer(self.chunks)
-
-    def has_qk_norm(self, layer: int) -> bool:
-        """Whether queries and keys of a layer pass a norm."""
-        return self.qk_norm and (self.qk_norm_layers is None or self.qk_norm_layers[layer])
-
-    def temperature_of(self, layer: int) -> Temperature | None:
-        """The temperature of one layer's queries; None: it has none."""
-        if self.temperature is None or self.rope_of(layer) is not None:
-            return None
-        return Temperature(*self.temperature)
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts, where others have one MLP."""
-        return self.num_experts > 0 and (self.expert_layers is None or self.expert_layers[layer])
-
-    @property
-    def rope(self) -> RoPE | None:
-        """The rotary embedding of layers without a window; None where order is told otherwise."""
-        if self.positions != "rope":
-            return None
-        layer = next((i for i, window in enumerate(self.layer_windows) if window is None), 0)
-        return self._rope(self.rope_theta, self.rope_scaling, layer)
-
-    def rope_of(self, layer: int) -> RoPE | None:
-        """The rotary embedding of one layer; None: it has none."""
-        if self.rope_layers is not None and not self.rope_layers[layer]:
-            return None
-        if self.positions != "rope":
-            return None
-        if self.local_rope_theta is None or self.layer_windows[layer] is None:
-            return self._rope(self.rope_theta, self.rope_scaling, layer)
-        return self._rope(self.local_rope_theta, None, layer)
-
-    def _rope(
-        self, theta: float, scaling: Mapping[str, Value] | tuple[tuple[str, Value], ...] | None, layer: int
-    ) -> RoPE:
-        return RoPE(
-            int(self.qk_rope_head_dim or self.layer_head_dims[layer]),
-            theta=theta,
-            scaling=scaling,
-            rotary_dim=self.rotary_dim,
-            interleaved=self.rope_interleaved,
-        )
-
-    def _per_layer[T](self, value: T | tuple[T, ...]) -> tuple[T, ...]:
-        return value if isinstance(value, tuple) else (value,) * self.num_layers
 
     def to_json(self) -> dict[str, Value]:
         """The settings as JSON has them."""
@@ -586,69 +461,3 @@ class DecoderConfig:
             "head_dim": 256, "mlp_dim": 16384, "norm": "layer", "parallel": True, "shared_norm": True,
         }  # fmt: skip
         return cls(**palm | sizes)
-
-
-def _number(name: str, value: Value, check: Callable[[str, object], object]) -> int | float:
-    """A checked number as Python has it: an int stays one."""
-    check(name, value)
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _each[T](name: str, value: object, count: int, of: str, check: Callable[[str, object], T]) -> T | tuple[T, ...]:
-    """One entry for all, or `count` of them, each checked."""
-    if not isinstance(value, tuple | list):
-        return check(name, value)
-    if len(value) != count:
-        raise ConfigError(f"{name} has {len(value)} entries for {count} {of}.")
-    return tuple(check(name, entry) for entry in value)
-
-
-def _alike[T](value: T | tuple[T, ...]) -> T | tuple[T, ...]:
-    """One entry for all layers, where all are equal."""
-    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
-
-
-def _least_one(name: str, value: object) -> int:
-    return _checks.integer(name, value, 1)
-
-
-def _number_of(name: str, layer: object) -> int:
-    return _checks.integer(name, layer, 0)
-
-
-def _layers(name: str, value: object, num_layers: int) -> tuple[bool, ...] | None:
-    """Which layers have something; None where nothing is said."""
-    if value is None:
-        return None
-    if not isinstance(value, tuple | list) or not all(isinstance(entry, bool) for entry in value):
-        raise DTypeError(f"{name} must be a tuple of bools, one per layer, got {value!r}.")
-    if len(value) != num_layers:
-        raise ConfigError(f"{name} has {len(value)} entries for {num_layers} layers.")
-    return tuple(value)
-
-
-def _window(name: str, window: object) -> int | None:
-    return None if window is None else _checks.integer(name, window, 1, RangeError)
-
-
-def _temperature(given: object) -> tuple[float, float] | None:
-    if given is None:
-        return None
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise DTypeError(f"temperature must be two numbers, floor and scale, got {given!r}.")
-    try:
-        checked = Temperature(*given)
-    except KVAttnError as error:
-        raise type(error)(f"temperature: {error}") from error
-    return checked.floor, checked.scale
-
-
-def _scale(name: str, scale: object) -> int | float | None:
-    return None if scale is None else _number(name, scale, lambda n, x: _checks.finite_scale(_checks.real(n, x), n))
-
-
-def _slope(name: str, slope: object) -> float:
-    number = _checks.real(name, slope)
-    if not math.isfinite(number):
-        raise RangeError(f"{name} must be finite, got {slope}.")
-    return number

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, RangeError, UnsupportedError
-from kvattn.families.config import MAX_LAYERS
 from kvattn.families.fields import Fields
 from kvattn.families.harmless import may_matter
 from kvattn.families.kinds import Kind
 from kvattn.families.rules import Blueprint
 from kvattn.families.settings import Format, Settings, Value
+from kvattn.families.values import MAX_LAYERS
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),

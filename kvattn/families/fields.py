@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from kvattn._checks import INT32_MAX
 from kvattn.errors import ConfigError, UnknownNameError, UnsupportedError
-from kvattn.families.config import MAX_LAYERS
 from kvattn.families.harmless import is_harmless
 from kvattn.families.kinds import CHUNK, FULL, WINDOW, Kind
 from kvattn.families.settings import Format, Settings, Value
+from kvattn.families.values import MAX_LAYERS
 from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from kvattn import _checks
 from kvattn.errors import ConfigError, DTypeError, RangeError, UnknownNameError
-from kvattn.families.config import MAX_LAYERS
+from kvattn.families.values import MAX_LAYERS
 from kvattn.memory.dtypes import BITS, name_of, num_bytes
 
 Window = int | None | tuple[int | None, ...]

@@ -2494,7 +2494,11 @@ FAULTS: list[Fault] = [
         ("DecoderConfig._check_groups", "best > size", "best > self.num_experts"),
         ("DecoderConfig._latent_head", "value not in (None, only)", "False"),
         ("DecoderConfig._check_latent", "self.qkv_bias != self.out_bias", "False"),
-        ("DecoderConfig.is_latent", '(*_LATENT, "q_lora_rank")', "_LATENT"),
+    ),
+    *group(
+        "families/per_layer.py",
+        "test_models_latent.py::test_settings_are_checked_together",
+        ("PerLayer.is_latent", '(*LATENT, "q_lora_rank")', "LATENT"),
     ),
     *group(
         "models/block.py",
