@@ -32,13 +32,14 @@ class Experts(nnx.Module):
         self,
         config: DecoderConfig,
         split: Split,
-        mlp_dim: int,
+        mlp_dim: int | None = None,
         *,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         experts, model_dim = config.num_experts, config.model_dim
+        mlp_dim = config.layer_mlp_dims[0] if mlp_dim is None else mlp_dim
         hidden, with_bias = config.expert_dim or mlp_dim, config.expert_kind == "gpt_oss"
         self.config = config
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
