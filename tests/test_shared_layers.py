@@ -13,6 +13,7 @@ from flax import nnx
 
 import kvattn
 from kvattn import errors, layers
+from kvattn.cache.status import OVERFLOW
 from kvattn.layers import linen, stateless
 from kvattn.models import Decoder, DecoderConfig
 from kvattn.serving import Engine
@@ -225,7 +226,7 @@ def test_a_step_works_in_place():
 def test_what_is_refused_stays_refused():
     """Under jit a chunk that does not fit is dropped, and nothing of it is read."""
     _, cache = call_of()(jnp.ones((2, 11), jnp.int32), model_of().make_cache(2, 8))
-    assert cache[1].lengths.tolist() == [0, 0]
+    assert cache[1].lengths.tolist() == [0, 0] and cache[1].status.tolist() == [OVERFLOW] * 2
     with pytest.raises(errors.CapacityError):
         cache[1].check()
 

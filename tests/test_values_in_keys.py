@@ -373,8 +373,8 @@ def call(cache, value=None, key=True, **settings):
 PAGES = {"batch_size": 1, "max_pages": 2, "values_in_keys": True}
 REFUSED = {
     "a value": (errors.ConfigError, "first 8 numbers of its keys.*value=None", lambda: call(make(), value=True)),
-    "no key": (errors.ConfigError, "first 8 numbers.*pass the keys", lambda: call(make(), key=False)),
-    "no value": (errors.ConfigError, "values_in_keys=True without value", lambda: call(make(in_keys=False))),
+    "no key, nor tokens": (errors.RangeError, "last tokens of the cache", lambda: call(make(), key=False)),
+    "no value": (errors.ConfigError, "value alone for a cache", lambda: call(make(in_keys=False))),
     "rope": (errors.ConfigError, r"first 8 are its value.*RoPE\(12, rotary_begin=8\)",
              lambda: call(make(), rope=kvattn.RoPE(H))),
     "shape": (errors.ShapeError, "key must be", lambda: kvattn.cached_attention(

@@ -203,14 +203,15 @@ class Decoder(nnx.Module):
                 x, after[i], keys_and_values[i] = layer(x, before, num_new, tokens, positions, embedded=own)
                 continue
             there, kv, new = after[source], keys_and_values[source], num_new
-            given, append = before, True
-            if before is not None and there is not None:
-                append = False
-                if tokens.shape[1] == 1 or _keeps_a_chunk(before):
-                    # Tokens that were refused are not there.
-                    given, kv, new = there, None, there.lengths - before.lengths
-            x, marked, _ = layer(x, given, new, tokens, positions, kv=kv, append=append, embedded=own)
-            if marked is not None and there is not None:
+            if before is None or there is None:
+                x, *_ = layer(x, None, new, tokens, positions, kv=kv, embedded=own)
+                continue
+            given = before
+            if tokens.shape[1] == 1 or _keeps_a_chunk(before):
+                # Tokens that were refused are not there.
+                given, kv, new = there, None, there.lengths - before.lengths
+            x, marked, _ = layer(x, given, new, tokens, positions, kv=kv, append=False, embedded=own)
+            if marked is not None:
                 after[source] = there.replace(status=there.status | marked.status)
         return x, None if cache is None else tuple(cache for cache in after.values() if cache is not None)
 
