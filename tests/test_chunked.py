@@ -172,7 +172,7 @@ def test_refused():
             call(make(policy), chunk=4)
     call(make(kvattn.StreamingLLM(1, 3, positions_in="original")), chunk=4)
     static = kvattn.KVCache.from_encoder(*(jnp.ones((1, 3, 2, 16), jnp.bfloat16) for _ in range(2)))
-    with pytest.raises(errors.ConfigError, match="no chunk"):
+    with pytest.raises(errors.ConfigError, match="chunk"):
         kvattn.cached_attention(new[0], None, None, static, chunk=4)
     with pytest.raises(errors.ConfigError, match="causal"):
         Mask(causal=False, chunk=4)

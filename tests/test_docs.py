@@ -67,7 +67,7 @@ def pages():
         yield pytest.param(path, id=str(path.relative_to(ROOT)), marks=slow)
 
 
-@pytest.mark.parametrize("path", pages())
+@pytest.mark.parametrize("path", list(pages()))
 def test_page(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # What pages call a checkpoint is a tiny one.

@@ -73,7 +73,7 @@ def test_true_positions(case, implementation):
 @each_implementation
 def test_rules_of_a_call(implementation):
     case = by_id(POLICIES, "ring6-window2")[0]
-    suites.check_oracle(case, implementation, scale=0.6, softcap=1.5, sinks=(0.5, -1.0, 3.0, -np.inf))
+    suites.check_oracle(case, implementation, scale=0.5, softcap=1.5, sinks=(0.5, -1.0, 3.0, -np.inf))
 
 
 @each_implementation

@@ -14,6 +14,7 @@ from policy_cases import B, H, K, N, T, alone, kept, step, tokens
 import kvattn
 from kvattn.attend.rules import Rules
 from kvattn.attend.step import Step, _measured, nothing
+from kvattn.attend.tokens import PerHead
 from kvattn.masks import Mask
 from kvattn.policies import Context, scored
 
@@ -168,7 +169,7 @@ def test_policies_are_told_true_positions():
     read = kvattn.KVCache.create(1, K, H, capacity=8, dtype=jnp.float32).replace(lengths=jnp.asarray([7], jnp.int32))
     asked = jnp.asarray([[5, 6, -1]], jnp.int32)
     chunk = Step(nothing, Rules(Mask(), 1.0, None), None, "right", "xla")
-    request = chunk.rules.request(jnp.zeros((1, 3, N, H)), asked, read.view(), None)
+    request = chunk.rules.request(jnp.zeros((1, 3, N, H)), asked, read.view(), PerHead())
     context = Context(cache.lengths, jnp.asarray([2], jnp.int32), 3, cache.num_slots)
     told = _measured(chunk, [request], jnp.zeros((1, 3, N)), cache, context)
     expected = [[position, -1, 10] for position in (*range(4, 11), -1)]

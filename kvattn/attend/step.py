@@ -197,11 +197,11 @@ def _located(step: Step, new: NewTokens, cache: Cache, before: Int32[Array, " B"
     """
     policy, t = cache.policy, jnp.arange(new.length, dtype=jnp.int32)[None]
     is_real = t < new.num_new[:, None]
-    first = cache.lengths - _gone(cache) - (0 if before is None else before)
+    first = cache.lengths if before is None else cache.lengths - before
     # Pads take no position: 0 stands for theirs, and nothing comes of it.
-    seen_at = jnp.where(is_real, first[:, None] + t, 0)
+    seen_at = jnp.where(is_real, (first - _gone(cache))[:, None] + t, 0)
     rotated = lambda x, positions: x if step.rope is None else step.rope(x, positions)
-    query = step.rules.warmed(new.query, cache.lengths[:, None] + t)
+    query = step.rules.warmed(new.query, first[:, None] + t)
     from_sinks = policy.sink_positions(seen_at)
     if from_sinks is not None:
         count, positions = from_sinks

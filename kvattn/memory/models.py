@@ -4,6 +4,9 @@ Sizes are those of the published configurations; parameters are exact where weig
 once, the text part of models that also see), and as in the paper for PaLM.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from kvattn.families.kinds import WINDOW, every
 from kvattn.memory.specs import ModelSpec, Table, Window
 
@@ -118,6 +121,8 @@ _ROWS: tuple[_Row, ...] = (
     ("gpt-oss-20b", 24, 64, 8, 64, 2880, 20_914_757_184, 131072, "openai/gpt-oss-20b", _every(2, 24, 128)),
     ("gpt-oss-120b", 36, 64, 8, 64, 2880, 116_829_156_672, 131072, "openai/gpt-oss-120b", _every(2, 36, 128)),
     # Latent attention: one key for all heads, whose first numbers are its value.
+    ("gemma-4-e2b", 35, 8, 1, 256, 1536, 4_628_569_344, 131072, "google/gemma-4-E2B", _every(5, 35, 512)),
+    ("gemma-4-31b", 60, 32, 16, 256, 5376, 30_697_345_280, 262144, "google/gemma-4-31B", _every(6, 60, 1024)),
     (
         "llama-4-scout", 48, 40, 8, 128, 5120, 107_769_861_120, 10485760, "meta-llama/Llama-4-Scout-17B-16E",
         _every(4, 48, 8192),
@@ -164,6 +169,19 @@ _LATENT = {
 }
 """Of a key, how many numbers are its value."""
 
+_GLOBAL_HEADS = {"gemma-4-e2b": (1, 512), "gemma-4-31b": (4, 512)}
+"""K and H of layers without a window, where they differ."""
+
+_SHARING = {"gemma-4-e2b": 20}
+"""How many of the last layers attend to keys and values of the last earlier layer of their kind."""
+
+
+def _sources(windows: tuple[int | None, ...], sharing: int) -> tuple[int, ...]:
+    """The layer whose keys and values each layer attends to."""
+    own = len(windows) - sharing
+    last = {window: layer for layer, window in enumerate(windows[:own])}
+    return (*range(own), *(last[window] for window in windows[own:]))
+
 
 def _model(row: _Row) -> ModelSpec:
     name, layers, heads, kv_heads, head_dim, model_dim, num_params, max_length, source, *window = row
@@ -185,7 +203,19 @@ def _model(row: _Row) -> ModelSpec:
         num_expert_weights=num_expert_weights,
         value_head_dim=_LATENT.get(name),
         values_in_keys=name in _LATENT,
+        **_by_layer(name, (kv_heads, head_dim), window),
     )
+
+
+def _by_layer(name: str, heads: tuple[int, int], window: Sequence[Window]) -> dict[str, Any]:
+    """What differs from layer to layer."""
+    found: dict[str, Any] = {}
+    for each in window:
+        if isinstance(each, tuple) and name in _GLOBAL_HEADS:
+            found["layer_heads"] = tuple(_GLOBAL_HEADS[name] if size is None else heads for size in each)
+        if isinstance(each, tuple) and name in _SHARING:
+            found["kv_source"] = _sources(each, _SHARING[name])
+    return found
 
 
 MODELS = Table(

@@ -716,7 +716,7 @@ FAULTS: list[Fault] = [
         ("_requests", "mask.reach if mask.num_sinks else mask.window", "None"),
         ("_requests", "begin=num_sinks, num_sinks=0", "num_sinks=0"),
         ("_located", "jnp.where(is_real, positions, EMPTY)", "jnp.where(is_real, seen_at, EMPTY)"),
-        ("_located", "cache.lengths - _gone(cache)", "cache.lengths"),
+        ("_located", "first - _gone(cache)", "first"),
         ("_located", "and step.rules.key_rope is None", ""),
         ("cross", "t < new.num_new[:, None]", "t <= new.num_new[:, None]", "test_verbs.py::test_cross_attention"),
         ("cross", "Mask(causal=False)", "Mask()", "test_verbs.py::test_cross_attention"),
@@ -2659,7 +2659,7 @@ FAULTS: list[Fault] = [
         "test_temperature_and_gates.py::test_a_step",
         (
             "_located",
-            "step.rules.warmed(new.query, cache.lengths[:, None] + t)",
+            "step.rules.warmed(new.query, first[:, None] + t)",
             "step.rules.warmed(new.query, seen_at)",
         ),
         (
