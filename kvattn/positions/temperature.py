@@ -28,8 +28,8 @@ class Temperature:
         DTypeError: no numbers.
 
     Example:
-        >>> Temperature(floor=2, scale=1.0)(jnp.arange(4)).round(3).tolist()
-        [1.0, 1.693, 1.693, 2.099]
+        >>> [f"{x:.3f}" for x in Temperature(floor=2, scale=1.0)(jnp.arange(4)).tolist()]
+        ['1.000', '1.693', '1.693', '2.099']
     """
 
     floor: float = 8192
