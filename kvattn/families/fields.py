@@ -13,6 +13,8 @@ from kvattn.positions.scaling import ROPE_TYPES
 
 MAX_HEADS = 10_000
 """More heads than any model has: a number that is no mistake of the file lies below."""
+USUAL_ROPES = tuple(kind for kind in ROPE_TYPES if kind != "proportional")
+"""Kinds of scaling that any family may have."""
 _LIMITED: Mapping[Kind, str] = {WINDOW: "sliding_attention", CHUNK: "chunked_attention"}
 """What transformers calls such layers."""
 ACTIVATIONS = {
@@ -159,7 +161,7 @@ class Fields(Settings):
         theta: Value,
         original: Value,
         head_dim: int | None = None,
-        known: Collection[str] = tuple(kind for kind in ROPE_TYPES if kind != "proportional"),
+        known: Collection[str] = USUAL_ROPES,
     ) -> dict[str, Value]:
         """The same from one rope dict, filled with what transformers takes from around it.
 
