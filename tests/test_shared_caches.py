@@ -336,6 +336,7 @@ def test_what_is_gone_is_refused():
         kvattn.cached_attention(query[:, -4:], None, None, after, window=2)
 
 
+@pytest.mark.wrong_types
 def test_calls_that_cannot_be():
     cache = kvattn.KVCache.create(1, K, H, capacity=8, dtype=jnp.float32)
     query, key, value = (x[:1] for x in suites.tokens(0, 3, value_head_dim=H))

@@ -88,7 +88,8 @@ class Projections:
         if buckets is None:
             return None
         shape = (buckets.num_buckets, self.settings.num_heads)
-        return nn.meta.unbox(layer.param("relative_bias", nn.initializers.zeros, shape, layer.param_dtype))
+        table = nn.meta.unbox(layer.param("relative_bias", nn.initializers.zeros, shape, layer.param_dtype))
+        return jnp.asarray(table)
 
     def out(self, x: Array, inputs: AnyArray) -> Array:
         """Projects heads [..., T, N, Hv] to features, as many as those of `inputs` unless the layer says otherwise.

@@ -5,7 +5,8 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -72,16 +73,16 @@ class RelativeBuckets:
         far = np.minimum(exact + wide.astype(np.int32), self._each_way - 1)
         return np.where(distance < exact, distance, far).astype(np.int32)
 
-    def of(self, distance: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    def of(self, distance: Int[ArrayLike, "*shape"]) -> Int32[Array, "*shape"]:
         """The bucket of a distance, which is the query's position minus the key's."""
-        table = jnp.asarray(self._table())
+        distance, table = jnp.asarray(distance), jnp.asarray(self._table())
         past = table[jnp.clip(distance, 0, self.max_distance)]
         if not self.bidirectional:
             return past
         ahead = table[jnp.clip(-distance, 0, self.max_distance)] + self._each_way
         return jnp.where(distance < 0, ahead, past)
 
-    def by_distance(self, table: Float[Array, "buckets N"]) -> Float[Array, "N distances"]:
+    def by_distance(self, table: Float[ArrayLike, "buckets N"]) -> Float[Array, "N distances"]:
         """What is added to the scores of keys at distance 0, 1, ..., `max_distance` and more into the past.
 
         This is the `relative_bias` of `kvattn.cached_attention`.
@@ -95,7 +96,9 @@ class RelativeBuckets:
         """
         return self._checked(table)[self.of(jnp.arange(self.max_distance + 1, dtype=jnp.int32))].T
 
-    def between(self, table: Float[Array, "buckets N"], query_length: int, key_length: int) -> Float[Array, "N T S"]:
+    def between(
+        self, table: Float[ArrayLike, "buckets N"], query_length: int, key_length: int
+    ) -> Float[Array, "N T S"]:
         """What is added to the scores of a full sequence: the `bias` of `kvattn.dot_product_attention`.
 
         Args:
@@ -109,7 +112,7 @@ class RelativeBuckets:
         query, key = (jnp.arange(length, dtype=jnp.int32) for length in (query_length, key_length))
         return self.at(table, query[:, None] - key[None, :])
 
-    def at(self, table: Float[Array, "buckets N"], distance: Int32[Array, "T S"]) -> Float[Array, "N T S"]:
+    def at(self, table: Float[ArrayLike, "buckets N"], distance: Int[ArrayLike, "T S"]) -> Float[Array, "N T S"]:
         """What is added to scores at these distances, which are the query's position minus the key's.
 
         Raises:

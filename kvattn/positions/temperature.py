@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from kvattn import _checks
@@ -41,13 +42,13 @@ class Temperature:
         if self.floor < 1:
             raise RangeError(f"floor must be at least 1, got {self.floor}.")
 
-    def __call__(self, positions: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def __call__(self, positions: Int[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """The factor float32 of a query at each position."""
-        steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.floor)
+        steps = jnp.floor((jnp.asarray(positions).astype(jnp.float32) + 1) / self.floor)
         return jnp.log1p(jnp.maximum(steps, 0)) * self.scale + 1
 
-    def warmed(self, query: Float[Array, "*BT N H"], positions: Int[Array, "*BT"]) -> Float[Array, "*BT N H"]:
-        """Queries at these positions, multiplied in float32 at least."""
+    def warmed(self, query: Float[Array, "*BT N H"], positions: Int[Array, "*shape"]) -> Float[Array, "*BT N H"]:
+        """Queries at these positions, of each row or of all, multiplied in float32 at least."""
         wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
         factor = self(positions).astype(wide)
         factor = factor.reshape((1,) * (query.ndim - 2 - factor.ndim) + (*factor.shape, 1, 1))
