@@ -478,5 +478,5 @@ def test_sampling_and_errors(example, tmp_path, monkeypatch):
     assert first == second
     alone = from_pretrained(GOLDEN / "llama3")
     assert first["tokens"] == kvattn.generate(alone, prompts, 6, temperature=0.9, top_k=20, seed=7, stop_tokens=3)
-    assert "rows [0, 1, 2, 3] of the cache hold [0, 0, 0, 0] tokens of 8" in first["too long"]
+    assert "rows [0, 1, 2, 3] of a cache of 8 slots hold [0, 0, 0, 0] tokens" in first["too long"]
     assert "rows [0, 1, 2, 3]" in first["overflow"]
