@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from kvattn.families import rules
 from kvattn.families.config import DecoderConfig
@@ -128,3 +129,7 @@ def params(f: Sizes) -> int:
 def value_dim(f: Sizes) -> int:
     """Hv; D / N where the file has null."""
     return f.size("v_head_dim", f.size("model_dim") // f.size("heads"))
+
+
+ONE_KEY: Mapping[str, Any] = {"kv_heads": one_head, "head_dim": cached, "values_in_keys": rank}
+"""What a `Family` says of a cache of one key per token, whose first numbers are its value."""

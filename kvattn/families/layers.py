@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from kvattn import _checks
 from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.families.family import Sizes
-from kvattn.families.kinds import CHUNK, FULL, NONE, WINDOW, Kind, every
+from kvattn.families.kinds import CHUNK, FULL, NONE, WINDOW, Kind, every, shared_from
 from kvattn.families.settings import Settings, Value
 
 _NAMES: Mapping[str, Kind] = {
@@ -95,12 +95,7 @@ def _sources(f: Sizes, kinds: list[Kind]) -> list[int | None]:
     """Whose keys and values each layer attends to."""
     sources: list[int | None] = [None if kind == NONE else i for i, kind in enumerate(kinds)]
     if f.reads("num_kv_shared_layers") and (shared := f.count("num_kv_shared_layers")):
-        first = len(kinds) - shared
-        for i in range(max(first, 0), len(kinds)):
-            of_its_kind = [j for j in range(first) if kinds[j] == kinds[i]]
-            if not of_its_kind:
-                raise ConfigError(f"num_kv_shared_layers is {shared}: layer {i} has no earlier layer to share with.")
-            sources[i] = of_its_kind[-1]
+        sources = [*shared_from(kinds, shared)]
     if f.reads("use_cla") and f.flag("use_cla"):  # cross-layer attention: the first of each group has keys and values
         group = f.size("cla_share_factor", 1)
         sources = [i - i % group for i in range(len(kinds))]

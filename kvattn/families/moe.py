@@ -1,9 +1,12 @@
 """The tensors of experts as families store them: three matrices for each, or all in one tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvattn.families import rules
 from kvattn.families.config import DecoderConfig
+
+Rules = Callable[[str, str], Iterator[rules.Rule]]
+"""Makes the rules of a part of a layer, by what it is called in the files and here."""
 
 
 def routed(theirs: str, ours: str, config: DecoderConfig, names: Sequence[str]) -> Iterator[rules.Rule]:
@@ -24,22 +27,23 @@ def routed(theirs: str, ours: str, config: DecoderConfig, names: Sequence[str]) 
         yield rules.stacked(sources, (out, into), f"{ours}.{our}", rules.Layout((into, out), ((1,), (0,))))
 
 
-def fused(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterator[rules.Rule]:
-    """The router and the experts of one layer as Llama 4 stores them: all experts in one tensor, gates before ups.
+def fused(theirs: str, ours: str, config: DecoderConfig, *, transposed: bool = False) -> Iterator[rules.Rule]:
+    """The experts of one layer where all of them lie in one tensor, gates before ups.
 
     Args:
-        theirs: what the MLP of the layer is called in the files.
-        ours: what it is called here.
+        theirs: what the experts are called in the files.
+        ours: what the MLP is called here.
         config: of the decoder.
-        hidden: the hidden size of an expert.
+        transposed: kernels are [out, in].
     """
-    features, experts = config.model_dim, config.num_experts
-    yield from rules.linear(f"{theirs}.router", f"{ours}.router", (features,), (experts,), False)
-    axes, into = ((0,), (1,), (2,)), (experts, features, 2 * hidden)
+    features, experts, hidden = config.model_dim, config.num_experts, config.expert_dim or 0
+    axes = ((0,), (2,), (1,)) if transposed else ((0,), (1,), (2,))
+    stored = lambda *shape: (shape[0], shape[2], shape[1]) if transposed else shape
     parts = {"gate": range(hidden), "up": range(hidden, 2 * hidden)}
     kernels = {f"{ours}.{n}": rules.Layout((experts, features, hidden), axes, {2: part}) for n, part in parts.items()}
-    yield rules.Rule({f"{theirs}.experts.gate_up_proj": into}, kernels)
-    yield rules.tensor(f"{theirs}.experts.down_proj", (experts, hidden, features), f"{ours}.down")
+    yield rules.Rule({f"{theirs}.gate_up_proj": stored(experts, features, 2 * hidden)}, kernels)
+    down = rules.Layout((experts, hidden, features), axes)
+    yield rules.tensor(f"{theirs}.down_proj", stored(experts, hidden, features), f"{ours}.down", down)
 
 
 def dense(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterator[rules.Rule]:
@@ -53,6 +57,20 @@ def dense(theirs: str, ours: str, config: DecoderConfig, hidden: int) -> Iterato
         yield from rules.linear(f"{theirs}.{name}_proj", f"{ours}.{name}", (into,), (out,), config.mlp_bias)
 
 
-def layer_of(ours: str) -> int:
-    """The layer that a part belongs to, by our name for it."""
-    return int(ours.split(".")[1])
+def where_there_are(config: DecoderConfig, name: str, experts: Rules) -> Rules:
+    """The MLP of a layer: `experts` where it has some, else as `dense`.
+
+    Args:
+        config: of the decoder.
+        name: what the MLP of a layer is called in the files.
+        experts: makes the rules of a layer's experts.
+    """
+
+    def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
+        theirs, layer = f"{theirs}.{name}", int(ours.split(".")[1])
+        if config.has_experts(layer):
+            yield from experts(theirs, ours)
+        else:
+            yield from dense(theirs, ours, config, config.layer_mlp_dims[layer])
+
+    return mlp

@@ -32,6 +32,12 @@ def mlp(f: Sizes, matrices: int = 3, hidden: int | None = None) -> int:
     return matrices * f.size("model_dim") * (mlp_size(f) if hidden is None else hidden)
 
 
+def gated_mlp(f: Sizes, hidden: int) -> int:
+    """An MLP of three matrices, with biases where mlp_bias says so."""
+    d = f.size("model_dim")
+    return 3 * d * hidden + f.flag("mlp_bias") * (2 * hidden + d)
+
+
 def half_mlp(f: Sizes) -> int:
     """A dense MLP whose given size is that of gate and up together."""
     return mlp(f, hidden=mlp_size(f) // 2)
@@ -74,9 +80,7 @@ def gated(
     """
     d, layers = f.size("model_dim"), f.num_layers
     bias = f.flag("attention_bias")
-    dense = 3 * d * f.size("mlp_dim")
-    if f.flag("mlp_bias"):
-        dense += 2 * f.size("mlp_dim") + d
+    dense = gated_mlp(f, f.size("mlp_dim"))
     sparse = sparse_layers(f)
     mlps = (layers - sparse) * dense
     if sparse:

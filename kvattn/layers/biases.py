@@ -7,13 +7,13 @@ from kvattn._typing import Array
 from kvattn.layers.settings import AttentionSettings
 
 
-def of_buckets(
+def of_all(
     settings: AttentionSettings,
     table: Float[Array, "buckets N"] | None,
     distance: Int32[Array, "T S"],
     rank: int,
 ) -> Float[Array, "... N T S"] | None:
-    """The relative bias of a layer; None where it has none.
+    """The relative bias and ALiBi's; None where the layer has neither.
 
     Args:
         settings: of the layer.
@@ -21,20 +21,7 @@ def of_buckets(
         distance: the query's position minus the key's.
         rank: how many axes the scores have.
     """
-    if settings.relative_buckets is None or table is None:
-        return None
-    bias = settings.relative_buckets.at(table.astype(jnp.float32), distance)
-    return bias.reshape((1,) * (rank - bias.ndim) + bias.shape)
-
-
-def of_all(
-    settings: AttentionSettings,
-    table: Float[Array, "buckets N"] | None,
-    distance: Int32[Array, "T S"],
-    rank: int,
-) -> Float[Array, "... N T S"] | None:
-    """The relative bias and ALiBi's; None where the layer has neither. Arguments are those of `of_buckets`."""
-    bias, slopes = of_buckets(settings, table, distance, rank), settings.slopes
+    bias, slopes = _of_buckets(settings, table, distance, rank), settings.slopes
     if slopes is None:
         return bias
     alibi = -slopes[:, None, None] * distance.astype(slopes.dtype)[None]
@@ -52,4 +39,17 @@ def of_full(
     if settings.relative_buckets is None:
         return None
     at, of = (jnp.arange(x.shape[-3], dtype=jnp.int32) for x in (query, key))
-    return of_buckets(settings, table, at[:, None] - of[None, :], query.ndim)
+    return _of_buckets(settings, table, at[:, None] - of[None, :], query.ndim)
+
+
+def _of_buckets(
+    settings: AttentionSettings,
+    table: Float[Array, "buckets N"] | None,
+    distance: Int32[Array, "T S"],
+    rank: int,
+) -> Float[Array, "... N T S"] | None:
+    """The relative bias alone; arguments are those of `of_all`."""
+    if settings.relative_buckets is None or table is None:
+        return None
+    bias = settings.relative_buckets.at(table.astype(jnp.float32), distance)
+    return bias.reshape((1,) * (rank - bias.ndim) + bias.shape)

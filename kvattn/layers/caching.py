@@ -155,6 +155,7 @@ def cached_attention[C: Cache](
     Returns:
         The attention of the new tokens, and the cache with them.
     """
+    buckets, table = settings.relative_buckets, relative_bias
     rules = {
         "num_new": num_new,
         "padding": padding,
@@ -165,14 +166,12 @@ def cached_attention[C: Cache](
         "softcap": settings.softcap,
         "sinks": None if sinks is None else sinks.astype(jnp.float32),
         "alibi_slopes": settings.slopes,
-        "relative_bias": None,
+        "relative_bias": None if buckets is None or table is None else buckets.by_distance(table.astype(jnp.float32)),
         "temperature": settings.temperature,
         "token_ids": token_ids,
         "append": append,
         "implementation": settings.implementation,
     }
-    if settings.relative_buckets is not None and relative_bias is not None:
-        rules["relative_bias"] = settings.relative_buckets.by_distance(relative_bias.astype(jnp.float32))
     if settings.mesh is None:
         return explicit.cached_attention(query, key, value, cache, **rules)
     if key is not None and value is not None:

@@ -42,8 +42,7 @@ def normalized(
 
 def rms(x: Float[Array, "*BT heads H"], epsilon: float) -> Float[Array, "*BT heads H"]:
     """Every head divided by the root of the mean of its squares, in float32 at least."""
-    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+    return normalized(x, None, kind="rms", joint=False, epsilon=epsilon)
 
 
 class HeadsNorm(nnx.Module):

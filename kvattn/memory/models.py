@@ -7,7 +7,7 @@ once, the text part of models that also see), and as in the paper for PaLM.
 from collections.abc import Sequence
 from typing import Any
 
-from kvattn.families.kinds import WINDOW, every
+from kvattn.families.kinds import WINDOW, every, shared_from
 from kvattn.memory.specs import ModelSpec, Table, Window
 
 type _Row = tuple[str, int, int, int, int, int, int, int, str, *tuple[Window, ...]]
@@ -176,13 +176,6 @@ _SHARING = {"gemma-4-e2b": 20}
 """How many of the last layers attend to keys and values of the last earlier layer of their kind."""
 
 
-def _sources(windows: tuple[int | None, ...], sharing: int) -> tuple[int, ...]:
-    """The layer whose keys and values each layer attends to."""
-    own = len(windows) - sharing
-    last = {window: layer for layer, window in enumerate(windows[:own])}
-    return (*range(own), *(last[window] for window in windows[own:]))
-
-
 def _model(row: _Row) -> ModelSpec:
     name, layers, heads, kv_heads, head_dim, model_dim, num_params, max_length, source, *window = row
     num_experts, experts_per_token, num_active_params, num_expert_weights = _EXPERTS.get(name, (None,) * 4)
@@ -214,7 +207,7 @@ def _by_layer(name: str, heads: tuple[int, int], window: Sequence[Window]) -> di
         if isinstance(each, tuple) and name in _GLOBAL_HEADS:
             found["layer_heads"] = tuple(_GLOBAL_HEADS[name] if size is None else heads for size in each)
         if isinstance(each, tuple) and name in _SHARING:
-            found["kv_source"] = _sources(each, _SHARING[name])
+            found["kv_source"] = tuple(shared_from(each, _SHARING[name]))
     return found
 
 

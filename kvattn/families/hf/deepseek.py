@@ -53,11 +53,7 @@ def _blueprint(fields: Fields, router: dict[str, Value], **rest: Value) -> rules
         tie_embeddings=fields.flag("tie_word_embeddings"),
     )
 
-    def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
-        theirs = f"{theirs}.mlp"
-        if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(theirs, ours, config, config.layer_mlp_dims[moe.layer_of(ours)])
-            return
+    def routed(theirs: str, ours: str) -> Iterator[rules.Rule]:
         yield from moe.routed(theirs, ours, config, ("gate_proj", "up_proj", "down_proj"))
         if config.expert_bias:
             name = f"{theirs}.gate.e_score_correction_bias"
@@ -69,7 +65,7 @@ def _blueprint(fields: Fields, router: dict[str, Value], **rest: Value) -> rules
         "attention_norm": "input_layernorm",
         "attention": latent.attention(config),
         "mlp_norm": "post_attention_layernorm",
-        "mlp": mlp,
+        "mlp": moe.where_there_are(config, "mlp", routed),
     }
     return rules.blueprint(config, llama.PARTS, block, buffers=(*llama.BUFFERS, *_predicting(fields, config)))
 
@@ -104,19 +100,15 @@ def _predicting(fields: Fields, config: DecoderConfig) -> tuple[str, ...]:
 
 def _params(f: Sizes) -> int:
     """Parameters without the layers that guess."""
-    d, layers, bias = f.size("model_dim"), f.num_layers, f.flag("mlp_bias")
+    d, layers = f.size("model_dim"), f.num_layers
     sparse = experts.sparse_layers(f)
-    dense = _mlp(d, f.size("mlp_dim"), bias)
+    dense = params.gated_mlp(f, f.size("mlp_dim"))
     total = params.embeddings(f) + d + layers * (latent.params(f) + 2 * d) + (layers - sparse) * dense
     if sparse:
         size, shared = f.size("moe_intermediate_size"), f.count("shared_experts")
         router = f.num_experts * (d + (f.family.blueprint is _v3))
-        total += sparse * (f.num_experts * 3 * d * size + router + bool(shared) * _mlp(d, shared * size, bias))
+        total += sparse * (f.num_experts * 3 * d * size + router + bool(shared) * params.gated_mlp(f, shared * size))
     return total
-
-
-def _mlp(features: int, hidden: int, bias: bool) -> int:
-    return 3 * features * hidden + bias * (2 * hidden + features)
 
 
 _USUAL = ROPE | latent.DEFAULTS | {
@@ -135,9 +127,7 @@ V2 = Family(
     aliases={"n_routed_experts": ("num_experts",)},
     nullable=_MAY_BE_NULL,
     blueprint=_v2,
-    kv_heads=latent.one_head,
-    head_dim=latent.cached,
-    values_in_keys=latent.rank,
+    **latent.ONE_KEY,
     params=_params,
 )  # fmt: skip
 V3 = Family(
@@ -151,9 +141,7 @@ V3 = Family(
     aliases={"n_routed_experts": ("num_local_experts",), "num_nextn_predict_layers": ("num_mtp_layers",)},
     nullable=_MAY_BE_NULL,
     blueprint=_v3,
-    kv_heads=latent.one_head,
-    head_dim=latent.cached,
-    values_in_keys=latent.rank,
+    **latent.ONE_KEY,
     params=_params,
 )  # fmt: skip
 KIMI_K2 = dataclasses.replace(V3, model_type="kimi_k2")

@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from kvattn.errors import ConfigError
-from kvattn.families import layers, params, rules
+from kvattn.families import layers, moe, params, rules
 from kvattn.families.config import DecoderConfig
 from kvattn.families.defaults import usual
 from kvattn.families.experts import expert_params
 from kvattn.families.family import Experts, Family, Sizes
 from kvattn.families.fields import Fields
 from kvattn.families.hf import llama
-from kvattn.families.kinds import FULL, WINDOW, Kind, every
+from kvattn.families.kinds import FULL, WINDOW, Kind, every, shared_from
 from kvattn.families.registry import register
 from kvattn.families.settings import Settings, Value
 from kvattn.positions.scaling import ROPE_TYPES
@@ -55,23 +55,6 @@ def _sizes(f: Settings, kinds: Sequence[Kind], usual: tuple[int, int]) -> list[t
         usual if entry is None else (entry.get("num_key_value_heads", heads), entry.get("head_dim", size))
         for entry in listed
     ]
-
-
-def _kv_source(fields: Fields, kinds: Sequence[Kind]) -> tuple[int, ...] | None:
-    """The last layers have the keys and values of the last layer of their kind before them."""
-    shared = fields.size("num_kv_shared_layers", least=0)
-    if not shared:
-        return None
-    first = len(kinds) - shared
-    sources = list(range(len(kinds)))
-    for i in range(max(first, 0), len(kinds)):
-        of_its_kind = [j for j in range(first) if kinds[j] == kinds[i]]
-        if not of_its_kind:
-            raise ConfigError(
-                f"{fields.source}: num_kv_shared_layers is {shared}: layer {i} has no earlier layer to share with."
-            )
-        sources[i] = of_its_kind[-1]
-    return tuple(sources)
 
 
 def _ropes(fields: Fields) -> dict[str, Value]:
@@ -127,8 +110,9 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
     # Tokens of images alone see those after them.
     fields.only("use_bidirectional_attention", "vision", why="a decoder is causal")
     kv_heads, head_dims = zip(*_sizes(fields, kinds, (sizes["num_kv_heads"], llama.head_dim(sizes))), strict=True)
-    sources, wide = _kv_source(fields, kinds), fields.flag("use_double_wide_mlp")
-    is_shared = [sources is not None and sources[i] != i for i in range(num_layers)]
+    sharing, wide = fields.size("num_kv_shared_layers", least=0), fields.flag("use_double_wide_mlp")
+    sources = shared_from(kinds, sharing)
+    is_shared = [source != layer for layer, source in enumerate(sources)]
     own = fields.get("hidden_size_per_layer_input")
     own = fields.size("hidden_size_per_layer_input") if own else None
     if own is None:
@@ -145,7 +129,7 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
         **_ropes(fields),
         **_experts(fields),
         windows=windows,
-        kv_source=sources,
+        kv_source=tuple(sources) if sharing else None,
         activation=fields.activation("hidden_activation"),
         attention_scale=1.0,
         logit_softcap=fields.number_or_none("final_logit_softcapping"),
@@ -222,16 +206,11 @@ def _block(config: DecoderConfig) -> dict[str, rules.Part]:
 
 def _routed(theirs: str, ours: str, config: DecoderConfig) -> Iterator[rules.Rule]:
     """The router, and the experts, whose gates and up projections lie in one tensor."""
-    features, experts, hidden = config.model_dim, config.num_experts, config.expert_dim or 0
+    features, experts = config.model_dim, config.num_experts
     yield from rules.linear(f"{theirs}.router.proj", f"{ours}.router", (features,), (experts,), False)
     yield rules.tensor(f"{theirs}.router.scale", (features,), f"{ours}.router_scale")
     yield rules.tensor(f"{theirs}.router.per_expert_scale", (experts,), f"{ours}.expert_scale")
-    shape, transposed = (experts, features, hidden), ((0,), (2,), (1,))
-    for name, taken in (("gate", range(hidden)), ("up", range(hidden, 2 * hidden))):
-        layout = rules.Layout(shape, transposed, {2: taken})
-        yield rules.tensor(f"{theirs}.experts.gate_up_proj", (experts, 2 * hidden, features), f"{ours}.{name}", layout)
-    down = rules.Layout((experts, hidden, features), transposed)
-    yield rules.tensor(f"{theirs}.experts.down_proj", (experts, features, hidden), f"{ours}.down", down)
+    yield from moe.fused(f"{theirs}.experts", ours, config, transposed=True)
 
 
 def _params(f: Sizes) -> int:
@@ -256,10 +235,6 @@ def _params(f: Sizes) -> int:
     return total
 
 
-def _listed(f: Sizes, num_layers: int) -> list[Kind]:
-    return _kinds(f, num_layers)
-
-
 _DEFAULTS: dict[str, Value] = usual(
     vocab=262144, dim=2304, mlp=9216, layers=30, heads=8, kv_heads=4, length=131072, tied=True
 ) | {
@@ -277,7 +252,7 @@ GEMMA4 = Family(
     nullable=frozenset({"hidden_size_per_layer_input"}),
     text_part_of=("gemma4",),
     blueprint=_blueprint,
-    layers=_listed,
+    layers=_kinds,
     heads=lambda f, kinds: _sizes(f, kinds, (f.kv_heads, f.head_dim)),
     params=_params,
     experts=Experts(is_sparse=lambda f, layer: f.flag("enable_moe_block")),

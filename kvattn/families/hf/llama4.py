@@ -49,19 +49,17 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
         tie_embeddings=fields.flag("tie_word_embeddings"),
     )
 
-    def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
-        theirs = f"{theirs}.feed_forward"
-        if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(theirs, ours, config, config.layer_mlp_dims[moe.layer_of(ours)])
-            return
-        yield from moe.fused(theirs, ours, config, hidden)
+    def routed(theirs: str, ours: str) -> Iterator[rules.Rule]:
+        router = f"{theirs}.router", f"{ours}.router"
+        yield from rules.linear(*router, (config.model_dim,), (config.num_experts,), False)
+        yield from moe.fused(f"{theirs}.experts", ours, config)
         yield from moe.dense(f"{theirs}.shared_expert", f"{ours}.shared", config, hidden)
 
     block = {
         "attention_norm": "input_layernorm",
         **llama.ATTENTION,
         "mlp_norm": "post_attention_layernorm",
-        "mlp": mlp,
+        "mlp": moe.where_there_are(config, "feed_forward", routed),
     }
     return rules.blueprint(config, llama.PARTS, block, buffers=llama.BUFFERS)
 

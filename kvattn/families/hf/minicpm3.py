@@ -36,8 +36,7 @@ def _blueprint(fields: Fields) -> rules.Blueprint:
 
 
 def _params(f: Sizes) -> int:
-    d, hidden = f.size("model_dim"), f.size("mlp_dim")
-    mlp = 3 * d * hidden + f.flag("mlp_bias") * (2 * hidden + d)
+    d, mlp = f.size("model_dim"), params.gated_mlp(f, f.size("mlp_dim"))
     return params.embeddings(f) + d + f.num_layers * (latent.params(f) + 2 * d + mlp)
 
 
@@ -51,9 +50,7 @@ MINICPM3 = Family(
     },
     nullable=frozenset({"q_lora_rank", "scale_depth", "dim_model_base"}),
     blueprint=_blueprint,
-    kv_heads=latent.one_head,
-    head_dim=latent.cached,
-    values_in_keys=latent.rank,
+    **latent.ONE_KEY,
     params=_params,
 )  # fmt: skip
 register(MINICPM3)

@@ -64,14 +64,11 @@ def _blueprint(fields: Fields, **rest: Value) -> rules.Blueprint:
         **rest,
     )
 
-    def mlp(theirs: str, ours: str) -> Iterator[rules.Rule]:
-        if not config.has_experts(moe.layer_of(ours)):
-            yield from moe.dense(f"{theirs}.mlp", ours, config, config.layer_mlp_dims[0])
-            return
-        yield from moe.routed(f"{theirs}.mlp", ours, config, ("gate_proj", "up_proj", "down_proj"))
+    def routed(theirs: str, ours: str) -> Iterator[rules.Rule]:
+        yield from moe.routed(theirs, ours, config, ("gate_proj", "up_proj", "down_proj"))
         if config.shared_expert_dim is not None:
-            yield from moe.dense(f"{theirs}.mlp.shared_expert", f"{ours}.shared", config, config.shared_expert_dim)
-            gate = f"{theirs}.mlp.shared_expert_gate", f"{ours}.shared_gate"
+            yield from moe.dense(f"{theirs}.shared_expert", f"{ours}.shared", config, config.shared_expert_dim)
+            gate = f"{theirs}.shared_expert_gate", f"{ours}.shared_gate"
             yield from rules.linear(*gate, (config.model_dim,), (1,), False)
 
     block = {
@@ -79,7 +76,7 @@ def _blueprint(fields: Fields, **rest: Value) -> rules.Blueprint:
         **llama.ATTENTION,
         **(llama.QK_NORMS if config.qk_norm else {}),
         "mlp_norm": "post_attention_layernorm",
-        "mlp": mlp,
+        "mlp": moe.where_there_are(config, "mlp", routed),
     }
     return rules.blueprint(config, llama.PARTS, block, buffers=llama.BUFFERS)
 
