@@ -147,6 +147,36 @@ def test_ragged_histories(name, implementation):
     assert not np.asarray(cache.check().status).any()
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("name", [*POLICIES, "pages"])
+def test_attended_sets(name, padding):
+    """Zero queries, and keys whose first numbers say which token it is: the output is 1/n on those attended to."""
+    policy, rules = POLICIES.get(name, POLICIES["full"])
+    sizes = {"value_head_dim": CAPACITY, "values_in_keys": True, "dtype": jnp.float32}
+    if name == "pages":
+        cache = kvattn.PagedKVCache.create(16, 4, 1, CAPACITY + 4, batch_size=B, max_pages=4, **sizes)
+        cache = cache.with_tables(np.random.default_rng(0).permutation(16).reshape(B, 4), [0] * B)
+    else:
+        capacity = {"capacity": CAPACITY} if policy is None else {}
+        cache = kvattn.KVCache.create(B, 1, CAPACITY + 4, policy=policy, **capacity, **sizes)
+    call = jax.jit(functools.partial(kvattn.cached_attention, padding=padding), donate_argnames="cache")
+    lengths = [0] * B
+    for num_new in CHUNKS:
+        length = 1 if max(num_new) == 1 else 5
+        first = [0 if padding == "right" else length - count for count in num_new]
+        key, want = np.zeros((B, length, 1, CAPACITY + 4), np.float32), np.zeros((B, length, N, CAPACITY))
+        for b, count in enumerate(num_new):
+            for i in range(count):
+                key[b, first[b] + i, 0, lengths[b]] = 1
+                seen, _ = oracle.kept_places(lengths[b], rules.get("keeps"), rules.get("num_sinks", 0))
+                want[b, first[b] + i][:, seen] = 1 / len(seen)
+                lengths[b] += 1
+        query = jnp.zeros((B, length, N, CAPACITY + 4))
+        out, cache = call(query, key, None, cache, num_new=jnp.asarray(num_new, jnp.int32))
+        np.testing.assert_array_equal(np.asarray(out) != 0, want != 0)
+        np.testing.assert_allclose(out, want, atol=1e-6)
+
+
 def test_left_padding_and_pairs():
     outs, came, _ = feed(make(), step(rope=PAIRS, padding="left"), padding="left")
     check(outs, came, interleaved=True)
