@@ -1,6 +1,6 @@
 """A decoding cache in plain NumPy, made of small parts: right as it stands, and each part can be made wrong.
 
-Slots, positions and masks, as real caches have them; `kvattn.testing` is shown to find what is wrong with its subclasses.
+Slots, positions and masks, as real caches have them. `kvattn.testing` is shown to find what is wrong with subclasses.
 """
 
 import numpy as np

@@ -59,7 +59,7 @@ def judge(
             for n in range(c.num_heads):
                 where = f"row {b}, head {n}, position {p}"
                 seen = attended(weight[b, t, n], p, failure=lambda i=i: _at(session, i), where=where)
-                wrong = _verdict(trial, p, seen, universe)
+                wrong = _verdict(trial, p, seen, universe, alone=position.shape[1] == 1)
                 if wrong:
                     raise Failure(f"the query of {where} to see {wrong}", spans(seen), *_at(session, i))
 
@@ -85,15 +85,15 @@ def attended(
     return set(np.nonzero((weights > least).any(0))[0].tolist())
 
 
-def _verdict(trial: Trial, position: int, seen: set[int], universe: set[int]) -> str:
-    """What should have been seen, if it was not."""
+def _verdict(trial: Trial, position: int, seen: set[int], universe: set[int], alone: bool) -> str:
+    """What should have been seen, if it was not. A budget is for steps of one token: a chunk is seen besides."""
     c = trial.claims
     if not universe:
         return ""
     if c.budget is None or position < c.budget - 1:
         expected = c.sees(position)
         return "" if seen & universe == expected & universe else spans(expected)
-    fits = position in seen and len(seen) <= c.budget and max(seen) <= position
+    fits = position in seen and max(seen) <= position and (len(seen) <= c.budget or not alone)
     return "" if fits else f"at most {c.budget} tokens up to itself, itself among them"
 
 
