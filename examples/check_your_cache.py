@@ -388,7 +388,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def with_table(page: str, rows: list[dict[str, Any]]) -> str:
     """The page with the table between its marks."""
-    return re.sub(r"(<!-- table -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table(rows) + m[2], page, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(rows)}\n{m[2]}", page, flags=re.DOTALL
+    )
 
 
 def main() -> None:

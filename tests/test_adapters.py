@@ -153,7 +153,9 @@ TOKENS = np.random.default_rng(0).integers(1, 20, (B, T + 3)).astype(np.int32)
 """Three tokens follow a prompt."""
 
 
-@pytest.mark.parametrize(("how", "padding"), [("plain", "right"), ("window", "left"), ("pages", "right")])
+@pytest.mark.parametrize(
+    ("how", "padding"), [("plain", "right"), ("window", "left"), ("pages", "right"), ("codec", "left")]
+)
 def test_a_hub_backbone_over_our_caches(hub, how, padding):
     backbone = Backbone(hub)
     caches = caches_of_layers(2, how)
@@ -173,7 +175,7 @@ def test_a_hub_backbone_over_our_caches(hub, how, padding):
             outs[b].append(hidden[b, 0])
     for b, n in enumerate(LENGTHS):
         expected = backbone.dense(TOKENS[b, : n + 3])[n - 1 :]
-        assert np.abs(np.stack(outs[b]) - expected).max() < 1e-4
+        assert np.abs(np.stack(outs[b]) - expected).max() < (0.1 if how == "codec" else 1e-4)
     assert hub.context is None and [c.check().lengths.tolist() for c in caches] == [[10, 7]] * 2
 
 
@@ -289,7 +291,7 @@ PROMPTS = [[5, 3, 9, 2, 7], [4, 11]]
 @pytest.mark.parametrize("how", [{}, {"policy": kvattn.SlidingWindow(4), "codec": kvattn.Int8()}])
 def test_a_sampler_of_tunix_kind(how):
     found, cache = sampled(adapters.tunix.SamplerModel(decoder(), **how), PROMPTS, 6, 16)
-    assert found == kvattn.generate(decoder(), PROMPTS, 6, dtype=jnp.float32, **how)
+    assert found == kvattn.generate(decoder(), PROMPTS, 6, **how)
     assert cache[0].check().lengths.tolist() == [11, 8]
 
 
@@ -333,7 +335,7 @@ def test_tunix_itself():
         config = sampler.CacheConfig(cache_size=32, num_layers=2, num_kv_heads=K, head_dim=H)
         own = sampler.Sampler(adapters.tunix.SamplerModel(decoder(), dtype=jnp.float32, **how), words, config)
         out = own([" ".join(map(str, p)) for p in PROMPTS], max_generation_steps=6, return_logits=True)
-        expected = kvattn.generate(decoder(), PROMPTS, 6, dtype=jnp.float32, **how)
+        expected = kvattn.generate(decoder(), PROMPTS, 6, **how)
         for text, tokens in zip(out.text, expected, strict=True):
             until = tokens[: tokens.index(19)] if 19 in tokens else tokens
             assert [int(word) for word in text.split()][: len(until)] == until
@@ -409,7 +411,10 @@ def test_a_module_forgets_nothing_and_refuses_what_it_does_not_know():
 @pytest.mark.slow
 @as_users_run_it
 def test_bonsai_itself():
-    """Qwen 3, its own `forward` over its own cache and over ours: left pads, prompt, and single tokens."""
+    """Qwen 3, its own `forward` over ours with left pads, and over its own without: prompt, and single tokens.
+
+    (Over its own with pads, the positions of single tokens are those of the longest row.)
+    """
     modeling = installed("bonsai.models.qwen3.modeling")
     sizes = {"vocab_size": 20, "emb_dim": D, "mlp_dim": 16, "num_heads": N, "num_kv_heads": K, "head_dim": H}
     config = modeling.ModelConfig(
@@ -419,17 +424,18 @@ def test_bonsai_itself():
     model = modeling.Qwen3(config, rngs=nnx.Rngs(0))
     parts = [np.array([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5]]), np.array([[7], [8]]), np.array([[9], [10]])]
 
-    def run(cache):
+    def run(cache, parts):
         outs = []
         for part in parts:
             logits, cache = modeling.forward(model, cache, jnp.asarray(part), 0)
             outs.append(np.asarray(logits, np.float32))
         return np.stack(outs)
 
-    own = run(modeling.init_cache(config, B, 5, 3, jnp.float32))
+    alone = [[part[b : b + 1, 2 * (i == b == 0) :] for i, part in enumerate(parts)] for b in range(B)]
+    own = [run(modeling.init_cache(config, 1, 5, 3, jnp.float32), row) for row in alone]
     adapters.bonsai.convert(model, kvattn.RoPE(H, theta=1_000_000))
-    ours = run(adapters.bonsai.init_cache(2, B, K, H, capacity=8, dtype=jnp.float32))
-    assert np.abs(own - ours).max() < 1e-3 * np.abs(own).max()
+    ours = run(adapters.bonsai.init_cache(2, B, K, H, capacity=8, dtype=jnp.float32), parts)
+    assert np.abs(np.concatenate(own, axis=1) - ours).max() < 1e-4
 
 
 # Flax -----------------------------------------------------------------------------------------------------------------
