@@ -83,6 +83,8 @@ def test_sizes_are_claims_too():
     """Few numbers per value: what does not fit into one run of a probe takes several. Other heads, rows, dtypes."""
     sizes = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 16, "batch_size": 2, "capacity": 20}
     assert checked(PlainCache, Claims(**{**vars(PlainCache.claims), **sizes})).ok
+    one_row = checked(PlainCache, Claims(**{**vars(PlainCache.claims), "batch_size": 1}))
+    assert one_row.ok and one_row["neighbours"].seen == "one row"
     wrong = next(cls for cls, name in FAULTS.items() if name == "window")
     assert checked(wrong, Claims(window=5, head_dim=16)).failed == ["window"]
 
@@ -113,7 +115,7 @@ def test_weights_are_those_that_queries_give():
         ({"num_heads": 5}, errors.ConfigError, "num_kv_heads"),
         ({"window": 20}, errors.RangeError, "at least 26"),
         ({"window": 1}, errors.RangeError, "window must be 2"),
-        ({"batch_size": 1}, errors.RangeError, "batch_size"),
+        ({"batch_size": 0}, errors.RangeError, "batch_size"),
     ],
 )
 def test_claims_that_cannot_be(claims, error, words):

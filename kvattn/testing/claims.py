@@ -101,7 +101,7 @@ class Claims:
                 f"capacity must be at least {self.reach + 6} to see the window, the sinks or the budget at work, "
                 f"got {self.capacity}."
             )
-        smallest = (("batch_size", 2), ("num_kv_heads", 1), ("head_dim", 2), ("window", 2), ("chunk_size", 2))
+        smallest = (("batch_size", 1), ("num_kv_heads", 1), ("head_dim", 2), ("window", 2), ("chunk_size", 2))
         for name, least in (*smallest, ("budget", 2), ("sinks", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

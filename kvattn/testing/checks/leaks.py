@@ -98,7 +98,12 @@ def _neighbours(trial: Trial) -> None:
 
 
 LEAKS = (
-    Check("neighbours", _neighbours, needs=("values",)),
+    Check(
+        "neighbours",
+        _neighbours,
+        lambda trial: "" if trial.claims.batch_size > 1 else "one row",
+        needs=("values",),
+    ),
     Check(
         "NaN in unused memory",
         _unused,

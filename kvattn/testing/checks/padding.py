@@ -10,7 +10,7 @@ from kvattn.testing.report import Failure
 from kvattn.testing.trial import Plan, Trial
 
 
-def ragged_prompt(trial: Trial, side: str, counts: tuple[int, ...] = (CHUNK, 3, 1)) -> Plan:
+def ragged_prompt(trial: Trial, side: str, counts: tuple[int, ...] = (3, CHUNK, 1)) -> Plan:
     """A padded prompt, and tokens after it one by one."""
     c = trial.claims
     rows = tuple(counts[b % len(counts)] for b in range(c.batch_size))
@@ -38,7 +38,7 @@ def _ragged(trial: Trial) -> None:
 
 def _nothing(trial: Trial) -> None:
     """What may attend to nothing is zero; a row that was empty begins like any other."""
-    plan = ragged_prompt(trial, trial.claims.side, (CHUNK, 0, 3))
+    plan = ragged_prompt(trial, trial.claims.side, (0, CHUNK, 3))
     session = trial.session()
     call = plan.calls([trial.tokens(length, i) for i, (length, _) in enumerate(plan.pieces)])[0]
     out = session(call).astype(np.float64)[~call.real]
