@@ -232,7 +232,7 @@ def plot(reports: list[dict], path: Path) -> None:
     loans, pools = figure.subplots(1, 2)
     for report in reports:
         share = np.array(report["loans"]) / (report["pages"] * report["hosts"])
-        loans.plot(100 * share, label=f"{report['hosts']} hosts")
+        loans.plot(100 * share, label=f"{report['hosts']} host{'s' if report['hosts'] > 1 else ''}")
     loans.set(xlabel="step", ylabel="pages lent, % of all", ylim=(0, 100), title="this run")
     requests = trace(seed=0)
     for lend, label in ((True, "with lending"), (False, "each host alone")):
