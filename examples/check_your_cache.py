@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -109,9 +110,7 @@ def flax_nnx():
             rngs=nnx.Rngs(0),
         )
         for part in (layer.query, layer.key, layer.value, layer.out):
-            part.kernel[...] = jnp.eye(
-                part.kernel[...].size // np.prod(part.kernel.shape[1:]) if part is not layer.out else size
-            ).reshape(part.kernel.shape)
+            part.kernel[...] = jnp.eye(math.isqrt(part.kernel.size)).reshape(part.kernel.shape)
         layer.init_cache((batch_size, capacity, size), dtype)
         return nnx.split(layer)
 
