@@ -85,7 +85,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Pictures are drawn by running the library. In CI those that are committed must be the ones it draws.
 docs: $(VENV)/.dev
+	$(BIN)/python docs/drawings $(if $(CI),--check)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
 	@echo "docs: site/index.html"
 
