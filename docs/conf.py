@@ -1,25 +1,43 @@
 """Sphinx settings. `make docs` builds site/; every warning is an error."""
 
+import hashlib
 import inspect
+import os
 import re
 import tomllib
 from pathlib import Path
 
 from sphinx.util.inspect import stringify_signature
 
-_project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parent.parent
+_project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 project = "kvattn"
 copyright = "the kvattn authors"
 release = _project["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_llm.txt"]
 exclude_patterns = ["_build"]
 default_role = "code"  # single backticks in docstrings are code
 nitpicky = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+
+# Notebooks are run when the pages are built, and again when a notebook or the package has changed.
+_package = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "kvattn").rglob("*.py"))))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / ".cache" / "notebooks" / _package.hexdigest()[:16])
+nb_execution_timeout = 600  # of a cell, on a busy machine
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+# llms.txt, and a Markdown twin of every page.
+llms_txt_description = _project["description"]
+llms_txt_build_parallel = False  # it then takes the pages as they were read, and runs no notebook again
+llms_txt_suffix_mode = "replace"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
