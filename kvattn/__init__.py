@@ -79,7 +79,7 @@ __all__ = [
     "sharding",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ON_FIRST_USE = ("layers", "memory", "models", "serving")
 

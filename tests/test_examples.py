@@ -190,6 +190,19 @@ def test_text_of_a_checkpoint():
     assert done.returncode != 0 and "token ids" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_demo():
+    """The policies' letters are those of the text; prompts with a prefix in common compute it once."""
+    done = run("demo.py", "--only", "sizes", "policy", "prefixes", timeout=280)
+    assert done.returncode == 0, done.stderr
+    sizes = next(line.split() for line in done.stdout.splitlines() if line.startswith("as it is"))
+    assert sizes[3:6] == ["2.15", "GB", "4"]
+    assert done.stdout.count("Comp") == 1 and "·" in done.stdout  # of two policies only the sinks begin so
+    words = next(line for line in done.stdout.splitlines() if "found in shared pages" in line)
+    _, total, computed, found = (int(word.replace(",", "")) for word in words.split() if word[0].isdigit())
+    assert computed + found == total and found == 3 * 256
+
+
 def test_text_without_weights(tmp_path):
     done = run("decode_gqa.py", "--weights", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "train_bytes.py" in done.stderr
