@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.util.inspect import stringify_signature
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,12 @@ def _list_variants(app, docname, source):
         source[0] = source[0].replace(f"<!-- every public {base.__name__} -->", block)
 
 
+def _as_it_is(translator, node):
+    """The star between arguments, which Sphinx marks as an abbreviation, in Markdown."""
+
+
 def setup(app):
+    app.add_node(nodes.abbreviation, override=True, **{"llms-markdown": (_as_it_is, _as_it_is)})
     app.connect("source-read", _list_variants)
     app.connect("autodoc-process-docstring", _letters_are_no_lists, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _signature_of_init)
