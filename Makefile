@@ -91,7 +91,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
 	@echo "docs: site/index.html"
 
-# Every code block of the pages, executed: four minutes of one core, and so not a part of `make test`.
+# Every code block of the pages and notebooks, executed: five minutes of one core, and so not a part of `make test`.
 docs-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -k test_page tests/test_docs.py
 

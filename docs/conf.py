@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.inspect import stringify_signature
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ project = "kvattn"
 copyright = "the kvattn authors"
 release = _project["version"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_llm.txt"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llm.txt"]
 exclude_patterns = ["_build"]
 default_role = "code"  # single backticks in docstrings are code
 nitpicky = False
@@ -49,6 +50,7 @@ python_maximum_signature_line_length = 88
 add_module_names = False
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # browsers read it, without a script from elsewhere
 html_title = f"kvattn {release}"
 html_show_sourcelink = False
 
@@ -86,7 +88,16 @@ def _as_it_is(translator, node):
     """The star between arguments, which Sphinx marks as an abbreviation, in Markdown."""
 
 
+def _math(as_block):
+    def visit(translator, node):
+        translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", _math(False), _math(True))
     app.add_node(nodes.abbreviation, override=True, **{"llms-markdown": (_as_it_is, _as_it_is)})
     app.connect("source-read", _list_variants)
     app.connect("autodoc-process-docstring", _letters_are_no_lists, priority=400)  # before napoleon
