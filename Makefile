@@ -23,10 +23,10 @@ export PIP_PROGRESS_BAR ?= off
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs docs-test bench clean
+.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs docs-test bench bench-peers clean
 
 help:
-	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | docs-test | bench | clean"
+	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | docs-test | bench | bench-peers | clean"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "kvattn needs Python 3.12, this is " + sys.version'
@@ -97,6 +97,16 @@ docs-test: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/decode_cpu.py
+
+# PyTorch beside it, in an environment of its own. Where only another Python has it: make bench-peers PEERS_PYTHON=...
+PEERS_PYTHON ?= $(PYTHON)
+.venv-peers/.done:
+	$(PEERS_PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy
+	@touch $@
+
+bench-peers: $(VENV)/.demo .venv-peers/.done
+	$(BIN)/python benchmarks/decode_peers.py --python .venv-peers/bin/python
 
 clean:
 	rm -rf .venv .venv-* site build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
