@@ -129,6 +129,32 @@ def test_a_wrong_cell_fails(tmp_path):
         run_page(page)
 
 
+def dead_links(page):
+    """Links of a page outside docs/, which Sphinx does not see, to files or headings that are not there."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        if ":" in name:
+            continue
+        file = page.parent / name
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor and file.is_file() else []
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not file.exists() or (anchor and anchor not in slugs):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_outside_the_site_resolve(name):
+    assert dead_links(ROOT / name) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading: here\n[a](page.md) [b](no.md) [c](page.md#a-heading-here) [d](page.md#other)\n")
+    assert dead_links(page) == ["no.md", "page.md#other"]
+
+
 def test_a_wrong_page_fails_at_its_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
