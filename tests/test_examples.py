@@ -191,13 +191,14 @@ def test_text_of_a_checkpoint():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_the_demo():
     """The policies' letters are those of the text; prompts with a prefix in common compute it once."""
-    done = run("demo.py", "--only", "sizes", "policy", "prefixes", timeout=280)
+    done = run("demo.py", "--only", "sizes", "policy", "prefixes", timeout=900)
     assert done.returncode == 0, done.stderr
     sizes = next(line.split() for line in done.stdout.splitlines() if line.startswith("as it is"))
     assert sizes[3:6] == ["2.15", "GB", "4"]
-    assert done.stdout.count("Comp") == 1 and "·" in done.stdout  # of two policies only the sinks begin so
+    assert "Com········" in done.stdout.splitlines()  # the sinks are START and three letters
     words = next(line for line in done.stdout.splitlines() if "found in shared pages" in line)
     _, total, computed, found = (int(word.replace(",", "")) for word in words.split() if word[0].isdigit())
     assert computed + found == total and found == 3 * 256
