@@ -43,7 +43,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/decode_gqa.py
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
@@ -85,11 +85,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Pictures are drawn by running the library. In CI those that are committed must be the ones it draws.
 docs: $(VENV)/.dev
+	$(BIN)/python docs/drawings $(if $(CI),--check)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
 	@echo "docs: site/index.html"
 
-# Every code block of the pages, executed: four minutes of one core, and so not a part of `make test`.
+# Every code block of the pages and notebooks, executed: five minutes of one core, and so not a part of `make test`.
 docs-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -k test_page tests/test_docs.py
 
@@ -107,5 +109,5 @@ bench-peers: $(VENV)/.demo .venv-peers/.done
 	$(BIN)/python benchmarks/decode_peers.py --python .venv-peers/bin/python
 
 clean:
-	rm -rf .venv .venv-* site build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* site jupyter_execute build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

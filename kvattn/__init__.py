@@ -83,7 +83,7 @@ __all__ = [
     "testing",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ON_FIRST_USE = ("adapters", "layers", "memory", "models", "serving", "testing")
 
