@@ -190,9 +190,7 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
         self.in_features = in_features
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.out_features = in_features if out_features is None else out_features
-        self.deterministic = deterministic
-        self.decode = decode
-        self.attention_fn = attention_fn
+        self.deterministic, self.decode, self.attention_fn = deterministic, decode, attention_fn
         self.normalize_qk = settings.qk_norm is not None
         self.qkv_promote_dtype, self.out_promote_dtype = qkv_promote_dtype, out_promote_dtype
         self.ln_promote_dtype = ln_promote_dtype
