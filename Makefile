@@ -109,5 +109,5 @@ bench-peers: $(VENV)/.demo .venv-peers/.done
 	$(BIN)/python benchmarks/decode_peers.py --python .venv-peers/bin/python
 
 clean:
-	rm -rf .venv .venv-* site build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* site jupyter_execute build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
