@@ -23,19 +23,20 @@ NAMESPACES = (
         "kvattn.pallas.compat",
     ),
     *("kvattn.pallas.tuning", "kvattn.policies", "kvattn.positions", "kvattn.serving", "kvattn.sharding"),
+    *("kvattn.adapters", "kvattn.testing"),
 )
 DIRECTIVE = re.compile(r"^\.\. auto(\w+):: ([\w.]+)\(?\)?\n((?:   .*\n)*)", re.MULTILINE)
 
 
 def found(dotted):
     """The object of a dotted name."""
-    *path, last = dotted.split(".")
+    path = dotted.split(".")
     for length in range(len(path), 0, -1):
         try:
             owner = importlib.import_module(".".join(path[:length]))
         except ImportError:
             continue
-        for name in [*path[length:], last]:
+        for name in path[length:]:
             owner = getattr(owner, name)
         return owner
     raise ImportError(dotted)
