@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn.attend import Request
-from kvattn.cache import HostLayout, Layout
 from kvattn.masks import Mask
 from kvattn.pallas import tpu_decode
 
@@ -111,18 +110,15 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
                 codec=codec,
                 dtype=case.dtype,
             )
-        layout = HostLayout.best(slots, 0, "tpu", size) if case.on_host else Layout(slots, slots, False)
-        return kvattn.KVCache.create(
-            batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, layout=layout
-        )
+        where = {"memory_kind": "pinned_host"} if case.on_host else {}
+        return kvattn.KVCache.create(batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, **where)
 
     def on_device(x, axes):
-        # Eight-bit floats are bits in uint8 on CPUs only.
-        narrow = isinstance(codec, kvattn.Float8) and x.dtype == jnp.uint8
         where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding
-        return jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn if narrow else x.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    shapes = jax.eval_shape(make)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        shapes = jax.eval_shape(make)
     cache = jax.tree.map(on_device, shapes, shapes.axes)
     query, new = (
         jax.ShapeDtypeStruct((batch, case.new, n, size), dtype, sharding=sharding)
@@ -164,7 +160,7 @@ def append(device: Any, case: Case, implementation: str = "mosaic_tpu") -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
     step = functools.partial(kvattn.cached_attention, implementation=implementation, window=case.mask.window)
-    with kvattn.pallas.ahead_of_time(), jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, new, new, cache).compile()
 
 

@@ -448,17 +448,18 @@ def test_pages_that_it_takes(page_size):
     assert gpu_decode.unsupported(request) is None
 
 
-@pytest.mark.parametrize("capability", ["8.0", "10.0"])
-def test_other_gpus_fall_back(capability, monkeypatch):
+@pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+def test_other_gpus_fall_back(kind, capability, monkeypatch):
     """What is not Hopper is refused by name when asked for, and passed over when not."""
-    device = type("Device", (), {"compute_capability": capability})()
-    monkeypatch.setattr(gpu_decode.jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=108, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
     request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
-    assert capability in gpu_decode.unsupported(request)
-    with pytest.raises(errors.UnsupportedError, match="wgmma"):
-        api.attend(request, "mosaic_gpu")
-    api.attend(request, ("mosaic_gpu", "xla"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert capability in gpu_decode.unsupported(request)
+        with pytest.raises(errors.UnsupportedError, match="wgmma"):
+            jax.eval_shape(lambda r: api.attend(r, "mosaic_gpu"), request)
+        jax.eval_shape(lambda r: api.attend(r, ("mosaic_gpu", "xla")), request)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -522,7 +523,7 @@ def test_too_few_threads_are_said_not_waited_for(monkeypatch):
 
 def test_sizes(tmp_path, monkeypatch):
     """By rule all fits; a table is taken where there is one; files are read back; nonsense is refused."""
-    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
     for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
         request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
         assert gpu_decode.fits(request, gpu_decode.config_for(request))

@@ -35,6 +35,7 @@ class View:
         in_order: whether slot s holds the token of position s, for all s below `counts`.
         fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
             has derivatives itself.
+        platform: that the cache was made for, where that was said.
     """
 
     keys: Encoded
@@ -49,6 +50,7 @@ class View:
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
     fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"] | None] | None = None
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def store(self) -> "Layout | Pages":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from kvattn import _checks, sharding
+from kvattn import _checks, _target, sharding
 from kvattn._typing import AnyArray, Array
 from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.cache.groups import most_slots
@@ -31,6 +31,7 @@ def create(
     codec: Codec | None,
     dtype: DTypeLike | None,
     memory_kind: str | None = None,
+    platform: str | None = None,
 ) -> KVCache:
     """An empty cache for a layer, whose settings fill in what is None."""
     check_owner(settings)
@@ -50,6 +51,7 @@ def create(
             value_head_dim=value_head_dim,
             values_in_keys=settings.values_in_keys,
             memory_kind=memory_kind,
+            platform=platform,
         )
 
     return _placed(settings, empty, batch_size)
@@ -65,6 +67,7 @@ def create_paged(
     policy: Policy | None,
     codec: Codec | None,
     dtype: DTypeLike | None,
+    platform: str | None = None,
 ) -> PagedKVCache:
     """An empty pool for a layer, with tables that name no page. What is None the settings fill in, or a rule."""
     check_owner(settings)
@@ -90,6 +93,7 @@ def create_paged(
             dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
             values_in_keys=settings.values_in_keys,
+            platform=platform,
         )
 
     return _placed(settings, empty, batch_size)
@@ -117,7 +121,8 @@ def _placed[C: Cache](settings: AttentionSettings, empty: Callable[[], C], batch
     on = {"mesh": settings.mesh, "by": _scheme(settings, settings.num_kv_heads, batch_size), "axis": settings.axis}
 
     def arranged() -> C:
-        return sharding.arrange(empty(), **on)
+        with _target.aimed_at(settings.mesh):
+            return sharding.arrange(empty(), **on)
 
     # Compiled, so that no device ever holds more than its part.
     return jax.jit(arranged, out_shardings=sharding.cache_sharding(jax.eval_shape(arranged), **on))()

@@ -243,6 +243,7 @@ class Decoder(nnx.Module):
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> Caches:
         """Empty caches, one per layer that keeps keys and values (`DecoderConfig.cache_layers`).
 
@@ -254,15 +255,16 @@ class Decoder(nnx.Module):
             codec: in how many bits. None: as they are. A list or tuple: one for each of these layers.
             dtype: what is stored without a codec. None: the dtype the model computes in.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
+            platform: what the caches are made for, as in `kvattn.KVCache.create`. None: the model's mesh, or where they
+                are made.
 
         Raises:
             ShapeError: a list with more or fewer entries than there are such layers.
         """
         choices = zip(self.owners, self._each("policy", policy), self._each("codec", codec), strict=True)
+        options = {"dtype": dtype, "memory_kind": memory_kind, "platform": platform}
         return tuple(
-            layer.attention.make_cache(
-                batch_size, capacity, policy=policy, codec=codec, dtype=dtype, memory_kind=memory_kind
-            )
+            layer.attention.make_cache(batch_size, capacity, policy=policy, codec=codec, **options)
             for layer, policy, codec in choices
         )
 
@@ -276,6 +278,7 @@ class Decoder(nnx.Module):
         policy: Policy | Sequence[Policy | None] | None = None,
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
+        platform: str | None = None,
     ) -> tuple[PagedKVCache, ...]:
         """Empty pools of pages, one per layer that keeps keys and values.
 
@@ -292,13 +295,14 @@ class Decoder(nnx.Module):
                 be given back (`kvattn.policies.OrderedWindow`). A list or tuple: one for each layer.
             codec: in how many bits. None: as they are. A list or tuple: one for each layer.
             dtype: what is stored without a codec. None: the dtype the model computes in.
+            platform: as in `make_cache`.
 
         Raises:
             ShapeError: a list with more or fewer entries than there are layers.
             Else as `kvattn.PagedKVCache.create`.
         """
         options = (self._each("num_pages", num_pages), self._each("policy", policy), self._each("codec", codec))
-        sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
+        sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "platform": platform}
         return tuple(
             layer.attention.make_paged_cache(pages, page_size, policy=policy, codec=codec, **sizes)
             for layer, pages, policy, codec in zip(self.owners, *options, strict=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
@@ -30,6 +31,8 @@ from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
 
+CAPABILITIES = {"A100": "8.0", "L4": "8.9", "RTX 4090": "8.9", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
+"""Of devices of which no more than the name is known, as those of abstract meshes."""
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
@@ -42,7 +45,7 @@ SHORTEST_COPY = 128
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if (reason := _threads() if interpreted() else _device()) is not None:
+    if (reason := _threads() if interpreted("cuda") else _device()) is not None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
@@ -86,10 +89,18 @@ def _threads() -> str | None:
     )
 
 
+def capability_of(target: _target.Target) -> str | None:
+    """The compute capability of a GPU, or None where it is not known."""
+    if target.platform != "cuda" or target.compute_capability is not None:
+        return target.compute_capability
+    kind = target.device_kind or ""
+    return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
+
+
 def _device() -> str | None:
-    """Why the default device cannot run it."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if capability is not None and str(capability) != "9.0":
+    """Why the device that the program is made for cannot run it."""
+    capability = capability_of(_target.current())
+    if capability is not None and capability != "9.0":
         return f"it is made of Hopper's wgmma (compute capability 9.0); this GPU has {capability}"
     return None
 
@@ -100,7 +111,7 @@ def attend(request: Request, config: GpuConfig | None = None) -> Result:
     if request.query.size == 0:
         return _nothing(request)
     spec = _spec(request, config or config_for(request))
-    interpret = INTERPRETER if interpreted() else None
+    interpret = INTERPRETER if interpreted("cuda") else None
     table = {} if view.page_table is None else {"table": view.page_table}
     rows = _rows(request, spec)
     states = decode(spec, interpret, {**rows, **queries(request, spec), **_streams(view, spec), **table})
@@ -164,9 +175,9 @@ def fits(request: Request, config: GpuConfig) -> bool:
 
 def config_for(request: Request) -> GpuConfig:
     """The sizes of the table, or by rule: as many tiles in flight as shared memory holds."""
-    if interpreted():
+    if interpreted("cuda"):
         return GpuConfig(stages=2)
-    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    found = lookup(key(request), _target.current().device_kind)
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
@@ -219,14 +230,14 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
         want_scores=request.want_mass,
         config=config,
-        programs=config.blocks_per_sm * (2 if interpreted() else _multiprocessors()),
-        interpreted=interpreted(),
+        programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
+        interpreted=interpreted("cuda"),
     )
 
 
 def _multiprocessors() -> int:
-    """Of the default device; of an H200 where there is no GPU, which is when kernels are compiled ahead of time."""
-    return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
+    """Of the device that the program is made for; of an H200 where nobody says which."""
+    return _target.current().num_cores or 132
 
 
 def _stored(view: View) -> list[Shaped[Array, "_ _ _ _"]]:

@@ -140,7 +140,7 @@ def _run(
     """Puts token i of x ([K, 1, F], or [K, F, 1] if last) into the block that the scalars name."""
     array = _manual.like(array, scalars, x)
     shape: Any = _manual.result(array.shape, array.dtype, array)
-    if not interpreted():
+    if not interpreted("tpu"):
         # Otherwise XLA moves what fits there into VMEM as a whole, and back again.
         shape = pltpu.MemorySpace.HBM.like(array)
         array = pltpu.with_memory_space_constraint(array, pltpu.MemorySpace.HBM)
@@ -156,7 +156,7 @@ def _run(
         out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
         compiler_params=params(4 * math.prod(block) * array.dtype.itemsize),
-        interpret=INTERPRETER if interpreted() else False,
+        interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)
 

@@ -11,14 +11,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 
-from kvattn import _manual
+from kvattn import _manual, _target
 from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
@@ -94,7 +93,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
         ),
         out_shape=[_manual.result(shape, jnp.float32, arrays) for shape, _ in results.values()],
         compiler_params=params(vmem_bytes(request, config)),
-        interpret=INTERPRETER if interpreted() else False,
+        interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_decode",
     )(*arrays)
 
@@ -162,7 +161,7 @@ def _stores(view: View, rows: int) -> Operands:
             if not last and tpu_read.tokens_last(x.shape[-1]):
                 # As it lies already: no copy.
                 x, last = x.swapaxes(-1, -2), True
-            if not interpreted():
+            if not interpreted("tpu"):
                 # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
                 x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
             if view.page_table is None:
@@ -246,7 +245,7 @@ def fits(request: Request, config: TpuConfig) -> bool:
 
 def config_for(request: Request) -> TpuConfig:
     """The sizes of the table, or the usual ones."""
-    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    found = lookup(key(request), _target.current().device_kind)
     return found if isinstance(found, TpuConfig) and fits(request, found) else TpuConfig()
 
 
