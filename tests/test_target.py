@@ -212,6 +212,41 @@ def request(cache):
     return attend.Request(query, positions, cache.view(), None, mask=kvattn.masks.Mask(), scale=1.0)
 
 
+# Sizes that nobody names -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "codec", "pages"),
+    [
+        ("cuda", 128, None, 16),
+        ("cuda", 128, kvattn.Int8(), 32),
+        ("cuda", 128, kvattn.Int4(64), 64),
+        ("cuda", 40, None, 16),  # no kernel takes heads of 40
+        ("tpu", 128, None, 16),
+        ("tpu", 80, None, 128),
+        ("tpu", 64, kvattn.Int4(32), 128),
+        ("cpu", 80, kvattn.Int4(32), 16),
+        (None, 128, kvattn.Int8(), 16),
+        ("tpu", 128, kvattn.KIVI(residual=64), 64),
+    ],
+)
+def test_the_smallest_pages_that_every_kernel_takes(platform, size, codec, pages):
+    layer = MultiQueryAttention(num_heads=4, in_features=8, head_dim=size, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    make = lambda: layer.make_paged_cache(64, batch_size=2, max_length=600, codec=codec, platform=platform)
+    cache = jax.eval_shape(make)
+    assert (cache.page_size, cache.max_pages) == (pages, -(-600 // pages))
+
+
+def test_layers_of_a_model_have_pages_of_one_size():
+    """Those whose heads want larger ones decide."""
+    config = kvattn.models.DecoderConfig(
+        vocab_size=8, model_dim=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=80, mlp_dim=8
+    )
+    model = kvattn.models.Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    make = lambda: model.make_paged_cache(4, batch_size=1, max_length=300, codec=[kvattn.Int8(), None], platform="cuda")
+    assert [cache.page_size for cache in jax.eval_shape(make)] == [32, 32]
+
+
 # JAX's interpreters ------------------------------------------------------------------------------
 
 

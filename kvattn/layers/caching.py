@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from kvattn import _checks, _target, sharding
 from kvattn._typing import AnyArray, Array
+from kvattn.attend import page_sizes
 from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.cache.groups import most_slots
 from kvattn.codecs import Codec
@@ -17,9 +18,6 @@ from kvattn.layers import placement
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Chunked, Full, OrderedWindow, Policy, SlidingWindow
 from kvattn.sharding import explicit
-
-PAGE_SIZE = 16
-"""Tokens of a page where nobody says: few enough that the last page of a sequence wastes little."""
 
 
 def create(
@@ -76,11 +74,9 @@ def create_paged(
     head_dim, value_head_dim = settings.head_dims
     policy = _policy(settings, policy, OrderedWindow, OrderedWindow) or Full()  # a chunk lies within such a window
     codec = settings.codec if codec is None else codec
-    if page_size is None:
-        page_size = (codec and codec.rows) or PAGE_SIZE
     slots = most_slots(policy, max_length)
 
-    def empty() -> PagedKVCache:
+    def pool(page_size: int) -> PagedKVCache:
         return PagedKVCache.create(
             num_pages,
             page_size,
@@ -96,7 +92,12 @@ def create_paged(
             platform=platform,
         )
 
-    return _placed(settings, empty, batch_size)
+    if page_size is None:
+        page_size = codec.rows if codec is not None else None
+    if page_size is None:
+        with _target.aimed_at(settings.mesh):
+            page_size = page_sizes.smallest(pool, settings.num_heads, settings.storage_dtype, platform)
+    return _placed(settings, lambda: pool(page_size), batch_size)
 
 
 def _policy(

@@ -71,7 +71,8 @@ class MakesCaches(HasSettings):
 
         Args:
             num_pages: P, pages of the pool.
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on
+                that kernels take on the platform.
             batch_size: B, sequences of a step.
             max_length: most tokens of a sequence.
             policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,

@@ -7,6 +7,7 @@ norm and the logits. The caches are explicit: one per layer that keeps keys and 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -288,7 +289,8 @@ class Decoder(nnx.Module):
         Args:
             num_pages: P, pages of each layer's pool. A list or tuple: one for each layer, so that those with a window
                 can have fewer (`kvattn.cache.pages_at_once`).
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on
+                that kernels take on the platform.
             batch_size: B, sequences of a step.
             max_length: most tokens of a sequence.
             policy: which tokens are kept. None: all of them; in layers with a window those within it, whose pages can
@@ -303,10 +305,18 @@ class Decoder(nnx.Module):
         """
         options = (self._each("num_pages", num_pages), self._each("policy", policy), self._each("codec", codec))
         sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "platform": platform}
-        return tuple(
-            layer.attention.make_paged_cache(pages, page_size, policy=policy, codec=codec, **sizes)
-            for layer, pages, policy, codec in zip(self.owners, *options, strict=True)
-        )
+
+        def make(size: int | None) -> tuple[PagedKVCache, ...]:
+            return tuple(
+                layer.attention.make_paged_cache(pages, size, policy=policy, codec=codec, **sizes)
+                for layer, pages, policy, codec in zip(self.owners, *options, strict=True)
+            )
+
+        if page_size is None:
+            free = [cache.page_size for cache in jax.eval_shape(lambda: make(None)) if cache.codec.rows is None]
+            # Layers whose heads have other sizes may want larger pages; those that share tables need the same.
+            page_size = max(free) if len(free) == len(self.owners) else None
+        return make(page_size)
 
     @property
     def owners(self) -> tuple[Block, ...]:
