@@ -170,6 +170,18 @@ def large_copies(text: str, count: int) -> int:
     return sum(int(np.prod([int(n) for n in shape.split(",") if n] or [1])) >= count for shape in found)
 
 
+def launches(text: str) -> int:
+    """Kernels that a program for a GPU starts, copies included."""
+    entry = text[text.index("\nENTRY") :].split("\n}")[0]
+    kinds = "fusion|custom-call|copy|scatter|gather|reduce|reduce-window|sort|transpose|convert|pad|concatenate|while"
+    return len(re.findall(rf" (?:{kinds})\(", entry))
+
+
+def loops(text: str) -> int:
+    """Loops in a program, whose steps follow one another."""
+    return len(re.findall(r" while\(", text))
+
+
 def needs(program: Any, case: Case) -> list[str]:
     """KiB of temporary memory and cache-sized copies of a program."""
     numbers = case.batch * case.kv_heads * case.slots * case.size // (2 if isinstance(case.codec, kvattn.Int4) else 1)

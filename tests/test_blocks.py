@@ -202,3 +202,27 @@ def test_a_row_with_two_records():
         both.check()
     with pytest.raises(kvattn.errors.RangeError, match=r"rows \[1, 2\].*num_new"):
         both.replace(status=both.status & ~1).check()
+
+
+def test_the_list_of_tiles_and_their_pages():
+    """Tile after tile, row after row, as a loop over them finds it; a part without a page keeps the last one's."""
+    rng = np.random.default_rng(0)
+    for batch, count, per_tile, width in [(1, 1, 1, 1), (3, 4, 2, 7), (5, 3, 1, 4), (2, 9, 4, 40)]:
+        needed, filled = rng.random((2, batch, count)) < 0.5
+        needed[:, 0] |= ~needed.any(axis=1)  # every row has one
+        row, tile, whole = (np.asarray(x) for x in tiles._listed(jnp.asarray(needed), jnp.asarray(filled)))
+        expected = np.argwhere(needed)
+        found = np.stack([row, tile], axis=1)[: len(expected)]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(whole[: len(expected)], filled[needed])
+        table = rng.integers(-3, 12, (batch, width))
+        one = lambda x: jnp.asarray(x, jnp.int32)
+        chosen = tiles.Plan(one([len(expected)]), one(row), one(tile), one(whole), jnp.asarray(needed))
+        pages = np.asarray(tiles.pages_of(chosen, one(table), per_tile, 9))[: len(expected)]
+        last = [0] * per_tile
+        for (b, t), of_tile in zip(expected, pages, strict=True):
+            for part in range(per_tile):
+                column = t * per_tile + part
+                if column < width and 0 <= table[b, column] < 9:
+                    last[part] = table[b, column]
+            assert of_tile.tolist() == last

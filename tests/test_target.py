@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn import _target, attend
-from kvattn.attend import api
+from kvattn.attend import api, late
 from kvattn.cache import Layout
 from kvattn.errors import ConfigError, UnsupportedError
 from kvattn.layers import MultiQueryAttention, caching, linen
@@ -187,6 +187,14 @@ def test_inside_a_shard_map():
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(*[P("rows")] * 3, rows), out_specs=P("rows")))
     args = tokens(jnp.float32)
     np.testing.assert_allclose(mapped(*args, cache), step(*args, cache), atol=1e-6)
+
+
+def test_branches_in_a_shard_map():
+    """One branch returns what differs from device to device, the other constants."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = lambda x: late.by_platform({"tpu": lambda x: jnp.zeros(x.shape)}, lambda x: 2 * x, x)
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))
+    np.testing.assert_array_equal(mapped(jnp.arange(4.0)), 2 * jnp.arange(4.0))
 
 
 def test_arguments_on_a_mesh_say_it():
