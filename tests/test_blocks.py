@@ -4,6 +4,8 @@ Small caches have one block and one tile, and a write that hits the wrong one ca
 placed one by one in Python lists.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,53 @@ def test_blocks_of_a_layout(transposed):
 
 COLUMNS, SIZE, PAGES = 5, 2, 12
 """Five pages of two slots a row; blocks of two pages, the last one short."""
+
+
+def test_tokens_side_by_side():
+    """Pages of 4 tokens in two rows, the third beside the first: read, and written, by all heads and head by head."""
+    size, rows, columns = 4, 2, 3
+    table = np.random.default_rng(0).permutation(PAGES)[: B * columns].reshape(B, columns)
+    pages = Pages(Layout(columns * size, 2 * size, False), size, jnp.asarray(table, jnp.int32), PAGES)
+    pool = numbers(K, PAGES, rows, 2 * F)
+
+    def token(pool, b, k, s):
+        side = s % size // rows
+        return pool[k, table[b, s // size], s % rows, side * F : (side + 1) * F]
+
+    dense = np.asarray(pages.from_blocks(jnp.asarray(pool), False))
+    for b, k, s in np.ndindex(B, K, columns * size):
+        np.testing.assert_array_equal(dense[b, k, s], token(pool, b, k, s))
+    block = np.asarray(pages.take(jnp.asarray(pool), jnp.int32(0), False))
+    np.testing.assert_array_equal(block, dense[:, :, : 2 * size])
+    new = numbers(B, K, 3, F, seed=1)
+    of_all = np.array([[9, -1, 4], [columns * size, 0, 7]])
+    of_heads = np.stack([of_all, [[2, 11, -1], [5, 6, 3]], [[0, 1, 3], [-1, -1, 8]]], axis=1)[:, :K]
+    for slots in (of_all, of_heads):
+        expected = pool.copy()
+        for b, k, t in np.ndindex(B, K, 3):
+            slot = slots[b, t] if slots.ndim == 2 else slots[b, k, t]
+            if 0 <= slot < columns * size:
+                token(expected, b, k, slot)[...] = new[b, k, t]
+        written = pages.write(jnp.asarray(pool), jnp.asarray(slots, jnp.int32), jnp.asarray(new), False)
+        assert_same_bits(written, expected, f"the pool, {slots.ndim} axes")
+
+
+def test_where_tokens_lie_side_by_side():
+    """On TPUs, heads of 64 in pages that are no whole registers; not what a codec makes of a whole page."""
+    pool = lambda size, pages, platform="tpu", **options: kvattn.PagedKVCache.create(
+        4, pages, 2, size, batch_size=1, max_pages=2, platform=platform, **options
+    )
+    shape = lambda cache: cache.keys["data"].shape[2:]
+    assert shape(pool(64, 16)) == (8, 128) and shape(pool(64, 48, codec=kvattn.Int8())) == (24, 128)
+    assert pool(64, 16, codec=kvattn.Int8()).keys["scale"].shape[2:] == (1, 16)
+    for other in (pool(64, 128), pool(64, 8), pool(128, 16), pool(80, 16), pool(64, 16, "cuda"), pool(64, 16, "cpu")):
+        assert shape(other) == (other.page_size, other.key_head_dim)
+    assert pool(64, 16).nbytes == pool(64, 16, "cpu").nbytes
+    kivi = functools.partial(pool, 64, 64, codec=kvattn.KIVI(residual=64))
+    assert jax.tree.map(jnp.shape, kivi().keys) == jax.tree.map(jnp.shape, kivi("cpu").keys)
+    x = jnp.asarray(numbers(1, 70, 2, 64))
+    outs = [kvattn.cached_attention(x, x, x, cache.with_tables([[3, 1]], [0]))[0] for cache in (kivi(), kivi("cpu"))]
+    np.testing.assert_array_equal(*outs)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -432,6 +432,7 @@ def test_what_it_does_not_do_is_said():
         (made(16, 2, 128, codec=kvattn.Int4(24)), {}, "groups of 24"),
         (made(16, 2, 64, dtype=BF16, page_size=4), {}, "pages must have"),
         (made(96, 2, 64, dtype=BF16, page_size=48), {}, "pages must have"),
+        (made(16, 2, 64, dtype=BF16, page_size=16, platform="tpu"), {}, "side by side"),
         (made(16, 2, 64, codec=kvattn.Int8(), page_size=16), {}, "pages of 32 slots"),
         (made(64, 2, 128, codec=kvattn.Int4(), page_size=32), {}, "pages of 64 slots"),
     ):

@@ -143,6 +143,8 @@ def test_exported_on_a_cpu(platform):
         assert set(found) == {call}
         assert len(found) == (3 if platform == "tpu" else 2)  # one call for each array that a token is written to
     assert calls(mine, "cpu") == calls(plain, platform) == []
+    with jax.sharding.use_abstract_mesh(mesh_of(H200 if platform == "cuda" else V5E)):
+        assert calls(mine, "cpu") == []  # what was named may be lowered for anything
     for cache in (mine, plain):
         with pytest.raises(UnsupportedError, match=rf"{name}.*made for '{platform}'.*is for 'cpu'"):
             calls(cache, "cpu", name)
@@ -172,10 +174,10 @@ def test_derivatives_and_rows_mapped_over():
     stacked = jnp.stack([query, 2 * query])
     found, expected = (jax.jit(jax.vmap(functools.partial(loss, cache)))(stacked) for cache in (late, now))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    step = lambda q: kvattn.cached_attention(q, key, value, now, implementation="mosaic_tpu")[0]
+    assert jax.eval_shape(jax.vmap(step), stacked).shape == stacked.shape
     with pytest.raises(UnsupportedError, match="mosaic_tpu"):
-        jax.jit(jax.vmap(lambda q: kvattn.cached_attention(q, key, value, now, implementation="mosaic_tpu")[0]))(
-            stacked
-        )
+        jax.jit(jax.vmap(step))(stacked)
 
 
 def test_inside_a_shard_map():
@@ -231,6 +233,8 @@ def request(cache):
         ("cuda", 128, kvattn.Int4(64), 64),
         ("cuda", 40, None, 16),  # no kernel takes heads of 40
         ("tpu", 128, None, 16),
+        ("tpu", 64, None, 16),
+        ("tpu", 64, kvattn.Int8(), 16),
         ("tpu", 80, None, 128),
         ("tpu", 64, kvattn.Int4(32), 128),
         ("cpu", 80, kvattn.Int4(32), 16),

@@ -167,7 +167,8 @@ class PagedKVCache(Cache):
                 f"num_pages must be at most {_checks.INT32_MAX // (1 + num_kv_heads)}, so that int32 counts the strips "
                 f"of {num_kv_heads} heads, got {num_pages}."
             )
-        store = Pages(block_layout(page_size, max_pages, codec, num_slots), page_size, table, num_pages)
+        layout, by_token = block_layout(page_size, max_pages, codec, num_slots), codec.rows is None
+        store = Pages(layout, page_size, table, num_pages, by_token)
         with _target.aimed_at(_target.checked("platform", platform)):
             keys = codec.empty(store, "keys", batch_size, num_kv_heads, head_dim, dtype)
             values = codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {}
@@ -225,7 +226,7 @@ class PagedKVCache(Cache):
     @property
     def store(self) -> Pages:
         """Where the arrays have their slots."""
-        return Pages(self.layout, self.page_size, self.page_table, self.num_pages)
+        return Pages(self.layout, self.page_size, self.page_table, self.num_pages, self.codec.rows is None)
 
     @property
     def live(self) -> Bool[Array, "B *K columns"]:

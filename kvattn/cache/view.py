@@ -57,7 +57,8 @@ class View:
         """Where the arrays have their slots."""
         if self.page_table is None:
             return self.layout
-        return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1])
+        by_token = self.codec.rows is None
+        return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1], by_token)
 
     def share(self, part: Int32[Array, ""], parts: int) -> "View":
         """This view where its arrays are share `part` of `parts` of all slots: on one device of several."""

@@ -49,6 +49,8 @@ def unsupported(request: Request) -> str | None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
+    if any(common.tokens_beside(view, store) > 1 for store in (view.keys, view.values)):
+        return "tokens lie side by side in the pages, as TPUs like it; make the cache with platform='cuda'"
     form = common.format_of(view)
     if form.is_plain and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
         return f"a cache of {view.keys['data'].dtype} does not go through 16-bit matrix units"

@@ -2829,4 +2829,43 @@ FAULTS: list[Fault] = [
         "test_target.py::test_sharded_caches\ntest_target.py::test_layers_and_models_pass_it_on",
         ("_placed.arranged", "_target.aimed_at(settings.mesh)", "_target.aimed_at(None)"),
     ),
+    *group(
+        "cache/pages.py",
+        """
+        test_blocks.py::test_tokens_side_by_side
+        test_blocks.py::test_where_tokens_lie_side_by_side
+        """,
+        ("Pages._gather", "swapaxes(3, 4)", "swapaxes(3, 4)[:, :, :, ::-1]"),
+        ("Pages.write", "row % pool.shape[-2], row // pool.shape[-2]", "row % pool.shape[-2], 0 * row"),
+        ("Pages._beside", "if self.by_token else 1", ""),
+        ("tokens_beside", "and page_size % LANES", ""),
+        ("tokens_beside", "page_size % (2 * SUBLANES) == 0", "True"),
+        ("tokens_beside", '_target.platform() == "tpu"', '_target.platform() != "cpu"'),
+    ),
+    *group(
+        "pallas/tpu_read.py",
+        "test_tpu_kernels.py::test_tokens_that_lie_side_by_side",
+        ("spread", "(query, zeros), (zeros, query)", "(zeros, query), (query, zeros)"),
+        ("Store.scores", "keys = self._cleared(keys, filled)", "pass"),
+        ("Store.mix", "_beside(_halves(probs, 1), axis=0)", "_beside(_halves(probs, 1)[::-1], axis=0)"),
+        ("Store._cleared", "left, right) > 0", "right, left) > 0"),
+        ("restored", "sum(axis=-2)", "max(axis=-2)"),
+    ),
+    *group(
+        "pallas/tpu_decode.py",
+        "test_tpu_kernels.py::test_tokens_that_lie_side_by_side",
+        ("_side_by_side", "cut.swapaxes(-3, -2)", "cut"),
+        ("_side_by_side", "(beside, pages) if back else", "(pages, beside) if back else"),
+    ),
+    *group(
+        "pallas/tpu_append.py",
+        "test_tpu_kernels.py::test_a_token_is_written_where_it_belongs",
+        ("_in_pages", "row % size + side * size", "row % size"),
+        ("_body", "// beside) * block.shape[-2]", "// beside) * (block.shape[-2] // 2)"),
+    ),
+    *group(
+        "pallas/gpu_decode.py",
+        "test_gpu_kernels.py::test_what_it_does_not_do_is_said",
+        ("unsupported", "common.tokens_beside(view, store) > 1", "False"),
+    ),
 ]
