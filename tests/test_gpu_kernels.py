@@ -4,6 +4,7 @@ Memory that nobody wrote holds NaN there, and so does every unused slot, page an
 """
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -33,7 +34,7 @@ from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
 import kvattn.pallas
-from kvattn import errors
+from kvattn import attend, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
@@ -476,6 +477,31 @@ def test_a_mesh_is_not_left_to_the_compiler(kind):
         everywhere = jax.sharding.PartitionSpec()
         mapped = jax.shard_map(attend, in_specs=everywhere, out_specs=everywhere, check_vma=False)
         assert jax.eval_shape(mapped, request)[0].shape == request.query.shape
+
+
+def test_outputs_are_written_as_the_caller_gets_them():
+    request = request_for(filled([70, 0, 33], 96, 1, 64, dtype=BF16), 8, dtype=BF16)
+    out = jax.jit(lambda request: api.attend(request, "mosaic_gpu")[0])
+    wide, narrow = (out(dataclasses.replace(request, out_dtype=dtype)) for dtype in (None, BF16))
+    assert (wide.dtype, narrow.dtype) == (F32, BF16)
+    np.testing.assert_array_equal(np.float32(narrow), np.float32(wide.astype(BF16)))
+
+
+def test_only_what_nothing_is_done_to_is_rounded():
+    """Not what sinks, or attention to other tokens, are still to be merged with."""
+    seen = []
+    toy = lambda request: seen.append(request.out_dtype) or api.attend(request, "xla")
+    kernel = types.SimpleNamespace(unsupported=lambda request: None, attend=toy)
+    attend.register(attend.Implementation("toy", lambda: kernel))
+    x, sinks = jnp.ones((B, 1, 2, 64), BF16), jnp.ones((2,), F32)
+    try:
+        for policy, given in ((kvattn.Full(), {}), (kvattn.Full(), {"sinks": sinks}), (kvattn.StreamingLLM(2, 6), {})):
+            cache = kvattn.KVCache.create(B, 2, 64, capacity=8, policy=policy)
+            step = functools.partial(kvattn.cached_attention, implementation="toy", **given)
+            assert jax.eval_shape(step, x, x, x, cache)[0].dtype == BF16
+    finally:
+        attend.unregister("toy")
+    assert seen == [BF16, None, None, None]
 
 
 def test_copies_land_on_aligned_addresses():

@@ -155,6 +155,7 @@ def attend(request: Request, implementation: Implementation = None) -> Result:
             raise UnsupportedError(found.refusal)
         record = named(found.name)
         return record.load().attend(request) if record.is_complete else differentiable(_single(record))(request)
+    request = dataclasses.replace(request, out_dtype=None)  # of all branches the same
     branches = {platform: _single(named(name)) for platform, name in found.late.items()}
     if found.name is None:
         default = late.refusing(found.refusal, next(iter(branches.values())))

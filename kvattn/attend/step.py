@@ -287,6 +287,10 @@ def _with_kept(
 
 def _attended(step: Step, requests: list[Request], per_head: PerHead, shared: Iterable[State] = ()) -> Result:
     """Attention over the union of what the requests see, and of what is shared; mass only of a single request."""
+    shared = tuple(shared)
+    if len(requests) == 1 and not shared and per_head.sinks is None and not step.part.is_share:
+        # Nothing is merged with it: a kernel may write what the caller gets.
+        requests = [dataclasses.replace(requests[0], out_dtype=jnp.dtype(requests[0].query.dtype))]
     (out, lse, mass), *others = [api.attend(request, step.implementation) for request in requests]
     for other_out, other_lse in (*(other[:2] for other in others), *shared):
         out, lse = merge_states(out, lse, other_out, other_lse)

@@ -118,7 +118,8 @@ def attend(request: Request, config: GpuConfig | None = None) -> Result:
     rows = _rows(request, spec)
     states = decode(spec, interpret, {**rows, **queries(request, spec), **_streams(view, spec), **table})
     scores = states.pop("scores", None)
-    out, lse = merge(spec, interpret, {name: x for name, x in rows.items() if name != "positions"}, states)
+    rows_read = {name: x for name, x in rows.items() if name != "positions"}
+    out, lse = merge(spec, interpret, rows_read, states, request.out_dtype or jnp.float32)
     out = out if spec.padded == spec.value_features else out[..., : spec.value_features]
     return out, lse, None if scores is None else _mass(scores, lse, rows, spec)[..., : view.layout.num_slots]
 
