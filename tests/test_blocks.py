@@ -113,7 +113,9 @@ def test_where_tokens_lie_side_by_side():
     kivi = functools.partial(pool, 64, 64, codec=kvattn.KIVI(residual=64))
     assert jax.tree.map(jnp.shape, kivi().keys) == jax.tree.map(jnp.shape, kivi("cpu").keys)
     x = jnp.asarray(numbers(1, 70, 2, 64))
-    outs = [kvattn.cached_attention(x, x, x, cache.with_tables([[3, 1]], [0]))[0] for cache in (kivi(), kivi("cpu"))]
+    out, _ = kvattn.cached_attention(x, x, x, kivi().with_tables([[3, 1]], [0]))
+    contiguous = kvattn.KVCache.create(1, 2, 64, capacity=128, codec=kvattn.KIVI(residual=64))
+    outs = out, kvattn.cached_attention(x, x, x, contiguous)[0]
     np.testing.assert_allclose(*outs, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jaxtyping import Int32, PyTree, Shaped
 
 from kvattn import _manual, _target
@@ -82,7 +82,7 @@ class Writing:
 Blocks.register(Writing)  # pyright: ignore[reportAttributeAccessIssue]
 
 _refused = Primitive("kvattn_unsupported")
-"""Returns what it is given, in programs that are never lowered."""
+"""Returns what it is given, in programs that are never lowered. What it is given are constants, under jax.vmap too."""
 
 
 @_refused.def_impl
@@ -100,9 +100,4 @@ def _lower(context: mlir.LoweringRuleContext, x: Any, *, message: str) -> Any:
     raise UnsupportedError(message)
 
 
-def _batch(operands: Any, axes: Any, *, message: str) -> Any:
-    return _refused.bind(*operands, message=message), axes[0]
-
-
 mlir.register_lowering(_refused, _lower)
-batching.primitive_batchers[_refused] = _batch

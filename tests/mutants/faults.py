@@ -2776,7 +2776,6 @@ FAULTS: list[Fault] = [
             "test_target.py::test_branches_in_a_shard_map",
         ),
         ("_lower", "raise UnsupportedError(message)", "return [x]"),
-        ("_batch", "axes[0]", "batching.not_mapped"),
     ),
     *group(
         "attend/step.py",
@@ -2865,7 +2864,7 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "pallas/gpu_decode.py",
-        "test_gpu_kernels.py::test_what_it_does_not_do_is_said",
+        "test_gpu_kernels.py::test_pages_as_tpus_like_them",
         ("unsupported", "common.tokens_beside(view, store) > 1", "False"),
     ),
     *group(
