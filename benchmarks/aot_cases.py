@@ -59,6 +59,7 @@ CASES = {
     "heads of 64": Case(size=64),
     "heads of 64, Int8": Case(size=64, codec=kvattn.Int8()),
     "heads of 64, pages of 128": Case(size=64, page_size=128),
+    "heads of 64, pages of 16": Case(size=64, page_size=16),
     "heads of 80": Case(size=80),
     "heads of 80, Int8": Case(size=80, codec=kvattn.Int8()),
     "heads of 96": Case(size=96),

@@ -110,11 +110,11 @@ def test_where_tokens_lie_side_by_side():
     for other in (pool(64, 128), pool(64, 8), pool(128, 16), pool(80, 16), pool(64, 16, "cuda"), pool(64, 16, "cpu")):
         assert shape(other) == (other.page_size, other.key_head_dim)
     assert pool(64, 16).nbytes == pool(64, 16, "cpu").nbytes
-    kivi = functools.partial(pool, 64, 64, codec=kvattn.KIVI(residual=64))
+    kivi = functools.partial(pool, 128, 64, codec=kvattn.KIVI(residual=64))
     assert jax.tree.map(jnp.shape, kivi().keys) == jax.tree.map(jnp.shape, kivi("cpu").keys)
-    x = jnp.asarray(numbers(1, 70, 2, 64))
+    x = jnp.asarray(numbers(1, 70, 2, 128))
     out, _ = kvattn.cached_attention(x, x, x, kivi().with_tables([[3, 1]], [0]))
-    contiguous = kvattn.KVCache.create(1, 2, 64, capacity=128, codec=kvattn.KIVI(residual=64))
+    contiguous = kvattn.KVCache.create(1, 2, 128, capacity=128, codec=kvattn.KIVI(residual=64))
     outs = out, kvattn.cached_attention(x, x, x, contiguous)[0]
     np.testing.assert_allclose(*outs, atol=1e-5)
 

@@ -2836,7 +2836,6 @@ FAULTS: list[Fault] = [
         """,
         ("Pages._gather", "swapaxes(3, 4)", "swapaxes(3, 4)[:, :, :, ::-1]"),
         ("Pages.write", "row % pool.shape[-2], row // pool.shape[-2]", "row % pool.shape[-2], 0 * row"),
-        ("Pages._beside", "if self.by_token else 1", ""),
         ("tokens_beside", "and page_size % LANES", ""),
         ("tokens_beside", "page_size % (2 * SUBLANES) == 0", "True"),
         ("tokens_beside", '_target.platform() == "tpu"', '_target.platform() != "cpu"'),
