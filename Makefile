@@ -23,10 +23,10 @@ export PIP_PROGRESS_BAR ?= off
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs docs-test bench clean
+.PHONY: help demo test test-full mutants kernels-aot test-oldest lint format docs docs-test bench bench-peers clean
 
 help:
-	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | docs-test | bench | clean"
+	@echo "make demo | test | test-full | mutants | kernels-aot | test-oldest | lint | format | docs | docs-test | bench | bench-peers | clean"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), "kvattn needs Python 3.12, this is " + sys.version'
@@ -43,7 +43,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/decode_gqa.py
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
@@ -85,17 +85,29 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Pictures are drawn by running the library. In CI those that are committed must be the ones it draws.
 docs: $(VENV)/.dev
+	$(BIN)/python docs/drawings $(if $(CI),--check)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -q -b html docs site
 	@echo "docs: site/index.html"
 
-# Every code block of the pages, executed: four minutes of one core, and so not a part of `make test`.
+# Every code block of the pages and notebooks, executed: five minutes of one core, and so not a part of `make test`.
 docs-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -k test_page tests/test_docs.py
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/decode_cpu.py
 
+# PyTorch beside it, in an environment of its own. Where only another Python has it: make bench-peers PEERS_PYTHON=...
+PEERS_PYTHON ?= $(PYTHON)
+.venv-peers/.done:
+	$(PEERS_PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy
+	@touch $@
+
+bench-peers: $(VENV)/.demo .venv-peers/.done
+	$(BIN)/python benchmarks/decode_peers.py --python .venv-peers/bin/python
+
 clean:
-	rm -rf .venv .venv-* site build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* site jupyter_execute build dist .cache .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

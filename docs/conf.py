@@ -1,25 +1,45 @@
 """Sphinx settings. `make docs` builds site/; every warning is an error."""
 
+import hashlib
 import inspect
+import os
 import re
 import tomllib
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.inspect import stringify_signature
 
-_project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parent.parent
+_project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 project = "kvattn"
 copyright = "the kvattn authors"
 release = _project["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llm.txt"]
 exclude_patterns = ["_build"]
 default_role = "code"  # single backticks in docstrings are code
 nitpicky = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+
+# Notebooks are run when the pages are built, and again when a notebook or the package has changed.
+_package = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "kvattn").rglob("*.py"))))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / ".cache" / "notebooks" / _package.hexdigest()[:16])
+nb_execution_timeout = 600  # of a cell, on a busy machine
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+# llms.txt, and a Markdown twin of every page.
+llms_txt_description = _project["description"]
+llms_txt_build_parallel = False  # it then takes the pages as they were read, and runs no notebook again
+llms_txt_suffix_mode = "replace"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -30,6 +50,7 @@ python_maximum_signature_line_length = 88
 add_module_names = False
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # browsers read it, without a script from elsewhere
 html_title = f"kvattn {release}"
 html_show_sourcelink = False
 
@@ -63,7 +84,21 @@ def _list_variants(app, docname, source):
         source[0] = source[0].replace(f"<!-- every public {base.__name__} -->", block)
 
 
+def _as_it_is(translator, node):
+    """The star between arguments, which Sphinx marks as an abbreviation, in Markdown."""
+
+
+def _math(as_block):
+    def visit(translator, node):
+        translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", _math(False), _math(True))
+    app.add_node(nodes.abbreviation, override=True, **{"llms-markdown": (_as_it_is, _as_it_is)})
     app.connect("source-read", _list_variants)
     app.connect("autodoc-process-docstring", _letters_are_no_lists, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _signature_of_init)

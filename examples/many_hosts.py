@@ -4,13 +4,15 @@ python examples/many_hosts.py --processes 1 2 4
     as many processes of one CPU device on this machine, one after the other, and a small random model
 
 python examples/many_hosts.py --checkpoint DIR --coordinator 10.0.0.1:1234 --processes 4 --process-id 0
-    on each of four hosts, each with its own --process-id; the first is the coordinator
+    on each of four hosts, each with its own --process-id; the first is the coordinator, or with --coordinator-apart
+    python -m kvattn.serving.coordinator 10.0.0.1:1234 --processes 4
 
 Every process makes the same engine; process 0 has the requests, and all get the tokens. One of them is longer than the
 pool of any host. When a process dies or is late, the others say so within --timeout and end.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,7 +28,7 @@ from typing import TextIO
 import jax
 import numpy as np
 import processes
-from multihost_decode import ATTEMPTS, random_checkpoint
+from multihost_decode import random_checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -34,14 +36,19 @@ import kvattn
 from kvattn.serving import Engine, Hosts, Ledger
 
 LINGER = 5.0
-"""Seconds that process 0 stays after a failure: it keeps the store in which the others read why."""
+"""Seconds that process 0 stays after a failure if it keeps the store in which the others read why."""
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of a job; several: one job for each")
     p.add_argument("--devices", type=int, default=1, help="CPU devices of each process on this machine")
-    p.add_argument("--coordinator", help="host:port of process 0; default: all processes run here")
+    p.add_argument("--coordinator", help="host:port of the coordinator; default: all processes run here")
+    p.add_argument(
+        "--coordinator-apart",
+        action="store_true",
+        help="it runs already (python -m kvattn.serving.coordinator): process 0 may die too",
+    )
     p.add_argument("--process-id", type=int, help="the one that runs here, with --coordinator")
     p.add_argument("--timeout", type=float, default=60, help="seconds that a process waits for another")
     p.add_argument("--checkpoint", type=Path, help="a HuggingFace folder; default: a small random Llama")
@@ -74,11 +81,10 @@ def launch(args: argparse.Namespace) -> int:
         for count in args.processes:
             report = Path(folder) / f"{count}.json"
             more = ["--checkpoint", str(checkpoint), "--out", str(report), "--processes", str(count)]
-            for _ in range(ATTEMPTS):
-                ended = processes.run(commands(args, count, more), Path(folder), grace=args.timeout + 2 * LINGER)
-                if args.coordinator is not None or processes.PORT_TAKEN not in ended[0].written:
-                    break
-                processes.say("another program took the port: once more")
+            with contextlib.ExitStack() as stack:
+                coordinator = None if args.coordinator else stack.enter_context(processes.coordinator(count))
+                run = commands(args, count, more, coordinator)
+                ended = processes.run(run, Path(folder), grace=args.timeout + 2 * LINGER)
             if any(process.handle.returncode != 0 for process in ended):
                 return 1
             if report.exists():
@@ -92,13 +98,13 @@ def launch(args: argparse.Namespace) -> int:
     return 0
 
 
-def commands(args: argparse.Namespace, count: int, more: list[str]) -> dict[int, list[str]]:
+def commands(args: argparse.Namespace, count: int, more: list[str], coordinator: str | None) -> dict[int, list[str]]:
     """What to run here, by process id: this program with the arguments it was given and what they left open."""
     given = [sys.executable, __file__, *sys.argv[1:], *more, "--worker"]
-    if args.coordinator is not None:
+    if coordinator is None:
         return {args.process_id: given}
-    coordinator = f"127.0.0.1:{processes.free_port()}"
-    return {i: [*given, "--coordinator", coordinator, "--process-id", str(i)] for i in range(count)}
+    given += ["--coordinator", coordinator, "--coordinator-apart"]
+    return {i: [*given, "--process-id", str(i)] for i in range(count)}
 
 
 # The program of every process ---------------------------------------------------------------------
@@ -113,15 +119,15 @@ def work(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
     (count,) = args.processes
-    jax.distributed.initialize(
-        args.coordinator, count, args.process_id, coordinator_bind_address=args.coordinator if here else None
-    )
+    # Process 0 starts a coordinator whatever is asked for: where there is one, at any port, and nobody goes there.
+    bind = "127.0.0.1:0" if args.coordinator_apart else args.coordinator if here else None
+    jax.distributed.initialize(args.coordinator, count, args.process_id, coordinator_bind_address=bind)
     try:
         serve(args, out)
         jax.distributed.shutdown()
     except BaseException:
         traceback.print_exc()
-        if args.process_id == 0:
+        if args.process_id == 0 and not args.coordinator_apart:
             time.sleep(LINGER)
         os._exit(1)  # at once: the usual way out waits for all processes
 
@@ -226,7 +232,7 @@ def plot(reports: list[dict], path: Path) -> None:
     loans, pools = figure.subplots(1, 2)
     for report in reports:
         share = np.array(report["loans"]) / (report["pages"] * report["hosts"])
-        loans.plot(100 * share, label=f"{report['hosts']} hosts")
+        loans.plot(100 * share, label=f"{report['hosts']} host{'s' if report['hosts'] > 1 else ''}")
     loans.set(xlabel="step", ylabel="pages lent, % of all", ylim=(0, 100), title="this run")
     requests = trace(seed=0)
     for lend, label in ((True, "with lending"), (False, "each host alone")):

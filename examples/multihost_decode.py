@@ -35,9 +35,6 @@ from safetensors.numpy import save_file
 import kvattn
 from kvattn.layers import stateless
 
-ATTEMPTS = 3
-"""To find a port of this machine that is still free when the coordinator takes it."""
-
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,7 +73,7 @@ def launch(args: argparse.Namespace) -> int:
         more = []
         if args.checkpoint is None:
             more = ["--checkpoint", str(random_checkpoint(Path(folder) / "model"))]
-        for _ in range(ATTEMPTS):
+        for _ in range(processes.ATTEMPTS):
             ended = processes.run(commands(args, more), Path(folder), grace=args.heartbeat + 10)
             if args.coordinator is not None or processes.PORT_TAKEN not in ended[0].written:
                 break

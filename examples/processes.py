@@ -4,6 +4,7 @@ Only the standard library. A process is ended by its id and waited for, whatever
 when this one is gone (`end_with_launcher`), also if that was killed.
 """
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -14,10 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 PORT_TAKEN = "Address already in use"
+ATTEMPTS = 3
+"""Ports that are tried before a job is given up."""
 # What jax.distributed and the collectives write when a peer is gone, the most telling first.
 _REASONS = (
     (r"Task (\d+) heartbeat timeout", "no heartbeat of process {} any more"),
@@ -129,6 +132,30 @@ def report(process: Process, later: str) -> None:
 def say(text: str) -> None:
     """To standard error, at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def coordinator(count: int, heartbeat: int = 100) -> Iterator[str]:
+    """Runs JAX's coordinator in a process of its own, beside `count` others that may all end; the address of it.
+
+    `heartbeat`: what the processes give `jax.distributed.initialize` as `heartbeat_timeout_seconds`.
+    """
+    for attempt in range(ATTEMPTS):
+        address = f"127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "kvattn.serving.coordinator", address, "--until-eof"]
+        command += ["--processes", str(count), "--heartbeat-timeout", str(heartbeat)]
+        last = attempt == ATTEMPTS - 1
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if last else subprocess.DEVNULL
+        ) as handle:
+            assert handle.stdout is not None
+            try:
+                if handle.stdout.readline():
+                    yield address
+                    return
+            finally:
+                handle.kill()
+    raise RuntimeError("the coordinator did not start")
 
 
 def free_port() -> int:

@@ -37,10 +37,12 @@ from kvattn.positions import alibi_slopes as alibi_slopes
 from kvattn.sharding.explicit import cached_attention as cached_attention
 
 if TYPE_CHECKING:
+    from kvattn import adapters as adapters
     from kvattn import layers as layers
     from kvattn import memory as memory
     from kvattn import models as models
     from kvattn import serving as serving
+    from kvattn import testing as testing
     from kvattn.models import generate as generate
     from kvattn.models import score as score
 
@@ -59,6 +61,7 @@ __all__ = [
     "Scissorhands",
     "SlidingWindow",
     "StreamingLLM",
+    "adapters",
     "alibi_slopes",
     "cache",
     "cached_attention",
@@ -77,11 +80,12 @@ __all__ = [
     "score",
     "serving",
     "sharding",
+    "testing",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_ON_FIRST_USE = ("layers", "memory", "models", "serving")
+_ON_FIRST_USE = ("adapters", "layers", "memory", "models", "serving", "testing")
 
 
 def __getattr__(name: str) -> Any:

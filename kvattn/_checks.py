@@ -295,7 +295,7 @@ def by_distance(name: str, x: Any, num_heads: int) -> Float[jax.Array, "N distan
     return x
 
 
-def _check_values(name: str, x: jax.Array, finite: bool) -> None:
+def _check_values(name: str, x: Float[jax.Array, "..."], finite: bool) -> None:
     """Raises where numbers that can be seen are NaN or +inf, or with `finite` infinite at all."""
     if is_concrete(x):  # NumPy: a constant may be looked at inside jit too
         values = np.asarray(x).astype(np.float64)

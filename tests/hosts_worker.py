@@ -1,7 +1,8 @@
 """One process of an engine over several: what `test_serving_hosts.py` starts.
 
-Arguments: port of the coordinator, number of this process, how many there are, what to do, seconds to wait for others,
-and, if there are tiers, a folder for them. It writes JSON lines to standard error: tokens, or the error that ended it.
+Arguments: address of the coordinator, which is process 0 if it begins with "=", number of this process, how many there
+are, what to do, seconds to wait for others, and, if there are tiers, a folder for them. It writes JSON lines to
+standard error: tokens, or the error that ended it.
 """
 
 import json
@@ -23,6 +24,7 @@ PROMPTS = [[*SHARED, 1, 2], [*SHARED, 5], [18], [*SHARED, 1, 2, 40, 41, 42, 43, 
 NEW = 8
 SETTINGS = dict(page_size=4, max_batch=2, max_length=48, prefill_chunk=16)
 PAGES = 4
+HEARTBEAT = 300
 
 
 def weights_of(shape, seed):
@@ -49,7 +51,7 @@ def say(**what):
 
 
 def main():
-    port, number, count, what, timeout = (
+    coordinator, number, count, what, timeout = (
         sys.argv[1],
         int(sys.argv[2]),
         int(sys.argv[3]),
@@ -62,9 +64,12 @@ def main():
     processes.end_with_launcher()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    address = f"127.0.0.1:{port}"
-    jax.distributed.initialize(address, count, number, coordinator_bind_address=address, heartbeat_timeout_seconds=300)
-    other = what if number == 1 else ""
+    address = coordinator.removeprefix("=")
+    bind = address if coordinator.startswith("=") else "127.0.0.1:0"
+    jax.distributed.initialize(
+        address, count, number, coordinator_bind_address=bind, heartbeat_timeout_seconds=HEARTBEAT
+    )
+    other = what.removeprefix("the first ") if number == (0 if what.startswith("the first ") else 1) else ""
     clock = {"since": time.monotonic()}
     try:
         mesh = jax.make_mesh((count,), ("host",))
@@ -84,7 +89,7 @@ def main():
             forever(engine, number, other, clock)
     except Exception as error:
         say(error=type(error).__name__, message=str(error), seconds=time.monotonic() - clock["since"])
-        if number == 0:
+        if number == 0 and coordinator.startswith("="):
             time.sleep(5)  # the store in which the others read why is here
         os._exit(1)
     jax.distributed.shutdown()

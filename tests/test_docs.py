@@ -1,15 +1,18 @@
-"""What the documentation shows is run: code blocks of the pages, and the examples in docstrings.
+"""What the documentation shows is run: code blocks of the pages, cells of notebooks, and the examples in docstrings.
 
 All ```python blocks of a page share one namespace and run in order, so a page reads like a session.
 """
 
 import doctest
 import importlib
+import json
+import os
 import pathlib
 import re
 import types
 
 import jax
+import matplotlib.pyplot as plt
 import pytest
 
 from kvattn.codecs.registry import CODECS
@@ -17,6 +20,7 @@ from kvattn.policies.registry import POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.exists()]
+NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
 FENCE = re.compile(r"^(?P<indent> *)```python *$\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -27,9 +31,16 @@ def blocks(text):
         yield line, re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
 
 
+def cells(text):
+    """Each code cell of a notebook, as if it stood at the top of a file of its own."""
+    for cell in json.loads(text)["cells"]:
+        if cell["cell_type"] == "code":
+            yield 0, "".join(cell["source"])
+
+
 def run_page(path):
     page = types.ModuleType(path.stem)
-    for line, code in blocks(path.read_text()):
+    for line, code in (cells if path.suffix == ".ipynb" else blocks)(path.read_text()):
         exec(compile("\n" * line + code, str(path), "exec"), page.__dict__)  # a traceback names the line of the page
 
 
@@ -75,6 +86,16 @@ def test_page(path, tmp_path, monkeypatch):
     run_page(path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_page_of_a_notebook(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the one on many devices sets it
+    run_page(path)
+    plt.close("all")
+
+
 MODULES = [path for path in sorted(ROOT.glob("kvattn/**/*.py")) if ">>> " in path.read_text()]
 
 
@@ -88,6 +109,50 @@ def test_docstrings(path, capsys):
 def test_the_pages_with_code_are_found():
     names = {path.name for path in with_code(PAGES)}
     assert {"index.md", "notation.md", "layouts.md", "choose_a_cache.md"} <= names
+
+
+def test_notebooks_are_found_and_hold_no_outputs():
+    """They are made when the pages are built. What is committed is the text."""
+    assert len(NOTEBOOKS) == 4
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+def test_a_wrong_cell_fails(tmp_path):
+    page = tmp_path / "page.ipynb"
+    cell = lambda kind, source: {"cell_type": kind, "source": [source]}
+    page.write_text(
+        json.dumps({"cells": [cell("code", "x = 1"), cell("markdown", "x = 2"), cell("code", "assert x == 2")]})
+    )
+    with pytest.raises(AssertionError):
+        run_page(page)
+
+
+def dead_links(page):
+    """Links of a page outside docs/, which Sphinx does not see, to files or headings that are not there."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        if ":" in name:
+            continue
+        file = page.parent / name
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor and file.is_file() else []
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not file.exists() or (anchor and anchor not in slugs):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_outside_the_site_resolve(name):
+    assert dead_links(ROOT / name) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading: here\n[a](page.md) [b](no.md) [c](page.md#a-heading-here) [d](page.md#other)\n")
+    assert dead_links(page) == ["no.md", "page.md#other"]
 
 
 def test_a_wrong_page_fails_at_its_line(tmp_path):

@@ -190,6 +190,20 @@ def test_text_of_a_checkpoint():
     assert done.returncode != 0 and "token ids" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_the_demo():
+    """The policies' letters are those of the text; prompts with a prefix in common compute it once."""
+    done = run("demo.py", "--only", "sizes", "policy", "prefixes", timeout=900)
+    assert done.returncode == 0, done.stderr
+    sizes = next(line.split() for line in done.stdout.splitlines() if line.startswith("as it is"))
+    assert sizes[3:6] == ["2.15", "GB", "4"]
+    assert "Com········" in done.stdout.splitlines()  # the sinks are START and three letters
+    words = next(line for line in done.stdout.splitlines() if "found in shared pages" in line)
+    _, total, computed, found = (int(word.replace(",", "")) for word in words.split() if word[0].isdigit())
+    assert computed + found == total and found == 3 * 256
+
+
 def test_text_without_weights(tmp_path):
     done = run("decode_gqa.py", "--weights", tmp_path / "none.safetensors")
     assert done.returncode != 0 and "train_bytes.py" in done.stderr

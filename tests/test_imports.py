@@ -219,8 +219,8 @@ def exported(path):
 
 
 PACKAGES = (
-    "attend", "cache", "codecs", "families", "layers", "memory", "models", "pallas", "policies", "positions",
-    "serving", "sharding",
+    "adapters", "attend", "cache", "codecs", "families", "layers", "memory", "models", "pallas", "policies",
+    "positions", "serving", "sharding", "testing",
 )  # fmt: skip
 
 

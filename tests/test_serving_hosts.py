@@ -4,12 +4,14 @@ Most of it runs on a device that holds text (`engine_models`), with threads as p
 process: its tokens are those of one with one large pool.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
 import random
+import socket
 import sys
 import threading
 import time
@@ -28,7 +30,7 @@ from sharding_cases import tpu_devices
 from kvattn import errors
 from kvattn.models import Decoder, DecoderConfig, loop
 from kvattn.models.sampling import Sampler
-from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, HostTier, arrivals, contents, together
+from kvattn.serving import BlockPool, Engine, GroupedPool, Hosts, HostTier, arrivals, contents, coordinator, together
 from kvattn.serving.device import PROGRAMS
 from kvattn.serving.hosted import HostedPool
 from kvattn.serving.peers import Peers
@@ -716,12 +718,20 @@ def run(monkeypatch, tmp_path):
     path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "examples"]))
     monkeypatch.setenv("PYTHONPATH", path)
 
-    def start(what, count, timeout, *more):
+    def start(what, count, timeout, *more, apart=False):
+        """`apart`: the coordinator is a process of its own."""
+        command = [sys.executable, str(ROOT / "tests" / "hosts_worker.py")]
         for _ in range(3):
-            port = processes.free_port()
-            command = [sys.executable, str(ROOT / "tests" / "hosts_worker.py"), str(port)]
-            commands = {i: [*command, str(i), str(count), what, str(timeout), *more] for i in range(count)}
-            ended = processes.run(commands, tmp_path, grace=timeout + 20)
+            with (
+                processes.coordinator(count, hosts_worker.HEARTBEAT)
+                if apart
+                else contextlib.nullcontext() as coordinator
+            ):
+                coordinator = coordinator or f"=127.0.0.1:{processes.free_port()}"
+                commands = {
+                    i: [*command, coordinator, *map(str, (i, count, what, timeout, *more))] for i in range(count)
+                }
+                ended = processes.run(commands, tmp_path, grace=timeout + 20)
             if processes.PORT_TAKEN not in ended[0].written:
                 break
         lines = [[line for line in each.written.splitlines() if line.startswith("{")] for each in ended]
@@ -740,10 +750,10 @@ def expected_tokens():
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_tokens_are_those_of_one_large_pool(run, count):
+@pytest.mark.parametrize("count, apart", [(2, True), pytest.param(4, False, marks=pytest.mark.slow)])
+def test_tokens_are_those_of_one_large_pool(run, count, apart):
     """In every process. Four pages each: the longest text has six."""
-    said, codes = run("tokens", count, 300)  # compiling counts
+    said, codes = run("tokens", count, 300, apart=apart)  # compiling counts
     assert codes == [0] * count
     assert all(each[-1]["tokens"] == said[0][-1]["tokens"] and each[-1]["loans"] for each in said)
     assert sorted(said[0][-1]["tokens"]) == expected_tokens()
@@ -762,12 +772,14 @@ def test_processes_that_begin_differently(run, what):
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["dies", "stops", "raises", "does something else"])
+@pytest.mark.parametrize(
+    "what", ["dies", "stops", "raises", "does something else", "the first dies", "the first stops"]
+)
 def test_processes_end_together(run, what):
     """Each with a typed error, within the time; none hangs, and none gives tokens after it."""
-    said, codes = run(what, 3, 90)  # compiling counts
-    gone = what in ("dies", "stops")
-    others = [each for number, each in enumerate(said) if number != 1 or not gone]
+    said, codes = run(what, 3, 90, apart=what.startswith("the first"))  # compiling counts
+    gone = {0 if what.startswith("the first") else 1} if what.endswith(("dies", "stops")) else {}
+    others = [each for number, each in enumerate(said) if number not in gone]
     kind = "DivergedError" if what == "does something else" else "HostLostError"
     assert {each[-1]["error"] for each in others} <= {
         kind,
@@ -789,6 +801,20 @@ def test_what_was_stored_is_found_by_those_that_are_left(run, tmp_path):
         engine.submit(prompt, hosts_worker.NEW, stop_tokens=[60])
     assert sorted(said[0][-1]["tokens"]) == sorted(engine.run().values())
     assert said[0][-1]["from_tiers"][0] >= 8  # the two pages that three prompts share
+
+
+def test_a_coordinator_that_cannot_start(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for given, said in (
+            ([address, "--processes", "2"], f"cannot listen at {address}"),
+            (["127.0.0.1", "--processes", "2"], "address must be host:port, got '127.0.0.1'"),
+            (["127.0.0.1:1234", "--processes", "0"], "--processes must be >= 1, got 0"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["coordinator", *given])
+            with pytest.raises(SystemExit):
+                coordinator.main()
+            assert said in capsys.readouterr().err
 
 
 # Ray ------------------------------------------------------------------------------------------------------------------

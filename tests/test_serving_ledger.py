@@ -610,6 +610,15 @@ def test_a_process_that_did_fewer_steps_differs():
         agreement.compare()
 
 
+@pytest.mark.parametrize("byte", [0, 1, 31])
+def test_every_byte_of_a_digest_counts(byte):
+    other = bytes(i == byte for i in range(32))
+    agreement = Agreement(lambda mine: [mine, mine[:-32] + other], every=2)
+    agreement.step(bytes(32))
+    with pytest.raises(errors.DivergedError, match="since step 1"):
+        agreement.step(bytes(32))
+
+
 def test_equal_processes_go_on():
     exchanged = []
     agreement = Agreement(lambda mine: exchanged.append(mine) or [mine] * 4, every=4)

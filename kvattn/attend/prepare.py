@@ -108,17 +108,7 @@ def prepared[C: Cache](
         _checks.by_distance("relative_bias", relative_bias, heads),
     )
     _checks.one_of("padding", padding, ("right", "left"))
-    for name, limit in (("window", window), ("chunk", chunk)):
-        if limit is not None and moves:
-            raise UnsupportedError(
-                f"{name}= goes by true positions, {cache.policy} by those in the cache: leave {name} out, or use "
-                'positions_in="original".'
-            )
-    if chunk is not None and cache.policy.sink_positions(jnp.zeros((1, 1), jnp.int32)) is not None:
-        raise UnsupportedError(
-            f"chunk= goes by true positions, and the first tokens of {cache.policy} are seen from others: leave chunk "
-            'out, or use positions_in="original".'
-        )
+    _check_true_positions(cache, window=window, chunk=chunk)
     if token_ids is not None:
         token_ids = _token_ids(token_ids, query)
     _checks.flag("append", append)
@@ -154,6 +144,22 @@ def prepared[C: Cache](
         cache.refuse_overflow(fits, new.num_new)
         new = dataclasses.replace(new, num_new=jnp.where(fits, new.num_new, 0), refused=~fits)
     return Step(run, rules, rope, padding, implementation), new, per_head, cache
+
+
+def _check_true_positions(cache: Cache, **limits: int | None) -> None:
+    """Raises UnsupportedError where a window or chunk, which go by true positions, meets a policy that does not."""
+    for name, limit in limits.items():
+        if limit is not None and cache.policy.cache_positions(cache.state) is not None:
+            raise UnsupportedError(
+                f"{name}= goes by true positions, {cache.policy} by those in the cache: leave {name} out, or use "
+                'positions_in="original".'
+            )
+    has_sinks = cache.policy.sink_positions(jnp.zeros((1, 1), jnp.int32)) is not None
+    if limits["chunk"] is not None and has_sinks:
+        raise UnsupportedError(
+            f"chunk= goes by true positions, and the first tokens of {cache.policy} are seen from others: leave chunk "
+            'out, or use positions_in="original".'
+        )
 
 
 def usable[C: Cache](cache: C) -> C:

@@ -40,6 +40,7 @@ from kvattn.positions import RelativeBuckets, RoPE, Temperature
 
 EMPTY: Metadata = MappingProxyType({})
 ZEROS = nnx.initializers.zeros_init()
+NormOfHeads = nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None
 
 Initializer = Callable[..., Array]
 
@@ -233,12 +234,10 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
         without = settings.shares_kv, settings.shares_kv or settings.values_from_keys
         self.key: Any = nnx.data(None) if without[0] else kv_to_heads((num_kv_heads, head_dim))
         self.value: Any = nnx.data(None) if without[1] else kv_to_heads((num_kv_heads, value_head_dim))
-        self.query_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = norm(
-            num_heads, metadata=query_ln_scale_metadata
-        )
-        self.key_ln: nnx.LayerNorm | nnx.RMSNorm | HeadsNorm | None = (
-            nnx.data(None) if without[0] else norm(num_kv_heads, metadata=key_ln_scale_metadata)
-        )
+        self.query_ln: NormOfHeads = norm(num_heads, metadata=query_ln_scale_metadata)
+        self.key_ln: NormOfHeads = nnx.data(None)
+        if not without[0]:
+            self.key_ln = norm(num_kv_heads, metadata=key_ln_scale_metadata)
         self.out = nnx.LinearGeneral(
             (num_heads, value_head_dim),
             self.out_features,
@@ -264,9 +263,7 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
             shape, kind = gates.gate_shape(output_gate, num_heads, value_head_dim), metadata.gates[output_gate]
             self.gate = to_heads(in_features, shape, kernel_metadata=kind.kernel, bias_metadata=kind.bias)
         self.rngs = rngs.dropout.fork() if keep_rngs and settings.dropout_rate > 0 else None
-        self.cached_key: nnx.Cache[Array] | None = nnx.data(None)
-        self.cached_value: nnx.Cache[Array] | None = nnx.data(None)
-        self.cache_index: nnx.Cache[Array] | None = nnx.data(None)
+        self._without_cache()
         if mesh is not None:
             placement.put(self, mesh)
 

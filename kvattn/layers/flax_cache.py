@@ -27,6 +27,12 @@ class FlaxCache(HasSettings):
     cache_index: nnx.Cache[Array] | None
     relative_bias: nnx.Param[Array] | None
 
+    def _without_cache(self) -> None:
+        """As a layer begins."""
+        self.cached_key = nnx.data(None)
+        self.cached_value = nnx.data(None)
+        self.cache_index = nnx.data(None)
+
     def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
         """Makes Flax's cache [..., L, K, H] for ``decode=True``, empty.
 

@@ -140,7 +140,7 @@ def _rope(settings: AttentionSettings, sizes: LatentSizes, before: int) -> RoPE 
     return dataclasses.replace(rope, head_dim=before + sizes.rotary, rotary_begin=begin)
 
 
-def normed(norm: Callable[[Array], Array], x: Float[Array, "*B T C"]) -> Float[Array, "*B T C"]:
+def normed(norm: Callable[..., Array], x: Float[Array, "*B T C"]) -> Float[Array, "*B T C"]:
     """A latent through Flax's norm, which promotes bfloat16 as it goes, whatever `jax_numpy_dtype_promotion` says."""
     with jax.numpy_dtype_promotion("standard"):
         return norm(x)
@@ -201,7 +201,9 @@ def to_values(
     return _product(settings, "btnc,cnv->btnv", placement.heads_as(out, value_up), value_up)
 
 
-def _product(settings: AttentionSettings, spec: str, x: Array, kernel: Array) -> Array:
+def _product(
+    settings: AttentionSettings, spec: str, x: Float[Array, "B T N _"], kernel: Float[Array, "C N _"]
+) -> Float[Array, "B T N _"]:
     x, kernel = dtypes.promote_dtype((x, kernel), dtype=settings.dtype)
     return jnp.einsum(spec, x, kernel, precision=settings.precision)
 

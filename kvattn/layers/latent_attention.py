@@ -249,13 +249,13 @@ class MultiHeadLatentAttention(MakesCaches, nnx.Module):
 
     # Parts of a call.
 
-    def _queries(self, inputs: Array) -> Float[Array, "*B T N _"]:
+    def _queries(self, inputs: Float[Array, "*B T D"]) -> Float[Array, "*B T N _"]:
         if self.sizes.query_latent is None:
             return projections.projected(self.query, inputs)
         down = projections.projected(self.query_down, inputs)
         return projections.projected(self.query_up, latent.normed(self.query_norm, down))
 
-    def _latents(self, inputs: Array) -> tuple[Float[Array, "*B T C"], Float[Array, "*B T R"]]:
+    def _latents(self, inputs: Float[Array, "*B T D"]) -> tuple[Float[Array, "*B T C"], Float[Array, "*B T R"]]:
         """The latents, normed, and what the keys of all heads share."""
         down = projections.projected(self.kv_down, inputs)
         size = self.sizes.latent

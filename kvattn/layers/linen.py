@@ -206,7 +206,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             sow_weights=sow_weights,
         )
         if self.decode and not is_cross:
-            step = linen_parts.decode_step(self, settings, query, key, value, mask, input_positions, relative_bias)
+            where = {"mask": mask, "input_positions": input_positions, "relative_bias": relative_bias}
+            step = linen_parts.decode_step(self, settings, query, key, value, **where)
             if step is not None:
                 settings = dataclasses.replace(
                     settings, window=None, chunk=None, alibi_slopes=None

@@ -213,6 +213,7 @@ def decode_step(
     query: Array,
     key: Array,
     value: Array,
+    *,
     mask: ArrayLike | None,
     input_positions: ArrayLike | None,
     relative_bias: Float[Array, "buckets N"] | None,

@@ -62,8 +62,8 @@ class RelativeBuckets:
         """Buckets for the keys on one side of the query."""
         return self.num_buckets // 2 if self.bidirectional else self.num_buckets
 
-    def _table(self) -> np.ndarray:
-        """int32 [max_distance + 1]: the bucket of each distance into the past, the last for all that are larger.
+    def _table(self) -> Int32[np.ndarray, " distances"]:
+        """The bucket of each distance into the past, the last for all that are larger.
 
         In float32 and in this order, as T5 computes it: at the borders of buckets rounding decides.
         """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache import groups_of, with_tables
@@ -142,6 +142,12 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         logprobs = jnp.where(jnp.isfinite(best), top - best - total, jnp.nan)
         return Candidates(tokens, logprobs, model.split.whole(_status(cache))), cache
 
+    return Programs(read=read, step=step, verify=verify, grow=grow, **_of_pages(model_of))
+
+
+def _of_pages(model_of: Callable[[Weights], Decoder]) -> dict[str, Callable[..., Any]]:
+    """The programs that compute nothing."""
+
     @functools.partial(jax.jit, donate_argnames="cache")
     def copy(cache, pairs):
         """Copies pages, int32 [2, M] of every group; negative: none."""
@@ -166,7 +172,7 @@ def _compiled(model_of: Callable[[Weights], Decoder]) -> Programs:
         """Puts back what `fetch` gave; negative pages: nothing."""
         return contents.put_back(cache, pages, arrays)
 
-    return Programs(read, step, verify, grow, copy, move, fetch, restore)
+    return {"copy": copy, "move": move, "fetch": fetch, "restore": restore}
 
 
 PROGRAMS = ProgramsOf(_compiled)
@@ -333,7 +339,7 @@ class Device:
         """What a page holds, by name: axes in words, shape, dtype and group."""
         return contents.specs(self.cache)
 
-    def fetch(self, pages: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
+    def fetch(self, pages: Sequence[Sequence[int]]) -> list[dict[str, Shaped[Array, "pages L *rest"]]]:
         """What pages hold, on its way to the host: `AT_ONCE` pages at a time, one list of as many for every group."""
         found = []
         for start in range(0, len(pages[0]), AT_ONCE):
@@ -342,7 +348,9 @@ class Device:
             jax.copy_to_host_async(found[-1])
         return found
 
-    def restore(self, pages: Sequence[Sequence[int]], held: Sequence[Mapping[str, np.ndarray]]) -> None:
+    def restore(
+        self, pages: Sequence[Sequence[int]], held: Sequence[Mapping[str, Shaped[np.ndarray, "L *rest"]]]
+    ) -> None:
         """Puts back what pages held.
 
         Args:

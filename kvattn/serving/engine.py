@@ -252,15 +252,15 @@ class Engine:
         self._choices[request] = choice
         number, rows = next(self._numbers), self.max_batch
         make = lambda sequences, width: Job(
-            request,
-            number,
-            tokens,
-            max_new_tokens,
-            sequences,
-            width,
-            arrival.namespace,
-            priority,
-            beam_width is not None,
+            owner=request,
+            number=number,
+            prompt=tokens,
+            limit=max_new_tokens,
+            sequences=sequences,
+            width=width,
+            namespace=arrival.namespace,
+            priority=priority,
+            is_beam=beam_width is not None,
         )
         if beam_width is not None:
             jobs = [make([Text(0)], beam_width)]

@@ -71,6 +71,10 @@ class Job:
         """Who goes before whom."""
         return -self.priority, self.number, self.sequences[0].index
 
+    def alone(self, sequence: Text) -> "Job":
+        """A job for one of its samples, which leaves this one: it was let in, and goes on by itself."""
+        return dataclasses.replace(self, sequences=[sequence], width=1, passed=0, prefills=[], rows=[], was_in=True)
+
     def text(self, sequence: Text) -> Int32[np.ndarray, " S"]:
         """The prompt and a sequence's new tokens."""
         return np.concatenate([self.prompt, np.array(sequence.new, np.int32)])

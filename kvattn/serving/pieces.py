@@ -48,7 +48,17 @@ def pieces_of(pieces: Sequence[Piece], shape: tuple[int, int], num_rows: int) ->
     tokens, fresh = np.zeros((count, width), np.int32), np.zeros((count,), bool)
     source, forced = (np.full((num_rows,), -1, np.int32) for _ in range(2))
     ends, drawn = np.zeros((num_rows,), bool), np.zeros((num_rows,), np.int32)
-    found = Pieces(take, tokens, num_new, lengths, fresh, source, ends, drawn, forced)
+    found = Pieces(
+        take=take,
+        tokens=tokens,
+        num_new=num_new,
+        lengths=lengths,
+        fresh=fresh,
+        source=source,
+        ends=ends,
+        drawn=drawn,
+        forced=forced,
+    )
     for i, piece in enumerate(pieces):
         prefill, text = piece.prefill, piece.prefill.text
         take[i], lengths[i], num_new[i] = text.row, piece.start, piece.stop - piece.start

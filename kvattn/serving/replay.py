@@ -98,7 +98,16 @@ def replay(
     if progress is not None:
         progress(len(requests), len(requests))
     tokens = sum(request.input_length for request in requests)
-    return Replay(room, size, len(requests), tokens, hits, ideal, evicted, peak)
+    return Replay(
+        num_blocks=room,
+        block_size=size,
+        num_requests=len(requests),
+        prompt_tokens=tokens,
+        hit_tokens=hits,
+        ideal_tokens=ideal,
+        evicted=evicted,
+        peak_blocks=peak,
+    )
 
 
 def knee(sizes: Sequence[int], rates: Sequence[float]) -> int:

@@ -345,8 +345,7 @@ class Scheduler:
         prefill.text.num_drawn = len(prefill.tokens) - len(job.prompt) + 1
         for sequence in prefill.followers:
             copies = self.pool.fork(prefill.text, sequence)
-            sample = Job(job.owner, job.number, job.prompt, job.limit, [sequence], 1, job.namespace, job.priority)
-            sample.was_in = True
+            sample = job.alone(sequence)
             job.sequences.remove(sequence)
             job.rows.remove(sequence.row)
             if copies is None:  # no room for a copy of its pages: it is read by itself

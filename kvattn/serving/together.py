@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from kvattn.errors import DivergedError, HostLostError, UnsupportedError
 from kvattn.models.decoder import Decoder
@@ -139,8 +140,8 @@ class Together:
         if self._peers is not None:
             self._peers.wait(self._step, lambda: all(x.is_ready() for x in arrays))
 
-    def came(self, tokens: np.ndarray) -> None:
-        """Notes tokens that came."""
+    def came(self, tokens: Int[np.ndarray, "..."]) -> None:
+        """Notes tokens that came, of any shape."""
         if self._peers is not None:
             self._digest = digests.after(self._digest, tokens.tobytes())
 

@@ -1792,6 +1792,7 @@ FAULTS: list[Fault] = [
         test_serving_ledger.py::test_the_first_step_at_which_processes_differ
         test_serving_ledger.py::test_a_process_that_did_fewer_steps_differs
         test_serving_ledger.py::test_equal_processes_go_on
+        test_serving_ledger.py::test_every_byte_of_a_digest_counts
         """,
         ("Agreement.compare", "self._compared + step, ", "step, "),
         ("Agreement.compare", "        self._noted.clear()\n", ""),
@@ -2488,7 +2489,7 @@ FAULTS: list[Fault] = [
         "layers/placement.py",
         "test_layers_latent.py::test_on_a_mesh",
         ("latent_metadata", "(None, heads, None)", "(None, None, None)"),
-        ("heads_as", "heads[1], None)", "None, None)", "", "JAX splits them in the product then"),
+        ("heads_as", "heads[1], None)", "None, None)"),
     ),
     *group(
         "families/config.py",
@@ -2880,5 +2881,86 @@ FAULTS: list[Fault] = [
             "_manual.result((*shape, spec.padded), dtype, named)",
             "_manual.result((*shape, spec.padded), F32, named)",
         ),
+    ),
+    # The kit and the adapters ------------------------------------------------------------------------------------
+    *group(
+        "testing/checks/base.py",
+        """
+        test_testing.py::test_a_fault_is_found_by_its_check_and_no_other
+        test_testing.py::test_what_is_right_passes
+        """,
+        ("_verdict", "seen & universe == expected & universe", "seen & universe <= expected & universe"),
+        ("_verdict", "seen & universe == expected & universe", "seen & universe >= expected & universe"),
+        ("_verdict", "len(seen) <= c.budget", "len(seen) <= c.budget + 1"),
+        ("attended", "0.25 / (position + 1)", "1.25 / (position + 1)"),
+        ("compare", "inaccuracy(out, ref, low)", "None"),
+        ("_truth", "plan.padding", '"right"'),
+    ),
+    *group(
+        "testing/checks/leaks.py",
+        """
+        test_testing.py::test_a_fault_is_found_by_its_check_and_no_other
+        """,
+        ("_same", "clean.tobytes() == dirty.tobytes()", "clean.shape == dirty.shape"),
+        ("_departed", "p > gone and", "p > 100 and"),
+        ("_pads", "x[~call.real] = value", "x[~call.real] = 0"),
+        ("_neighbours", "x[1:] = x[1:] * x.dtype.type(value)", "x[1:] = x[1:] + 0"),
+    ),
+    *group(
+        "testing/checks/programs.py",
+        """
+        test_testing.py::test_a_fault_is_found_by_its_check_and_no_other
+        """,
+        ("_in_place", "memory.temp_size_in_bytes > 0.4", "memory.temp_size_in_bytes > 4"),
+        ("_one_program", "fresh.traces.total() > 1", "fresh.traces.total() > 100"),
+    ),
+    *group(
+        "testing/probes.py",
+        """
+        test_testing.py::test_weights_are_those_that_queries_give
+        test_testing.py::test_sizes_are_claims_too
+        test_testing.py::test_what_is_right_passes
+        """,
+        ("attention_weights", "range(0, flat, c.head_dim)", "range(0, min(flat, c.head_dim), c.head_dim)"),
+        ("_one_hot", "k * length + int", "k + int"),
+    ),
+    *group(
+        "adapters/keras_hub.py",
+        """
+        test_adapters.py::test_a_hub_backbone_over_our_caches
+        """,
+        ("paged_attention", "window=sliding_window", "window=None"),
+        ("paged_attention", "softcap=soft_cap", "softcap=None"),
+        ("paged_attention", "scale=float(scale)", "scale=None"),
+        ("positions", "t - (length - jnp.asarray(num_new, jnp.int32)[:, None])", "t + 0"),
+        ("positions", "cache.lengths[:, None] + t", "t + 0 * cache.lengths[:, None]"),
+    ),
+    *group(
+        "adapters/tunix.py",
+        """
+        test_adapters.py::test_a_sampler_of_tunix_kind
+        test_adapters.py::test_the_last_logits_alone_and_a_mask_that_does_not_fit
+        """,
+        ("SamplerModel.__call__", 'padding="left"', 'padding="right"'),
+        ("SamplerModel.__call__", "if length > 1:", "if length > 100:"),
+        ("SamplerModel.init_cache", "if self.storage is None", "if True"),
+    ),
+    *group(
+        "adapters/bonsai.py",
+        """
+        test_adapters.py::test_a_module_that_holds_a_cache
+        """,
+        ("LayerCache.attend", "_shifted(out, -pads)", "out"),
+        ("LayerCache.attend", "_shifted(jnp.asarray(x), pads)", "jnp.asarray(x)"),
+        ("Attention.__call__", '"rope": self.rope', '"rope": None'),
+    ),
+    *group(
+        "adapters/flax.py",
+        """
+        test_adapters.py::test_flax_layers_with_our_attention
+        test_adapters.py::test_linen_layers_with_our_attention
+        """,
+        ("_last", "behind <= window", "behind < window"),
+        ("_attend", "jnp.tril(jnp.ones(square, bool))", "jnp.ones(square, bool)"),
     ),
 ]

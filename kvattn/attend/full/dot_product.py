@@ -55,8 +55,8 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     r"""Scaled dot product attention, as `jax.nn.dot_product_attention`, plus softcap, sinks and ALiBi.
 
-    .. math:: \mathrm{softmax}\big(c \tanh(q k^T \mathrm{scale} / c) + \mathrm{bias}
-              + m_n (s - t)\big) v
+    .. math:: \mathrm{softmax}\left(c \tanh(q k^T \mathrm{scale} / c) + \mathrm{bias}
+              + m_n (s - t)\right) v
 
     with the sum of the softmax taken over the keys and the head's sink. Without the three extras it
     is `jax.nn`'s function in every respect, also where the rest of kvattn differs from it: causality
