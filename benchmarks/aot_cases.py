@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn.attend import Request
-from kvattn.cache import HostLayout, Layout
 from kvattn.masks import Mask
 from kvattn.pallas import tpu_decode
 
@@ -60,6 +59,7 @@ CASES = {
     "heads of 64": Case(size=64),
     "heads of 64, Int8": Case(size=64, codec=kvattn.Int8()),
     "heads of 64, pages of 128": Case(size=64, page_size=128),
+    "heads of 64, pages of 16": Case(size=64, page_size=16),
     "heads of 80": Case(size=80),
     "heads of 80, Int8": Case(size=80, codec=kvattn.Int8()),
     "heads of 96": Case(size=96),
@@ -111,18 +111,15 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
                 codec=codec,
                 dtype=case.dtype,
             )
-        layout = HostLayout.best(slots, 0, "tpu", size) if case.on_host else Layout(slots, slots, False)
-        return kvattn.KVCache.create(
-            batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, layout=layout
-        )
+        where = {"memory_kind": "pinned_host"} if case.on_host else {}
+        return kvattn.KVCache.create(batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, **where)
 
     def on_device(x, axes):
-        # Eight-bit floats are bits in uint8 on CPUs only.
-        narrow = isinstance(codec, kvattn.Float8) and x.dtype == jnp.uint8
         where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding
-        return jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn if narrow else x.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    shapes = jax.eval_shape(make)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        shapes = jax.eval_shape(make)
     cache = jax.tree.map(on_device, shapes, shapes.axes)
     query, new = (
         jax.ShapeDtypeStruct((batch, case.new, n, size), dtype, sharding=sharding)
@@ -164,7 +161,7 @@ def append(device: Any, case: Case, implementation: str = "mosaic_tpu") -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
     step = functools.partial(kvattn.cached_attention, implementation=implementation, window=case.mask.window)
-    with kvattn.pallas.ahead_of_time(), jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, new, new, cache).compile()
 
 
@@ -172,6 +169,18 @@ def large_copies(text: str, count: int) -> int:
     """Copies, transposes, converts and gathers of at least `count` numbers in the text of a program."""
     found = re.findall(r"= \(?\w+\[([\d,]*)\][^=\n]* (?:copy|copy-start|transpose|convert|gather)\(", text)
     return sum(int(np.prod([int(n) for n in shape.split(",") if n] or [1])) >= count for shape in found)
+
+
+def launches(text: str) -> int:
+    """Kernels that a program for a GPU starts, copies included."""
+    entry = text[text.index("\nENTRY") :].split("\n}")[0]
+    kinds = "fusion|custom-call|copy|scatter|gather|reduce|reduce-window|sort|transpose|convert|pad|concatenate|while"
+    return len(re.findall(rf" (?:{kinds})\(", entry))
+
+
+def loops(text: str) -> int:
+    """Loops in a program, whose steps follow one another."""
+    return len(re.findall(r" while\(", text))
 
 
 def needs(program: Any, case: Case) -> list[str]:

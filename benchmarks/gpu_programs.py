@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
@@ -80,6 +79,9 @@ CASES = {
     "GQA 32/8, 8 tokens": Case(new=8),
     "GQA 32/8, mass": Case(mass=True),
     "GQA 32/8, one row of 1024": Case(batch=1, slots=1024),
+    "GQA 32/8, one row of 1024, Int8": Case(batch=1, slots=1024, codec=kvattn.Int8()),
+    "GQA 32/8, 32 rows": Case(batch=32),
+    "GQA 32/8, 32 rows, pages of 16": Case(batch=32, page_size=16),
     "MHA 32/32": Case(kv_heads=32),
     "MQA 71/1 of 64": Case(heads=71, kv_heads=1, size=64),
     "MQA 71/1 of 128": Case(heads=71, kv_heads=1),
@@ -127,15 +129,11 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         return gpu_decode.attend(request)
 
     def compile_it():
-        with (
-            mock.patch.object(jax, "local_devices", lambda: [device]),
-            jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh),
-        ):
+        with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
             return jax.jit(attend).lower(query, cache).compile()
 
     def compile_step():
-        with mock.patch.object(jax, "local_devices", lambda: [device]):
-            return aot_cases.append(device, case, "mosaic_gpu")
+        return aot_cases.append(device, case, "mosaic_gpu")
 
     compiled, said = caught(compile_it)
     kernels = {}
@@ -150,11 +148,13 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         raise RuntimeError("the assembler said nothing of the kernel")
     temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
+    found["launches"] = aot_cases.launches(compiled.as_text())
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)
         temporary, copies = aot_cases.needs(step, case)
         moved = cache.nbytes - step.memory_analysis().alias_size_in_bytes
-        found["step"] = {"temporary": temporary, "copies": copies, "moved": moved}
+        launches = aot_cases.launches(step.as_text())
+        found["step"] = {"temporary": temporary, "copies": copies, "moved": moved, "launches": launches}
     return found
 
 

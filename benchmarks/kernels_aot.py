@@ -5,16 +5,16 @@
 
 TPUs: first two programs of each case: the kernel over a cache that is an argument, and the step of
 `kvattn.cached_attention`, which writes a token into a donated cache. Columns: vector memory of the kernel, temporary
-memory, cache-sized copies, and of a donated cache what is not updated in place. Then the instructions of a tile
-(`tpu_bundles.py`). Ends with status 1 if a program does not compile, needs temporary memory of the cache's size or
-copies it, if a schedule cannot be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
+memory, cache-sized copies, serial loops, and of a donated cache what is not updated in place. Then the instructions of
+a tile (`tpu_bundles.py`). Ends with status 1 if a program does not compile, needs temporary memory of the cache's size,
+copies it or loops, if a schedule cannot be read, or if a kernel that should be bound by memory is not. Needs `libtpu`.
 
 A third program is the step of `"xla"` over a cache in the host's memory (`memory_kind="pinned_host"`): the host has the
 cache, in place, and the device a few blocks.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
-flight, and the same of the step; what is refused says why. Status 1 for a spill too, and for programs that do not
-fit a multiprocessor together.
+flight, kernels launched, and the same of the step; what is refused says why. Status 1 for a spill too, and for programs
+that do not fit a multiprocessor together.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def print_gpu(console: Console, target: str) -> bool:
     """Prints what `gpu_programs` finds, and whether nothing failed, spilled or copied the cache."""
     table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
     columns = ("case", "cache MiB", "registers", "merge", "spills", "shared KiB", "in flight")
-    columns += ("temporary KiB", "copies", "step: KiB", "copies", "moved KiB")
+    columns += ("temporary KiB", "copies", "launches", "step: KiB", "copies", "moved KiB", "launches")
     for name in columns:
         table.add_column(name, justify="left" if name == "case" else "right")
     script = pathlib.Path(__file__).with_name("gpu_programs.py")
@@ -91,8 +91,10 @@ def print_gpu(console: Console, target: str) -> bool:
         registers = (str(kernels["decode"][0]), str(kernels["merge"][0]) if "merge" in kernels else "")
         flight = f"{result['blocks']} x {result['stages']}"
         figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, result["temporary"], result["copies"])
+        figures += (str(result["launches"]),)
         if step:
             figures += (step["temporary"], step["copies"], f"{max(step['moved'], 0) / 2**10:.0f}")
+            figures += (str(step["launches"]),)
         table.add_row(name if fine else f"{name} (!)", f"{result['bytes'] / 2**20:.0f}", *registers, *figures)
     well &= child.wait() == 0 and (table.row_count > 0 or bool(refused))
     if table.row_count:
@@ -107,19 +109,23 @@ def print_tpu(console: Console, target: str) -> int:
     device, failures = aot_cases.first_device(target), 0
     table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
     columns = ("case", "cache MiB", "VMEM KiB", "temporary KiB", "copies")
-    columns += ("step: temporary KiB", "copies", "not in place KiB")
+    columns += ("loops", "step: temporary KiB", "copies", "not in place KiB", "loops")
     for name in columns:
         table.add_column(name, justify="left" if name == "case" else "right")
     for name, case in aot_cases.CASES.items():
         try:
             program, size, vmem = aot_cases.attend(device, case)
             row = [f"{size / 2**20:.0f}", f"{vmem / 2**10:.0f}", *aot_cases.needs(program, case)]
-            well = row[3] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4
+            row.append(str(aot_cases.loops(program.as_text())))
+            well = row[3] == row[4] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 4
             if case.new == 1 and not case.mass:
                 program = aot_cases.append(device, case)
                 moved = size - program.memory_analysis().alias_size_in_bytes
                 row += [*aot_cases.needs(program, case), f"{max(moved, 0) / 2**10:.0f}"]
-                well &= row[5] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 3 and moved <= 0
+                row.append(str(aot_cases.loops(program.as_text())))
+                well &= (
+                    row[6] == row[8] == "0" and program.memory_analysis().temp_size_in_bytes <= size / 3 and moved <= 0
+                )
         except Exception as error:  # whatever the compiler says is the answer
             well, row = False, ["", "", "", f"failed: {str(error).splitlines()[0][:60]}"]
         failures += not well
@@ -165,7 +171,7 @@ def main() -> int:
     targets = (*aot_cases.TOPOLOGIES, *GPUS)
     parser.add_argument("--targets", nargs="+", default=targets, choices=targets)
     args = parser.parse_args()
-    console, failures = Console(highlight=False, width=150), 0
+    console, failures = Console(highlight=False, width=170), 0
     for target in (t for t in args.targets if t in aot_cases.TOPOLOGIES):
         failures += print_tpu(console, target)
         failures += print_host(console, target)

@@ -5,7 +5,7 @@ what it starts from as of what it goes on with, a branch the same of both sides,
 starts from constants differs over no axis yet. Outside `jax.shard_map` all this is `jax.lax`'s own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,16 @@ def scan[T, X, Y](body: Callable[[T, X], tuple[T, Y]], start: T, xs: X) -> tuple
 
 def cond[T](pred: Bool[Array, ""], yes: Callable[..., T], no: Callable[..., T], *operands: PyTree) -> T:
     """`jax.lax.cond`; the branches may return what differs over different mesh axes."""
-    if _is_manual():
-        axes = jax.tree.map(lambda a, b: _axes(a) | _axes(b), *(jax.eval_shape(f, *operands) for f in (yes, no)))
-        yes, no = (lambda *x, f=f: jax.tree.map(_over, f(*x), axes) for f in (yes, no))
-    return jax.lax.cond(pred, yes, no, *operands)
+    return jax.lax.cond(pred, *alike((yes, no), *operands), *operands)
+
+
+def alike[T](branches: Sequence[Callable[..., T]], *operands: PyTree) -> Sequence[Callable[..., T]]:
+    """Branches whose results differ over the same mesh axes: those over which a result of any does."""
+    if not _is_manual():
+        return branches
+    results = [jax.eval_shape(branch, *operands) for branch in branches]
+    axes = jax.tree.map(lambda *each: frozenset().union(*map(_axes, each)), *results)
+    return [lambda *x, f=f: jax.tree.map(_over, f(*x), axes) for f in branches]
 
 
 def like(x: Shaped[Array, "*shape"], *others: PyTree) -> Shaped[Array, "*shape"]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._typing import Array, Keys, Outputs, Queries, Values
 from kvattn.attend import api
 from kvattn.attend.request import Request
@@ -89,7 +89,7 @@ class Case:
         """Bytes of keys and values, with their scales, that a step reads."""
         dtype = jnp.dtype(self.dtype)
         codec = self.codec or Plain(dtype)
-        layer = Layer(self.policy, codec, self.num_kv_heads, self.head_dim, dtype, jax.default_backend())
+        layer = Layer(self.policy, codec, self.num_kv_heads, self.head_dim, dtype, _target.family(_target.platform()))
         return int(self.batch_size * layer.read_bytes(self.context))
 
     def inputs(self) -> tuple[Array, list[Array], Callable[[], KVCache]]:
@@ -252,7 +252,7 @@ class _Loop:
 
 def steps_per_call(read: int) -> int:
     """Enough steps in one call for its launch not to count: about 20 ms of work."""
-    bandwidth = 10e9 if jax.default_backend() == "cpu" else 2e12
+    bandwidth = 10e9 if _target.platform() == "cpu" else 2e12
     return int(np.clip(0.02 * bandwidth / read, 1, 1000))
 
 

@@ -26,13 +26,21 @@ def worst(x):
     return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max)
 
 
-def made(slots, heads, size, *, codec=None, dtype=F32, page_size=0, seed=0, rows=None):
+def made(slots, heads, size, *, codec=None, dtype=F32, page_size=0, seed=0, rows=None, platform=None):
     """A cache that holds nothing, in arrays of `rows` slots."""
     if page_size:
         columns = -(-slots // page_size)
         pages = B * columns + 2
         cache = kvattn.PagedKVCache.create(
-            pages, page_size, heads, size, batch_size=B, max_pages=columns, codec=codec, dtype=dtype
+            pages,
+            page_size,
+            heads,
+            size,
+            batch_size=B,
+            max_pages=columns,
+            codec=codec,
+            dtype=dtype,
+            platform=platform,
         )
         table = np.random.default_rng(seed).permutation(pages)[: B * columns].reshape(B, columns)
         return cache.with_tables(table, [0] * B)

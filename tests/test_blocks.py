@@ -4,6 +4,8 @@ Small caches have one block and one tile, and a write that hits the wrong one ca
 placed one by one in Python lists.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,55 @@ def test_blocks_of_a_layout(transposed):
 
 COLUMNS, SIZE, PAGES = 5, 2, 12
 """Five pages of two slots a row; blocks of two pages, the last one short."""
+
+
+def test_tokens_side_by_side():
+    """Pages of 4 tokens in two rows, the third beside the first: read, and written, by all heads and head by head."""
+    size, rows, columns = 4, 2, 3
+    table = np.random.default_rng(0).permutation(PAGES)[: B * columns].reshape(B, columns)
+    pages = Pages(Layout(columns * size, 2 * size, False), size, jnp.asarray(table, jnp.int32), PAGES)
+    pool = numbers(K, PAGES, rows, 2 * F)
+
+    def token(pool, b, k, s):
+        side = s % size // rows
+        return pool[k, table[b, s // size], s % rows, side * F : (side + 1) * F]
+
+    dense = np.asarray(pages.from_blocks(jnp.asarray(pool), False))
+    for b, k, s in np.ndindex(B, K, columns * size):
+        np.testing.assert_array_equal(dense[b, k, s], token(pool, b, k, s))
+    block = np.asarray(pages.take(jnp.asarray(pool), jnp.int32(0), False))
+    np.testing.assert_array_equal(block, dense[:, :, : 2 * size])
+    new = numbers(B, K, 3, F, seed=1)
+    of_all = np.array([[9, -1, 4], [columns * size, 0, 7]])
+    of_heads = np.stack([of_all, [[2, 11, -1], [5, 6, 3]], [[0, 1, 3], [-1, -1, 8]]], axis=1)[:, :K]
+    for slots in (of_all, of_heads):
+        expected = pool.copy()
+        for b, k, t in np.ndindex(B, K, 3):
+            slot = slots[b, t] if slots.ndim == 2 else slots[b, k, t]
+            if 0 <= slot < columns * size:
+                token(expected, b, k, slot)[...] = new[b, k, t]
+        written = pages.write(jnp.asarray(pool), jnp.asarray(slots, jnp.int32), jnp.asarray(new), False)
+        assert_same_bits(written, expected, f"the pool, {slots.ndim} axes")
+
+
+def test_where_tokens_lie_side_by_side():
+    """On TPUs, heads of 64 in pages that are no whole registers; not what a codec makes of a whole page."""
+    pool = lambda size, pages, platform="tpu", **options: kvattn.PagedKVCache.create(
+        4, pages, 2, size, batch_size=1, max_pages=2, platform=platform, **options
+    )
+    shape = lambda cache: cache.keys["data"].shape[2:]
+    assert shape(pool(64, 16)) == (8, 128) and shape(pool(64, 48, codec=kvattn.Int8())) == (24, 128)
+    assert pool(64, 16, codec=kvattn.Int8()).keys["scale"].shape[2:] == (1, 16)
+    for other in (pool(64, 128), pool(64, 8), pool(128, 16), pool(80, 16), pool(64, 16, "cuda"), pool(64, 16, "cpu")):
+        assert shape(other) == (other.page_size, other.key_head_dim)
+    assert pool(64, 16).nbytes == pool(64, 16, "cpu").nbytes
+    kivi = functools.partial(pool, 128, 64, codec=kvattn.KIVI(residual=64))
+    assert jax.tree.map(jnp.shape, kivi().keys) == jax.tree.map(jnp.shape, kivi("cpu").keys)
+    x = jnp.asarray(numbers(1, 70, 2, 128))
+    out, _ = kvattn.cached_attention(x, x, x, kivi().with_tables([[3, 1]], [0]))
+    contiguous = kvattn.KVCache.create(1, 2, 128, capacity=128, codec=kvattn.KIVI(residual=64))
+    outs = out, kvattn.cached_attention(x, x, x, contiguous)[0]
+    np.testing.assert_allclose(*outs, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -202,3 +253,27 @@ def test_a_row_with_two_records():
         both.check()
     with pytest.raises(kvattn.errors.RangeError, match=r"rows \[1, 2\].*num_new"):
         both.replace(status=both.status & ~1).check()
+
+
+def test_the_list_of_tiles_and_their_pages():
+    """Tile after tile, row after row, as a loop over them finds it; a part without a page keeps the last one's."""
+    rng = np.random.default_rng(0)
+    for batch, count, per_tile, width in [(1, 1, 1, 1), (3, 4, 2, 7), (5, 3, 1, 4), (2, 9, 4, 40)]:
+        needed, filled = rng.random((2, batch, count)) < 0.5
+        needed[:, 0] |= ~needed.any(axis=1)  # every row has one
+        row, tile, whole = (np.asarray(x) for x in tiles._listed(jnp.asarray(needed), jnp.asarray(filled)))
+        expected = np.argwhere(needed)
+        found = np.stack([row, tile], axis=1)[: len(expected)]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(whole[: len(expected)], filled[needed])
+        table = rng.integers(-3, 12, (batch, width))
+        one = lambda x: jnp.asarray(x, jnp.int32)
+        chosen = tiles.Plan(one([len(expected)]), one(row), one(tile), one(whole), jnp.asarray(needed))
+        pages = np.asarray(tiles.pages_of(chosen, one(table), per_tile, 9))[: len(expected)]
+        last = [0] * per_tile
+        for (b, t), of_tile in zip(expected, pages, strict=True):
+            for part in range(per_tile):
+                column = t * per_tile + part
+                if column < width and 0 <= table[b, column] < 9:
+                    last[part] = table[b, column]
+            assert of_tile.tolist() == last

@@ -4,6 +4,7 @@ Memory that nobody wrote holds NaN there, and so does every unused slot, page an
 """
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -33,7 +34,7 @@ from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
 import kvattn.pallas
-from kvattn import errors
+from kvattn import attend, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
@@ -448,17 +449,18 @@ def test_pages_that_it_takes(page_size):
     assert gpu_decode.unsupported(request) is None
 
 
-@pytest.mark.parametrize("capability", ["8.0", "10.0"])
-def test_other_gpus_fall_back(capability, monkeypatch):
+@pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+def test_other_gpus_fall_back(kind, capability, monkeypatch):
     """What is not Hopper is refused by name when asked for, and passed over when not."""
-    device = type("Device", (), {"compute_capability": capability})()
-    monkeypatch.setattr(gpu_decode.jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=108, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
     request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
-    assert capability in gpu_decode.unsupported(request)
-    with pytest.raises(errors.UnsupportedError, match="wgmma"):
-        api.attend(request, "mosaic_gpu")
-    api.attend(request, ("mosaic_gpu", "xla"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert capability in gpu_decode.unsupported(request)
+        with pytest.raises(errors.UnsupportedError, match="wgmma"):
+            jax.eval_shape(lambda r: api.attend(r, "mosaic_gpu"), request)
+        jax.eval_shape(lambda r: api.attend(r, ("mosaic_gpu", "xla")), request)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -474,6 +476,36 @@ def test_a_mesh_is_not_left_to_the_compiler(kind):
         everywhere = jax.sharding.PartitionSpec()
         mapped = jax.shard_map(attend, in_specs=everywhere, out_specs=everywhere, check_vma=False)
         assert jax.eval_shape(mapped, request)[0].shape == request.query.shape
+
+
+def test_pages_as_tpus_like_them():
+    request = request_for(made(16, 1, 64, dtype=BF16, page_size=16, platform="tpu"), 2, dtype=BF16)
+    assert "side by side" in gpu_decode.unsupported(request)
+
+
+def test_outputs_are_written_as_the_caller_gets_them():
+    request = request_for(filled([70, 0, 33], 96, 1, 64, dtype=BF16), 8, dtype=BF16)
+    out = jax.jit(lambda request: api.attend(request, "mosaic_gpu")[0])
+    wide, narrow = (out(dataclasses.replace(request, out_dtype=dtype)) for dtype in (None, BF16))
+    assert (wide.dtype, narrow.dtype) == (F32, BF16)
+    np.testing.assert_array_equal(np.float32(narrow), np.float32(wide.astype(BF16)))
+
+
+def test_only_what_nothing_is_done_to_is_rounded():
+    """Not what sinks, or attention to other tokens, are still to be merged with."""
+    seen = []
+    toy = lambda request: seen.append(request.out_dtype) or api.attend(request, "xla")
+    kernel = types.SimpleNamespace(unsupported=lambda request: None, attend=toy)
+    attend.register(attend.Implementation("toy", lambda: kernel))
+    x, sinks = jnp.ones((B, 1, 2, 64), BF16), jnp.ones((2,), F32)
+    try:
+        for policy, given in ((kvattn.Full(), {}), (kvattn.Full(), {"sinks": sinks}), (kvattn.StreamingLLM(2, 6), {})):
+            cache = kvattn.KVCache.create(B, 2, 64, capacity=8, policy=policy)
+            step = functools.partial(kvattn.cached_attention, implementation="toy", **given)
+            assert jax.eval_shape(step, x, x, x, cache)[0].dtype == BF16
+    finally:
+        attend.unregister("toy")
+    assert seen == [BF16, None, None, None]
 
 
 def test_copies_land_on_aligned_addresses():
@@ -522,7 +554,7 @@ def test_too_few_threads_are_said_not_waited_for(monkeypatch):
 
 def test_sizes(tmp_path, monkeypatch):
     """By rule all fits; a table is taken where there is one; files are read back; nonsense is refused."""
-    monkeypatch.setattr(gpu_decode, "interpreted", lambda: False)
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
     for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
         request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
         assert gpu_decode.fits(request, gpu_decode.config_for(request))

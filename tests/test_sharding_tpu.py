@@ -41,7 +41,7 @@ def compiled(mesh, by, num_kv_heads, implementation, num_heads=N, real=None, **s
     query = new(num_heads, P() if by == "sequence" else P(None, None, "model"))
     key = new(num_kv_heads, P(None, None, "model") if by == "heads" and num_kv_heads >= 8 else P())
     step = functools.partial(sharding.cached_attention, mesh=mesh, by=by, num_heads=real, implementation=implementation)
-    with kvattn.pallas.ahead_of_time(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(step, donate_argnums=3).lower(query, key, key, cache).compile(), cache
 
 

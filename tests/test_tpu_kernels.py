@@ -158,6 +158,23 @@ def test_tokens_that_lie_last(size, codec, page_size, rule):
     check(request_for(cache, 6, 2, **RULES[rule]))
 
 
+def lying_side_by_side():
+    """Heads of 64 in pages of less than 128."""
+    quick = [(16, None, "window and sinks")]
+    rest = itertools.product((16, 32, 48, 64), (None, kvattn.Int8(), kvattn.Float8()), RULES)
+    for case in dict.fromkeys([*quick, *rest]):
+        yield pytest.param(*case, marks=() if case in quick else pytest.mark.slow, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize(("page_size", "codec", "rule"), list(lying_side_by_side()))
+def test_tokens_that_lie_side_by_side(page_size, codec, rule):
+    """As `test_values`; the last page of the longest row has room for more."""
+    cache = filled([299, 0, 67], 299, 2, 64, codec=codec, page_size=page_size, platform="tpu")
+    assert cache.keys["data"].shape[-2:] == (page_size // 2, 128)
+    assert tpu_decode.rows_of(cache.view()) > page_size
+    check(request_for(cache, 6, 2, **RULES[rule]))
+
+
 @pytest.mark.parametrize(
     "codec", [kvattn.Int4(64), *(pytest.param(kvattn.Int4(n), marks=pytest.mark.slow) for n in (32, 128))], ids=str
 )
@@ -322,17 +339,22 @@ WRITES = {
     "tokens last, Float8": (80, kvattn.Float8(), 0, 256),
     "pages": (128, None, 16, 64),
     "pages, tokens last": (64, kvattn.Int8(), 128, 256),
+    "pages, side by side": (64, kvattn.Int8(), 32, 96),
+    "pages, side by side in several blocks": (64, None, 96, 192),
     "pages, Int4": (128, kvattn.Int4(64), 128, 256),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("pages", "tokens last, Int4") else pytest.mark.slow) for n in WRITES]
-)
+QUICK_WRITES = ("pages, side by side", "tokens last, Int4")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK_WRITES else pytest.mark.slow) for n in WRITES])
 def test_a_token_is_written_where_it_belongs(name):
     """Bit for bit as without the kernel: one slot each, none at all, slots that are not there, slots per head."""
     size, codec, page_size, slots = WRITES[name]
-    cache, rng = filled([100, 0, 55], slots, 2, size, codec=codec, page_size=page_size), np.random.default_rng(0)
+    platform = "tpu" if "side by side" in name else None
+    cache = filled([70, 0, 55], slots, 2, size, codec=codec, page_size=page_size, platform=platform)
+    rng = np.random.default_rng(0)
     new = [jnp.asarray(rng.normal(size=(B, 1, 2, size)), F32) for _ in range(2)]
     where = [[[5], [-1], [55]], [[-1], [-1], [slots - 1]], [[-1]] * 3]
     where.append([[0], [slots + 999], [40]] if page_size else [[[1], [7]], [[-1], [9]], [[55], [2]]])

@@ -1,6 +1,7 @@
 """Which implementation attends: the choice, and the fall back."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int32
 
-from kvattn import _manual
-from kvattn._typing import Array
-from kvattn.attend import reference, xla
+from kvattn import _checks, _manual, _target
+from kvattn._typing import Array, Encoded
+from kvattn.attend import late, reference, xla
 from kvattn.attend.derivative import Attend, differentiable
 from kvattn.attend.registry import Implementation as Record
-from kvattn.attend.registry import Result, made_for, named, register
+from kvattn.attend.registry import Result, is_made_for, made_for, named, register
 from kvattn.attend.request import Request
 from kvattn.cache.pages import Store
 from kvattn.codecs.blocks import Blocks
@@ -26,10 +27,16 @@ register(Record("reference", lambda: reference, is_complete=True, reads_host=Tru
 register(Record("xla", lambda: xla, is_complete=True, reads_host=True, reads_values_in_keys=True))
 
 
-def candidates(implementation: Implementation) -> tuple[str, ...]:
-    """The names to try, in order; None means the best that works, which always ends at "xla"."""
+def candidates(implementation: Implementation, *platforms: str) -> tuple[str, ...]:
+    """The names to try, in order; None means the best that works, which always ends at "xla".
+
+    Args:
+        implementation: as in `choose`.
+        platforms: those that the best is looked for on; none given: the one that programs are made for here.
+    """
     if implementation is None:
-        return (*made_for(), "xla")
+        platforms = platforms or (_target.platform(),)
+        return (*dict.fromkeys(name for platform in platforms for name in made_for(platform)), "xla")
     several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
     names: tuple[Any, ...] = tuple(implementation) if several else (implementation,)
     if not names:
@@ -38,8 +45,74 @@ def candidates(implementation: Implementation) -> tuple[str, ...]:
 
 
 def unsupported(name: str) -> str | None:
-    """Why an implementation cannot run in this process; None: it can."""
-    return named(name).blocked()
+    """Why an implementation cannot run where programs are made for here; None: it can."""
+    record, platform = named(name), _target.platform()
+    return record.blocked() or (None if _runs_on(record, platform) else _elsewhere(record, platform))
+
+
+def _runs_on(record: Record, platform: str) -> bool:
+    """Whether what an implementation traces can be lowered for a platform."""
+    return is_made_for(record, platform) or not record.is_bound()
+
+
+def _elsewhere(record: Record, platform: str) -> str:
+    return f"it is made for {record.platform!r}, and this program is for {platform!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Which implementation attends.
+
+    Attributes:
+        late: where a program is lowered for one of these platforms, the one of this name,
+        name: and elsewhere this one. None: there is none.
+        reasons: of each that was passed over why it cannot.
+    """
+
+    late: dict[str, str]
+    name: str | None
+    reasons: tuple[str, ...]
+
+    @property
+    def refusal(self) -> str:
+        """What is wrong where there is none."""
+        return f"{'; '.join(self.reasons)}. implementation=None takes what works here."
+
+
+def _find(request: Request, implementation: Implementation, *, may_wait: bool) -> _Found:
+    """Looks for it. With `may_wait` what depends on the platform alone is left open until the program is lowered."""
+    view = request.view
+    target = _target.of_arrays(view.keys) or _target.ambient()
+    here = target.platform
+    platforms = (here,) if view.platform is None else (view.platform, here)
+    late: dict[str, str] = {}
+    reasons: list[str] = []
+    for name in candidates(implementation, *platforms):
+        record = named(name)
+        with _target.aimed_at(target if _runs_on(record, here) else record.platform):
+            reason = _refusal(request, record)
+        if reason is None and not _runs_on(record, here):
+            reason = _elsewhere(record, here)
+            if may_wait:
+                late.setdefault(str(record.platform), name)
+        elif reason is None and may_wait and record.is_bound() and implementation is None and view.platform is not None:
+            late.setdefault(str(record.platform), name)  # the program may be lowered for other platforms, too
+            continue
+        elif reason is None:
+            return _Found(late, name, tuple(reasons))
+        reasons.append(f"{name!r}: {reason}")
+    return _Found(late, None, tuple(reasons))
+
+
+def _refusal(request: Request, record: Record) -> str | None:
+    """Why an implementation cannot take a request, on whatever platform."""
+    if (reason := record.blocked()) is not None:
+        return reason
+    if request.view.on_host and not record.reads_host:
+        return "it reads the device's memory, and these keys and values lie in the host's; \"xla\" brings them"
+    if request.view.values_in_keys and not record.reads_values_in_keys:
+        return 'it reads values of their own, and these are the first numbers of their keys; "xla" reads them'
+    return record.load().unsupported(request)
 
 
 def choose(request: Request, implementation: Implementation = None) -> tuple[str, tuple[str, ...]]:
@@ -50,29 +123,24 @@ def choose(request: Request, implementation: Implementation = None) -> tuple[str
         implementation: a name, a sequence of names to try in order, or None for the best that works.
 
     Returns:
-        the first that can, and of each before it why it cannot.
+        the first that can on the platform that the program is made for, and of each before it why it cannot.
 
     Raises:
         ConfigError: an unknown name.
         UnsupportedError: none of the named ones can, each with its reason.
     """
-    reasons = []
-    for name in candidates(implementation):
-        reason = unsupported(name)
-        if reason is None and request.view.on_host and not named(name).reads_host:
-            reason = "it reads the device's memory, and these keys and values lie in the host's; \"xla\" brings them"
-        if reason is None and request.view.values_in_keys and not named(name).reads_values_in_keys:
-            reason = 'it reads values of their own, and these are the first numbers of their keys; "xla" reads them'
-        if reason is None:
-            reason = named(name).load().unsupported(request)
-        if reason is None:
-            return name, tuple(reasons)
-        reasons.append(f"{name!r}: {reason}")
-    raise UnsupportedError(f"{'; '.join(reasons)}. implementation=None takes what works here.")
+    found = _find(request, implementation, may_wait=False)
+    if found.name is None:
+        raise UnsupportedError(found.refusal)
+    return found.name, found.reasons
 
 
 def attend(request: Request, implementation: Implementation = None) -> Result:
     """Attends with the first implementation that can.
+
+    A kernel is made for one platform. Inside `jax.jit` the platform may be known only when the program is lowered
+    (`jax.export`): there a kernel that is named, or made for the platform that the cache was made for, is taken if it
+    is the right one then, and otherwise the next one in the order.
 
     Args:
         request: queries, what they read, and by which rule.
@@ -81,9 +149,25 @@ def attend(request: Request, implementation: Implementation = None) -> Result:
     Returns:
         out, lse and mass (`Request`).
     """
-    record = named(choose(request, implementation)[0])
+    found = _find(request, implementation, may_wait=not _checks.is_concrete(*jax.tree.leaves(request)))
+    if not found.late:
+        if found.name is None:
+            raise UnsupportedError(found.refusal)
+        record = named(found.name)
+        return record.load().attend(request) if record.is_complete else differentiable(_single(record))(request)
+    request = dataclasses.replace(request, out_dtype=None)  # of all branches the same
+    branches = {platform: _single(named(name)) for platform, name in found.late.items()}
+    if found.name is None:
+        default = late.refusing(found.refusal, next(iter(branches.values())))
+    else:
+        default = _single(named(found.name))
+    return differentiable(functools.partial(late.by_platform, branches, default))(request)
+
+
+def _single(record: Record) -> Attend:
+    """How it attends, its derivatives aside."""
     attend = record.load().attend
-    return attend(request) if record.is_complete else differentiable(_by_position(attend))(request)
+    return attend if record.is_complete else _by_position(attend)
 
 
 def _by_position(attend: Attend) -> Attend:
@@ -112,14 +196,32 @@ def _by_position(attend: Attend) -> Attend:
     return call
 
 
-def writer(store: Store, implementation: Implementation = None) -> Blocks:
+def writer(
+    store: Store, implementation: Implementation = None, *, arrays: Encoded | None = None, platform: str | None = None
+) -> Blocks:
     """What writes one token into the arrays of a cache: `store` itself, or a kernel that takes its place.
 
     Args:
         store: the cache's.
-        implementation: as in `choose`; the first one decides.
+        implementation: as in `choose`; the first one that is made for the platform decides.
+        arrays: of the cache.
+        platform: that it was made for, if that was said.
     """
-    record = named(candidates(implementation)[0])
-    if record.writer is None or record.blocked() is not None or store.on_host:
-        return store
-    return record.writer()(store)
+    here = (_target.of_arrays(arrays or {}) or _target.ambient()).platform
+    platforms = (here,) if platform is None else (platform, here)
+    waits = not _checks.is_concrete(arrays)
+    kernels: dict[str, Blocks] = {}
+
+    def written_late(elsewhere: Any) -> Any:
+        return late.Writing(elsewhere, kernels) if kernels else elsewhere
+
+    for record in map(named, candidates(implementation, *platforms)):
+        kernel: Any = store
+        if record.writer is not None and record.blocked() is None and not store.on_host:
+            kernel = record.writer()(store)
+        is_late = not _runs_on(record, here) or (record.is_bound() and implementation is None and platform is not None)
+        if not is_late or not waits:
+            return written_late(kernel if _runs_on(record, here) else store)
+        if kernel is not store:
+            kernels.setdefault(str(record.platform), kernel)
+    return written_late(store)

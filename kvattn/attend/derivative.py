@@ -33,7 +33,7 @@ def differentiable(attend: Attend) -> Attend:
         rest, floats = primals
         primal = on_leaves(structure, rest, floats)
         _, tangent = jax.jvp(lambda *f: reference.attend(_join(structure, rest, f)), floats, tangents[1])
-        return primal, jax.tree.map(_manual.like, tangent, primal)
+        return primal, jax.tree.map(lambda t, x: _manual.like(t.astype(x.dtype), x), tangent, primal)
 
     @functools.wraps(attend)
     def call(request: Request) -> Result:

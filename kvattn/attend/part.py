@@ -27,7 +27,9 @@ class Part:
         implementation: api.Implementation = "xla",
     ) -> C:
         """`Cache.write`, by a kernel where `implementation` has one."""
-        return cache.write(slots, key, value, api.writer(cache.store, implementation))
+        return cache.write(
+            slots, key, value, api.writer(cache.store, implementation, arrays=cache.keys, platform=cache.platform)
+        )
 
     def view(self, cache: Cache, *, held: bool = False) -> View:
         """The slots, every token where the policy says that it is seen. `held` as in `Cache.view`."""

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Float
 
+from kvattn import _target
 from kvattn._registry import Table
 from kvattn._typing import Array
 from kvattn.attend.request import Request
@@ -59,9 +59,11 @@ class Implementation:
     Attributes:
         name: what `implementation=` calls it.
         load: hands over what attends. Called when it is first wanted, so that `import kvattn` loads no kernel.
-        platform: the backend it is made for, as `jax.default_backend` names it: there ``implementation=None`` tries it
-            before "xla". None: any backend, but only when asked for by name.
+        platform: what it is made for, as `jax.export` names it ("cuda", "tpu"; "gpu": "cuda" and "rocm"): there
+            ``implementation=None`` tries it before "xla". None: anything, but only when asked for by name.
         blocked: why it cannot run in this process at all, to follow "it"; returns None where it can.
+        is_bound: whether what it traces can be lowered for its platform only. Then it is refused elsewhere: at once
+            where that is known, and else when the program is lowered.
         is_complete: whether it has derivatives of its own, and gives nothing of NaN values to queries that may not
             attend to them. Where it has not, both are added: derivatives are those of "reference".
         reads_host: whether it reads keys and values that lie in the host's memory (`View.on_host`): through the view's
@@ -76,6 +78,7 @@ class Implementation:
     load: Callable[[], Kernel]
     platform: str | None = None
     blocked: Callable[[], str | None] = lambda: None
+    is_bound: Callable[[], bool] = lambda: False
     is_complete: bool = False
     reads_host: bool = False
     reads_values_in_keys: bool = False
@@ -137,6 +140,11 @@ def named(name: str) -> Implementation:
 
 
 def made_for(platform: str | None = None) -> tuple[str, ...]:
-    """The implementations made for a backend; None: for the default one."""
-    platform = platform or jax.default_backend()
-    return tuple(name for name, one in _TABLE.all().items() if one.platform == platform)
+    """The implementations made for a platform; None: for the one that programs are made for here."""
+    platform = platform or _target.platform()
+    return tuple(name for name, one in _TABLE.all().items() if is_made_for(one, platform))
+
+
+def is_made_for(implementation: Implementation, platform: str) -> bool:
+    """Whether an implementation is made for a platform."""
+    return implementation.platform in (platform, _target.family(platform))

@@ -5,6 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int32, Shaped
 
 from kvattn._typing import Array
@@ -37,6 +38,8 @@ class Request:
             no prompt.
         relative_bias: adds what stands there for the distance from key to query, the last for all larger ones. None:
             nothing.
+        out_dtype: what out may be rounded to where an implementation can write it so: nothing else is done to it. None:
+            float32 is wanted.
     """
 
     query: Float[Array, "B T N H"]
@@ -50,6 +53,7 @@ class Request:
     key_rope: RoPE | None = dataclasses.field(default=None, metadata={"static": True})
     of_several: bool = dataclasses.field(default=False, metadata={"static": True})
     relative_bias: Float[Array, "N distances"] | None = None
+    out_dtype: DTypeLike | None = dataclasses.field(default=None, metadata={"static": True})
 
     def reached(self, kv_positions: Int32[Array, "*lead B K1 R"]) -> Bool[Array, "*lead B K1 R"]:
         """Which slots hold a token that some query of the row may attend to. All others are as good as empty.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, PyTree
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._typing import Array
 from kvattn.attend import api, xla
 from kvattn.attend.part import WHOLE, Part
@@ -71,6 +71,10 @@ class Step:
 
     def __call__(self, new: NewTokens, per_head: PerHead, cache: Any) -> tuple[Float[Array, "B T N Hv"], Any]:
         """Output in the queries' dtype, zeros for pads; and the new cache."""
+        with _target.aimed_at(cache.platform or _target.of_arrays(cache.keys)):
+            return self._run(new, per_head, cache)
+
+    def _run(self, new: NewTokens, per_head: PerHead, cache: Any) -> tuple[Float[Array, "B T N Hv"], Any]:
         dtype, late = new.query.dtype, new.length - new.num_new
         if self.padding == "left":
             out, cache = self.run(self, new.moved_left(), per_head, cache)
@@ -239,7 +243,8 @@ def _own_view(step: Step, tokens: _Located, cache: Cache) -> View:
     token_bytes = key.shape[-1] * key.dtype.itemsize
     layout = Layout.best(key.shape[1], token_bytes, head_dim=key.shape[-1], values_in_keys=value is None)
     layout = dataclasses.replace(layout, rows=min(layout.rows, CHUNK_ROWS))
-    return token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout, cache.value_head_dim)
+    view = token_view(cache.codec.for_chunk(key.dtype), key, value, positions, layout, cache.value_head_dim)
+    return dataclasses.replace(view, platform=cache.platform)
 
 
 # Attention ---------------------------------------------------------------------------------------
@@ -282,6 +287,10 @@ def _with_kept(
 
 def _attended(step: Step, requests: list[Request], per_head: PerHead, shared: Iterable[State] = ()) -> Result:
     """Attention over the union of what the requests see, and of what is shared; mass only of a single request."""
+    shared = tuple(shared)
+    if len(requests) == 1 and not shared and per_head.sinks is None and not step.part.is_share:
+        # Nothing is merged with it: a kernel may write what the caller gets.
+        requests = [dataclasses.replace(requests[0], out_dtype=jnp.dtype(requests[0].query.dtype))]
     (out, lse, mass), *others = [api.attend(request, step.implementation) for request in requests]
     for other_out, other_lse in (*(other[:2] for other in others), *shared):
         out, lse = merge_states(out, lse, other_out, other_lse)

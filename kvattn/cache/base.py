@@ -1,6 +1,7 @@
 """What contiguous and paged caches have in common: everything that does not depend on where slots lie."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int32, PyTree, Shaped
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._trees import Tree, array_fields
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
@@ -25,6 +26,9 @@ from kvattn.codecs.blocks import Blocks
 from kvattn.errors import CapacityError, ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
 from kvattn.policies import Context, Policy
+
+_WARNED: set[str] = set()
+"""What `Cache.check` has warned of."""
 
 Page = int | Int32[ArrayLike, "..."]
 """The number of a page; or one of each row, [B, 1] or [B, 1, 1]."""
@@ -51,6 +55,7 @@ class Cache(Tree):
     page_table: Int32[Array, "B *K columns"] | None
     page_size: int
     shared: Levels | None
+    platform: str | None
 
     def usable(self) -> Self:
         """This cache, with its arrays where it has them: one that came back from the host holds NumPy's.
@@ -160,6 +165,7 @@ class Cache(Tree):
             page_table=cache.page_table,
             page_size=cache.page_size,
             in_order=positions is None and cache.policy.in_order,
+            platform=cache.platform,
         )
 
     @property
@@ -219,9 +225,12 @@ class Cache(Tree):
         """
         codec, store = self.codec, self.store if store is None else store
         key, value = key.swapaxes(1, 2), None if value is None else value.swapaxes(1, 2)
+        with _target.aimed_at(self.platform):
+            keys = codec.write(self.keys, store, "keys", slots, key)
+            values = {} if value is None else codec.write(self.values, store, "values", slots, value)
         return self.replace(
-            keys=codec.write(self.keys, store, "keys", slots, key),
-            values={} if value is None else codec.write(self.values, store, "values", slots, value),
+            keys=keys,
+            values=values,
             status=bits.mark(self.status, self.unfit(slots, key, value), bits.NONFINITE),
         )
 
@@ -285,7 +294,8 @@ class Cache(Tree):
     def check(self) -> Self:
         """Raises what a jitted step could only record; returns the cache if all is well.
 
-        In a program of several processes, all of them must call it.
+        In a program of several processes, all of them must call it. Warns once of a cache that lies on another platform
+        than the one that it is laid out for, and says what that costs.
 
         Raises:
             CapacityError: an append did not fit.
@@ -296,7 +306,29 @@ class Cache(Tree):
         """
         self._refuse_other_trees()
         bits.raise_for(self.status)
+        if (cost := self._cost_of_moving()) is not None and cost not in _WARNED:
+            _WARNED.add(cost)
+            warnings.warn(cost, stacklevel=2)
         return self
+
+    def _cost_of_moving(self) -> str | None:
+        """What it costs that this cache lies on another platform than the one it was made for; None: it does not."""
+        target = _target.of_arrays(self.keys) if _checks.is_concrete(self.keys) else None
+        blocks = self.layout.num_blocks > 1 or self.layout.transposed_keys
+        in_blocks = self.page_table is None and blocks and self.codec.rows is None and not self.layout.on_host
+        made = self.platform or ("cpu" if in_blocks else None)
+        if target is None or made is None or _target.family(made) == _target.family(target.platform):
+            return None
+        if in_blocks:
+            cost = 'no kernel reads slots in blocks, so attention is by "xla"'
+        elif target.platform == "cpu" and self.page_table is None:
+            cost = "its slots lie in one block, so a step reads all of them, also those that hold nothing"
+        else:
+            cost = "kernels may want pages or numbers of slots of another size there"
+        return (
+            f"this {type(self).__name__} was made for {made!r} and lies on {target.platform!r}. It works, but {cost}. "
+            f"Make one with platform={target.platform!r} and move the tokens over, where that counts."
+        )
 
     def trim(self, num_tokens: ArrayLike | Sequence[int]) -> Self:
         """Takes back the last tokens, as if they had never come (speculative decoding).

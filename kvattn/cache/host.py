@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Int32, Shaped
 
-from kvattn import _manual
+from kvattn import _manual, _target
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.errors import UnsupportedError
@@ -35,8 +35,10 @@ def check_platform() -> None:
     """Refuses what cannot hold such a cache.
 
     Raises:
-        UnsupportedError: the default backend knows no such memory.
+        UnsupportedError: the default backend knows no such memory. Of other platforms nobody is asked.
     """
+    if _target.family(_target.platform()) != jax.default_backend():
+        return
     kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
     if MEMORY_KIND not in kinds:
         raise UnsupportedError(
@@ -117,7 +119,7 @@ class HostLayout(Layout):
     ) -> "HostLayout":
         """Blocks on every backend: on CPUs those of `Layout`, elsewhere of up to `BLOCK_TOKENS` slots."""
         one = Layout.best(min(num_slots, BLOCK_TOKENS), token_bytes, backend, head_dim, values_in_keys)
-        if (backend or jax.default_backend()) == "cpu":
+        if (backend or _target.platform()) == "cpu":
             one = Layout.best(num_slots, token_bytes, "cpu", head_dim, values_in_keys)
         return cls(num_slots, one.rows, one.transposed_keys)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int32, PyTree
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
@@ -54,6 +54,7 @@ class KVCache(Cache):
         value_head_dim: Hv, head dim of the values.
         dtype: what the tokens were before they were encoded.
         is_static: True for the keys and values of an encoder: nothing is appended, every query sees all.
+        platform: what it was made for, as it was said. None: for where it was made.
     """
 
     keys: Encoded
@@ -68,6 +69,7 @@ class KVCache(Cache):
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     is_static: bool = dataclasses.field(default=False, metadata={"static": True})
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     page_table = None
     page_size = 0
@@ -88,6 +90,7 @@ class KVCache(Cache):
         values_in_keys: bool = False,
         layout: Layout | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> "KVCache":
         """An empty cache.
 
@@ -102,14 +105,17 @@ class KVCache(Cache):
             value_head_dim: head dim of the values. None: H.
             values_in_keys: a token's value is the first `value_head_dim` numbers of its key and is stored once, as
                 latent attention has it; steps then take ``value=None``.
-            layout: where the slots lie. None: what measured best on the default backend.
+            layout: where the slots lie. None: what is best on the platform that the cache is made for.
             memory_kind: "pinned_host": keys and values lie in the host's memory, and blocks of them come to the device
                 while the attention to the block before is computed (`kvattn.cache.host`), so that a cache may be larger
                 than the device. None or "device": in the device's.
+            platform: what the cache is made for, wherever it is made: "cpu", "cuda", "rocm" or "tpu", as `jax.export`
+                names them. It is kept, and steps choose their kernels when they are lowered. None: for where it is made
+                (the current mesh, `jax.default_device`, the default backend).
 
         Raises:
             ConfigError: a size below its minimum, a missing capacity, something that is no policy or codec, an unknown
-                kind of memory, a layout of another kind, values in keys that are shorter.
+                kind of memory or platform, a layout of another kind, values in keys that are shorter.
             DTypeError: a size that is no int, a dtype that is not floating.
             UnsupportedError: a policy and a codec that do not go together; a codec that stores keys and values
                 differently, with `values_in_keys`; a device whose host has no such memory.
@@ -132,10 +138,13 @@ class KVCache(Cache):
         if reason is not None:
             raise UnsupportedError(f"{codec} does not work with {policy}: {reason}")
         apart = values_apart(codec, head_dim, value_head_dim, values_in_keys)
-        layout = _layout(layout, memory_kind, codec, num_slots, head_dim, dtype, not apart)
+        with _target.aimed_at(_target.checked("platform", platform)):
+            layout = _layout(layout, memory_kind, codec, num_slots, head_dim, dtype, not apart)
+            keys = codec.empty(layout, "keys", batch_size, num_kv_heads, head_dim, dtype)
+            values = codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {}
         return cls(
-            keys=codec.empty(layout, "keys", batch_size, num_kv_heads, head_dim, dtype),
-            values=codec.empty(layout, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {},
+            keys=keys,
+            values=values,
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),
             status=jnp.zeros((batch_size,), jnp.int32),
@@ -145,6 +154,7 @@ class KVCache(Cache):
             key_head_dim=head_dim,
             value_head_dim=value_head_dim,
             dtype=dtype,
+            platform=platform,
         )
 
     @classmethod
@@ -157,6 +167,7 @@ class KVCache(Cache):
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> "KVCache":
         """A static cache for cross-attention: the encoder's keys and values, written once.
 
@@ -167,6 +178,7 @@ class KVCache(Cache):
             codec: how they are stored. None: as they are.
             dtype: None: the dtype of `key`.
             memory_kind: as in `create`.
+            platform: likewise.
 
         Returns:
             a cache with ``is_static``; `kvattn.cached_attention` takes it with key and value None.
@@ -190,6 +202,7 @@ class KVCache(Cache):
             dtype=key.dtype if dtype is None else dtype,
             value_head_dim=value.shape[3],
             memory_kind=memory_kind,
+            platform=platform,
         )
         lengths = length if lengths is None else lengths
         lengths = _checks.counts("lengths", lengths, batch, 0, length)

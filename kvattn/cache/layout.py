@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Int32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array
 
 CPU_BLOCK_BYTES = 65536
@@ -57,12 +58,12 @@ class Layout:
         Args:
             num_slots: C.
             token_bytes: bytes of one token's key of one head.
-            backend: "cpu", "gpu", "tpu"; None: the default one.
+            backend: the platform, "cpu", "cuda", "tpu" ("gpu" will do); None: the one that programs are made for here.
             head_dim: H. TPUs lay heads that are no multiple of 128 with tokens along the lanes, in whole 128s anyway.
             values_in_keys: whether keys are read as values too, so that they lie as values do (latent attention on two
                 cores, B4 N16 H576 S2048 bfloat16: 6 ms, against 18 ms with keys transposed).
         """
-        backend = backend or jax.default_backend()
+        backend = backend or _target.platform()
         if backend != "cpu":
             unit = 128 if backend == "tpu" and head_dim % 128 else 8
             return cls(num_slots, -(-num_slots // unit) * unit, False)
@@ -81,11 +82,11 @@ class Layout:
         Args:
             parts: devices.
             head_dim: H.
-            backend: "cpu", "gpu", "tpu"; None: the default one. On CPUs a layout for kernels is taken for a TPU's.
+            backend: as in `best`. On CPUs a layout for kernels is taken for a TPU's.
         """
         unit = 1
         if not self.transposed_keys and self.rows % 8 == 0:
-            lanes = (backend or jax.default_backend()) != "gpu" and head_dim % 128 and self.rows % 128 == 0
+            lanes = _target.family(backend or _target.platform()) != "gpu" and head_dim % 128 and self.rows % 128 == 0
             unit = 128 if lanes else 8
         rows = -(-self.rows // (unit * parts)) * unit * parts
         return self if rows == self.rows else dataclasses.replace(self, rows=rows)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int32, PyTree, Shaped
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._trees import portable, tell_flax
 from kvattn._typing import Array, Encoded
 from kvattn.cache import status as bits
@@ -68,6 +68,7 @@ class PagedKVCache(Cache):
         value_head_dim: Hv, head dim of the values.
         dtype: what the tokens were before they were encoded.
         shared: which rows read which pages together. None: each row by itself.
+        platform: what it was made for, as it was said. None: for where it was made.
     """
 
     keys: Encoded
@@ -83,6 +84,7 @@ class PagedKVCache(Cache):
     value_head_dim: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     shared: Levels | None = None
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     is_static = False
     _advice = "Give it more columns with max_pages."
@@ -102,6 +104,7 @@ class PagedKVCache(Cache):
         dtype: DTypeLike = jnp.bfloat16,
         value_head_dim: int | None = None,
         values_in_keys: bool = False,
+        platform: str | None = None,
     ) -> "PagedKVCache":
         """An empty pool, and tables that name no page.
 
@@ -120,10 +123,13 @@ class PagedKVCache(Cache):
             value_head_dim: head dim of the values. None: H.
             values_in_keys: a token's value is the first `value_head_dim` numbers of its key and is stored once, as
                 latent attention has it; steps then take ``value=None``.
+            platform: what the cache is made for, wherever it is made: "cpu", "cuda", "rocm" or "tpu", as `jax.export`
+                names them. It is kept, and steps choose their kernels when they are lowered. None: for where it is made
+                (the current mesh, `jax.default_device`, the default backend).
 
         Raises:
             ConfigError: a size below its minimum, something that is no policy or codec, pages of another size than the
-                codec needs, fewer than the policy's budget needs, values in keys that are shorter.
+                codec needs, fewer than the policy's budget needs, values in keys that are shorter, an unknown platform.
             DTypeError: a size that is no int, a dtype that is not floating.
             RangeError: more pages than int32 counts.
             UnsupportedError: a policy and a codec that do not go together; a codec that stores keys and values
@@ -161,10 +167,14 @@ class PagedKVCache(Cache):
                 f"num_pages must be at most {_checks.INT32_MAX // (1 + num_kv_heads)}, so that int32 counts the strips "
                 f"of {num_kv_heads} heads, got {num_pages}."
             )
-        store = Pages(block_layout(page_size, max_pages, codec, num_slots), page_size, table, num_pages)
+        layout, by_token = block_layout(page_size, max_pages, codec, num_slots), codec.rows is None
+        store = Pages(layout, page_size, table, num_pages, by_token)
+        with _target.aimed_at(_target.checked("platform", platform)):
+            keys = codec.empty(store, "keys", batch_size, num_kv_heads, head_dim, dtype)
+            values = codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {}
         return cls(
-            keys=codec.empty(store, "keys", batch_size, num_kv_heads, head_dim, dtype),
-            values=codec.empty(store, "values", batch_size, num_kv_heads, value_head_dim, dtype) if apart else {},
+            keys=keys,
+            values=values,
             page_table=table,
             lengths=jnp.zeros((batch_size,), jnp.int32),
             state=policy.init(batch_size, num_kv_heads, num_slots),
@@ -175,6 +185,7 @@ class PagedKVCache(Cache):
             key_head_dim=head_dim,
             value_head_dim=value_head_dim,
             dtype=dtype,
+            platform=platform,
         )
 
     # What it holds.
@@ -215,7 +226,7 @@ class PagedKVCache(Cache):
     @property
     def store(self) -> Pages:
         """Where the arrays have their slots."""
-        return Pages(self.layout, self.page_size, self.page_table, self.num_pages)
+        return Pages(self.layout, self.page_size, self.page_table, self.num_pages, self.codec.rows is None)
 
     @property
     def live(self) -> Bool[Array, "B *K columns"]:

@@ -4,6 +4,9 @@ Every stored array is ``[K, P, R, F]``, or ``[K, P, F, R]`` where tokens are wan
 tokens of a page of one key/value head lie together, so a page is one contiguous copy for a kernel, and scales, with F =
 1, are ``[K, P, R]``. Slot s of a sequence is row s % R of the page that its table names at s // R.
 
+On TPUs, whose registers have 128 columns, tokens of 64 features lie two by two: ``[K, P, R / 2, 128]`` has the first
+half of a page's tokens in its first columns and the other half beside it.
+
 A page has a strip for each head. A table [B, W] is that of all heads: head k finds its tokens in its own strip of each
 page. Heads that keep different numbers of tokens have a table each, [B, K, W]. There a number p below P still is the
 head's own strip of page p; the numbers from P on, P + k P + p, are the strip of page p that is head k's, for whatever
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Int32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array
 from kvattn.cache.layout import Layout
 from kvattn.codecs import Codec
@@ -27,6 +31,9 @@ from kvattn.policies import Policy
 BLOCK_SLOTS = 128
 """Slots that `"xla"` gathers at once: whole pages, as many as fit."""
 
+
+LANES, SUBLANES = 128, 8
+"""Columns and rows of a TPU's register. Whole 128s of tokens of 64 features fill registers the other way round."""
 
 if TYPE_CHECKING:
     Table = Int32[Array, "B *K columns"]
@@ -44,12 +51,14 @@ class Pages:
         table: the pages of each sequence, or of each of its heads. Entries outside the pool are read as some page or
             other (whoever reads masks what lies in slots without a token) and never written.
         num_pages: P.
+        by_token: whether what arrays hold of a page are numbers of its tokens, one after the other.
     """
 
     layout: Layout
     page_size: int
     table: Table
     num_pages: int
+    by_token: bool = True
 
     transposed_keys = False
     on_host = False
@@ -88,7 +97,8 @@ class Pages:
         self, batch_size: int, num_kv_heads: int, features: int, dtype: DTypeLike, transposed: bool
     ) -> Shaped[Array, "K P _ _"]:
         """An empty pool."""
-        tail = (features, self.page_size) if transposed else (self.page_size, features)
+        beside = 1 if transposed or not self.by_token else tokens_beside(self.page_size, features)
+        tail = (features, self.page_size) if transposed else (self.page_size // beside, features * beside)
         return self.empty(batch_size, num_kv_heads, tail, dtype)
 
     def empty(
@@ -132,11 +142,21 @@ class Pages:
             slots = slots[:, None]
         pages = self._page(pool, slots // self.page_size, (slots >= 0) & (slots < self.num_slots))
         row = slots % self.page_size
+        where_in = lambda row: (slice(None), row) if transposed else (row,)
+        beside = 1 if transposed else self._beside(pool)
+        if beside > 1:
+            row, half = row % pool.shape[-2], row // pool.shape[-2]
+            features = jnp.arange(x.shape[-1], dtype=jnp.int32).reshape(*(1,) * row.ndim, -1)
+            feature = half[..., None] * x.shape[-1] + features
+            pages, where_in = pages[..., None], lambda row: (row[..., None], feature)
         if by_head:
-            strips, where = _strips(pool), self._strip(pool, pages)
-            row = jnp.broadcast_to(row, where.shape)
-            index = (where, slice(None), row) if transposed else (where, row)
+            strips = _strips(pool)
+            where = self._strip(pool, pages[..., 0])[..., None] if beside > 1 else self._strip(pool, pages)
+            row = jnp.broadcast_to(row, where.shape[:3])
+            index = (where, *where_in(row))
             return strips.at[index].set(x.astype(pool.dtype), mode="drop").reshape(pool.shape)
+        if beside > 1:
+            return pool.at[:, pages, *where_in(row)].set(x.swapaxes(0, 1).astype(pool.dtype), mode="drop")
         if transposed:
             new = x.transpose(0, 2, 1, 3)  # the indices are split by a slice, so their axes come first
             return pool.at[:, pages, :, row].set(new.astype(pool.dtype), mode="drop")
@@ -205,9 +225,8 @@ class Pages:
         here = self.layout.to_blocks(here[..., None], False)[..., 0]
         return jnp.where(here, positions, -1), None
 
-    @staticmethod
     def _gather(
-        pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B *K n"], transposed: bool
+        self, pool: Shaped[Array, "K P _ _"], pages: Int32[Array, "B *K n"], transposed: bool
     ) -> Shaped[Array, "B K _ _"]:
         """[B, K, n R, F] (transposed: [B, K, F, n R]) of n pages of each row, or n strips of pages of each head."""
         if pages.ndim == 3:
@@ -217,7 +236,14 @@ class Pages:
         batch, heads, count, *tail = x.shape  # [B, K, n, R, F] or [B, K, n, F, R]
         if transposed:
             return x.swapaxes(2, 3).reshape(batch, heads, tail[0], count * tail[1])
-        return x.reshape(batch, heads, count * tail[0], tail[1])
+        beside = self._beside(pool)
+        if beside > 1:
+            x = x.reshape(batch, heads, count, tail[0], beside, tail[1] // beside).swapaxes(3, 4)
+        return x.reshape(batch, heads, count * beside * tail[0], tail[1] // beside)
+
+    def _beside(self, pool: Shaped[Array, "K P _ _"]) -> int:
+        """How many tokens of a page lie side by side, in an array whose tokens are not along the last axis."""
+        return self.page_size // pool.shape[-2] if self.by_token else 1
 
 
 def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num_slots: int | None = None) -> Layout:
@@ -226,6 +252,12 @@ def block_layout(page_size: int, max_pages: int, codec: Codec | None = None, num
     alone = codec is not None and codec.rows is not None
     pages = 1 if alone else max(1, min(BLOCK_SLOTS // page_size, -(-num_slots // page_size)))
     return Layout(num_slots, pages * page_size, False)
+
+
+def tokens_beside(page_size: int, features: int) -> int:
+    """How many tokens of a page lie side by side, on the platform that programs are made for here."""
+    fills = features == LANES // 2 and page_size % LANES and page_size % (2 * SUBLANES) == 0
+    return 2 if fills and _target.platform() == "tpu" else 1
 
 
 def slots_of(policy: Policy, page_size: int, max_pages: int) -> int:

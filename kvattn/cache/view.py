@@ -35,6 +35,7 @@ class View:
         in_order: whether slot s holds the token of position s, for all s below `counts`.
         fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
             has derivatives itself.
+        platform: that the cache was made for, where that was said.
     """
 
     keys: Encoded
@@ -49,13 +50,15 @@ class View:
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
     fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"] | None] | None = None
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def store(self) -> "Layout | Pages":
         """Where the arrays have their slots."""
         if self.page_table is None:
             return self.layout
-        return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1])
+        by_token = self.codec.rows is None
+        return Pages(self.layout, self.page_size, self.page_table, self.keys["data"].shape[1], by_token)
 
     def share(self, part: Int32[Array, ""], parts: int) -> "View":
         """This view where its arrays are share `part` of `parts` of all slots: on one device of several."""

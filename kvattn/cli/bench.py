@@ -58,7 +58,7 @@ def bench(
     shared: Annotated[str, parse.option("INT", "Tokens that all conversations begin with.")] = "256",
     new: Annotated[str, parse.option("INT", "Tokens of an answer.")] = "24",
     pages: Annotated[str | None, parse.option("INT", "Of the engine's pool. Default: room for all.")] = None,
-    page_size: Annotated[str | None, parse.option("INT", "Tokens per page (16).")] = None,
+    page_size: Annotated[str | None, parse.option("INT", "Tokens per page (16, or what kernels take).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:
     """Time the decode step of one layer here: bandwidth, and per cent of a copy in the same run. Or a whole engine."""

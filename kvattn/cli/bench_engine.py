@@ -57,7 +57,7 @@ class Settings:
 
     Attributes:
         num_pages: pages of each layer's pool; None: as many as all conversations fill.
-        page_size: tokens per page; None: what the codec wants, else 16.
+        page_size: tokens per page; None: what the codec and the kernels want.
         max_batch: rows.
         codec: of the cache.
     """
@@ -134,8 +134,9 @@ def measured(model: "Decoder", chat: Chat, settings: Settings, keeps_prefixes: b
         KVAttnError: what the engine refuses, or why a request failed.
     """
     from kvattn.serving import Engine
+    from kvattn.serving.sizes import page_size_for
 
-    page_size = settings.page_size or getattr(settings.codec, "rows", None) or 16
+    page_size = settings.page_size or page_size_for(model, None, settings.codec)
     engine = Engine(
         model,
         num_pages=settings.num_pages or (chat.conversations + 1) * -(-chat.longest // page_size),

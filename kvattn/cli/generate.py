@@ -144,6 +144,7 @@ def _searched(
 ) -> list[list[list[int]]]:
     """Several continuations of each prompt, which is computed once; of a search the best."""
     from kvattn.serving import Engine
+    from kvattn.serving.sizes import page_size_for
 
     policy, codec = settings.pop("policy"), settings.pop("codec")
     if settings.pop("memory_kind", "device") != "device":
@@ -151,11 +152,16 @@ def _searched(
             "--samples and --beams share pages, which lie in the device's memory: leave --cache-memory out, or ask for "
             "one continuation at a time."
         )
-    page_size = getattr(codec, "rows", None) or 16
+    page_size = page_size_for(model, policy, codec)
     longest = max(map(len, prompts)) + count
     rows = beams or min(8, samples * len(prompts))
     pages = rows * -(-longest // page_size)
-    options = {"num_pages": pages, "page_size": page_size, "max_batch": rows, "max_length": max(longest, 1)}
+    options: dict[str, Any] = {
+        "num_pages": pages,
+        "page_size": page_size,
+        "max_batch": rows,
+        "max_length": max(longest, 1),
+    }
     engine = Engine(model, policy=policy, codec=codec, **options)
     requests = [engine.submit(ids, count, num_samples=samples, beam_width=beams, **settings) for ids in prompts]
     engine.run()

@@ -6,10 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array, Encoded
-from kvattn.codecs.base import Codec, not_finite
+from kvattn.codecs.base import Codec, Role, not_finite
+from kvattn.codecs.blocks import Blocks
 from kvattn.codecs.format import Format
 from kvattn.codecs.registry import register
 from kvattn.codecs.scaled import factors, mix_scaled, scale_for
@@ -41,8 +43,17 @@ class Float8(Codec):
         scale = scale_for(x, TOP)
         data = jnp.clip(x / scale, -TOP, TOP).astype(jnp.float8_e4m3fn)
         # XLA on CPUs moves and converts float8 by way of float16, the whole cache at every step.
-        narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if jax.default_backend() == "cpu" else data
+        narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if _target.platform() == "cpu" else data
         return {"data": narrow, "scale": scale}
+
+    def write(
+        self, store: Encoded, layout: Blocks, role: Role, slots: Int32[Array, "B *K T"], x: Float[Array, "B K T H"]
+    ) -> Encoded:
+        """As `Codec.write`; into a cache that was made for another platform, too, where the bits have another type."""
+        encoded, stored = self.encode(x), store["data"].dtype
+        if encoded["data"].dtype != stored:
+            encoded["data"] = jax.lax.bitcast_convert_type(encoded["data"], stored)
+        return {n: layout.write(old, slots, encoded[n], self.transposed(layout, role, n)) for n, old in store.items()}
 
     def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:
         """data * scale."""

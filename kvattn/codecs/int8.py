@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Integer, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
 from kvattn.codecs.format import Format
@@ -59,7 +60,7 @@ class Int8(Codec):
     def scores(self, query: Float[Array, "B K M H"], keys: Encoded, transposed: bool) -> Float[Array, "B K M R"]:
         """(query . data) * scale. On CPUs few queries are turned into integers too."""
         spec = "bkmh,bkhr->bkmr" if transposed else "bkmh,bkrh->bkmr"
-        integer = jax.default_backend() == "cpu" and query.shape[2] <= INTEGER_ROWS and query.dtype != jnp.float64
+        integer = _target.platform() == "cpu" and query.shape[2] <= INTEGER_ROWS and query.dtype != jnp.float64
         product = integer_product if integer else factors
         return product(spec, query, keys["data"]) * keys["scale"]
 

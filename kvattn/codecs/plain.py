@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Shaped
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, accumulator, wider
 from kvattn.codecs.format import Format
@@ -75,7 +75,7 @@ class Plain(Codec):
 def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """An einsum of the wider dtype of both, accumulated in float32 or wider."""
     acc = accumulator(a.dtype, b.dtype)
-    if jnp.float16 in (a.dtype, b.dtype) and jax.default_backend() == "cpu":
+    if jnp.float16 in (a.dtype, b.dtype) and _target.platform() == "cpu":
         # XLA has no float16 product on CPUs, and its conversion there goes one number at a time.
         a, b = widen_float16(a), widen_float16(b)
     wide = wider(a.dtype, b.dtype)

@@ -1,10 +1,10 @@
 """What the codecs share that keep one scale per token and key/value head."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import accumulator
 
@@ -27,7 +27,7 @@ def factors(spec: str, rows: Float[Array, "..."], codes: Shaped[Array, "..."]) -
     The codes are widened one block at a time: to the dtype of the rows, on CPUs to float32 at least.
     """
     acc = accumulator(rows.dtype)
-    wide = acc if jax.default_backend() == "cpu" else rows.dtype
+    wide = acc if _target.platform() == "cpu" else rows.dtype
     return jnp.einsum(spec, rows.astype(wide), codes.astype(wide), preferred_element_type=acc)
 
 

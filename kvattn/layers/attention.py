@@ -400,12 +400,15 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
         _, x_k, x_v = projections.checked_inputs(inputs_k, inputs_k, inputs_v, features, features)
         return self._keys_and_values(x_k, x_v, None)
 
-    def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
+    def make_cross_cache(
+        self, encoder_out: AnyArray, lengths: ArrayLike | None = None, *, platform: str | None = None
+    ) -> KVCache:
         """Projects an encoder's output once, for ``y, cache = layer(x, cache=cross_cache)``.
 
         Args:
             encoder_out: [B, S, in_kv_features].
             lengths: int32 [B], how many of the S tokens are real; all if None.
+            platform: what the cache is made for, as in `kvattn.KVCache.create`.
 
         Raises:
             ConfigError: the layer has a window, rope or ALiBi, which need positions the two sides do not share.
@@ -418,7 +421,8 @@ class MultiHeadAttention(MakesCaches, FlaxCache, NNXAttention):
             shape = getattr(encoder_out, "shape", None)
             raise ShapeError(f"encoder_out must be [B, S, {self.in_kv_features}], got shape {shape}.")
         encoder_out = jnp.asarray(encoder_out)
-        return KVCache.from_encoder(*self._keys_and_values(encoder_out, encoder_out, None), lengths)
+        keys_and_values = self._keys_and_values(encoder_out, encoder_out, None)
+        return KVCache.from_encoder(*keys_and_values, lengths, platform=platform)
 
     # Parts of a call.
 

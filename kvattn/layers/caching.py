@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from kvattn import _checks, sharding
+from kvattn import _checks, _target, sharding
 from kvattn._typing import AnyArray, Array
+from kvattn.attend import page_sizes
 from kvattn.cache import Cache, KVCache, PagedKVCache
 from kvattn.cache.groups import most_slots
 from kvattn.codecs import Codec
@@ -17,9 +18,6 @@ from kvattn.layers import placement
 from kvattn.layers.settings import AttentionSettings
 from kvattn.policies import Chunked, Full, OrderedWindow, Policy, SlidingWindow
 from kvattn.sharding import explicit
-
-PAGE_SIZE = 16
-"""Tokens of a page where nobody says: few enough that the last page of a sequence wastes little."""
 
 
 def create(
@@ -31,6 +29,7 @@ def create(
     codec: Codec | None,
     dtype: DTypeLike | None,
     memory_kind: str | None = None,
+    platform: str | None = None,
 ) -> KVCache:
     """An empty cache for a layer, whose settings fill in what is None."""
     check_owner(settings)
@@ -50,6 +49,7 @@ def create(
             value_head_dim=value_head_dim,
             values_in_keys=settings.values_in_keys,
             memory_kind=memory_kind,
+            platform=platform,
         )
 
     return _placed(settings, empty, batch_size)
@@ -65,6 +65,7 @@ def create_paged(
     policy: Policy | None,
     codec: Codec | None,
     dtype: DTypeLike | None,
+    platform: str | None = None,
 ) -> PagedKVCache:
     """An empty pool for a layer, with tables that name no page. What is None the settings fill in, or a rule."""
     check_owner(settings)
@@ -73,11 +74,9 @@ def create_paged(
     head_dim, value_head_dim = settings.head_dims
     policy = _policy(settings, policy, OrderedWindow, OrderedWindow) or Full()  # a chunk lies within such a window
     codec = settings.codec if codec is None else codec
-    if page_size is None:
-        page_size = (codec and codec.rows) or PAGE_SIZE
     slots = most_slots(policy, max_length)
 
-    def empty() -> PagedKVCache:
+    def pool(page_size: int) -> PagedKVCache:
         return PagedKVCache.create(
             num_pages,
             page_size,
@@ -90,9 +89,15 @@ def create_paged(
             dtype=settings.storage_dtype if dtype is None else dtype,
             value_head_dim=value_head_dim,
             values_in_keys=settings.values_in_keys,
+            platform=platform,
         )
 
-    return _placed(settings, empty, batch_size)
+    if page_size is None:
+        page_size = codec.rows if codec is not None else None
+    if page_size is None:
+        with _target.aimed_at(settings.mesh):
+            page_size = page_sizes.smallest(pool, settings.num_heads, settings.storage_dtype, platform)
+    return _placed(settings, lambda: pool(page_size), batch_size)
 
 
 def _policy(
@@ -117,7 +122,8 @@ def _placed[C: Cache](settings: AttentionSettings, empty: Callable[[], C], batch
     on = {"mesh": settings.mesh, "by": _scheme(settings, settings.num_kv_heads, batch_size), "axis": settings.axis}
 
     def arranged() -> C:
-        return sharding.arrange(empty(), **on)
+        with _target.aimed_at(settings.mesh):
+            return sharding.arrange(empty(), **on)
 
     # Compiled, so that no device ever holds more than its part.
     return jax.jit(arranged, out_shardings=sharding.cache_sharding(jax.eval_shape(arranged), **on))()

@@ -44,8 +44,8 @@ __all__ = [
 class _Encode:
     """Stands in for a cache that is to be made from an encoder's output."""
 
-    def __init__(self, lengths: Any):
-        self.lengths = lengths
+    def __init__(self, lengths: Any, platform: str | None):
+        self.lengths, self.platform = lengths, platform
 
 
 class _Project:
@@ -158,7 +158,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         """
         if isinstance(cache, _Encode):
             project = linen_parts.Projections(self, self._settings_of_encoder(inputs_q))
-            return KVCache.from_encoder(*project.keys_and_values(inputs_q, inputs_q), cache.lengths)
+            keys_and_values = project.keys_and_values(inputs_q, inputs_q)
+            return KVCache.from_encoder(*keys_and_values, cache.lengths, platform=cache.platform)
         settings = self._settings(inputs_q.shape[-1])
         project = linen_parts.Projections(self, settings)
         if isinstance(cache, _Project):
@@ -230,6 +231,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
         in_features: int | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer.apply(variables, x, cache=cache)``.
@@ -242,6 +244,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
+            platform: what the cache is made for, as in `kvattn.KVCache.create`. None: the layer's mesh, or where it
+                is made.
             in_features: D, needed where neither `qkv_features` nor `head_dim` is set.
 
         Raises:
@@ -250,6 +254,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         if in_features is not None:
             _checks.integer("in_features", in_features, 1)
         choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
+        choices["platform"] = platform
         return caching.create(self._settings(in_features), batch_size, capacity=capacity, **choices)
 
     def make_paged_cache(
@@ -262,19 +267,23 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         policy: Policy | None = None,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        platform: str | None = None,
         in_features: int | None = None,
     ) -> PagedKVCache:
         """An empty pool of pages for ``y, cache = layer.apply(variables, x, cache=cache)``; tables come from the host.
 
         Args:
             num_pages: P, pages of the pool.
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on
+                that kernels take on the platform.
             batch_size: B, sequences of a step.
             max_length: most tokens of a sequence.
             policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,
                 which gives pages back and lets sequences share those of a prefix.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
+            platform: what the cache is made for, as in `kvattn.PagedKVCache.create`. None: the layer's mesh, or where
+                it is made.
             in_features: D, needed where neither `qkv_features` nor `head_dim` is set.
 
         Raises:
@@ -291,6 +300,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
             policy=policy,
             codec=codec,
             dtype=dtype,
+            platform=platform,
         )
 
     def keys_and_values(self, inputs_k: AnyArray, inputs_v: AnyArray | None = None) -> tuple[Array, Array]:
@@ -301,12 +311,15 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         caching.check_owner(self._settings())
         return self(inputs_k, inputs_k, inputs_v, cache=_Project())
 
-    def make_cross_cache(self, encoder_out: AnyArray, lengths: ArrayLike | None = None) -> KVCache:
+    def make_cross_cache(
+        self, encoder_out: AnyArray, lengths: ArrayLike | None = None, *, platform: str | None = None
+    ) -> KVCache:
         """Projects an encoder's output once: ``layer.apply(variables, encoder_out, method="make_cross_cache")``.
 
         Args:
             encoder_out: [B, S, D'].
             lengths: int32 [B], how many of the S tokens are real; all if None.
+            platform: what the cache is made for, as in `kvattn.KVCache.create`.
 
         Returns:
             A cache for ``layer.apply(variables, x, cache=cache)``.
@@ -319,7 +332,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, kw_only=True
         caching.check_cross(self._settings())
         if getattr(encoder_out, "ndim", None) != 3:
             raise ShapeError(f"encoder_out must be [B, S, D], got shape {getattr(encoder_out, 'shape', None)}.")
-        return self(encoder_out, cache=_Encode(lengths))
+        return self(encoder_out, cache=_Encode(lengths, platform))
 
     def _settings(self, in_features: int | None = None) -> AttentionSettings:
         """The fields, checked; with the size of a head that inputs of `in_features` give it."""

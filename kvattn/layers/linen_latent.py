@@ -172,12 +172,14 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer.apply(variables, x, cache=cache)``: C + R numbers a token.
 
         Arguments and errors are those of `kvattn.layers.MultiHeadLatentAttention`'s.
         """
         choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
+        choices["platform"] = platform
         return caching.create(self._settings()[0], batch_size, capacity=capacity, **choices)
 
     def make_paged_cache(
@@ -190,12 +192,13 @@ class MultiHeadLatentAttention(nn.Module, kw_only=True):
         policy: Policy | None = None,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        platform: str | None = None,
     ) -> PagedKVCache:
         """An empty pool of pages for ``y, cache = layer.apply(variables, x, cache=cache)``; tables come from the host.
 
         Arguments and errors are those of `kvattn.layers.MultiHeadLatentAttention`'s.
         """
-        choices = {"policy": policy, "codec": codec, "dtype": dtype}
+        choices = {"policy": policy, "codec": codec, "dtype": dtype, "platform": platform}
         return caching.create_paged(
             self._settings()[0], num_pages, page_size, batch_size=batch_size, max_length=max_length, **choices
         )

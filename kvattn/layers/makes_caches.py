@@ -21,6 +21,7 @@ class MakesCaches(HasSettings):
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> KVCache:
         """An empty cache for ``y, cache = layer(x, cache=cache)``.
 
@@ -32,6 +33,8 @@ class MakesCaches(HasSettings):
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
+            platform: what the cache is made for, as in `kvattn.KVCache.create`. None: the layer's mesh, or where it
+                is made.
 
         Raises:
             ConfigError: no capacity where one is needed.
@@ -49,6 +52,7 @@ class MakesCaches(HasSettings):
             ((2, 1, 32), [6, 6])
         """
         choices = {"policy": policy, "codec": codec, "dtype": dtype, "memory_kind": memory_kind}
+        choices["platform"] = platform
         return caching.create(self.settings, batch_size, capacity=capacity, **choices)
 
     def make_paged_cache(
@@ -61,18 +65,22 @@ class MakesCaches(HasSettings):
         policy: Policy | None = None,
         codec: Codec | None = None,
         dtype: DTypeLike | None = None,
+        platform: str | None = None,
     ) -> PagedKVCache:
         """An empty pool of pages for ``y, cache = layer(x, cache=cache)``; tables come from the host.
 
         Args:
             num_pages: P, pages of the pool.
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on
+                that kernels take on the platform.
             batch_size: B, sequences of a step.
             max_length: most tokens of a sequence.
             policy: which tokens are kept; the layer's own if None, or `kvattn.policies.OrderedWindow` of its window,
                 which gives pages back and lets sequences share those of a prefix.
             codec: in how many bits; the layer's own if None.
             dtype: of what is stored without a codec; the layer's own if None.
+            platform: what the cache is made for, as in `kvattn.PagedKVCache.create`. None: the layer's mesh, or where
+                it is made.
 
         Raises:
             As `kvattn.PagedKVCache.create`.
@@ -86,4 +94,5 @@ class MakesCaches(HasSettings):
             policy=policy,
             codec=codec,
             dtype=dtype,
+            platform=platform,
         )

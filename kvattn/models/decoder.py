@@ -7,6 +7,7 @@ norm and the logits. The caches are explicit: one per layer that keeps keys and 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -243,6 +244,7 @@ class Decoder(nnx.Module):
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
         memory_kind: str | None = None,
+        platform: str | None = None,
     ) -> Caches:
         """Empty caches, one per layer that keeps keys and values (`DecoderConfig.cache_layers`).
 
@@ -254,15 +256,16 @@ class Decoder(nnx.Module):
             codec: in how many bits. None: as they are. A list or tuple: one for each of these layers.
             dtype: what is stored without a codec. None: the dtype the model computes in.
             memory_kind: "pinned_host" for keys and values in the host's memory, as in `kvattn.KVCache.create`.
+            platform: what the caches are made for, as in `kvattn.KVCache.create`. None: the model's mesh, or where they
+                are made.
 
         Raises:
             ShapeError: a list with more or fewer entries than there are such layers.
         """
         choices = zip(self.owners, self._each("policy", policy), self._each("codec", codec), strict=True)
+        options = {"dtype": dtype, "memory_kind": memory_kind, "platform": platform}
         return tuple(
-            layer.attention.make_cache(
-                batch_size, capacity, policy=policy, codec=codec, dtype=dtype, memory_kind=memory_kind
-            )
+            layer.attention.make_cache(batch_size, capacity, policy=policy, codec=codec, **options)
             for layer, policy, codec in choices
         )
 
@@ -276,6 +279,7 @@ class Decoder(nnx.Module):
         policy: Policy | Sequence[Policy | None] | None = None,
         codec: Codec | Sequence[Codec | None] | None = None,
         dtype: DTypeLike | None = None,
+        platform: str | None = None,
     ) -> tuple[PagedKVCache, ...]:
         """Empty pools of pages, one per layer that keeps keys and values.
 
@@ -285,24 +289,34 @@ class Decoder(nnx.Module):
         Args:
             num_pages: P, pages of each layer's pool. A list or tuple: one for each layer, so that those with a window
                 can have fewer (`kvattn.cache.pages_at_once`).
-            page_size: R, tokens of a page. None: as many as the codec encodes together, else 16.
+            page_size: R, tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on
+                that kernels take on the platform.
             batch_size: B, sequences of a step.
             max_length: most tokens of a sequence.
             policy: which tokens are kept. None: all of them; in layers with a window those within it, whose pages can
                 be given back (`kvattn.policies.OrderedWindow`). A list or tuple: one for each layer.
             codec: in how many bits. None: as they are. A list or tuple: one for each layer.
             dtype: what is stored without a codec. None: the dtype the model computes in.
+            platform: as in `make_cache`.
 
         Raises:
             ShapeError: a list with more or fewer entries than there are layers.
             Else as `kvattn.PagedKVCache.create`.
         """
         options = (self._each("num_pages", num_pages), self._each("policy", policy), self._each("codec", codec))
-        sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
-        return tuple(
-            layer.attention.make_paged_cache(pages, page_size, policy=policy, codec=codec, **sizes)
-            for layer, pages, policy, codec in zip(self.owners, *options, strict=True)
-        )
+        sizes = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "platform": platform}
+
+        def make(size: int | None) -> tuple[PagedKVCache, ...]:
+            return tuple(
+                layer.attention.make_paged_cache(pages, size, policy=policy, codec=codec, **sizes)
+                for layer, pages, policy, codec in zip(self.owners, *options, strict=True)
+            )
+
+        if page_size is None:
+            free = [cache.page_size for cache in jax.eval_shape(lambda: make(None)) if cache.codec.rows is None]
+            # Layers whose heads have other sizes may want larger pages; those that share tables need the same.
+            page_size = max(free) if len(free) == len(self.owners) else None
+        return make(page_size)
 
     @property
     def owners(self) -> tuple[Block, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float32, Int32, Shaped
 
-from kvattn._typing import Array
+from kvattn._typing import Array, Encoded
 from kvattn.attend.request import Request
 from kvattn.cache.view import View
 from kvattn.codecs import Format
@@ -42,6 +42,11 @@ def refusal(request: Request) -> str | None:
 def arrays(view: View) -> list[Shaped[Array, "..."]]:
     """Those of the cache, keys first."""
     return [*view.keys.values(), *view.values.values()]
+
+
+def tokens_beside(view: View, store: Encoded) -> int:
+    """How many tokens of a page lie side by side in the rows of keys or values (`kvattn.cache.pages`)."""
+    return view.page_size // store["data"].shape[-2] if view.page_table is not None else 1
 
 
 def format_of(view: View) -> Format:

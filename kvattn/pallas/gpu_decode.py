@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Shaped
 
+from kvattn import _target
 from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
@@ -30,6 +31,8 @@ from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
 
+CAPABILITIES = {"A100": "8.0", "L4": "8.9", "RTX 4090": "8.9", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
+"""Of devices of which no more than the name is known, as those of abstract meshes."""
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
@@ -42,10 +45,12 @@ SHORTEST_COPY = 128
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if (reason := _threads() if interpreted() else _device()) is not None:
+    if (reason := _threads() if interpreted("cuda") else _device()) is not None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
+    if any(common.tokens_beside(view, store) > 1 for store in (view.keys, view.values)):
+        return "tokens lie side by side in the pages, as TPUs like it; make the cache with platform='cuda'"
     form = common.format_of(view)
     if form.is_plain and view.keys["data"].dtype not in (jnp.bfloat16, jnp.float16):
         return f"a cache of {view.keys['data'].dtype} does not go through 16-bit matrix units"
@@ -86,10 +91,18 @@ def _threads() -> str | None:
     )
 
 
+def capability_of(target: _target.Target) -> str | None:
+    """The compute capability of a GPU, or None where it is not known."""
+    if target.platform != "cuda" or target.compute_capability is not None:
+        return target.compute_capability
+    kind = target.device_kind or ""
+    return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
+
+
 def _device() -> str | None:
-    """Why the default device cannot run it."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    if capability is not None and str(capability) != "9.0":
+    """Why the device that the program is made for cannot run it."""
+    capability = capability_of(_target.current())
+    if capability is not None and capability != "9.0":
         return f"it is made of Hopper's wgmma (compute capability 9.0); this GPU has {capability}"
     return None
 
@@ -100,12 +113,13 @@ def attend(request: Request, config: GpuConfig | None = None) -> Result:
     if request.query.size == 0:
         return _nothing(request)
     spec = _spec(request, config or config_for(request))
-    interpret = INTERPRETER if interpreted() else None
+    interpret = INTERPRETER if interpreted("cuda") else None
     table = {} if view.page_table is None else {"table": view.page_table}
     rows = _rows(request, spec)
     states = decode(spec, interpret, {**rows, **queries(request, spec), **_streams(view, spec), **table})
     scores = states.pop("scores", None)
-    out, lse = merge(spec, interpret, {name: x for name, x in rows.items() if name != "positions"}, states)
+    rows_read = {name: x for name, x in rows.items() if name != "positions"}
+    out, lse = merge(spec, interpret, rows_read, states, request.out_dtype or jnp.float32)
     out = out if spec.padded == spec.value_features else out[..., : spec.value_features]
     return out, lse, None if scores is None else _mass(scores, lse, rows, spec)[..., : view.layout.num_slots]
 
@@ -164,9 +178,9 @@ def fits(request: Request, config: GpuConfig) -> bool:
 
 def config_for(request: Request) -> GpuConfig:
     """The sizes of the table, or by rule: as many tiles in flight as shared memory holds."""
-    if interpreted():
+    if interpreted("cuda"):
         return GpuConfig(stages=2)
-    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    found = lookup(key(request), _target.current().device_kind)
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
@@ -219,14 +233,14 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
         want_scores=request.want_mass,
         config=config,
-        programs=config.blocks_per_sm * (2 if interpreted() else _multiprocessors()),
-        interpreted=interpreted(),
+        programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
+        interpreted=interpreted("cuda"),
     )
 
 
 def _multiprocessors() -> int:
-    """Of the default device; of an H200 where there is no GPU, which is when kernels are compiled ahead of time."""
-    return int(getattr(jax.local_devices()[0], "core_count", None) or 132)
+    """Of the device that the program is made for; of an H200 where nobody says which."""
+    return _target.current().num_cores or 132
 
 
 def _stored(view: View) -> list[Shaped[Array, "_ _ _ _"]]:

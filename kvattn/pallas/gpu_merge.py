@@ -6,6 +6,7 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from kvattn import _manual
 from kvattn._typing import Array
@@ -17,7 +18,9 @@ AT_ONCE = 4
 """States fetched at a time: their loads overlap."""
 
 
-def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mapping[str, Array]) -> tuple[Array, Array]:
+def merge(
+    spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mapping[str, Array], dtype: DTypeLike = F32
+) -> tuple[Array, Array]:
     """Merges states.
 
     Args:
@@ -25,9 +28,10 @@ def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mappi
         interpret: of `plgpu.kernel`.
         arrays: those of `Rows`, or "counts" and "at", as `gpu_body.decode` has them.
         states: "out", "top", "total", "first" and "last" as it returns them.
+        dtype: of out.
 
     Returns:
-        out float32 [B, T, N, Hv padded] and lse float32 [B, T, N]; 0 and -inf where there was nothing.
+        out [B, T, N, Hv padded] and lse float32 [B, T, N]; 0 and -inf where there was nothing.
     """
     named = {**arrays, **states}
     shape = (spec.batch, spec.length, spec.query_heads)
@@ -69,12 +73,12 @@ def merge(spec: Spec, interpret: Any, arrays: Mapping[str, Array], states: Mappi
         m, l, acc = lax.fori_loop(0, rounds, step, (jnp.float32(-jnp.inf), jnp.float32(0), zeros))
         empty = l == 0.0
         safe = jnp.where(empty, 1.0, l)
-        store(memory["merged"].at[row, t, n], acc / safe)
+        store(memory["merged"].at[row, t, n], (acc / safe).astype(dtype))
         memory["lse"][row, t, n] = jnp.where(empty, -jnp.inf, jnp.log(safe) + m)
 
     kernel = plgpu.kernel(
         kvattn_gpu_merge,
-        out_type=(_manual.result((*shape, spec.padded), F32, named), _manual.result(shape, F32, named)),
+        out_type=(_manual.result((*shape, spec.padded), dtype, named), _manual.result(shape, F32, named)),
         grid=(spec.batch * spec.length * spec.query_heads,),
         grid_names=("query",),
         interpret=interpret,

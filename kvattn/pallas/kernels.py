@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from kvattn.attend import registry
 from kvattn.attend.registry import Implementation, Kernel, Tuning
 from kvattn.pallas import tuning
-from kvattn.pallas.interpreter import interpreted, is_ahead_of_time
+from kvattn.pallas.interpreter import forced, interpreted, is_ahead_of_time
 
 
 def _gpu_decode() -> Kernel:
@@ -32,13 +32,19 @@ def _tpu_append() -> Callable[[Any], Any]:
 
 
 def _blocked(platform: str) -> str | None:
-    """Why a kernel made for a platform cannot run in this process; None: it can."""
-    backend = jax.default_backend()
-    if backend != platform and not (interpreted() or is_ahead_of_time()):
-        return f"it needs a {platform.upper()}, and the default backend here is {backend!r}"
+    """Why a kernel made for a platform is not to be had here, on whatever device; None: it is."""
+    if (mode := forced()) not in (None, platform):
+        return (
+            f"JAX's interpreter of {mode!r} kernels is forced upon all of them, and this one is made for {platform!r}"
+        )
     if axes := _shared_axes():
         return f"compilers do not divide kernels over mesh axes ({axes}); call it inside jax.shard_map over them"
     return None
+
+
+def _is_bound(platform: str) -> bool:
+    """Whether what a kernel traces can be lowered for its platform only."""
+    return not (interpreted(platform) or is_ahead_of_time())
 
 
 def _shared_axes() -> str:
@@ -52,8 +58,9 @@ registry.register(
     Implementation(
         "mosaic_gpu",
         _gpu_decode,
-        platform="gpu",
-        blocked=functools.partial(_blocked, "gpu"),
+        platform="cuda",
+        blocked=functools.partial(_blocked, "cuda"),
+        is_bound=functools.partial(_is_bound, "cuda"),
         tuning=Tuning(tuning.GpuConfig, tuning.CANDIDATES["mosaic_gpu"]),
     )
 )
@@ -63,6 +70,7 @@ registry.register(
         _tpu_decode,
         platform="tpu",
         blocked=functools.partial(_blocked, "tpu"),
+        is_bound=functools.partial(_is_bound, "tpu"),
         writer=_tpu_append,  # XLA would copy the cache around a single token
         tuning=Tuning(tuning.TpuConfig, tuning.CANDIDATES["mosaic_tpu"]),
     )

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int32
 
-from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.attend.request import Request
 
@@ -69,10 +68,29 @@ def plan(request: Request, positions: Int32[Array, "B K1 S"], rows: int) -> Plan
     # A row that reaches nothing still has its output written.
     first = jnp.arange(near.shape[1], dtype=jnp.int32)[None] == 0
     needed = near | (first & ~jnp.any(near, axis=1, keepdims=True))
-    flat = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)[0].astype(jnp.int32)
-    row, tile = flat // needed.shape[1], flat % needed.shape[1]
-    whole = filled.reshape(-1)[flat].astype(jnp.int32)
+    row, tile, whole = _listed(needed, filled)
     return Plan(jnp.sum(needed, dtype=jnp.int32)[None], row, tile, whole, needed)
+
+
+def _listed(
+    needed: Bool[Array, "B tiles"], filled: Bool[Array, "B tiles"]
+) -> tuple[Int32[Array, " entries"], Int32[Array, " entries"], Int32[Array, " entries"]]:
+    """Row, tile and whether it is filled, of what is needed, in order; what follows means nothing.
+
+    By counting and comparing, which is what vector units do. `jnp.nonzero` would scatter and look up one number after
+    the other; here whole rows are looked up.
+    """
+    batch, tiles = needed.shape
+    up_to = jnp.cumsum(needed, axis=1, dtype=jnp.int32)  # needed ones up to each tile, itself included
+    ends = jnp.cumsum(up_to[:, -1])
+    entry = jnp.arange(batch * tiles, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= entry[:, None], axis=1, dtype=jnp.int32), batch - 1)
+    before = ends - up_to[:, -1]
+    of_row = jnp.take(jnp.concatenate([up_to, filled.astype(jnp.int32), before[:, None]], axis=1), row, axis=0)
+    number = (entry - of_row[:, -1])[:, None]  # among those of the row
+    tile = jnp.minimum(jnp.sum(of_row[:, :tiles] <= number, axis=1, dtype=jnp.int32), tiles - 1)
+    here = tile[:, None] == jnp.arange(tiles, dtype=jnp.int32)[None]
+    return row, tile, jnp.sum(jnp.where(here, of_row[:, tiles : 2 * tiles], 0), axis=1)
 
 
 def pages_of(
@@ -88,16 +106,13 @@ def pages_of(
         per_tile: pages per tile.
         num_pages: P; what the table says beyond it is not followed.
     """
-    width = table.shape[1]
-    column = chosen.tile[:, None] * per_tile + jnp.arange(per_tile, dtype=jnp.int32)[None]
-    page = table[chosen.row[:, None], jnp.minimum(column, width - 1)]
-    there = (column < width) & (page >= 0) & (page < num_pages)
-
-    def keep(
-        last: Int32[Array, " parts"], now: tuple[Int32[Array, " parts"], Bool[Array, " parts"]]
-    ) -> tuple[Int32[Array, " parts"], Int32[Array, " parts"]]:
-        page, there = now
-        page = jnp.where(there, page, last)
-        return page, page
-
-    return _manual.scan(keep, jnp.zeros((per_tile,), jnp.int32), (page, there))[1]
+    batch, tiles = chosen.needed.shape
+    table = jnp.where((table >= 0) & (table < num_pages), table, -1)[:, : tiles * per_tile]
+    table = jnp.pad(table, ((0, 0), (0, tiles * per_tile - table.shape[1])), constant_values=-1)
+    # A tile's pages are looked up together: number by number it takes longer than attention does.
+    page = jnp.take(table.reshape(batch * tiles, per_tile), chosen.row * tiles + chosen.tile, axis=0)
+    step = 1
+    while step < page.shape[0]:  # the last one before that is there, by doubling: no step for each tile
+        before = jnp.pad(page[:-step], ((step, 0), (0, 0)), constant_values=-1)
+        page, step = jnp.where(page >= 0, page, before), 2 * step
+    return jnp.maximum(page, 0)

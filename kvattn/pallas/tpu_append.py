@@ -116,10 +116,14 @@ def _in_pages(store: Pages, array: Array, slots: Array, x: Array, last: bool) ->
     latest = jax.lax.cummax(jnp.where(real, steps, -1))
     stand = jnp.where(latest >= 0, latest, jnp.argmax(real).astype(jnp.int32))
     page, at = jnp.clip(page, 0, pages - 1), jnp.where(real, at % store.page_size, -1)
-    tile = jnp.maximum(at, 0) // size
+    # Where tokens lie side by side, those on the right are counted behind a whole block.
+    beside = 1 if last else tail[1] // x.shape[-1]
+    row, side = (at % tail[0], at // tail[0]) if beside > 1 else (at, 0)
+    tile = jnp.maximum(row, 0) // size
+    x = x if beside == 1 else jnp.concatenate([x] * beside, axis=-1)
     place = lambda i, page, head, tile, at: (head[i], page[i], *((0, tile[i]) if last else (tile[i], 0)))
-    scalars = (page[stand], jnp.zeros_like(steps), tile[stand], jnp.where(at >= 0, at % size, -1))
-    return _run(array, x, scalars, pl.BlockSpec((heads, 1, *block), place), last)
+    scalars = (page[stand], jnp.zeros_like(steps), tile[stand], jnp.where(at >= 0, row % size + side * size, -1))
+    return _run(array, x, scalars, pl.BlockSpec((heads, 1, *block), place), last, beside)
 
 
 def _block(tail: list[int], last: bool) -> tuple[int, tuple[int, int]]:
@@ -136,17 +140,18 @@ def _run(
     scalars: tuple[Int32[Array, " steps"], ...],
     spec: pl.BlockSpec,
     last: bool,
+    beside: int = 1,
 ) -> Array:
-    """Puts token i of x ([K, 1, F], or [K, F, 1] if last) into the block that the scalars name."""
+    """Puts token i of x ([K, 1, F], or [K, F, 1] if last) into the block that the scalars name; one side of it."""
     array = _manual.like(array, scalars, x)
     shape: Any = _manual.result(array.shape, array.dtype, array)
-    if not interpreted():
+    if not interpreted("tpu"):
         # Otherwise XLA moves what fits there into VMEM as a whole, and back again.
         shape = pltpu.MemorySpace.HBM.like(array)
         array = pltpu.with_memory_space_constraint(array, pltpu.MemorySpace.HBM)
     block: Any = spec.block_shape
     return pl.pallas_call(
-        functools.partial(_body, axis=-1 if last else -2),
+        functools.partial(_body, axis=-1 if last else -2, beside=beside),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(x.shape[0],),
@@ -156,12 +161,12 @@ def _run(
         out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
         compiler_params=params(4 * math.prod(block) * array.dtype.itemsize),
-        interpret=INTERPRETER if interpreted() else False,
+        interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)
 
 
-def _body(major, minor, tile, at, x, old, new, *, axis):
+def _body(major, minor, tile, at, x, old, new, *, axis, beside):
     """One token: scalars int32 [steps]; x [1, K, 1, F] or [1, K, F, 1]; blocks [1, 1, K, R, F] or [K, 1, R, F]."""
     i = pl.program_id(0)
     before = jnp.maximum(i - 1, 0)
@@ -176,6 +181,10 @@ def _body(major, minor, tile, at, x, old, new, *, axis):
         block = new[...]
         # Registers select among 32-bit numbers on every TPU.
         wide = jnp.float32 if jnp.issubdtype(block.dtype, jnp.floating) else jnp.int32
-        here = jax.lax.broadcasted_iota(jnp.int32, block.shape, block.ndim + axis) == at[i]
+        number = jax.lax.broadcasted_iota(jnp.int32, block.shape, block.ndim + axis)
+        if beside > 1:
+            column = jax.lax.broadcasted_iota(jnp.int32, block.shape, block.ndim - 1)
+            number += column // (block.shape[-1] // beside) * block.shape[-2]
+        here = number == at[i]
         token = x[...][None] if block.ndim == 5 else x[0][:, None]
         new[...] = jnp.where(here, token.astype(wide), block.astype(wide)).astype(block.dtype)

@@ -11,14 +11,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
-from kvattn import _manual
+from kvattn import _manual, _target
 from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
@@ -47,6 +46,8 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
         reason = tpu_read.refuses(view.codec, head_dim, store["data"], store["data"].shape[-2])
         if reason is not None:
             return reason
+    if len({common.tokens_beside(view, store) for store in (view.keys, view.values)}) > 1:
+        return f"of heads of {view.key_head_dim} and {view.value_head_dim} tokens lie side by side in one, not in both"
     rows = rows_of(view, config)
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
@@ -73,7 +74,8 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     chosen = tiles.plan(request, positions, rows)
 
     scalars = _scalars(view, chosen, rows)
-    inputs = {**_queries(request, padded), "positions": _positions(positions, rows), **_stores(view, rows)}
+    seen = _side_by_side(view, positions, rows)
+    inputs = {**_queries(request, padded), "positions": _positions(seen, rows), **_stores(view, rows)}
     results = _results(request, padded, slots, rows)
     arrays = [*scalars.values(), *(x for x, _ in inputs.values())]
     out, lse, *scores = pl.pallas_call(
@@ -90,23 +92,41 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
             grid=_grid(chosen),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in results.values()],
-            scratch_shapes=[pltpu.VMEM((heads, padded, size), jnp.float32) for size in (1, 1, view.value_head_dim)],
+            scratch_shapes=[pltpu.VMEM((heads, padded, size), jnp.float32) for size in (1, 1, _width(view))],
         ),
         out_shape=[_manual.result(shape, jnp.float32, arrays) for shape, _ in results.values()],
         compiler_params=params(vmem_bytes(request, config)),
-        interpret=INTERPRETER if interpreted() else False,
+        interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_decode",
     )(*arrays)
 
     split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
-    out, lse = tpu_read.restored(split(out), common.format_of(view)), split(lse)[..., 0]
+    out = tpu_read.restored(split(out), common.format_of(view), common.tokens_beside(view, view.values))
+    lse = split(lse)[..., 0]
     if not request.want_mass:
         return out, lse, None
     seen = jnp.repeat(chosen.needed, rows, axis=1)[:, None, None]
     by_head = grouped(lse[..., None], heads).reshape(batch, heads, count, 1)
     by_head = jnp.where(jnp.isneginf(by_head), jnp.inf, by_head)
     probs = jnp.where(seen, jnp.exp(scores[0][:, :, :count] - by_head), 0)
-    return out, lse, jnp.sum(probs, axis=2)[..., : view.layout.num_slots] / group
+    mass = _side_by_side(view, jnp.sum(probs, axis=2), rows, back=True)
+    return out, lse, mass[..., : view.layout.num_slots] / group
+
+
+def _width(view: View) -> int:
+    """Columns of outputs in the kernel: those of a row of values."""
+    return view.value_head_dim * common.tokens_beside(view, view.values)
+
+
+def _side_by_side(view: View, x: Shaped[Array, "*lead S"], rows: int, back: bool = False) -> Shaped[Array, "*lead S"]:
+    """Slots in the order in which a tile has them (`tpu_read.Store.beside`); or `back` from it."""
+    beside = common.tokens_beside(view, view.keys)
+    if beside == 1:
+        return x
+    pages = rows // view.page_size
+    order = (beside, pages) if back else (pages, beside)
+    cut = x.reshape(*x.shape[:-1], -1, *order, view.page_size // beside)
+    return cut.swapaxes(-3, -2).reshape(x.shape)
 
 
 # What the kernel is given, by name ---------------------------------------------------------------
@@ -137,7 +157,8 @@ def _queries(request: Request, padded: int) -> Operands:
     count = group * length
     fill = ((0, 0), (0, padded - count))
     query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), *fill, (0, 0)))
-    query = tpu_read.spread(query, common.format_of(view)).astype(_wide(request))
+    query = tpu_read.spread(query, common.format_of(view), common.tokens_beside(view, view.keys))
+    query = query.astype(_wide(request))
     at = jnp.pad(common.query_positions(request), fill, constant_values=-1)
     found: Operands = {"query": (query, _by_row(*query.shape[1:])), "at": (at[..., None], _by_row(padded, 1))}
     slopes = common.query_slopes(request)
@@ -162,7 +183,7 @@ def _stores(view: View, rows: int) -> Operands:
             if not last and tpu_read.tokens_last(x.shape[-1]):
                 # As it lies already: no copy.
                 x, last = x.swapaxes(-1, -2), True
-            if not interpreted():
+            if not interpreted("tpu"):
                 # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
                 x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
             if view.page_table is None:
@@ -176,7 +197,7 @@ def _stores(view: View, rows: int) -> Operands:
 
 def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
     """Shapes of the results, float32, and the block that is written in a step."""
-    batch, heads, size = request.query.shape[0], request.view.num_kv_heads, request.view.value_head_dim
+    batch, heads, size = request.query.shape[0], request.view.num_kv_heads, _width(request.view)
     found = {
         "out": ((batch, heads, padded, size), _by_row(heads, padded, size)),
         "lse": ((batch, heads, padded, 1), _by_row(heads, padded, 1)),
@@ -198,6 +219,7 @@ def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
             last=tpu_read.tokens_last(store["data"].shape[-1]),
             head_dim=head_dim,
             wide=_wide(request),
+            beside=common.tokens_beside(view, store),
         )
         for role, store, head_dim in stores
     }
@@ -223,8 +245,9 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
     count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
     groups = view.keys["scale"].shape[-2] if common.format_of(view).is_grouped else 1
-    queries = count * groups * wide(view.key_head_dim)
-    results = count * (wide(view.value_head_dim) + tpu_read.LANES + (rows if request.want_mass else 0))
+    beside = common.tokens_beside(view, view.keys)
+    queries = count * groups * beside * wide(view.key_head_dim * beside)
+    results = count * (wide(_width(view)) + tpu_read.LANES + (rows if request.want_mass else 0))
     return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)
 
 
@@ -246,7 +269,7 @@ def fits(request: Request, config: TpuConfig) -> bool:
 
 def config_for(request: Request) -> TpuConfig:
     """The sizes of the table, or the usual ones."""
-    found = lookup(key(request), jax.local_devices()[0].device_kind)
+    found = lookup(key(request), _target.current().device_kind)
     return found if isinstance(found, TpuConfig) and fits(request, found) else TpuConfig()
 
 
@@ -255,7 +278,7 @@ def rows_of(view: View, config: TpuConfig | None = None) -> int:
     config = config or TpuConfig()
     slots = _tokens(view)
     data = view.keys["data"]
-    token_bytes = view.num_kv_heads * data.shape[-1] * data.dtype.itemsize
+    token_bytes = view.num_kv_heads * data.shape[-1] * data.dtype.itemsize // common.tokens_beside(view, view.keys)
     lanes = tpu_read.LANES
     rows = min(max(config.tile_bytes // token_bytes // lanes * lanes, lanes), config.most_rows)
     if view.page_table is not None:
@@ -305,7 +328,8 @@ def _body(*refs, names, readers, rule, scale, softcap):
         q_at = at[0]  # [M, 1]
         for k in range(heads):
             kv_at = positions[0, min(k, positions.shape[1] - 1)][None]  # [1, R]
-            scores = keys.scores(query[0, k], k, scale)
+            filled = None if every_slot_is_filled else kv_at >= 0
+            scores = keys.scores(query[0, k], k, scale, filled)
             if softcap is not None:
                 scores = jnp.tanh(scores / softcap) * softcap
             if slopes is not None:
@@ -321,7 +345,7 @@ def _body(*refs, names, readers, rule, scale, softcap):
             keep, probs = jnp.exp(old - shift), jnp.exp(scores - shift)
             top[k] = new
             total[k] = total[k] * keep + jnp.sum(probs, axis=1, keepdims=True)
-            mixed = values.mix(probs, k, None if every_slot_is_filled else kv_at >= 0)
+            mixed = values.mix(probs, k, filled)
             acc[k] = acc[k] * keep + mixed
 
     pl.when(whole[i] == 1)(lambda: tile(True))

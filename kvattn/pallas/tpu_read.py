@@ -52,8 +52,15 @@ def refuses(codec: Codec, head_dim: int, data: Shaped[Array, "..."], tokens: int
     return None
 
 
-def spread(query: Array, form: Format) -> Array:
-    """Rows [..., M, H] as `Store.scores` wants them: of groups [..., G M, H], each group's channels in rows alone."""
+def spread(query: Array, form: Format, beside: int = 1) -> Array:
+    """Rows [..., M, H] as `Store.scores` wants them: of groups [..., G M, H], each group's channels in rows alone.
+
+    Where tokens lie side by side, [..., 2 M, 2 H]: rows for those on the left, and rows for those on the right.
+    """
+    if beside > 1:
+        zeros = jnp.zeros_like(query)
+        sides = [jnp.concatenate(pair, axis=-1) for pair in ((query, zeros), (zeros, query))]
+        return jnp.concatenate(sides, axis=-2)
     if not form.is_grouped:
         return query
     turn = lambda x: x.reshape(*x.shape[:-1], 2, -1, 2).swapaxes(-1, -2).reshape(x.shape)
@@ -62,8 +69,10 @@ def spread(query: Array, form: Format) -> Array:
     return jnp.concatenate(alone, axis=-2)
 
 
-def restored(out: Array, form: Format) -> Array:
-    """What `Store.mix` gives, [..., H], with its channels in order."""
+def restored(out: Array, form: Format, beside: int = 1) -> Array:
+    """What `Store.mix` gives, [..., H], with its channels in order; or [..., 2 H], of both sides, added up."""
+    if beside > 1:
+        return out.reshape(*out.shape[:-1], beside, -1).sum(axis=-2)
     if not form.is_grouped:
         return out
     return out.reshape(*out.shape[:-1], 2, 2, -1).swapaxes(-1, -2).reshape(out.shape)
@@ -80,6 +89,8 @@ class Store:
         last: whether the data lies with its tokens last.
         head_dim: H.
         wide: dtype of the products' operands.
+        beside: how many tokens lie side by side. Then the slots of a tile come side by side too: those on the left of
+            all its pages first.
     """
 
     parts: dict[str, list[Any]]
@@ -87,12 +98,19 @@ class Store:
     last: bool
     head_dim: int
     wide: DTypeLike
+    beside: int = 1
 
-    def scores(self, query: Array, k: int, scale: float) -> Array:
-        """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k."""
+    def scores(self, query: Array, k: int, scale: float, filled: Array | None) -> Array:
+        """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k; `filled` as in `mix`."""
         if self.format.is_grouped:
             return self._grouped_scores(query, k, scale)
-        scores = self._product(query, self._data(k).astype(self.wide), along_tokens=False)
+        keys = self._data(k)
+        if self.beside > 1:
+            # A product with the token on one side has that on the other in it, times 0, which does not undo NaN.
+            keys = self._cleared(keys, filled)
+        scores = self._product(query, keys.astype(self.wide), along_tokens=False)
+        if self.beside > 1:
+            scores = _beside(_halves(scores, 0), axis=1)
         return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
 
     def mix(self, probs: Array, k: int, filled: Array | None) -> Array:
@@ -108,13 +126,27 @@ class Store:
         if "scale" in self.parts:
             factor = self._row("scale", k)
             probs = probs * (factor if filled is None else jnp.where(filled, factor, 0.0))
-        values = self._data(k)
         # What lies in an unused slot may be NaN, and a probability of 0 does not undo it.
-        if filled is not None and jnp.issubdtype(values.dtype, jnp.floating):
-            if not self.last:
-                filled = jnp.broadcast_to(jnp.where(filled, 1, 0), (SUBLANES, filled.shape[1])).T[:, :1] > 0
-            values = jnp.where(filled, values.astype(jnp.float32), 0.0)
-        return self._product(probs.astype(self.wide), values.astype(self.wide), along_tokens=True)
+        probs, values = probs.astype(self.wide), self._cleared(self._data(k), filled).astype(self.wide)
+        if self.beside == 1:
+            return self._product(probs, values, along_tokens=True)
+        left, right = _halves(self._product(_beside(_halves(probs, 1), axis=0), values, along_tokens=True), 0)
+        return jnp.where(self._is_left(left.shape), left, right)
+
+    def _cleared(self, tile: Array, filled: Array | None) -> Array:
+        """A tile [...] as `_data` gives it with 0 in slots that hold nothing, which bool [1, R] tells; None: all do."""
+        if filled is None or not jnp.issubdtype(tile.dtype, jnp.floating):
+            return tile
+        if self.beside > 1:
+            left, right = (_upright(half) for half in _halves(filled, 1))
+            filled = jnp.where(self._is_left(tile.shape), left, right) > 0
+        elif not self.last:
+            filled = _upright(filled) > 0
+        return jnp.where(filled, tile.astype(jnp.float32), 0.0)
+
+    def _is_left(self, shape: tuple[int, ...]) -> Array:
+        """bool [..., 2 H]: which columns are of the tokens on the left."""
+        return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < shape[-1] // 2
 
     def _data(self, k: int) -> Array:
         """[R, H] or [H, R]."""
@@ -123,7 +155,10 @@ class Store:
 
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
-        return _joined(self.parts[name], k, axis=1)
+        if self.beside == 1:
+            return _joined(self.parts[name], k, axis=1)
+        left, right = zip(*(_halves(part[k, 0], 1) for part in self.parts[name]), strict=True)
+        return _beside([*left, *right], axis=1)
 
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
         """float32 [M, R] of rows [M, H], or `along_tokens` [M, H] of rows [M, R], with a tile as `_data` gives it."""
@@ -192,6 +227,17 @@ class Store:
 def _joined(parts: list, k: int, axis: int) -> Array:
     """The tile [R, F] or [F, R] of head k; pages one behind the other along `axis`."""
     return _beside([part[0, 0, k] if len(part.shape) == 5 else part[k, 0] for part in parts], axis)
+
+
+def _halves(x: Array, axis: int) -> list[Array]:
+    """A matrix [...] cut in two along `axis`."""
+    size = x.shape[axis] // 2
+    return [jax.lax.slice_in_dim(x, n * size, (n + 1) * size, axis=axis) for n in range(2)]
+
+
+def _upright(filled: Array) -> Array:
+    """int32 [R, 1] of bool [1, R]."""
+    return jnp.broadcast_to(jnp.where(filled, 1, 0), (SUBLANES, filled.shape[1])).T[:, :1]
 
 
 def _beside(arrays: list[Array], axis: int) -> Array:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvattn import _target
 from kvattn._typing import Array
 from kvattn.attend import registry
 from kvattn.attend.request import Request
@@ -103,9 +104,9 @@ def save(path: str | os.PathLike, table: Mapping[str, Config]) -> None:
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def lookup(key: str, device_kind: str) -> Config | None:
-    """What was measured for a key; None: nothing."""
-    return _USED.get(key) or _shipped(device_kind).get(key)
+def lookup(key: str, device_kind: str | None) -> Config | None:
+    """What was measured for a key, on devices of a kind, where that is known; None: nothing."""
+    return _USED.get(key) or (None if device_kind is None else _shipped(device_kind).get(key))
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def tune(
     """
     tunable = [(one, one.tuning) for one in map(registry.named, registry.made_for()) if one.tuning is not None]
     if not tunable:
-        raise UnsupportedError(f"there is no kernel to tune on {jax.default_backend()!r}, the default backend here.")
+        raise UnsupportedError(f"there is no kernel to tune on {_target.platform()!r}, where this runs.")
     ((implementation, tuning), *_) = tunable
     kernel: Any = implementation.load()
     positions = cache.lengths[:, None] - query.shape[1] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]

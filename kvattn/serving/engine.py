@@ -58,7 +58,8 @@ class Engine:
         model: the decoder, on its mesh if it has one.
         num_pages: pages of each layer's pool; a list or tuple: of each layer's. "auto": as many as the device has room
             for, once, beside what it holds now.
-        page_size: tokens of a page. None: as many as the codec encodes together, else 16.
+        page_size: tokens of a page. None: as many as the codec encodes together, else the smallest from 16 on that
+            kernels take where the model runs.
         max_batch: rows: sequences that are decoded at a time.
         max_length: most tokens of a sequence, prompt and new ones.
         prefix_cache: whether what was computed stays for prompts that begin with it, as long as there is room. Policies
@@ -109,7 +110,7 @@ class Engine:
         model: Decoder,
         *,
         num_pages: int | str | Sequence[int],
-        page_size: int | None = 16,
+        page_size: int | None = None,
         max_batch: int = 8,
         max_length: int,
         prefix_cache: bool = True,

@@ -89,6 +89,12 @@ def pages_for(
     return pages if together is None else together.least(pages) * hosts
 
 
+def page_size_for(model: Decoder, policy: Any, codec: Any) -> int:
+    """Tokens of a page where nobody says how many: those of the first layer's pages."""
+    make = lambda: model.make_paged_cache(1, batch_size=1, max_length=1, policy=policy, codec=codec)
+    return jax.eval_shape(make)[0].page_size
+
+
 def memory_left() -> float:
     """Bytes that the first device has left; of a host, half of what is free."""
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -7,7 +7,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kvattn import _checks
+from kvattn import _checks, _target
 from kvattn.cache import Cache
 from kvattn.cache.axes import axis_of
 from kvattn.cache.base import nbytes_of
@@ -128,7 +128,8 @@ def arrange[C: Cache](
             cache = split.put(cache, rows.cache_specs(split, cache))
         cache = without_copies(cache, cache.num_kv_heads // num_kv_heads)
     scheme = resolved(split, cache, by)
-    cache = scheme.arrange(split, cache)
+    with _target.aimed_at(cache.platform or mesh):
+        cache = scheme.arrange(split, cache)
     scheme.check(split, cache, None)
     return cache
 

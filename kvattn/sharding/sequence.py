@@ -135,7 +135,8 @@ class Share(Part):
     ) -> C:
         """Stores the tokens whose slots are here."""
         here = self.slots(cache.store, slots)
-        written = cache.write(here, key, value, api.writer(cache.store.share(self.size), implementation))
+        store = api.writer(cache.store.share(self.size), implementation, arrays=cache.keys, platform=cache.platform)
+        written = cache.write(here, key, value, store)
         unfit = cache.unfit(slots, key.swapaxes(1, 2), None if value is None else value.swapaxes(1, 2))
         return written.replace(status=bits.mark(cache.status, unfit, bits.NONFINITE))
 

@@ -180,7 +180,7 @@ FAULTS: list[Fault] = [
     *group(
         "attend/api.py",
         "test_host_caches.py::test_kernels_refuse_by_name",
-        ("choose", "and not named(name).reads_host", "and named(name).reads_host"),
+        ("_refusal", "and not record.reads_host", "and record.reads_host"),
     ),
     *group(
         "cache/base.py",
@@ -925,15 +925,21 @@ FAULTS: list[Fault] = [
             "jnp.all(cut(positions >= 0), axis=(1, 3))",
             "jnp.all(cut(positions >= 0), axis=3).any(axis=1)",
         ),
-        ("pages_of", "page = table[chosen.row[:, None]", "page = table.astype(jnp.int16)[chosen.row[:, None]"),
-        ("pages_of", "page < num_pages", "page <= num_pages"),
-        (
-            "pages_of",
-            "column < width",
-            "column <= width",
-            "",
-            "the column is clamped to the last one, which is fetched once more",
-        ),
+        ("pages_of", "jnp.take(table.reshape", "jnp.take(table.astype(jnp.int16).astype(jnp.int32).reshape"),
+    ),
+    *group(
+        "pallas/tiles.py",
+        "test_blocks.py::test_the_list_of_tiles_and_their_pages",
+        ("_listed", "ends[None] <= entry", "ends[None] < entry"),
+        ("_listed", "of_row[:, :tiles] <= number", "of_row[:, :tiles] < number"),
+        ("_listed", "of_row[:, tiles : 2 * tiles]", "of_row[:, :tiles]"),
+        ("_listed", "entry - of_row[:, -1]", "entry"),
+        ("pages_of", "table < num_pages", "table <= num_pages"),
+        ("pages_of", "table >= 0", "table > 0"),
+        ("pages_of", "page >= 0, page, before", "page > 0, page, before"),
+        ("pages_of", "chosen.row * tiles + chosen.tile", "chosen.row + chosen.tile"),
+        ("pages_of", "2 * step", "4 * step"),
+        ("pages_of", "[:, : tiles * per_tile]", "[:, -tiles * per_tile :]"),
     ),
     *group(
         "pallas/shares.py",
@@ -1037,7 +1043,7 @@ FAULTS: list[Fault] = [
         ("Store._grouped_mix", "probs * low - self._offset", "probs * step - self._offset"),
         ("Store._grouped_mix", "jnp.where(filled, x, 0.0)", "x"),
         ("Store.mix", "jnp.where(filled, factor, 0.0)", "factor"),
-        ("Store.mix", "jnp.where(filled, values.astype(jnp.float32), 0.0)", "values.astype(jnp.float32)"),
+        ("Store._cleared", "jnp.where(filled, tile.astype(jnp.float32), 0.0)", "tile.astype(jnp.float32)"),
     ),
     *group(
         "pallas/tpu_append.py",
@@ -1468,15 +1474,15 @@ FAULTS: list[Fault] = [
         "test_shard_map.py",
         ("_settled", "jax.tree.map(lambda x: _over(x, axes), carry)", "carry"),
         (
-            "cond",
-            "_axes(a) | _axes(b)",
-            "_axes(a)",
+            "alike",
+            "frozenset().union(*map(_axes, each))",
+            "_axes(each[0])",
             "test_shard_map.py::test_either_branch_may_be_the_same_on_all_devices",
         ),
         (
-            "cond",
-            "_axes(a) | _axes(b)",
-            "_axes(b)",
+            "alike",
+            "frozenset().union(*map(_axes, each))",
+            "_axes(each[-1])",
             "test_shard_map.py::test_either_branch_may_be_the_same_on_all_devices",
         ),
         (
@@ -2437,7 +2443,7 @@ FAULTS: list[Fault] = [
     *group(
         "attend/api.py",
         "test_values_in_keys.py::test_kernels_refuse_by_name_and_xla_reads",
-        ("choose", "request.view.values_in_keys and not", "False and not"),
+        ("_refusal", "request.view.values_in_keys and not", "False and not"),
     ),
     *group(
         "memory/formula.py",
@@ -2722,6 +2728,159 @@ FAULTS: list[Fault] = [
         ("_temperature", "if on else None", ""),
         ("_experts", '"expert_weighs": "input"', '"expert_weighs": "output"'),
         ("_is_sparse", "(layer + 1) % every", "layer % every"),
+    ),
+    # The target decides, not the host --------------------------------------------------------------------------------
+    *group(
+        "_target.py",
+        """
+        test_target.py::test_the_mesh_and_the_default_device_say_it
+        test_target.py::test_exported_on_a_cpu
+        test_target.py::test_arguments_on_a_mesh_say_it
+        """,
+        ("ambient", "device = jax.sharding.get_abstract_mesh().abstract_device", "device = None"),
+        ("current", "_NAMED.get() or ambient()", "ambient()"),
+        ("of_arrays", "if device is not None:", "if False:"),
+        ("_canonical", 'else "cuda"', 'else "gpu"'),
+        (
+            "_named",
+            "if isinstance(what, AbstractMesh) and what.abstract_device is not None:",
+            "if False:",
+            "test_target.py::test_sharded_caches",
+        ),
+        ("checked", "given in PLATFORMS", "True", "test_target.py::test_a_platform_that_is_named"),
+    ),
+    *group(
+        "attend/api.py",
+        """
+        test_target.py::test_exported_on_a_cpu
+        test_target.py::test_arguments_on_a_mesh_say_it
+        test_target.py::test_elsewhere_it_works_all_the_same
+        """,
+        ("_find", "may_wait and record.is_bound() and implementation is None", "False"),
+        ("_find", "            if may_wait:", "            if False:"),
+        ("_find", "_target.of_arrays(view.keys) or", ""),
+        ("writer", "kernels.setdefault(str(record.platform), kernel)", "pass"),
+        ("attend", "if found.name is None:\n        default =", "if False:\n        default ="),
+        ("_runs_on", "is_made_for(record, platform) or", "True or"),
+    ),
+    *group(
+        "attend/late.py",
+        """
+        test_target.py::test_exported_on_a_cpu
+        test_target.py::test_inside_a_shard_map
+        test_target.py::test_derivatives_and_rows_mapped_over
+        """,
+        (
+            "by_platform",
+            "_manual.alike((*aimed.values(), default), *operands)",
+            "(*aimed.values(), default)",
+            "test_target.py::test_branches_in_a_shard_map",
+        ),
+        ("_lower", "raise UnsupportedError(message)", "return [x]"),
+    ),
+    *group(
+        "attend/step.py",
+        "test_target.py::test_arguments_on_a_mesh_say_it",
+        ("Step.__call__", "cache.platform or _target.of_arrays(cache.keys)", "cache.platform"),
+    ),
+    *group(
+        "attend/page_sizes.py",
+        """
+        test_target.py::test_the_smallest_pages_that_every_kernel_takes
+        """,
+        ("smallest", "taking[size]", "-size"),
+        ("smallest", "_target.aimed_at(platform)", "_target.aimed_at(None)"),
+    ),
+    *group(
+        "models/decoder.py",
+        "test_target.py::test_layers_of_a_model_have_pages_of_one_size",
+        ("Decoder.make_paged_cache", "max(free)", "min(free)"),
+    ),
+    *group(
+        "codecs/float8.py",
+        "test_target.py::test_elsewhere_it_works_all_the_same",
+        ("Float8.write", 'encoded["data"].dtype != stored', "False"),
+    ),
+    *group(
+        "pallas/interpreter.py",
+        "test_target.py::test_interpreters_that_jax_forces",
+        ("interpreted", "platform in (None, mode)", "True"),
+        ("forced", '"GPU" in type(mode).__name__', "False"),
+    ),
+    *group(
+        "pallas/kernels.py",
+        "test_target.py::test_interpreters_that_jax_forces",
+        ("_blocked", "not in (None, platform)", "in ()"),
+    ),
+    *group(
+        "cache/base.py",
+        "test_target.py::test_check_says_once_what_a_move_costs",
+        ("Cache.check", "_WARNED.add(cost)", "pass"),
+        ("Cache._cost_of_moving", '("cpu" if in_blocks else None)', "None"),
+    ),
+    *group(
+        "sharding/cache.py",
+        "test_target.py::test_sharded_caches",
+        ("arrange", "cache.platform or mesh", "cache.platform"),
+        ("arrange", "cache.platform or mesh", "mesh"),
+    ),
+    *group(
+        "layers/caching.py",
+        "test_target.py::test_sharded_caches\ntest_target.py::test_layers_and_models_pass_it_on",
+        ("_placed.arranged", "_target.aimed_at(settings.mesh)", "_target.aimed_at(None)"),
+    ),
+    *group(
+        "cache/pages.py",
+        """
+        test_blocks.py::test_tokens_side_by_side
+        test_blocks.py::test_where_tokens_lie_side_by_side
+        """,
+        ("Pages._gather", "swapaxes(3, 4)", "swapaxes(3, 4)[:, :, :, ::-1]"),
+        ("Pages.write", "row % pool.shape[-2], row // pool.shape[-2]", "row % pool.shape[-2], 0 * row"),
+        ("tokens_beside", "and page_size % LANES", ""),
+        ("tokens_beside", "page_size % (2 * SUBLANES) == 0", "True"),
+        ("tokens_beside", '_target.platform() == "tpu"', '_target.platform() != "cpu"'),
+    ),
+    *group(
+        "pallas/tpu_read.py",
+        "test_tpu_kernels.py::test_tokens_that_lie_side_by_side",
+        ("spread", "(query, zeros), (zeros, query)", "(zeros, query), (query, zeros)"),
+        ("Store.scores", "keys = self._cleared(keys, filled)", "pass"),
+        ("Store.mix", "_beside(_halves(probs, 1), axis=0)", "_beside(_halves(probs, 1)[::-1], axis=0)"),
+        ("Store._cleared", "left, right) > 0", "right, left) > 0"),
+        ("restored", "sum(axis=-2)", "max(axis=-2)"),
+    ),
+    *group(
+        "pallas/tpu_decode.py",
+        "test_tpu_kernels.py::test_tokens_that_lie_side_by_side",
+        ("_side_by_side", "cut.swapaxes(-3, -2)", "cut"),
+        ("_side_by_side", "(beside, pages) if back else", "(pages, beside) if back else"),
+    ),
+    *group(
+        "pallas/tpu_append.py",
+        "test_tpu_kernels.py::test_a_token_is_written_where_it_belongs",
+        ("_in_pages", "row % size + side * size", "row % size"),
+        ("_body", "// beside) * block.shape[-2]", "// beside) * (block.shape[-2] // 2)"),
+    ),
+    *group(
+        "pallas/gpu_decode.py",
+        "test_gpu_kernels.py::test_pages_as_tpus_like_them",
+        ("unsupported", "common.tokens_beside(view, store) > 1", "False"),
+    ),
+    *group(
+        "attend/step.py",
+        "test_gpu_kernels.py::test_only_what_nothing_is_done_to_is_rounded",
+        ("_attended", "per_head.sinks is None and", ""),
+        ("_attended", "len(requests) == 1 and", ""),
+    ),
+    *group(
+        "pallas/gpu_merge.py",
+        "test_gpu_kernels.py::test_outputs_are_written_as_the_caller_gets_them",
+        (
+            "merge",
+            "_manual.result((*shape, spec.padded), dtype, named)",
+            "_manual.result((*shape, spec.padded), F32, named)",
+        ),
     ),
     # The kit and the adapters ------------------------------------------------------------------------------------
     *group(

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from kvattn import _target
 from kvattn._typing import Array
 from kvattn.attend import registry
 from kvattn.attend.full import rows
@@ -178,7 +179,7 @@ def _run(name: str, call: Call, with_lse: bool) -> Computed:
         return rows.attend(call, with_lse, True, limits)
     # XLA has float16 products with float32 sums on GPUs only; elsewhere jax.nn raises for float16.
     dtype = call.query.dtype
-    if dtype == jnp.float16 and jax.default_backend() != "gpu":
+    if dtype == jnp.float16 and _target.family(_target.platform()) != "gpu":
         call = call.cast(jnp.float32)
     by_jax_nn = not call.has_extras and call.num_scores <= _MAX_SCORES and _differentiable_by_jax_nn(call.query.dtype)
     out, lse = _jax_nn(call, with_lse, "xla") if by_jax_nn else rows.attend(call, with_lse, False, limits)
@@ -198,8 +199,8 @@ def _cudnn(call: Call, with_lse: bool) -> Computed:
     extras = [n for n in ("softcap", "sinks", "slopes") if getattr(call, n) is not None]
     if extras:
         raise UnsupportedError(f"cuDNN attention has no {extras[0]}: use implementation='xla'.")
-    if jax.default_backend() != "gpu":
-        raise UnsupportedError(f"cuDNN needs a GPU; JAX runs on {jax.default_backend()!r}: use implementation='xla'.")
+    if (platform := _target.platform()) != "cuda":
+        raise UnsupportedError(f"cuDNN needs a GPU; JAX runs on {platform!r}: use implementation='xla'.")
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         raise UnsupportedError(f"cuDNN attention takes float16 and bfloat16, got {call.query.dtype}.")
     if call.query.size == 0 or call.key.shape[1] == 0:
