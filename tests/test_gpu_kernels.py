@@ -38,7 +38,7 @@ from kvattn import attend, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, gpu_queries, gpu_spec, gpu_tile, shares, tuning
+from kvattn.pallas import gpu_body, gpu_decode, gpu_merge, gpu_queries, gpu_spec, gpu_tile, interpreter, shares, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -399,11 +399,11 @@ def test_lowered_for_a_gpu(size, codec, query, new):
     cache = made(64, 1, size, codec=codec, dtype=BF16)
     request = request_for(cache, 4, new, dtype=query)
     # Outside of `interpret`, as it is compiled.
-    token = kvattn.pallas._INTERPRETED.set(False)
+    token = interpreter._INTERPRETED.set(False)
     try:
         lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
     finally:
-        kvattn.pallas._INTERPRETED.reset(token)
+        interpreter._INTERPRETED.reset(token)
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
 
 
@@ -569,6 +569,15 @@ def test_sizes(tmp_path, monkeypatch):
     ):
         request = request_for(made(64, 1, 128, dtype=BF16, codec=codec), 4, new, dtype=dtype)
         assert gpu_decode.config_for(request).blocks_per_sm == blocks, (codec, dtype, new)
+    # Several tokens with a window each: 133 registers, where two programs have 128 (ahead of time, for an H200).
+    for new, mask, blocks in (
+        (4, Mask(window=5), 1),
+        (1, Mask(window=5), 2),
+        (4, Mask(begin=1), 2),
+        (4, Mask(chunk=5), 1),
+    ):
+        request = dataclasses.replace(request_for(made(64, 1, 128, dtype=BF16), 4, new, dtype=BF16), mask=mask)
+        assert gpu_decode.config_for(request).blocks_per_sm == blocks, (new, mask)
     request = request_for(made(64, 1, 128, dtype=BF16), 8, dtype=BF16)
     table, seconds = tuning.measure(
         lambda config, r: jnp.zeros(()) if config.stages == 2 else 1 / 0,

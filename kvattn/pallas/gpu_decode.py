@@ -185,8 +185,9 @@ def config_for(request: Request) -> GpuConfig:
         return found
     spec = _spec(request, GpuConfig())
     # Two programs of 256 threads share the registers, 128 for each thread, as long as states and scores are small;
-    # numbers that are decoded or split need more of them.
-    most = 16 * 128 if spec.parts == 1 and not spec.decoded else 8 * 128
+    # numbers that are decoded or split need more of them, and so do several tokens with a window each.
+    windows = spec.length > 1 and (request.mask.window is not None or request.mask.chunk is not None)
+    most = 8 * 128 if spec.parts > 1 or spec.decoded or windows else 16 * 128
     blocks = 2 if spec.cols * spec.parts * spec.padded <= most and spec.padded <= 128 else 1
     choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
     return next((c for c in choices if fits(request, c)), choices[-1])
