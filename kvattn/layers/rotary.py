@@ -33,8 +33,8 @@ def warm(temperature: Temperature | None, query: Array, positions: ArrayLike | N
     return query if temperature is None else temperature.warmed(query, _positions(query, positions))
 
 
-def _positions(x: Float[Array, "*B T N H"], positions: ArrayLike | None) -> Int[Array, "*B T"]:
-    """Those that were given, or 0, 1, ... T - 1."""
+def _positions(x: Float[Array, "*B T N H"], positions: ArrayLike | None) -> Int[Array, "..."]:
+    """Those that were given, [..., T] or [T], or 0, 1, ... T - 1."""
     batch, length = x.shape[:-3], x.shape[-3]
     positions = jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
     if positions.shape not in ((length,), (*batch, length)):

@@ -117,7 +117,8 @@ def explain(
         size["batch"], reasons["batch"] = None, f"{batch_size} rows do not divide over {n} devices."
     else:
         pads = "" if padded == num_heads else f" {num_heads} query heads are filled up to {padded} on the way."
-        reasons["batch"] = f"Each device holds {batch_size // n} rows.{pads}"
+        rows = batch_size // n
+        reasons["batch"] = f"Each device holds {rows} row{'s' if rows != 1 else ''}.{pads}"
     reasons["sequence"] = f"Each device holds {-(-num_slots // n)} slots of every row."
     reasons[by] = f"{reasons[by]} {why}"
     exchange = {"heads": "no collectives", "batch": "2 all-to-alls of a token", "sequence": "all-reduces of a token"}

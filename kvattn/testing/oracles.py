@@ -51,7 +51,7 @@ def attend_token(
     keys: Sequence[AnyArray],
     values: Sequence[AnyArray],
     *,
-    distances: Sequence[int] | None = None,
+    distances: Sequence[int] | np.ndarray | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Sequence[float] | AnyArray | None = None,
@@ -182,7 +182,7 @@ class TokenLists:
         query: AnyArray,
         key: AnyArray,
         value: AnyArray,
-        num_new: Iterable[int] | None = None,
+        num_new: Iterable[int] | np.ndarray | None = None,
         padding: str = "right",
     ) -> tuple[np.ndarray, np.ndarray]:
         """Appends and attends.
@@ -243,12 +243,12 @@ class TokenLists:
         floor, scale = self.temperature
         return x * (1 + scale * np.log(1 + (position + 1) // floor))
 
-    def trim(self, num_tokens: Iterable[int]) -> None:
+    def trim(self, num_tokens: Iterable[int] | np.ndarray) -> None:
         """Takes the last tokens of each row back."""
         for row, n in zip(self.rows, num_tokens, strict=True):
             del row[len(row) - n :]
 
-    def select(self, rows: Iterable[int]) -> None:
+    def select(self, rows: Iterable[int] | np.ndarray) -> None:
         """Reorders, repeats or drops rows."""
         rows = list(rows)
         self.rows = [list(self.rows[r]) for r in rows]
