@@ -90,13 +90,12 @@ class Table:
         (row,) = (row for row in self.rows if row.what == what)
         return row
 
-    def parameters(self, slow: Collection[str] = ()):
+    def parameters(self, slow: Collection[str] = (), wrong_types: Collection[str] = ()):
         """The rows for `pytest.mark.parametrize`, marked: slow ones, and those that give what is refused."""
-        unknown = set(slow) - {row.what for row in self.rows}
+        unknown = {*slow, *wrong_types} - {row.what for row in self.rows}
         assert not unknown, f"no such rows: {unknown}"
-        marks = lambda row: (
-            [pytest.mark.slow] * (row.what in slow) + [pytest.mark.wrong_types] * (row.error is not None)
-        )
+        is_wrong = lambda row: row.error is not None or row.what in wrong_types
+        marks = lambda row: [pytest.mark.slow] * (row.what in slow) + [pytest.mark.wrong_types] * is_wrong(row)
         return [pytest.param(row, marks=marks(row), id=f"{row.number}-{row.what}") for row in self.rows]
 
 

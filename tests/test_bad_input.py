@@ -717,7 +717,7 @@ for what, call in CALLS.items():
 @defined(49, "a sink of -inf takes nothing")
 def _():
     for call in CALLS.values():
-        out, plain = (jax.tree.leaves(call(**k))[0] for k in ({"sinks": [-np.inf] * 2}, {}))
+        out, plain = (jax.tree.leaves(call(**k))[0] for k in ({"sinks": np.full(2, -np.inf, np.float32)}, {}))
         assert np.abs(np.asarray(out) - np.asarray(plain)).max() < 1e-6
 
 

@@ -48,6 +48,7 @@ def flat(text):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 def test_memory_of_latents():
     """Counted once, where values are in keys; not divided by heads; not measured as if they had values of their own."""
     shown = flat(printed("memory", "--model", "deepseek-v3", "--device", "h200", "--devices", 16, "--by", "heads"))
@@ -349,6 +350,7 @@ def test_bench_takes_heads_from_a_model():
     assert _case(_heads("falcon-7b", None, None, "8"), **options).head_dim == 8
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -413,6 +415,7 @@ def test_the_screen_of_an_engine():
     assert "3 conversations of 2 turns" in flat(text)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("words", "part"),
     [

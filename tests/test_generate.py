@@ -844,6 +844,7 @@ def test_unsound_logits_are_found(settings):
 # Planted faults -----------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -866,6 +867,7 @@ def generating(monkeypatch, right, wrong):
     return generate
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -882,6 +884,7 @@ def test_planted_faults_in_chunks(model, greedy, monkeypatch, right, wrong):
         check_chunks(faulty, model, greedy, chunks=(7,))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

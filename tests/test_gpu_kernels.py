@@ -331,6 +331,7 @@ def test_work_is_shared_out_evenly(lengths, programs):
         assert programs_of == sorted(p for p, h, r in read if (h, r) == (head, row))
 
 
+@pytest.mark.wrong_types
 def test_a_window_costs_a_window():
     read, _ = shared_out([700, 0, 65], 704, 1, 1, Mask(window=100, num_sinks=1))
     assert read == {(0, 0, 0): [0, 9, 10], (0, 0, 2): [0, 1]}

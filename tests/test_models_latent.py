@@ -149,6 +149,7 @@ CONFIG_ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", CONFIG_ERRORS)
 def test_settings_are_checked_together(name):
     changes, error, words = CONFIG_ERRORS[name]

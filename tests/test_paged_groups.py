@@ -85,6 +85,7 @@ def test_pages_at_once_are_those_that_the_rule_needs(window, chunk, page_size):
     assert pages_at_once(kvattn.Full(), page_size, length) == -(-length // page_size)
 
 
+@pytest.mark.wrong_types
 def test_groups_of_every_kind():
     """By policy, codec and shape; heads with tables of their own by themselves; arrays without pages do not count."""
     make = functools.partial(kvattn.PagedKVCache.create, 4, 8, batch_size=2, max_pages=3)

@@ -302,6 +302,7 @@ def test_learned_positions_end(model):
         engine.submit(PROMPTS[0], 10)
 
 
+@pytest.mark.wrong_types
 def test_arguments(model):
     for options, error in (
         (dict(num_pages=0), errors.KVAttnError),

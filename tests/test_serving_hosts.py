@@ -236,6 +236,7 @@ def test_beams_samples_and_windows(monkeypatch):
     assert [each.tokens for each in requests] == [each.tokens for each in expected]
 
 
+@pytest.mark.wrong_types
 def test_what_hosts_are_refused(text_model):
     give = dict(num_pages=4, page_size=4, max_length=16)
     alone = engine_models.model()

@@ -431,6 +431,7 @@ def test_no_two_values_are_written_alike():
     assert not any(a != b and b.startswith(a) for a in written for b in written)
 
 
+@pytest.mark.wrong_types
 def test_names_that_are_equal_are_one():
     class Name(str):
         __eq__ = lambda self, other: False

@@ -129,6 +129,7 @@ def test_progress_is_told():
     assert told[-1] == (TRACE.stat().st_size,) * 2
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [

@@ -270,6 +270,7 @@ def test_what_repeats_itself_goes_on():
     assert Lookup([1, 2, 3, 9, 0, 2, 4, 1, 2]).guess(2) == [3, 9]  # but more tokens count more
 
 
+@pytest.mark.wrong_types
 def test_no_more_is_guessed_than_is_wanted():
     """A step gives one token besides the guessed ones."""
     for drawn in range(7):
@@ -503,6 +504,7 @@ def test_one_beam_more_with_ended_ones():
 # What goes wrong ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 def test_refused_at_submit(monkeypatch, plain, windowed):
     engine = text_engine(monkeypatch, plain, num_pages=8)
     for prompt, count, options, error in (

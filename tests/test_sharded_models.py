@@ -221,6 +221,7 @@ def test_gradients_of_a_linen_layers_inputs(cached):
 # Errors -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 def test_what_cannot_be_is_said():
     mesh = mesh_of("Auto")
     with pytest.raises(kvattn.errors.ShardingError, match='by="batch"'):

@@ -272,6 +272,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.wrong_types
 def test_one_array_where_values_are_in_keys():
     """576 numbers of a token, not 2 * 576; and heads cannot be split."""
     options = {"head_dim": 576, "num_slots": 4096, "value_head_dim": 512}

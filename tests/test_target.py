@@ -114,6 +114,7 @@ def test_layers_and_models_pass_it_on():
     assert [cache.platform for cache in paged] == ["tpu"] * 2
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("device", "rows"), [(V5E, 1024), (H200, 512)])
 def test_sharded_caches(device, rows):
     """By sequence each device's share is laid out for the mesh's devices."""

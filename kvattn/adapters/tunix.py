@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from kvattn._typing import Array
 from kvattn.cache import Cache
@@ -75,7 +75,7 @@ class SamplerModel(nnx.Module):
         tokens: Int[ArrayLike, "B T"],
         positions: Any,
         cache: tuple[Cache, ...],
-        attention_mask: Bool[ArrayLike, "B T S"],
+        attention_mask: Shaped[ArrayLike, "B T S"],
         decode_only_last_token: bool = False,
     ) -> tuple[Float[Array, "B T V"], tuple[Cache, ...]]:
         """Logits [B, T, V] and the caches.

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Float, Int32, Shaped
 
-from kvattn._typing import Array
+from kvattn._typing import AnyArray, Array
 from kvattn.attend.part import Part
 from kvattn.cache import Cache, View
 from kvattn.masks import EMPTY
@@ -88,7 +88,7 @@ class Parted:
         return slots if self.first is None else slots - self.first[:, None]
 
 
-def parted(cache: Cache, length: int, num_new: Int32[Array, " B"] | None = None) -> Parted:
+def parted(cache: Cache, length: int, num_new: Int32[AnyArray, " B"] | None = None) -> Parted:
     """Parts a cache by its levels. Rows that one does not fit, as they were trimmed since, read by themselves.
 
     Args:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int, Int32, UInt32
 
 from kvattn._typing import Array
 from kvattn.models import prompts as given
@@ -82,12 +82,12 @@ class Rows:
         return cls(zeros + np.int32(NOTHING), zeros.astype(np.float32), zeros.astype(bool), zeros)
 
 
-def select[T](tree: T, rows: Int32[Array, " M"]) -> T:
+def select[T](tree: T, rows: Int[HostOrDevice, " M"]) -> T:
     """Some rows of `Rows` or `Settings`, in this order: left out, moved, or repeated (forks and beams)."""
     return jax.tree.map(lambda x: x[rows], tree)
 
 
-def replaced[T](tree: T, where: Bool[Array, " B"], by: T) -> T:
+def replaced[T](tree: T, where: Bool[HostOrDevice, " B"], by: T) -> T:
     """`Rows` or `Settings` with some rows taken from another of the same size."""
     pick = lambda x, y: jnp.where(jnp.reshape(where, where.shape + (1,) * (x.ndim - 1)), y, x)
     return jax.tree.map(pick, tree, by)
@@ -218,7 +218,7 @@ class Decoding:
 
     def append_prompts(
         self,
-        prompts: Sequence[Int32[np.ndarray, " _"]],
+        prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
         prefill_chunk: int | None,
         forced: Int32[np.ndarray, " B"] | None = None,
     ) -> None:

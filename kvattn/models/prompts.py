@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32, Integer
 
 from kvattn import _checks
 from kvattn.cache import Cache
@@ -21,7 +21,9 @@ _ACTIVATIONS = 2**27
 """Most numbers of the widest activation of a chunk of prompts unless told otherwise: 512 MiB of float32."""
 
 
-def checked(prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompt") -> list[Int32[np.ndarray, " _"]]:
+def checked(
+    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]], vocab_size: int, name: str = "prompt"
+) -> list[Int32[np.ndarray, " _"]]:
     """Every prompt, or what else the `name` says, of at least one token.
 
     Raises:
@@ -199,7 +201,7 @@ def chunk_size(model: Decoder, cache: Caches, longest: int, prefill_chunk: int |
     return min(whole, max(_ACTIVATIONS // (cache[0].batch_size * width * _ROUND), 1) * _ROUND)
 
 
-def padded(rows: Sequence[Int32[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B T"]:
+def padded(rows: Sequence[Sequence[int] | Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B T"]:
     """The rows, zeros after them up to `length`."""
     tokens = np.zeros((len(rows), length), np.int32)
     for to, row in zip(tokens, rows, strict=True):

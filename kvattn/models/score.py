@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Integer
 
 from kvattn import _checks
 from kvattn._typing import Array
@@ -27,7 +27,7 @@ _LOGITS = 2**24
 
 def score(
     model: Decoder,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
     *,
     codec: Codec | Sequence[Codec | None] | None = None,
     policy: Policy | Sequence[Policy | None] | None = None,

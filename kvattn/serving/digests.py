@@ -6,11 +6,12 @@ here: numbers, texts, bytes, None, and tuples of them.
 
 import hashlib
 from numbers import Integral
+from typing import Any
 
 from kvattn.errors import DTypeError
 
-Plain = int | str | bytes | None | tuple["Plain", ...]
-"""What can be written out."""
+Plain = int | str | bytes | None | tuple[Any, ...]
+"""What can be written out; in tuples the same."""
 
 NOTHING_DONE = bytes(32)
 """The digest before anything was done."""

@@ -77,7 +77,7 @@ class Ledger:
             f"{sum(self.loans.values())} lent, {len(self._accounts)} sequences)"
         )
 
-    def __contains__(self, seq: Plain) -> bool:
+    def __contains__(self, seq: object) -> bool:
         return digests.plain("seq", seq) in self._accounts
 
     # What it holds.

@@ -15,7 +15,9 @@ from numpy.typing import DTypeLike
 from kvattn._typing import AnyArray
 
 
-def seen_from(position: int, window: int | None = None, num_sinks: int = 0, chunk: int | None = None) -> set[int]:
+def seen_from(
+    position: int | np.integer, window: int | None = None, num_sinks: int = 0, chunk: int | None = None
+) -> set[int]:
     """The positions a query at `position` attends to: the last `window` with itself, and the first `num_sinks`.
 
     Of these those of its own chunk of positions.
@@ -51,7 +53,7 @@ def attend_token(
     keys: Sequence[AnyArray],
     values: Sequence[AnyArray],
     *,
-    distances: Sequence[int] | np.ndarray | None = None,
+    distances: Sequence[int | np.integer] | np.ndarray | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Sequence[float] | AnyArray | None = None,
