@@ -55,7 +55,7 @@ STYLE = """
 
 def source(thing: object) -> str:
     """The file of the package that a class or function is written in."""
-    path = pathlib.Path(inspect.getsourcefile(thing)).resolve()
+    path = pathlib.Path(inspect.getsourcefile(inspect.unwrap(thing))).resolve()
     return str(path.relative_to(pathlib.Path(kvattn.__file__).resolve().parent.parent))
 
 
