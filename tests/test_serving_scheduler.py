@@ -1,5 +1,6 @@
 """Engines over pages of text: whatever comes, goes and gives way, every request gets the tokens it gets alone."""
 
+import inspect
 import itertools
 import random
 import types
@@ -116,7 +117,9 @@ def test_equal_prompts_wait_for_the_first(monkeypatch, plain):
 
 def test_rows_read_what_they_share_together(monkeypatch, plain):
     """As long as enough of them are there; who they are changes in the middle."""
-    monkeypatch.setattr(sharing.shared_prefixes, "__kwdefaults__", {"window": None, "shapes": None, "fewest": 8})
+    monkeypatch.setattr(
+        inspect.unwrap(sharing.shared_prefixes), "__kwdefaults__", {"window": None, "shapes": None, "fewest": 8}
+    )
     engine = text_engine(monkeypatch, plain, num_pages=60)
     head = list(range(20))
     asked = {}
