@@ -14,7 +14,7 @@ from kvattn._typing import Array
 from kvattn.masks import EMPTY
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
 from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread, store, tanh
-from kvattn.pallas.shares import LANES, Counts, Rows, in_order
+from kvattn.pallas.shares import LANES, Counts, Rows, position_in_ring, reckoned
 
 LOADS_AT_ONCE = 32
 """Numbers of rows that are asked for before the first is needed."""
@@ -74,7 +74,7 @@ def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> dict[str,
 def rows_at(spec: Spec, memory: Mapping[str, Any], row: Array) -> Rows:
     """What to read of a row int32 []."""
     if spec.in_order:
-        return in_order(spec.mask, spec.config.tile, memory["counts"][row], memory["at"][row])
+        return reckoned(spec.mask, spec.config.tile, spec.ring, memory["counts"][row], memory["at"][row])
     return Rows(*(memory[field.name][row] for field in dataclasses.fields(Rows)))
 
 
@@ -154,7 +154,8 @@ def share_out(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], progra
     if spec.in_order:
         nothing = plgpu.layout_cast(jnp.full(shape, 0, jnp.int32), layout)
         held = gathered(memory["counts"], spec.batch, index, nothing)
-        count = in_order(spec.mask, spec.config.tile, held, gathered(memory["at"], spec.batch, index, nothing)).count
+        at = gathered(memory["at"], spec.batch, index, nothing)
+        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, at).count
     else:
         count = plgpu.load(memory["count"], layout=layout, optimized=False)
     counts = Counts(count, index, spec.batch, spec.heads, spec.programs)
@@ -341,6 +342,8 @@ class Columns:
             return plgpu.load(self.shared["positions"].at[slot], layout=TOKENS, optimized=False)
         tile = spec.config.tile
         kv_at = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=TOKENS) + t * tile
+        if spec.ring:
+            kv_at = position_in_ring(kv_at, spec.ring, self.end)
         there = (kv_at < self.end) & spec.mask.between(kv_at, self.at, self.at)
         return jnp.where(there, kv_at, EMPTY)
 

@@ -22,6 +22,7 @@ from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
 from kvattn.cache.view import View
+from kvattn.masks import Mask
 from kvattn.pallas import common
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
@@ -128,7 +129,8 @@ def _rows(request: Request, spec: Spec) -> dict[str, Array]:
     """What says which tiles to read, and which tokens are in them."""
     at = request.positions[:, 0] if spec.is_single else position_columns(request, spec)
     if spec.in_order:
-        return {"at": at, "counts": request.view.counts}
+        view = request.view
+        return {"at": at, "counts": view.counts if view.seen is None else view.seen}
     positions = common.slot_positions(request, spec.slots)
     return {"at": at, "positions": positions, **survey(request, positions, spec.config.tile).arrays()}
 
@@ -207,6 +209,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         dtype = jnp.dtype(x.dtype if name != "data" or form.dtype is None else form.dtype)
         streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
+    ring = view.layout.num_slots if view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
     is_plain = parts == 1 and not factor and request.alibi_slopes is None and not form.is_grouped
     return Spec(
@@ -230,13 +233,19 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         alibi=request.alibi_slopes is not None,
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
-        in_order=view.in_order and length == 1 and not request.want_mass,
+        in_order=(view.in_order or ring > 0) and length == 1 and not request.want_mass,
+        ring=ring,
         as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
         interpreted=interpreted("cuda"),
     )
+
+
+def _is_reckoned(mask: Mask) -> bool:
+    """Whether `shares.turned` knows the mask."""
+    return mask == Mask(causal=mask.causal, window=mask.window)
 
 
 def _multiprocessors() -> int:
