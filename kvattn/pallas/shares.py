@@ -112,8 +112,7 @@ def reckoned(
 def position_in_ring(slot: Int32[Array, "*slots"], ring: int, count: Int32[Array, ""]) -> Int32[Array, "*slots"]:
     """The last position below `count` that is `slot` modulo `ring`; negative where there is none."""
     turn = lax.rem(count, jnp.int32(ring))
-    position = slot + jnp.where(slot < turn, count - turn, count - turn - ring)
-    return jnp.where(slot < ring, position, -1)
+    return jnp.where(slot < ring, slot + (count - turn) - jnp.where(slot < turn, 0, ring), -1)
 
 
 def turned(
