@@ -46,7 +46,7 @@ SHORTEST_COPY = 128
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if (reason := _threads() if interpreted("cuda") else _device()) is not None:
+    if (reason := device_refusal()) is not None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
@@ -80,6 +80,11 @@ def _paging(request: Request, tile: int) -> str | None:
     if size < least:
         return f"{view.codec} needs pages of {least} slots at least: those of {size} hold too few scales for one copy"
     return None
+
+
+def device_refusal() -> str | None:
+    """Why these kernels cannot run where the program is made for; None: they can."""
+    return _threads() if interpreted("cuda") else _device()
 
 
 def _threads() -> str | None:

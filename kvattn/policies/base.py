@@ -102,7 +102,7 @@ class Policy:
 
         And nothing else is asked or remembered, so that a kernel may do it without asking.
         """
-        asked = ("fits", "enter", "observe", "needed")
+        asked = ("fits", "enter", "observe", "needed", "sink_positions", "cache_positions")
         alone = all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
         return alone and (self.in_order or self.turns) and not self.needs_mass
 

@@ -1,0 +1,86 @@
+"""One token of all heads, encoded in shared memory to the bits that its codec gives.
+
+The heads are the rows of a tile: the matrix unit's layout adds up, or looks for the largest number of a row, among four
+neighbouring threads.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn._typing import Array
+from kvattn.codecs import Format
+from kvattn.codecs import int8
+from kvattn.codecs.scaled import scale_of
+from kvattn.pallas.gpu_tile import TOKENS, WGMMA, spread, store
+
+TILE = 64
+"""Rows of a tile: most heads."""
+
+
+def is_known(form: Format) -> bool:
+    """Whether tokens can be encoded here."""
+    return form.is_plain or (form.is_scaled and form.dtype == jnp.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """How tokens of a role come, and how they are stored.
+
+    Attributes:
+        form: how the codec stores them.
+        heads: K.
+        features: of a token, F.
+        given: dtype in which they come.
+        stored: dtypes of the arrays, by name.
+    """
+
+    form: Format
+    heads: int
+    features: int
+    given: np.dtype
+    stored: Mapping[str, np.dtype]
+
+    @property
+    def data(self) -> str:
+        """The name of what is copied to "data"."""
+        return "new" if self.form.is_plain else "data"
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """The arrays with a number or a few of each head."""
+        return tuple(name for name in self.stored if name != "data")
+
+    @property
+    def groups(self) -> int:
+        """How many of each there are."""
+        return 1
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory: "new" is where the tokens arrive."""
+        if self.form.is_plain:
+            return {"new": plgpu.SMEM((self.heads, self.features), self.given)}
+        return {
+            "new": plgpu.SMEM((TILE, self.features), self.given),
+            "data": plgpu.SMEM((TILE, self.features), self.stored["data"]),
+            **{name: plgpu.SMEM((self.groups, TILE), self.stored[name]) for name in self.small},
+        }
+
+
+def encoded(codes: Codes, shared: Mapping[str, Any]) -> Array:
+    """Encodes the tokens that have arrived. Returns whether one of them cannot be stored, bool []."""
+    if codes.form.is_plain:
+        return jnp.bool_(False)
+    x = plgpu.load(shared["new"], layout=WGMMA, optimized=False).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1)
+    scale = scale_of(largest, int8.TOP)
+    numbers = jnp.clip(jnp.round(x / spread(scale, x.shape, 0)), -int8.TOP, int8.TOP)
+    store(shared["data"], numbers.astype(jnp.int8))
+    store(shared["scale"].at[0], scale)
+    head = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=TOKENS)
+    unfit = jnp.where((head < codes.heads) & jnp.logical_not(largest <= np.finfo(np.float32).max), 1, 0)
+    return jnp.max(unfit) > 0
