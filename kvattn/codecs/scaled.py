@@ -25,6 +25,15 @@ def scale_of(largest: Float32[Array, "*shape"], top: float) -> Float32[Array, "*
     return jnp.where(largest <= np.finfo(np.float32).max, scale, np.float32(np.nan))
 
 
+def reciprocal(scale: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """What numbers are multiplied by to be divided by their scale.
+
+    Compilers make this of such a division, some of them; written out, codes have the same bits everywhere. Scales are
+    neither too small nor too large for it. In kernels too.
+    """
+    return np.float32(1) / scale
+
+
 def factors(spec: str, rows: Float[Array, "..."], codes: Shaped[Array, "..."]) -> Float[Array, "..."]:
     """An einsum of float rows with codes, which every float dtype holds exactly; float32 or wider.
 

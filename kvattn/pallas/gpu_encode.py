@@ -15,11 +15,12 @@ import numpy as np
 from kvattn._typing import Array
 from kvattn.codecs import Format
 from kvattn.codecs import int8
-from kvattn.codecs.scaled import scale_of
+from kvattn.codecs.scaled import reciprocal, scale_of
 from kvattn.pallas.gpu_tile import TOKENS, WGMMA, spread, store
 
 TILE = 64
 """Rows of a tile: most heads."""
+MOST = np.finfo(np.float32).max
 
 
 def is_known(form: Format) -> bool:
@@ -76,11 +77,13 @@ def encoded(codes: Codes, shared: Mapping[str, Any]) -> Array:
     if codes.form.is_plain:
         return jnp.bool_(False)
     x = plgpu.load(shared["new"], layout=WGMMA, optimized=False).astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=1)
+    # NaN is infinite here: not every maximum lets it through.
+    size = jnp.abs(x)
+    largest = jnp.max(jnp.where(size <= MOST, size, np.float32(np.inf)), axis=1)
     scale = scale_of(largest, int8.TOP)
-    numbers = jnp.clip(jnp.round(x / spread(scale, x.shape, 0)), -int8.TOP, int8.TOP)
+    numbers = jnp.clip(jnp.round(x * spread(reciprocal(scale), x.shape, 0)), -int8.TOP, int8.TOP)
     store(shared["data"], numbers.astype(jnp.int8))
     store(shared["scale"].at[0], scale)
     head = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=TOKENS)
-    unfit = jnp.where((head < codes.heads) & jnp.logical_not(largest <= np.finfo(np.float32).max), 1, 0)
+    unfit = jnp.where(largest <= MOST, 0, jnp.where(head < codes.heads, 1, 0))
     return jnp.max(unfit) > 0
