@@ -34,9 +34,7 @@ def made(policy, codec, dtype, page_size, slots, size, columns=0):
     settings = {"policy": policy, "codec": codec, "dtype": dtype}
     if page_size:
         width = columns or -(-slots // page_size)
-        cache = kvattn.PagedKVCache.create(
-            B * width + 2, page_size, K, size, batch_size=B, max_pages=width, **settings
-        )
+        cache = kvattn.PagedKVCache.create(B * width + 2, page_size, K, size, batch_size=B, max_pages=width, **settings)
         table = np.random.default_rng(0).permutation(B * width + 2)[: B * width].reshape(B, width)
         cache = cache.with_tables(table, [0] * B)
     else:
@@ -55,7 +53,7 @@ def both(cache, key, value, num_new=None):
     query = jnp.zeros((B, 1, K, key.shape[-1]), BF16)
     nothing = ("rope", "window", "chunk", "scale", "softcap", "sinks", "alibi_slopes", "relative_bias", "temperature")
     rules = {**dict.fromkeys((*nothing, "token_ids"))}
-    step, new, _, vouched = prepared(
+    _, new, _, vouched = prepared(
         query, key, value, cache, num_new=num_new, padding="right", append=True, implementation="mosaic_gpu", **rules
     )
     assert at_once.takes(new, vouched)

@@ -373,7 +373,9 @@ def test_rows_in_order_need_not_be_looked_at(mask):
 
 
 @pytest.mark.parametrize("ring", [1, 63, 64, 200, 256])
-@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=1), Mask(window=70), Mask(window=256)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [Mask(), Mask(causal=False), Mask(window=1), Mask(window=70), Mask(window=256)], ids=str
+)
 def test_rings_need_not_be_looked_at(mask, ring):
     """As above; and the positions are those of the policy."""
     tiles = -(-ring // 64)
@@ -381,9 +383,7 @@ def test_rings_need_not_be_looked_at(mask, ring):
     asked = [(n, at) for n in lengths for at in (n - 1, n // 2, n - 20, n + 70, -1)]
     count, at = (jnp.asarray(x, jnp.int32) for x in zip(*asked, strict=True))
     policy = kvattn.SlidingWindow(ring)
-    positions = jnp.pad(
-        policy.positions((), count, ring), ((0, 0), (0, tiles * 64 - ring)), constant_values=-1
-    )
+    positions = jnp.pad(policy.positions((), count, ring), ((0, 0), (0, tiles * 64 - ring)), constant_values=-1)
     slot = jnp.arange(tiles * 64, dtype=jnp.int32)
     reckoned = jnp.stack([shares.position_in_ring(slot, ring, n) for n in count])
     np.testing.assert_array_equal(np.maximum(reckoned, -1), positions)

@@ -8,11 +8,11 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int32
+from jaxtyping import Int32
 
 from kvattn._typing import Array, Encoded
 from kvattn.attend.tokens import NewTokens
@@ -44,6 +44,7 @@ class Appended:
     counts: Int32[Array, " B"]
 
 
+@runtime_checkable
 class Appender(Protocol):
     """What appends by a kernel: a module, or any object with these two functions."""
 

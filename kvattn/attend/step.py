@@ -127,7 +127,7 @@ def _append_at_once(
     cache: Cache,
     kernel: Callable[[NewTokens, Cache], Appended],
 ) -> Stepped:
-    """`append` of one token by a kernel that does all that goes with it, so that nothing here waits for other numbers."""
+    """`append` of one token by a kernel that does all that goes with it: it asks for nothing else."""
     policy, told = cache.policy, _told(new, cache)
     tokens = _located(step, dataclasses.replace(new, num_new=jnp.ones_like(new.num_new)), cache)
     assert tokens.key is not None
@@ -135,9 +135,7 @@ def _append_at_once(
     value = None if tokens.value is None else tokens.value.swapaxes(1, 2)
     cache.unfit(slots, tokens.key.swapaxes(1, 2), value)  # raises what can be seen
     appended = kernel(dataclasses.replace(new, key=tokens.key), cache)
-    cache = cache.replace(
-        keys=appended.keys, values=appended.values, lengths=appended.lengths, status=appended.status
-    )
+    cache = cache.replace(keys=appended.keys, values=appended.values, lengths=appended.lengths, status=appended.status)
     view = dataclasses.replace(step.part.view(cache), counts=appended.counts)
     if cache.codec.rounds:
         view = dataclasses.replace(view, fresh=(slots, tokens.key, tokens.value))

@@ -6,10 +6,9 @@ of the row. A row that gets no token is left as it was.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -28,7 +27,6 @@ from kvattn.pallas import gpu_decode
 from kvattn.pallas.gpu_encode import TILE, Codes, encoded, is_known
 from kvattn.pallas.gpu_tile import COLUMNS
 from kvattn.pallas.interpreter import interpreted
-from kvattn.policies import Policy
 
 LANES = 128
 """Entries of a table that are looked at together."""
@@ -42,8 +40,10 @@ class Spec:
     """All that is known when the kernel is compiled.
 
     Attributes:
-        policy: which goes by length.
         slots: C.
+        turns: whether slots are taken again, as in a ring.
+        most: tokens that a row may have. None: any number.
+        first_needed: the first slot that the next token sees, from tokens seen.
         batch: B.
         heads: K.
         columns: W, entries of the table for a row; 0: there are no pages.
@@ -53,8 +53,10 @@ class Spec:
         counted: whether the caller says how many tokens are real.
     """
 
-    policy: Policy
     slots: int
+    turns: bool
+    most: int | None
+    first_needed: Callable[[Array], Array]
     batch: int
     heads: int
     columns: int
@@ -127,8 +129,10 @@ def _spec(new: NewTokens, cache: Cache) -> Spec:
     }
     paged = isinstance(store, Pages)
     return Spec(
-        policy=cache.policy,
         slots=cache.num_slots,
+        turns=cache.policy.turns,
+        most=cache.policy.most_tokens(cache.num_slots),
+        first_needed=cache.policy.first_needed,
         batch=cache.batch_size,
         heads=cache.num_kv_heads,
         columns=store.columns if paged else 0,
@@ -139,9 +143,7 @@ def _spec(new: NewTokens, cache: Cache) -> Spec:
     )
 
 
-def _run(
-    spec: Spec, reads: Mapping[str, Array], changes: Mapping[str, Array]
-) -> tuple[dict[str, Array], Array, Array]:
+def _run(spec: Spec, reads: Mapping[str, Array], changes: Mapping[str, Array]) -> tuple[dict[str, Array], Array, Array]:
     """The kernel.
 
     Args:
@@ -265,22 +267,21 @@ def admitted(spec: Spec, length: Array, given: Array, outside: Any) -> Admitted:
         given: how many are real, int32 [].
         outside: says whether a column between two int32 [] of the row's table names no page of the pool.
     """
-    policy, slots = spec.policy, spec.slots
+    slots = spec.slots
     bad_count = (given < 0) | (given > 1)
     count = jnp.where(bad_count, 0, given)
     unknown = jnp.bool_(False)
     if spec.columns:
         end = jnp.where(length >= slots, slots, length + count)
-        first = policy.first_needed(length) if policy.in_order else jnp.zeros_like(length)
+        first = jnp.zeros_like(length) if spec.turns else spec.first_needed(length)
         end_column = lax.div(end + (spec.page_size - 1), spec.page_size)
         unknown = (first < end) & outside(lax.div(first, spec.page_size), end_column)
         count = jnp.where(unknown, 0, count)
-    most = policy.most_tokens(slots)
     fits = length <= _checks.INT32_MAX - count
-    if most is not None:
-        fits &= length <= most - count
+    if spec.most is not None:
+        fits &= length <= spec.most - count
     count = jnp.where(fits, count, 0)
-    slot = lax.rem(length, jnp.int32(slots)) if policy.turns else lax.min(length, jnp.int32(slots - 1))
+    slot = lax.rem(length, jnp.int32(slots)) if spec.turns else lax.min(length, jnp.int32(slots - 1))
     marks = {bits.BAD_PAGE: unknown, bits.OVERFLOW: jnp.logical_not(fits), bits.BAD_COUNT: bad_count}
     return Admitted(count > 0, slot, length + count, marks)
 

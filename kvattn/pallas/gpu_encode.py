@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn._typing import Array
-from kvattn.codecs import Format
-from kvattn.codecs import int8
+from kvattn.codecs import Format, int8
 from kvattn.codecs.scaled import reciprocal, scale_of
 from kvattn.pallas.gpu_tile import TOKENS, WGMMA, spread, store
 

@@ -102,9 +102,7 @@ def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Arra
     return Rows(hole + end - after, hole, after, lax.div(near + (tile - 1), tile), whole_end)
 
 
-def reckoned(
-    mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]
-) -> Rows:
+def reckoned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
     """`in_order`, or `turned` if there is a ring."""
     return turned(mask, tile, ring, count, at) if ring else in_order(mask, tile, count, at)
 
@@ -115,9 +113,7 @@ def position_in_ring(slot: Int32[Array, "*slots"], ring: int, count: Int32[Array
     return jnp.where(slot < ring, slot + (count - turn) - jnp.where(slot < turn, 0, ring), -1)
 
 
-def turned(
-    mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]
-) -> Rows:
+def turned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
     """`survey` without looking: of rows whose slot s holds the last position below `count` that is s modulo `ring`.
 
     Args:
@@ -145,7 +141,9 @@ def turned(
     front = wraps & (lax.div(rest, tile) >= whole_end - whole)
     every = number == ring
     run = jnp.where(front | every, 0, whole)
-    run_end = jnp.where(every, lax.div(jnp.zeros_like(end) + ring, tile), jnp.where(front, lax.div(rest, tile), whole_end))
+    run_end = jnp.where(
+        every, lax.div(jnp.zeros_like(end) + ring, tile), jnp.where(front, lax.div(rest, tile), whole_end)
+    )
     return Rows(hole + behind - after, hole, after, run, run_end)
 
 
