@@ -77,6 +77,7 @@ STORES = {
     "float16": (None, F16, F16),
     "Int8": (kvattn.Int8(), BF16, BF16),
     "Int8 of float32": (kvattn.Int8(), F32, F32),
+    "Float8": (kvattn.Float8(), BF16, BF16),
 }
 PLACES = {
     "Full": (Full(), 0, 24),

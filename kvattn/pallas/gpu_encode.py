@@ -11,9 +11,10 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from kvattn._typing import Array
-from kvattn.codecs import Format, int8
+from kvattn.codecs import Format, float8, int8
 from kvattn.codecs.scaled import reciprocal, scale_of
 from kvattn.pallas.gpu_tile import TOKENS, WGMMA, spread, store
 
@@ -24,7 +25,7 @@ MOST = np.finfo(np.float32).max
 
 def is_known(form: Format) -> bool:
     """Whether tokens can be encoded here."""
-    return form.is_plain or (form.is_scaled and form.dtype == jnp.int8)
+    return form.is_plain or (form.is_scaled and form.dtype in (jnp.int8, jnp.float8_e4m3fn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +80,14 @@ def encoded(codes: Codes, shared: Mapping[str, Any]) -> Array:
     # NaN is infinite here: not every maximum lets it through.
     size = jnp.abs(x)
     largest = jnp.max(jnp.where(size <= MOST, size, np.float32(np.inf)), axis=1)
-    scale = scale_of(largest, int8.TOP)
-    numbers = jnp.clip(jnp.round(x * spread(reciprocal(scale), x.shape, 0)), -int8.TOP, int8.TOP)
-    store(shared["data"], numbers.astype(jnp.int8))
+    top = int8.TOP if codes.form.dtype == jnp.int8 else float8.TOP
+    scale = scale_of(largest, top)
+    numbers = x * spread(reciprocal(scale), x.shape, 0)
+    numbers = jnp.clip(jnp.round(numbers) if codes.form.dtype == jnp.int8 else numbers, -top, top)
+    numbers = numbers.astype(codes.form.dtype)
+    if numbers.dtype != codes.stored["data"]:  # bits
+        numbers = lax.bitcast_convert_type(numbers, codes.stored["data"])
+    store(shared["data"], numbers)
     store(shared["scale"].at[0], scale)
     head = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=TOKENS)
     unfit = jnp.where(largest <= MOST, 0, jnp.where(head < codes.heads, 1, 0))
