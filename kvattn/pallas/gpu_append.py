@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -70,6 +71,8 @@ def unsupported(new: NewTokens, cache: Cache) -> str | None:
     """Why this kernel cannot append to the cache; None: it can."""
     if (reason := gpu_decode.device_refusal()) is not None:
         return reason
+    if _manual.is_typed():
+        return "kernels write in place nothing whose type names mesh axes"
     if cache.values_in_keys or new.value is None:
         return "it writes values of their own"
     form, store = cache.codec.format, cache.store
@@ -154,15 +157,13 @@ def _run(spec: Spec, reads: Mapping[str, Array], changes: Mapping[str, Array]) -
     Returns:
         `changes` after it, and positions and counts int32 [B].
     """
-    both = (reads, changes)
-    changes = {name: _manual.like(x, both) for name, x in changes.items()}
 
     def kvattn_gpu_append(*refs, **shared):
         """One row: refs of `reads`, `changes`, and the results."""
         memory = dict(zip((*reads, *changes, "positions", "counts"), refs, strict=True))
         _append_row(spec, memory, shared, lax.axis_index("row"))
 
-    vector = _manual.result((spec.batch,), jnp.int32, both)
+    vector = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
     kernel = plgpu.kernel(
         kvattn_gpu_append,
         out_type=(vector, vector),
@@ -171,7 +172,7 @@ def _run(spec: Spec, reads: Mapping[str, Array], changes: Mapping[str, Array]) -
         grid_names=("row",),
         interpret=gpu_decode.INTERPRETER if interpreted("cuda") else None,
     )
-    nothing = _manual.like(jnp.zeros((spec.batch,), jnp.int32), both)
+    nothing = jnp.zeros((spec.batch,), jnp.int32)
 
     def in_place(refs):
         """Refs of `reads`, `changes` and the results."""
