@@ -252,3 +252,26 @@ def test_derivatives_and_rows_mapped_over(codec):
         ours = mapped(("mosaic_gpu", "xla"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(mapped("xla")), strict=True):
         assert_same_bits(a, b)
+
+
+def test_what_it_leaves_to_xla():
+    """Policies that remember something, several tokens, codecs that it does not encode, rows that read together."""
+
+    def writes(length=1, dtype=BF16, key_dtype=None, **settings):
+        cache = kvattn.KVCache.create(2, K, 64, layout=Layout(16, 16, False), dtype=dtype, **settings)
+        new = [jnp.ones((2, length, n, 64), key_dtype or dtype) for n in (4, K, K)]
+        step = lambda *args: kvattn.cached_attention(*args, implementation=("mosaic_gpu", "xla"))
+        return "kvattn_gpu_append" in str(jax.make_jaxpr(step)(*new, cache))
+
+    assert writes(capacity=16) and writes(policy=SlidingWindow(16)) and writes(capacity=16, codec=kvattn.Int8())
+    assert not writes(policy=kvattn.StreamingLLM(4, 12))
+    assert not writes(policy=kvattn.H2O(8, 7))
+    assert not writes(2, capacity=16)
+    assert not writes(capacity=16, codec=kvattn.Int4())
+    assert not writes(capacity=16, dtype=F32) and not writes(capacity=16, key_dtype=F32)
+    cache = kvattn.PagedKVCache.create(6, 8, K, 64, batch_size=2, max_pages=3)
+    cache = cache.with_tables([[0, 1, 2], [0, 1, 3]], [17, 18], shared=[([[0, 1]], [0], [2])])
+    new = [jnp.ones((2, 1, n, 64), BF16) for n in (4, K, K)]
+    step = lambda *args: kvattn.cached_attention(*args, implementation="mosaic_gpu")
+    assert "kvattn_gpu_append" not in str(jax.make_jaxpr(step)(*new, cache))
+    assert "kvattn_gpu_append" in str(jax.make_jaxpr(step)(*new, cache.replace(shared=None)))
