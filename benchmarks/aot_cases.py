@@ -40,6 +40,7 @@ class Case:
     mask: Mask = CAUSAL
     mass: bool = False
     on_host: bool = False
+    policy: Any = None  # which keeps `slots` tokens; None: all
 
 
 CASES = {
@@ -110,9 +111,11 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
                 max_pages=columns,
                 codec=codec,
                 dtype=case.dtype,
+                policy=case.policy,
             )
         where = {"memory_kind": "pinned_host"} if case.on_host else {}
-        return kvattn.KVCache.create(batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, **where)
+        settings = {"capacity": slots, "policy": case.policy, "codec": codec, "dtype": case.dtype}
+        return kvattn.KVCache.create(batch, kv_heads, size, **settings, **where)
 
     def on_device(x, axes):
         where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding

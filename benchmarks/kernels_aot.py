@@ -13,8 +13,8 @@ A third program is the step of `"xla"` over a cache in the host's memory (`memor
 cache, in place, and the device a few blocks.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
-flight, kernels launched, and the same of the step; what is refused says why. Status 1 for a spill too, and for programs
-that do not fit a multiprocessor together.
+flight, kernels launched, and the same of the step; what is refused says why. Status 1 for a spill too, for programs
+that do not fit a multiprocessor together, and for a step that starts more kernels than it should.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def print_gpu(console: Console, target: str) -> bool:
         room = -(-kernels["decode"][0] // 8) * 8 * 256 * result["blocks"] <= 65536
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         step = result.get("step", {})
-        fine &= not step or (step["copies"] == "0" and step["moved"] <= 0)
+        fine &= not step or (step["copies"] == "0" and step["moved"] <= 0 and step["launches"] <= step["most"])
         well &= fine
         # A merge of the same shape is compiled once.
         registers = (str(kernels["decode"][0]), str(kernels["merge"][0]) if "merge" in kernels else "")

@@ -80,6 +80,8 @@ STORES = {
     "Int8": (kvattn.Int8(), BF16, BF16),
     "Int8 of float32": (kvattn.Int8(), F32, F32),
     "Float8": (kvattn.Float8(), BF16, BF16),
+    "Int4": (kvattn.Int4(32), BF16, BF16),
+    "Int4 of float32": (kvattn.Int4(16), F32, F32),
 }
 PLACES = {
     "Full": (Full(), 0, 24),
@@ -96,6 +98,7 @@ QUICK = {
     ("Int8 of float32", "a window in pages"),
     ("Float8", "Full"),
     ("bfloat16", "a ring"),
+    ("Int4", "a ring in pages"),
 }
 LENGTHS = [0, 1, 7, 8, 23, 24, 19, 20, 16]
 
@@ -267,7 +270,7 @@ def test_what_it_leaves_to_xla():
     assert not writes(policy=kvattn.StreamingLLM(4, 12))
     assert not writes(policy=kvattn.H2O(8, 7))
     assert not writes(2, capacity=16)
-    assert not writes(capacity=16, codec=kvattn.Int4())
+    assert writes(capacity=16, codec=kvattn.Int4()) and not writes(capacity=16, codec=kvattn.Int4(4))
     assert not writes(capacity=16, dtype=F32) and not writes(capacity=16, key_dtype=F32)
     cache = kvattn.PagedKVCache.create(6, 8, K, 64, batch_size=2, max_pages=3)
     cache = cache.with_tables([[0, 1, 2], [0, 1, 3]], [17, 18], shared=[([[0, 1]], [0], [2])])

@@ -372,6 +372,26 @@ def test_rows_in_order_need_not_be_looked_at(mask):
         assert all(row[t].all() for t in listed if run <= t < run_end), case
 
 
+@pytest.mark.parametrize("page_size", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_ring(page_size):
+    """Values of one that has turned, of one that has not, and of an empty one; NaN where there is no token."""
+    settings = {"policy": kvattn.SlidingWindow(136), "dtype": BF16}
+    if page_size:
+        cache = kvattn.PagedKVCache.create(51, 8, 2, 64, batch_size=B, max_pages=17, **settings)
+        cache = cache.with_tables(np.random.default_rng(0).permutation(51).reshape(B, 17), [0] * B)
+    else:
+        cache = kvattn.KVCache.create(B, 2, 64, layout=Layout(136, 136, False), **settings)
+    cache = cache.replace(keys=jax.tree.map(worst, cache.keys), values=jax.tree.map(worst, cache.values))
+    lengths = np.asarray([136 + 70, 0, 75])
+    key, value = (jnp.asarray(np.random.default_rng(n).normal(size=(B, 136, 2, 64)), BF16) for n in range(2))
+    slots = np.where(np.arange(136)[None] < lengths[:, None], np.arange(136)[None], -1)
+    cache = cache.write(jnp.asarray(slots, jnp.int32), key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
+    for window in (136, 70) if page_size else (70,):
+        request = request_for(cache, 4, dtype=BF16, mask=Mask(window=window))
+        assert gpu_decode._spec(request, tuning.GpuConfig()).ring == 136
+        check(request)
+
+
 @pytest.mark.parametrize("ring", [1, 63, 64, 200, 256])
 @pytest.mark.parametrize(
     "mask", [Mask(), Mask(causal=False), Mask(window=1), Mask(window=70), Mask(window=256)], ids=str

@@ -94,7 +94,7 @@ class PerHead:
 def rotated_left(x: Shaped[Array, "B T *rest"], by: Int32[Array, " B"]) -> Shaped[Array, "B T *rest"]:
     """Every row turned to the left by so many tokens."""
     length = x.shape[1]
-    if length == 0:
+    if length <= 1:
         return x
     index = (jnp.arange(length, dtype=jnp.int32)[None] + by[:, None]) % length
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)

@@ -25,7 +25,7 @@ from kvattn.cache import status as bits
 from kvattn.cache.pages import Pages
 from kvattn.masks import EMPTY
 from kvattn.pallas import gpu_decode
-from kvattn.pallas.gpu_encode import TILE, Codes, encoded, is_known
+from kvattn.pallas.gpu_encode import COLUMNS_AT_ONCE, TILE, Codes, encoded, is_known, uneven_cuts
 from kvattn.pallas.gpu_tile import COLUMNS
 from kvattn.pallas.interpreter import interpreted
 
@@ -78,6 +78,8 @@ def unsupported(new: NewTokens, cache: Cache) -> str | None:
     form, store = cache.codec.format, cache.store
     if form is None or not is_known(form):
         return f"it does not encode {cache.codec}"
+    if form.is_grouped and (cuts := uneven_cuts(form, cache.key_head_dim, cache.value_head_dim)):
+        return f"groups of {form.group_size} channels are cut at {cuts}, no multiples of {COLUMNS_AT_ONCE}"
     for x, array in ((new.key, cache.keys["data"]), (new.value, cache.values["data"])):
         assert x is not None
         if form.is_plain and (x.dtype != array.dtype or jnp.dtype(x.dtype).itemsize != 2):

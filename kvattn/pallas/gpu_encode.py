@@ -12,20 +12,30 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 
 from kvattn._typing import Array
-from kvattn.codecs import Format, float8, int8
+from kvattn.codecs import Format, float8, grouped, int4, int8
 from kvattn.codecs.scaled import reciprocal, scale_of
+from kvattn.pallas.gpu_spec import byte_runs
 from kvattn.pallas.gpu_tile import TOKENS, WGMMA, spread, store
 
 TILE = 64
 """Rows of a tile: most heads."""
+COLUMNS_AT_ONCE = 8
+"""Features that the layout of a tile does not divide."""
 MOST = np.finfo(np.float32).max
+
+
+def uneven_cuts(form: Format, *features: int) -> list[int]:
+    """Where groups or nibbles of tokens of so many features are cut that registers do not divide at."""
+    cuts = {c for f in features for run in byte_runs(f, form.group_size) for c in run} | {form.group_size, *features}
+    return sorted(c for c in cuts if c % COLUMNS_AT_ONCE)
 
 
 def is_known(form: Format) -> bool:
     """Whether tokens can be encoded here."""
-    return form.is_plain or (form.is_scaled and form.dtype in (jnp.int8, jnp.float8_e4m3fn))
+    return form.is_plain or form.is_grouped or (form.is_scaled and form.dtype in (jnp.int8, jnp.float8_e4m3fn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,12 @@ class Codes:
     @property
     def groups(self) -> int:
         """How many of each there are."""
-        return 1
+        return grouped.num_groups(self.features, self.form.group_size) if self.form.is_grouped else 1
+
+    @property
+    def width(self) -> int:
+        """Numbers of "data" of a token."""
+        return -(-self.features // 2) if self.form.is_grouped else self.features
 
     def scratch(self) -> dict[str, Any]:
         """Shared memory: "new" is where the tokens arrive."""
@@ -67,7 +82,7 @@ class Codes:
             return {"new": plgpu.SMEM((self.heads, self.features), self.given)}
         return {
             "new": plgpu.SMEM((TILE, self.features), self.given),
-            "data": plgpu.SMEM((TILE, self.features), self.stored["data"]),
+            "data": plgpu.SMEM((TILE, self.width), self.stored["data"]),
             **{name: plgpu.SMEM((self.groups, TILE), self.stored[name]) for name in self.small},
         }
 
@@ -76,6 +91,8 @@ def encoded(codes: Codes, shared: Mapping[str, Any]) -> Array:
     """Encodes the tokens that have arrived. Returns whether one of them cannot be stored, bool []."""
     if codes.form.is_plain:
         return jnp.bool_(False)
+    if codes.form.is_grouped:
+        return _nibbles(codes, shared)
     x = plgpu.load(shared["new"], layout=WGMMA, optimized=False).astype(jnp.float32)
     # NaN is infinite here: not every maximum lets it through.
     size = jnp.abs(x)
@@ -89,6 +106,42 @@ def encoded(codes: Codes, shared: Mapping[str, Any]) -> Array:
         numbers = lax.bitcast_convert_type(numbers, codes.stored["data"])
     store(shared["data"], numbers)
     store(shared["scale"].at[0], scale)
+    return _is_unfit(codes, largest)
+
+
+def _is_unfit(codes: Codes, largest: Array) -> Array:
+    """Whether one of the first heads has no finite largest number, bool [], of float32 [TILE]."""
     head = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=TOKENS)
     unfit = jnp.where(largest <= MOST, 0, jnp.where(head < codes.heads, 1, 0))
     return jnp.max(unfit) > 0
+
+
+def _nibbles(codes: Codes, shared: Mapping[str, Any]) -> Array:
+    """`grouped.quantise` and `grouped.pack`, group by group and then byte by byte."""
+    size, largest = codes.form.group_size, None
+    of_group = []
+    for group in range(codes.groups):
+        x = _channels(shared, group * size, min(size, codes.features - group * size))
+        finite = jnp.max(jnp.where(jnp.abs(x) <= MOST, jnp.abs(x), np.float32(np.inf)), axis=1)
+        low = jnp.where(finite <= MOST, jnp.min(x, axis=1), np.float32(np.nan))
+        scale, minimum = grouped.pack_pair(low, jnp.max(x, axis=1), 2**int4.BITS - 1)
+        store(shared["scale"].at[group], scale)
+        store(shared["minimum"].at[group], minimum)
+        of_group.append(grouped.steps(scale, minimum))
+        largest = finite if largest is None else jnp.maximum(largest, finite)
+
+    def numbers(first: int, count: int) -> Array:
+        step, low = of_group[first // size]
+        x = _channels(shared, first, count)
+        found = grouped.codes_of(x, spread(step, x.shape, 0), spread(low, x.shape, 0), 2**int4.BITS - 1)
+        return found.astype(jnp.int32)  # one by one, as NaN is to be 0
+
+    for first, end in byte_runs(codes.features, size):
+        byte = numbers(first, end - first) + numbers(first + codes.width, end - first) * 2**int4.BITS
+        store(shared["data"].at[:, pl.ds(first, end - first)], byte.astype(jnp.uint8))
+    return _is_unfit(codes, largest)
+
+
+def _channels(shared: Mapping[str, Any], first: int, count: int) -> Array:
+    """Some channels of the tokens, float32 [TILE, count]."""
+    return plgpu.load(shared["new"].at[:, pl.ds(first, count)], layout=WGMMA, optimized=False).astype(jnp.float32)

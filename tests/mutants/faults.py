@@ -976,7 +976,7 @@ FAULTS: list[Fault] = [
         ("turned", "every = number == ring", "every = number >= ring - 1"),
         ("position_in_ring", "slot < turn", "slot <= turn"),
         ("position_in_ring", "jnp.where(slot < ring", "jnp.where(slot <= ring"),
-        ("reckoned", "if ring else", "if ring < 0 else", "test_gpu_append.py::test_steps_are_those_without_it"),
+        ("reckoned", "if ring else", "if ring < 0 else", "test_gpu_kernels.py::test_a_ring"),
     ),
     *group(
         "pallas/gpu_append.py",
@@ -1014,8 +1014,12 @@ FAULTS: list[Fault] = [
         "test_gpu_append.py::test_what_xla_writes",
         ("encoded", "jnp.where(size <= MOST, size, np.float32(np.inf))", "size"),
         ("encoded", "jnp.round(numbers)", "numbers"),
-        ("encoded", "head < codes.heads", "head < 0"),
-        ("encoded", "head < codes.heads", "head >= 0"),
+        ("_is_unfit", "head < codes.heads", "head < 0"),
+        ("_is_unfit", "head < codes.heads", "head >= 0"),
+        ("_nibbles", "found.astype(jnp.int32)", "found"),
+        ("_nibbles", "first + codes.width, end", "first, end"),
+        ("_nibbles", "of_group[first // size]", "of_group[0]"),
+        ("uneven_cuts", "{form.group_size, *features}", "set()", "test_gpu_append.py::test_what_it_leaves_to_xla"),
     ),
     *group(
         "attend/at_once.py",
