@@ -145,14 +145,16 @@ def test_pages_that_are_not_there(columns, page_size):
     room = columns * page_size
     policy = OrderedWindow(9) if columns == 130 else Full()
     cache = made(policy, None, BF16, page_size, room, 64, columns=columns)
-    lengths = jnp.asarray([0, page_size, room - 1, room, 3, room // 2, room - 2, room - page_size, 1], jnp.int32)
+    lengths = jnp.asarray([0, page_size, room - 1, room, 3, room // 2, room - 2, room, 0], jnp.int32)
     table = np.array(cache.page_table)
     table[1, 1], table[1, 2:] = cache.num_pages, -1  # where its token goes
     table[2, 0] = -1  # not seen any more by a window of 9
     table[3, columns - 1] = 2**31 - 1
     table[4, 3 // page_size + 1 :] = -5  # nothing lies there yet
     table[5, (room // 2) // page_size] = -(2**31)
-    after = check(cache.replace(lengths=lengths, page_table=jnp.asarray(table)), *tokens(64, BF16))
+    table[8] = -1  # gets no token, and comes behind a row that is full
+    cache = cache.replace(lengths=lengths, page_table=jnp.asarray(table))
+    after = check(cache, *tokens(64, BF16), jnp.asarray([1] * 8 + [0], jnp.int32))
     bad = [False, True, columns != 130, True, False, True, False, False, False]
     assert (np.asarray(after.status) & bits.BAD_PAGE > 0).tolist() == bad
 

@@ -5,6 +5,7 @@ neighbouring threads.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ MOST = np.finfo(np.float32).max
 
 def uneven_cuts(form: Format, *features: int) -> list[int]:
     """Where groups or nibbles of tokens of so many features are cut that registers do not divide at."""
-    cuts = {c for f in features for run in byte_runs(f, form.group_size) for c in run} | {form.group_size, *features}
+    cuts = {c for f in features for run in byte_runs(f, form.group_size) for c in run}
     return sorted(c for c in cuts if c % COLUMNS_AT_ONCE)
 
 
@@ -118,8 +119,8 @@ def _is_unfit(codes: Codes, largest: Array) -> Array:
 
 def _nibbles(codes: Codes, shared: Mapping[str, Any]) -> Array:
     """`grouped.quantise` and `grouped.pack`, group by group and then byte by byte."""
-    size, largest = codes.form.group_size, None
-    of_group = []
+    size = codes.form.group_size
+    of_group, largest = [], []
     for group in range(codes.groups):
         x = _channels(shared, group * size, min(size, codes.features - group * size))
         finite = jnp.max(jnp.where(jnp.abs(x) <= MOST, jnp.abs(x), np.float32(np.inf)), axis=1)
@@ -128,7 +129,7 @@ def _nibbles(codes: Codes, shared: Mapping[str, Any]) -> Array:
         store(shared["scale"].at[group], scale)
         store(shared["minimum"].at[group], minimum)
         of_group.append(grouped.steps(scale, minimum))
-        largest = finite if largest is None else jnp.maximum(largest, finite)
+        largest.append(finite)
 
     def numbers(first: int, count: int) -> Array:
         step, low = of_group[first // size]
@@ -139,7 +140,7 @@ def _nibbles(codes: Codes, shared: Mapping[str, Any]) -> Array:
     for first, end in byte_runs(codes.features, size):
         byte = numbers(first, end - first) + numbers(first + codes.width, end - first) * 2**int4.BITS
         store(shared["data"].at[:, pl.ds(first, end - first)], byte.astype(jnp.uint8))
-    return _is_unfit(codes, largest)
+    return _is_unfit(codes, functools.reduce(jnp.maximum, largest))
 
 
 def _channels(shared: Mapping[str, Any], first: int, count: int) -> Array:
