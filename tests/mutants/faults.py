@@ -1058,6 +1058,8 @@ FAULTS: list[Fault] = [
         test_tpu_kernels.py::test_minima_and_scales_in_several_pages
         test_tpu_kernels.py::test_planted_faults
         """,
+        ("_by_row", "row[i], core,", "row[i], 0 * core,", "test_tpu_kernels.py::test_two_cores_share_the_heads"),
+        ("cores_for", "view.num_kv_heads % cores == 0", "True", "test_tpu_kernels.py::test_devices_of_two_cores"),
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
