@@ -56,6 +56,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 """What the compiler asks about a device."""
 
 F32 = jnp.float32
+MOST_LAUNCHES = 3
+"""Of a step: the append, attention and the merge."""
 RING = kvattn.SlidingWindow(1024)
 CASES = {
     "GQA 32/8": Case(),
@@ -161,14 +163,8 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         moved = cache.nbytes - step.memory_analysis().alias_size_in_bytes
         launches = aot_cases.launches(step.as_text())
         found["step"] = {"temporary": temporary, "copies": copies, "moved": moved, "launches": launches}
-        found["step"]["most"] = most_launches(case)
+        found["step"]["most"] = MOST_LAUNCHES
     return found
-
-
-def most_launches(case: Case) -> int:
-    """How many kernels a step may start: the append, attention and the merge; some more where queries are prepared."""
-    as_they_lie = not isinstance(case.codec, kvattn.Float8 | kvattn.Int4) and case.heads % 8 == 0
-    return 3 if as_they_lie else 7
 
 
 def main() -> None:

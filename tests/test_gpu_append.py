@@ -17,7 +17,7 @@ from kvattn.attend import at_once
 from kvattn.attend.prepare import prepared
 from kvattn.cache import Layout
 from kvattn.cache import status as bits
-from kvattn.pallas import gpu_append
+from kvattn.pallas import gpu_append, gpu_decode
 from kvattn.policies import Full, OrderedWindow, SlidingWindow
 
 B, K = 9, 2
@@ -172,16 +172,24 @@ def test_small_tables(batch):
         assert np.asarray(check(named, key, value).status).tolist() == [0] * (batch - 1) + [bits.BAD_PAGE]
 
 
-def steps_of(cache, num_new, count, **rules):
-    """Outputs of so many steps, and the cache."""
+@pytest.fixture
+def attends_by_xla(monkeypatch):
+    """Only the append is the kernel's: attention in the interpreter takes longer."""
+    monkeypatch.setattr(gpu_decode, "unsupported", lambda _: "it is not tried here")
+
+
+def steps_of(cache, num_new, **rules):
+    """Outputs of three steps, and the cache."""
 
     @jax.jit
     def run(cache, query, key, value, num_new):
         # Compiled anew: a fault may be planted.
-        return kvattn.cached_attention(query, key, value, cache, num_new=num_new, implementation="mosaic_gpu", **rules)
+        return kvattn.cached_attention(
+            query, key, value, cache, num_new=num_new, implementation=("mosaic_gpu", "xla"), **rules
+        )
 
     outs = []
-    for seed in range(count):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         new = [jnp.asarray(rng.normal(size=(cache.batch_size, 1, n, 64)), BF16) for n in (4, K, K)]
         out, cache = run(cache, *new, num_new)
@@ -190,26 +198,29 @@ def steps_of(cache, num_new, count, **rules):
 
 
 @pytest.mark.parametrize(
-    ("place", "count"), [("a ring", 1), *(pytest.param(place, 3, marks=pytest.mark.slow) for place in PLACES)]
+    ("place", "by"),
+    [("a ring", "xla"), *(pytest.param(place, "", marks=pytest.mark.slow) for place in PLACES)],
 )
-def test_steps_are_those_without_it(place, count, monkeypatch):
+def test_steps_are_those_without_it(place, by, monkeypatch, request):
     """With positions turned, and counts: outputs and caches to the bit."""
+    if by == "xla":
+        request.getfixturevalue("attends_by_xla")
     policy, page_size, slots = PLACES[place]
     num_new, rules = jnp.asarray([1, 0, 1, 1, 1, 1, 2, 1, 1], jnp.int32), {"rope": kvattn.RoPE(64)}
     cache = filled(policy, None, BF16, page_size, slots)
-    ours = steps_of(cache, num_new, count, **rules)
+    ours = steps_of(cache, num_new, **rules)
     monkeypatch.setattr(at_once, "takes", lambda *_: False)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(steps_of(cache, num_new, count, **rules)), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(steps_of(cache, num_new, **rules)), strict=True):
         assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("is_checked", [False, True])
-def test_inside_shard_map(is_checked):
+def test_inside_shard_map(is_checked, attends_by_xla):
     """Values are those of the same step outside; where types name mesh axes, XLA writes."""
     cache = kvattn.KVCache.create(4, K, 64, capacity=16, layout=Layout(16, 16, False))
     cache = cache.replace(lengths=jnp.asarray([0, 3, 16, 7], jnp.int32))
     new = [jnp.concatenate([x[:4]] * n, axis=2) for n, x in zip((2, 1, 1), tokens(64, BF16)[:1] * 3, strict=True)]
-    step = lambda *args: kvattn.cached_attention(*args, implementation="mosaic_gpu")
+    step = lambda *args: kvattn.cached_attention(*args, implementation=("mosaic_gpu", "xla"))
     rows = jax.tree.map(lambda axes: jax.P(*(None, "b") if axes.startswith("blocks") else ("b",)), cache.axes)
 
     def mapped(devices):
@@ -259,7 +270,7 @@ def test_derivatives_and_rows_mapped_over(codec):
         assert_same_bits(a, b)
 
 
-def test_what_it_leaves_to_xla():
+def test_what_it_leaves_to_xla(attends_by_xla):
     """Policies that remember something, several tokens, codecs that it does not encode, rows that read together."""
 
     def writes(length=1, dtype=BF16, key_dtype=None, **settings):
@@ -277,6 +288,6 @@ def test_what_it_leaves_to_xla():
     cache = kvattn.PagedKVCache.create(6, 8, K, 64, batch_size=2, max_pages=3)
     cache = cache.with_tables([[0, 1, 2], [0, 1, 3]], [17, 18], shared=[([[0, 1]], [0], [2])])
     new = [jnp.ones((2, 1, n, 64), BF16) for n in (4, K, K)]
-    step = lambda *args: kvattn.cached_attention(*args, implementation="mosaic_gpu")
+    step = lambda *args: kvattn.cached_attention(*args, implementation=("mosaic_gpu", "xla"))
     assert "kvattn_gpu_append" not in str(jax.make_jaxpr(step)(*new, cache))
     assert "kvattn_gpu_append" in str(jax.make_jaxpr(step)(*new, cache.replace(shared=None)))

@@ -1,12 +1,13 @@
 """`"mosaic_gpu"`: decoding on Hopper GPUs, a fixed number of programs that share out the tiles which hold something.
 
-In each program one warpgroup fetches tiles by TMA into a ring in shared memory, another computes. Tokens are the long
-side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times the query heads of a
-group, rounded up to 8 only. A program writes one partial state per row and head that it met; `gpu_merge` merges them.
+Each program is one warpgroup, which computes while its next tiles are on their way by TMA into a ring in shared memory.
+Tokens are the long side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times
+the query heads of a group, rounded up to 8 only. A program writes one partial state per row and head that it met;
+`gpu_merge` merges them.
 
 What the matrix unit takes in 16 bits is made exact enough by splitting: float32 queries go through it in two or three
-parts, and so do probabilities. int8 goes to bfloat16 and float8 to float16, both exactly, with their scales multiplied
-into scores and probabilities; four-bit values are decoded in registers.
+parts, and so do probabilities. Eight-bit numbers go to float16 and four-bit ones to bfloat16, exactly; their scales are
+multiplied into scores and probabilities.
 """
 
 import os
@@ -88,7 +89,7 @@ def device_refusal() -> str | None:
 
 
 def _threads() -> str | None:
-    """Why the interpreter cannot run here: two warpgroups and what started them each hold a thread of XLA's."""
+    """Why the interpreter cannot run here: a warpgroup and what started it each hold a thread of XLA's."""
     count = max(int(os.environ.get("NPROC") or os.cpu_count() or 1), jax.local_device_count())
     if count >= FEWEST_THREADS:
         return None
@@ -191,11 +192,9 @@ def config_for(request: Request) -> GpuConfig:
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
-    # Two programs of 256 threads share the registers, 128 for each thread, as long as states and scores are small;
-    # numbers that are decoded or split need more of them, and so do several tokens with a window each.
-    windows = spec.length > 1 and (request.mask.window is not None or request.mask.chunk is not None)
-    most = 8 * 128 if spec.parts > 1 or spec.decoded or windows else 16 * 128
-    blocks = 2 if spec.cols * spec.parts * spec.padded <= most and spec.padded <= 128 else 1
+    # Two programs of 128 threads share the registers whatever they need, 256 for each thread. Programs wait for tiles
+    # of 16 bits, and work on codes: there a third one fills the gaps, where 168 registers are enough.
+    blocks = 3 if spec.decoded and spec.parts == 1 and spec.cols * spec.padded <= 8 * 128 else 2
     choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
     return next((c for c in choices if fits(request, c)), choices[-1])
 
@@ -210,13 +209,13 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
     streams = []
     for (role, name), x in zip(names, _stored(view), strict=True):
-        # Eight-bit floats are bits on CPUs, and in the interpreter.
-        dtype = jnp.dtype(x.dtype if name != "data" or form.dtype is None else form.dtype)
+        # Eight-bit floats are bits on CPUs, and in the interpreter; the GPU widens signed bytes only.
+        wanted = jnp.int8 if form.is_grouped else form.dtype
+        dtype = jnp.dtype(x.dtype if name != "data" or wanted is None else wanted)
         streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
     ring = view.layout.num_slots if view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
-    is_plain = parts == 1 and not factor and request.alibi_slopes is None and not form.is_grouped
     return Spec(
         batch=batch,
         length=length,
@@ -240,7 +239,12 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         page_size=view.page_size if view.page_table is not None else 0,
         in_order=(view.in_order or ring > 0) and length == 1 and not request.want_mass,
         ring=ring,
-        as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
+        # Slopes and scores are kept column by column, and want the columns of a group to begin with its first query.
+        as_it_lies=length == 1
+        and batch * query_heads >= cols
+        and request.alibi_slopes is None
+        and not request.want_mass,
+        raw=jnp.dtype(request.query.dtype),
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
@@ -271,14 +275,12 @@ def _columns(count: int, features: int) -> tuple[int, int]:
     return chunks, -(-count // (8 * chunks)) * 8
 
 
-def _is_aligned(group: int, chunks: int, cols: int) -> bool:
-    """Whether eights of queries, as they lie one after the other, hold whole groups or only one."""
-    return 8 % group == 0 or chunks * cols == group
-
-
 def _numbers(request: Request) -> tuple[DTypeLike, int]:
     """In which dtype products are taken, and of how many parts float32 numbers consist in it."""
-    view = request.view
-    if common.format_of(view).dtype == jnp.float8_e4m3fn or view.keys["data"].dtype == jnp.float16:
-        return jnp.float16, 2 if request.query.dtype == jnp.float32 else 1
-    return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(request.query.dtype, 1)
+    view, query = request.view, request.query.dtype
+    # Eight bits become float16 in fewer instructions than bfloat16.
+    if common.format_of(view).is_scaled:
+        return jnp.float16, 3 if query == jnp.float32 else 1
+    if view.keys["data"].dtype == jnp.float16:
+        return jnp.float16, 2 if query == jnp.float32 else 1
+    return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(query, 1)

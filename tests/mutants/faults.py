@@ -966,6 +966,32 @@ FAULTS: list[Fault] = [
         ),
     ),
     *group(
+        "pallas/gpu_walk.py",
+        "test_gpu_kernels.py::test_work_is_shared_out_evenly",
+        ("tile_of", "jnp.where(j < hole", "jnp.where(j <= hole", "test_gpu_kernels.py::test_a_window_costs_a_window"),
+        ("Segment.is_last", "self.end == self.rows.count", "self.end <= self.rows.count"),
+        ("Walk.at", "segment == self.start", "segment != self.start"),
+        ("Walk.at", "segment == self.last", "segment > self.last"),
+        ("Walk.after.is_empty", "here.end <= here.first", "here.end < here.first"),
+    ),
+    *group(
+        "pallas/gpu_fetch.py",
+        "test_gpu_kernels.py::test_several",
+        (
+            "Fetcher._copy_queries",
+            'memory["slopes"].at[head]',
+            'memory["slopes"].at[0]',
+            "test_gpu_kernels.py::test_mass_and_slopes_of_one_token",
+        ),
+        ("Fetcher._pages", "lax.div(start + n * size, size)", "lax.div(start, size)"),
+        (
+            "Fetcher._copy_tile",
+            "lax.rem(start, size), part)",
+            "lax.rem(start, size) * 0, part)",
+            "test_gpu_kernels.py::test_values",
+        ),
+    ),
+    *group(
         "pallas/shares.py",
         "test_gpu_kernels.py::test_rings_need_not_be_looked_at",
         ("turned", "count - ring", "count - ring + 1"),
@@ -1040,20 +1066,34 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "pallas/gpu_body.py",
-        "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_work_is_shared_out_evenly",
-        ("fetch", "here.visited >= 2", "here.visited >= 99"),
-        ("fetch", "i >= stages", "i >= 99", "test_gpu_kernels.py::test_several[groups of a token]"),
-        ("fetch", "lax.rem(start, size), part)", "lax.rem(start, size) * 0, part)", "test_gpu_kernels.py::test_values"),
-        ("fetch", "lax.div(start + n * size, size)", "lax.div(start, size)"),
-        ("Segment.tile", "jnp.where(j < self.rows.hole", "jnp.where(j <= self.rows.hole"),
-        (
-            "Segment.is_last",
-            "self.end == self.rows.count",
-            "self.end <= self.rows.count",
-            "test_gpu_kernels.py::test_work_is_shared_out_evenly",
-        ),
-        ("compute", "acc * spread(keep, acc.shape)", "acc"),
+        "test_gpu_kernels.py::test_several",
+        ("compute", "x * spread(keep, x.shape) + y for x, y in zip(acc", "x + y for x, y in zip(acc"),
         ("compute", "state = here.number + program", "state = here.number + 0 * program"),
+    ),
+    *group(
+        "pallas/gpu_columns.py",
+        "test_gpu_kernels.py::test_large_and_small_numbers_in_float16",
+        ("power_of_two", "FLOAT16_EXPONENT - 1", "FLOAT16_EXPONENT - 9"),
+        ("power_of_two", "exponent < 255", "exponent < 1"),
+        (
+            "prepare",
+            "jnp.sum(part.astype(F32), axis=1)",
+            "jnp.max(part.astype(F32), axis=1)",
+            "test_gpu_kernels.py::test_several[groups of a token]",
+        ),
+    ),
+    *group(
+        "pallas/gpu_fragments.py",
+        "test_gpu_fragments.py",
+        ("operand", "0x6480", "0x6400"),
+        ("operand", "0x80808080", "0x80808000"),
+        ("nibbles", "0x0f0f0f0f", "0x0f0f0f1f"),
+        ("nibbles", "0x4300 + MIDDLE", "0x4300"),
+        ("_widened", "0x4140, 0x4342", "0x4342, 0x4140"),
+        ("_operand_places", "2 * j + b", "j + 2 * b"),
+        ("permuted_queries", "(i, j, 0, b, 0, 0, 0)", "(i, j, 0, 1 - b, 0, 0, 0)"),
+        ("restored", "0, 0, 0, n, 0)", "0, 0, 0, 1 - n, 0)"),
+        ("_permuted", "swapaxes(2, 3)", "swapaxes(2, 4)"),
     ),
     *group(
         "pallas/gpu_merge.py",
@@ -1071,8 +1111,9 @@ FAULTS: list[Fault] = [
             "spread(sums, shape) * spread(scale, shape, 0)",
         ),
         ("mix", "jnp.where(filled, scale, 0.0)", "scale"),
-        ("planes", "(first + width) // group_size", "first // group_size"),
-        ("repack", "minimum, plane.shape, 0)", "scale, plane.shape, 0)"),
+        ("planes", "start // size", "first // size"),
+        ("repack", "spread(minimum, numbers.shape, 0)", "spread(scale, numbers.shape, 0)"),
+        ("unpacked", "step * MIDDLE", "step"),
         (
             "split",
             "x = x - piece.astype(F32)",
@@ -1087,18 +1128,14 @@ FAULTS: list[Fault] = [
         ("_paging", "size % 8 or", "size % 16 or", "test_gpu_kernels.py::test_pages_that_it_takes"),
     ),
     *group(
-        "pallas/gpu_queries.py",
-        "test_gpu_kernels.py::test_queries_sum_up_over_groups",
-        ("_sums", "jnp.sum(query.astype(jnp.float32), axis=0)", "query[0].astype(jnp.float32)"),
-        ("_split", "rest = rest - piece", "rest = piece"),
-    ),
-    *group(
         "pallas/tpu_decode.py",
         """
         test_tpu_kernels.py::test_scores_of_one_tile_above_those_of_the_last
         test_tpu_kernels.py::test_minima_and_scales_in_several_pages
         test_tpu_kernels.py::test_planted_faults
         """,
+        ("_by_row", "row[i], core,", "row[i], 0 * core,", "test_tpu_kernels.py::test_two_cores_share_the_heads"),
+        ("cores_for", "view.num_kv_heads % cores == 0", "True", "test_tpu_kernels.py::test_devices_of_two_cores"),
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),

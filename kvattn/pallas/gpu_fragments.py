@@ -1,0 +1,158 @@
+"""Codes on their way into the matrix unit of `"mosaic_gpu"`: which thread holds which channel.
+
+The matrix unit wants two neighbours from a thread, and the two that are eight further on. Of eight-bit numbers a thread
+loads four neighbours at a time, and exchanging them would cost more than widening them. So channels change places
+within their sixteen instead (`operand`), queries do the same (`permuted_queries`), and outputs go back (`restored`):
+which place a register stands for is all that changes, no instruction is spent.
+
+Channel 16 j + 4 c + 2 b + e is at 16 j + 8 b + 2 c + e.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from kvattn._typing import Array
+
+WGMMA, BYTES = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_8BIT
+QUERIES = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+)
+"""Of columns [M, H]: four neighbours to a thread; every warp has them all."""
+PERMUTED = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (8, 8), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+)
+MIDDLE = 8
+"""Of four-bit codes. About 0 they make smaller products, with smaller errors, than all of one sign."""
+RESTORED = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 8), (16, 8), (4, 8), (2, 8), (2,), (1,))),
+    warp_dims=(-10,),
+    lane_dims=(-8, -4, -3),
+    vector_dim=-1,
+)
+
+
+def operand(codes: Array, wide: DTypeLike, interpreted: bool) -> Array:
+    """Eight-bit numbers [T, F], loaded as `BYTES`, in 16 bits as the matrix unit takes them: `WGMMA`, permuted."""
+    if interpreted or codes.dtype != jnp.int8 or wide != jnp.float16:
+        codes = codes.astype(wide)
+        return _permuted(codes) if interpreted else _cut(codes, BYTES, WGMMA, _operand_places)
+    # Shifted by 128 they are the last bits of float16 numbers from 1024 on.
+    return _widened(codes, jnp.float16, "xor.b32 word, $1, 0x80808080;", 0x64, 0x6480)
+
+
+def nibbles(codes: Array, high: bool, interpreted: bool) -> Array:
+    """The low or the high four bits of int8 [T, F], less `MIDDLE`, in bfloat16 as `operand` has eight."""
+    if interpreted:
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
+        return _permuted((codes >> 4 if high else codes & 0x0F).astype(jnp.bfloat16) - jnp.bfloat16(MIDDLE))
+    shift = "shr.b32 shifted, $1, 4;\n" if high else "mov.b32 shifted, $1;\n"
+    # They are the last bits of bfloat16 numbers from 128 on.
+    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, 0x4300 + MIDDLE)
+
+
+def permuted_queries(x: Array, interpreted: bool) -> Array:
+    """Columns of 16 bits [M, H], as `QUERIES`, with channels permuted as those of `operand`."""
+    if interpreted:
+        return _permuted(x)
+    return _cut(x, QUERIES, PERMUTED, lambda i, j, *_: [(i, j, 0, b, 0, 0, 0) for b in (0, 1)])
+
+
+def restored(x: Array, interpreted: bool) -> Array:
+    """Outputs float32 [H, M] of permuted channels, `WGMMA`, in the order of channels."""
+    if interpreted:
+        return x.reshape(-1, 2, 4, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+    return _cut(x, WGMMA, RESTORED, lambda i, j, w, _, b, *rest: [(i, j, 0, 0, 0, 0, b, 0, 0, 0, n, 0) for n in (0, 1)])
+
+
+def _permuted(x: Array) -> Array:
+    """[N, F], in so many words."""
+    return x.reshape(x.shape[0], -1, 4, 2, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def _operand_places(i: int, j: int, *rest: int) -> list[tuple[int, ...]]:
+    """Where the halves of the register at a place of `BYTES` are in `WGMMA`."""
+    return [(i, 2 * j + b, *rest) for b in (0, 1)]
+
+
+def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[int, ...]]]) -> Array:
+    """The same registers, cut in two, which are said to hold something else.
+
+    Args:
+        x: as `layout`.
+        layout: of the registers as they are.
+        target: what they become.
+        places: of the two halves of the register at a place.
+    """
+    return _relabelled(x, x.dtype, layout, target, lambda register: _halves(register), places)
+
+
+def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int) -> Array:
+    """Bytes below a high one, less a bias: the GPU has no such conversion, and the compiler's takes twice as long.
+
+    Args:
+        codes: int8 [T, F], as `BYTES`.
+        wide: the 16-bit dtype.
+        ready: makes "word", four bytes without sign, of four codes.
+        high: the high byte of the numbers that they are the low bytes of.
+        bias: the bits of the number to be taken from those.
+    """
+    kind = {jnp.dtype(jnp.float16): "f16x2", jnp.dtype(jnp.bfloat16): "bf16x2"}[jnp.dtype(wide)]
+    asms = [
+        f"""
+        {{
+        .reg .b32 shifted, word, number, bias;
+        {ready}
+        prmt.b32 number, word, {high * 0x01010101:#x}, {taken:#x};
+        mov.b32 bias, {bias * 0x00010001:#x};
+        sub.{kind} $0, number, bias;
+        }}
+        """
+        for taken in (0x4140, 0x4342)
+    ]
+    return _relabelled(codes, wide, BYTES, WGMMA, lambda register: _carried_out(register, asms, wide), _operand_places)
+
+
+def _halves(register: Any) -> list[Any]:
+    """Of a vector."""
+    half = ir.VectorType(register.type).shape[0] // 2
+    return [mgpu.utils.vector_slice(register, slice(half * n, half * (n + 1))) for n in (0, 1)]
+
+
+def _carried_out(register: Any, asms: list[str], dtype: DTypeLike) -> list[Any]:
+    """Vectors of two numbers, each by an assembler's text from a register of four bytes."""
+    i32, element = ir.IntegerType.get_signless(32), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    word = mgpu.utils.bitcast(register, i32)
+    pairs = (llvm.inline_asm(i32, [word], asm, "=r,r") for asm in asms)
+    return [mgpu.utils.bitcast(pair, ir.VectorType.get((2,), element)) for pair in pairs]
+
+
+def _relabelled(
+    x: Array,
+    dtype: DTypeLike,
+    layout: Any,
+    target: Any,
+    halves: Callable[[Any], list[Any]],
+    places: Callable[..., list[tuple[int, ...]]],
+) -> Array:
+    """Two registers for each one of x, as `target` has them in `places`; of another dtype if `halves` changes it."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=target))
+    def relabel(_, fragments):
+        """Of `mgpu.FragmentedArray`."""
+        wanted = target.to_mgpu()
+        new = np.empty(wanted.registers_shape(x.shape), dtype=object)
+        for place, register in np.ndenumerate(fragments.registers):
+            for there, half in zip(places(*place), halves(register), strict=True):
+                new[there] = half
+        return mgpu.FragmentedArray(_registers=new, _layout=wanted, _is_signed=None)
+
+    return relabel(x)
