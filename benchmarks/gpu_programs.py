@@ -163,7 +163,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         moved = cache.nbytes - step.memory_analysis().alias_size_in_bytes
         launches = aot_cases.launches(step.as_text())
         found["step"] = {"temporary": temporary, "copies": copies, "moved": moved, "launches": launches}
-        found["step"]["most"] = MOST_LAUNCHES
+        found["step"]["most"] = MOST_LAUNCHES + (case.size % 64 > 0)  # what the merge pads is cut off
     return found
 
 
