@@ -236,7 +236,7 @@ def test_inside_shard_map(is_checked, attends_by_xla):
 
 
 @pytest.mark.parametrize("codec", [None, pytest.param(kvattn.Int8(), marks=pytest.mark.slow)], ids=str)
-def test_derivatives_and_rows_mapped_over(codec):
+def test_derivatives_and_rows_mapped_over(codec, attends_by_xla):
     """They are those of what XLA writes: to the token that comes and to those that were there."""
     cache = kvattn.KVCache.create(B, K, 64, capacity=16, codec=codec, layout=Layout(16, 16, False), dtype=F32)
     key, value = tokens(64, F32)
