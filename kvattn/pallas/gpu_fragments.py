@@ -151,7 +151,6 @@ def _relabelled(
 ) -> Array:
     """Two registers for each one of x, as `target` has them in `places`; of another dtype if `halves` changes it."""
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=target))
     def relabel(_, fragments):
         """Of `mgpu.FragmentedArray`."""
         wanted = target.to_mgpu()
@@ -161,4 +160,6 @@ def _relabelled(
                 new[there] = half
         return mgpu.FragmentedArray(_registers=new, _layout=wanted, _is_signed=None)
 
-    return relabel(x)
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), layout=target)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    return inlined(relabel)(x)

@@ -28,7 +28,7 @@ from kvattn.pallas import common, tiles, tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
 
-ORDER = ("parallel", "arbitrary")
+ORDER: tuple[Any, ...] = ("parallel", "arbitrary")
 """Cores beside each other; one tile after the other: a row's state goes from tile to tile."""
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
@@ -250,7 +250,7 @@ def _wide(request: Request) -> DTypeLike:
     return jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
 
 
-def params(vmem: int, order: tuple[str, ...]) -> pltpu.CompilerParams:
+def params(vmem: int, order: tuple[Any, ...]) -> pltpu.CompilerParams:
     """Those of a kernel that needs so many bytes of vector memory; `order` is that of the axes of its grid."""
     found: Any = pltpu.CompilerParams(dimension_semantics=order)
     return found if vmem <= VMEM_GIVEN else dataclasses.replace(found, vmem_limit_bytes=vmem + (8 << 20))
