@@ -27,16 +27,46 @@ from kvattn.masks import Mask
 from kvattn.pallas import gpu_decode, gpu_spec
 
 SHEET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+shared_memory_per_core: {core} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
-l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536
+l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {block}
+cuda_compute_capability {{ major: {major} minor: {minor} }} registers_per_core_limit: 65536
 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
 TARGETS: dict[str, dict[str, Any]] = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB",
+        "major": 8,
+        "minor": 0,
+        "block": 166_912,
+        "core": 167_936,
+        "threads": 2048,
+        "cores": 108,
+        "bandwidth": 2_039_000_000_000,
+        "l2": 41_943_040,
+        "clock": 1.41,
+        "memory": 80_000_000_000,
+    },
+    "l4": {
+        "name": "NVIDIA L4",
+        "major": 8,
+        "minor": 9,
+        "block": 101_376,
+        "core": 102_400,
+        "threads": 1536,
+        "cores": 58,
+        "bandwidth": 300_000_000_000,
+        "l2": 50_331_648,
+        "clock": 2.04,
+        "memory": 24_000_000_000,
+    },
     "h200": {
         "name": "NVIDIA H200",
         "major": 9,
+        "minor": 0,
+        "block": 232_448,
+        "core": 233_472,
+        "threads": 2048,
         "cores": 132,
         "bandwidth": 4_800_000_000_000,
         "l2": 52_428_800,
@@ -46,6 +76,10 @@ TARGETS: dict[str, dict[str, Any]] = {
     "b200": {
         "name": "NVIDIA B200",
         "major": 10,
+        "minor": 0,
+        "block": 232_448,
+        "core": 233_472,
+        "threads": 2048,
         "cores": 148,
         "bandwidth": 8_000_000_000_000,
         "l2": 132_644_864,
@@ -129,7 +163,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         return gpu_decode.attend(request)
 
     def compile_it():
-        with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+        with aot_cases.aimed_at(device):
             return jax.jit(attend).lower(query, cache).compile()
 
     def compile_step():

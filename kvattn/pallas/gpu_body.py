@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.masks import EMPTY
+from kvattn.pallas import gpu_threads
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
 from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread, store, tanh
 from kvattn.pallas.shares import LANES, Counts, Rows, in_order
@@ -184,10 +185,25 @@ def gathered(numbers: Any, count: int, index: Array, vector: Array) -> Array:
     return jnp.where(index < count, filled, vector)
 
 
+def pages_of(spec: Spec, memory: dict[str, Any], here: Segment, j: Array) -> tuple[Array, ...]:
+    """The pages int32 [] of tile j, asked for one tile ahead: reading the table takes as long as a tile."""
+    size = spec.page_size
+    if not size:
+        return ()
+    table, number = memory["table"], spec.streams[0].shape[1]
+    start = here.tile(j) * spec.config.tile
+    columns = (lax.min(lax.div(start + n * size, size), table.shape[1] - 1) for n in range(spec.pages))
+    # Positions of slots whose page is unknown are empty; whatever page is read for them is not looked at.
+    return tuple(lax.clamp(0, table[here.row, column], number - 1) for column in columns)
+
+
 def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
     """Keeps the ring of tiles, and that of queries, full."""
     plgpu.barrier_wait(shared["shared_out"])
     walk = Walk(spec, memory, shared)
+    if spec.by_threads:
+        gpu_threads.fetch(spec, memory, shared, walk, pages_of)
+        return
     tile, stages, size = spec.config.tile, spec.config.stages, spec.page_size
     copy = plgpu.copy_gmem_to_smem
 
@@ -212,19 +228,9 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
             copy(memory["slopes"].at[head], shared["slopes"].at[slot], full)
         kv_head = lax.div(head, spec.chunks)
 
-        def pages(j):
-            """The pages int32 [] of tile j, asked for one tile ahead: reading the table takes as long as a tile."""
-            if not size:
-                return ()
-            table, number = memory["table"], spec.streams[0].shape[1]
-            start = here.tile(j) * tile
-            columns = (lax.min(lax.div(start + n * size, size), table.shape[1] - 1) for n in range(spec.pages))
-            # Positions of slots whose page is unknown are empty; whatever page is read for them is not looked at.
-            return tuple(lax.clamp(0, table[row, column], number - 1) for column in columns)
-
         def step(j, of_tile):
             """Fetches tile j int32 [] from its pages `of_tile`; gives those of the next one."""
-            ahead = pages(lax.min(j + 1, here.end - 1))
+            ahead = pages_of(spec, memory, here, lax.min(j + 1, here.end - 1))
             i = here.tiles + j - here.first
             slot = lax.rem(i, stages)
             start = here.tile(j) * tile
@@ -250,7 +256,7 @@ def fetch(spec: Spec, memory: dict[str, Any], shared: dict[str, Any]) -> None:
                         copy(source_n.at[rows], target.at[into], full)
             return ahead
 
-        lax.fori_loop(here.first, here.end, step, pages(here.first))
+        lax.fori_loop(here.first, here.end, step, pages_of(spec, memory, here, here.first))
 
     tiles, visited = walk.each(segment)
     # Nobody may leave while somebody is still to report that a buffer is free.
@@ -271,8 +277,11 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
 
     def segment(here):
         """Attends to a segment."""
-        rows, at_slot = here.rows, lax.rem(here.visited, 2)
-        plgpu.barrier_wait(shared["query_full"].at[at_slot])
+        rows, at_slot = here.rows, 0 if spec.by_threads else lax.rem(here.visited, 2)
+        if spec.by_threads:
+            gpu_threads.bring_query(spec, memory, shared, here.row, here.head)
+        else:
+            plgpu.barrier_wait(shared["query_full"].at[at_slot])
         columns = Columns(spec, memory, shared, here.row, at_slot)
 
         def step(j, carry):
@@ -293,6 +302,8 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             total = total * spread(keep, total.shape) + probs
             whole = (t >= rows.run) & (t < rows.run_end)
             mixed = mix(spec, shared, slot, probs, kv_at, whole)
+            if spec.unit == "mma" and not spec.by_threads:
+                plgpu.commit_smem()  # what threads have read the copy engine may write over
             plgpu.barrier_arrive(shared["free"].at[slot])
             return new, total, acc * spread(keep, acc.shape) + mixed
 
@@ -302,7 +313,8 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             constant((spec.padded, cols), WGMMA, 0.0),
         )
         top, total, acc = lax.fori_loop(here.first, here.end, step, start)
-        plgpu.barrier_arrive(shared["query_free"].at[at_slot])
+        if not spec.by_threads:
+            plgpu.barrier_arrive(shared["query_free"].at[at_slot])
         state = here.number + program
         store(memory["out"].at[state].T, plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED))
         store(memory["top"].at[state], top)

@@ -99,11 +99,17 @@ def capability_of(target: _target.Target) -> str | None:
     return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
 
 
+def _capability() -> tuple[int, int]:
+    """That of the GPU that the program is made for; of an H200 where nobody says which."""
+    major, minor = (capability_of(_target.current()) or "9.0").split(".")
+    return int(major), int(minor)
+
+
 def _device() -> str | None:
     """Why the device that the program is made for cannot run it."""
     capability = capability_of(_target.current())
-    if capability is not None and capability != "9.0":
-        return f"it is made of Hopper's wgmma (compute capability 9.0); this GPU has {capability}"
+    if capability is not None and _capability() < (8, 0):
+        return f"it needs a matrix unit for bfloat16 (compute capability 8.0 and up); this GPU has {capability}"
     return None
 
 
@@ -231,10 +237,16 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
         in_order=view.in_order and length == 1 and not request.want_mass,
-        as_it_lies=is_plain and length == 1 and _is_aligned(count, chunks, cols) and batch * query_heads % 8 == 0,
+        as_it_lies=is_plain
+        and length == 1
+        and not request.want_mass
+        and _is_aligned(count, chunks, cols)
+        and batch * query_heads % 8 == 0,
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
+        unit=config.unit or ("wgmma" if _capability() == (9, 0) else "mma"),
+        by_threads=_capability() < (9, 0),
         interpreted=interpreted("cuda"),
     )
 

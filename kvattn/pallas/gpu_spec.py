@@ -18,6 +18,8 @@ from kvattn.masks import Mask
 from kvattn.pallas.tuning import GpuConfig
 
 F32 = jnp.float32
+SIZES = (128, 64, 32)
+"""Bytes of a row that can lie together in shared memory that is swizzled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Spec:
         want_scores: whether scores are wanted too.
         config: sizes to be tuned.
         programs: how many share the work.
+        unit: the matrix unit, "wgmma" or "mma".
+        by_threads: whether threads fetch tiles (`gpu_threads`), not the copy engine that GPUs have since Hopper.
         interpreted: whether JAX's interpreter runs it.
     """
 
@@ -101,6 +105,8 @@ class Spec:
     want_scores: bool
     config: GpuConfig
     programs: int
+    unit: str
+    by_threads: bool
     interpreted: bool
 
     @property
@@ -147,6 +153,14 @@ class Spec:
         return max(1, self.config.tile // self.page_size) if self.page_size else 1
 
     @property
+    def tile_rows(self) -> int:
+        """Slots of a tile that are copied at once: a page, a tile, or what threads can copy without leaving the row."""
+        tile = self.config.tile
+        if self.page_size:
+            return min(tile, self.page_size)
+        return math.gcd(tile, self.streams[0].shape[2]) if self.by_threads else tile
+
+    @property
     def query_step(self) -> int:
         """Channels of the query in shared memory that a product may begin at."""
         return self._step(self.key_features, 2)
@@ -154,14 +168,25 @@ class Spec:
     def stream_step(self, stream: Stream) -> int:
         """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
         features = self.key_features if stream.name == "k_data" else self.value_features
-        return self._step(features, jnp.dtype(stream.dtype).itemsize)
+        size = jnp.dtype(stream.dtype).itemsize
+        return self._step(features, size, copied(self.tile_rows, stream.features * size) if self.by_threads else SIZES)
 
-    def _step(self, features: int, size: int) -> int:
-        """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
+    def _step(self, features: int, size: int, sizes: tuple[int, ...] = SIZES) -> int:
+        """The most numbers of `size` bytes, in one of `sizes` of them, that divide all that is addressed."""
         cuts = [features]
         if self.format.is_grouped:
             cuts = [x for run in byte_runs(features, self.format.group_size) for x in run] + [-(-features // 2)]
-        return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
+        return next((s // size for s in sizes if all(c * size % s == 0 for c in cuts)), 0)
+
+
+def copied(rows: int, width: int) -> tuple[int, ...]:
+    """Which of `SIZES` the threads of a warpgroup can copy [rows, width bytes] in.
+
+    Each of the four warps takes a whole number of blocks of 8 rows and so many bytes.
+    """
+    down = rows // 8
+    across = {size: width // size for size in SIZES if width % size == 0}
+    return tuple(s for s, n in across.items() if down % 4 == 0 or n % 4 == 0 or (down % 2 == 0 and n % 2 == 0))
 
 
 def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
@@ -180,11 +205,15 @@ def scratch(spec: Spec) -> dict[str, Any]:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
             found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
-    copies = sum(spec.pages for _ in spec.streams) + (not spec.in_order)
+    # Of threads, the last to bring something reports.
+    if spec.unit == "mma":  # see `gpu_tile.by_tokens`
+        found["probs"] = plgpu.SMEM((parts, tile, cols), spec.wide)
+    else:
+        found["probs"] = swizzled((parts, cols, tile), spec.wide, 64)
+    copies = 1 if spec.by_threads else sum(spec.pages for _ in spec.streams) + (not spec.in_order)
     vectors = (not spec.is_single) + spec.factor + spec.alibi + spec.format.is_grouped
     found |= {
         "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
-        "probs": swizzled((parts, cols, tile), spec.wide, 64),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_barriers=stages),
         "query_full": plgpu.Barrier(num_arrivals=parts + vectors, num_barriers=2),
@@ -194,8 +223,9 @@ def scratch(spec: Spec) -> dict[str, Any]:
     }
     if spec.repacked:
         count = parts if spec.format.is_grouped else 1
-        found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
-    if spec.decoded and spec.interpreted:
+        shape = (count, tile, spec.padded) if spec.unit == "mma" else (count, spec.padded, tile)
+        found["values"] = swizzled(shape, spec.wide, 64)
+    if spec.decoded and spec.interpreted and spec.unit == "wgmma":
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if not spec.in_order:
         found["positions"] = plgpu.SMEM((stages, tile), jnp.int32)

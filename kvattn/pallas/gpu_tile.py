@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from kvattn._typing import Array
 from kvattn.codecs.grouped import unpack_pair
+from kvattn.pallas import gpu_mma
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
 WGMMA = plgpu.Layout.WGMMA
@@ -72,25 +73,18 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
     def product(left, first, count):
         """float32 [T, M]: numbers [T, count] times the query's from channel `first` on."""
-        if spec.decoded and spec.interpreted:
+        if spec.decoded and spec.interpreted and spec.unit == "wgmma":
             # The matrix unit takes its first operand from registers, the interpreter does not.
             shared["keys"].at[:, pl.ds(first, count)][...] = left
             left = shared["keys"].at[:, pl.ds(first, count)]
-
-        def accumulate(acc):
-            """Into [T, M]."""
-            for n in smallest_first(spec.parts):
-                plgpu.wgmma(acc, left, query.at[n, :, pl.ds(first, count)].T)
-            return acc[...]
-
-        return pl.run_scoped(accumulate, accumulator(shape, F32))
+        return summed(spec, shape, [(left, query.at[n, :, pl.ds(first, count)].T) for n in smallest_first(spec.parts)])
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
     if not spec.format.is_grouped:
         total: Any = 0.0
         for first, count in runs(spec.key_features):
-            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
+            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=left_layout(spec), optimized=False)
             total = total + product(codes.astype(spec.wide), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     groups: dict[int, Any] = {}
@@ -106,6 +100,33 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
         part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
         total = total + part
     return total
+
+
+def summed(spec: Spec, shape: tuple[int, int], pairs: list[tuple[Any, Any]]) -> Array:
+    """The sum of products of left and right operands, float32 of `shape`, in that order."""
+    if spec.unit == "mma":
+        return gpu_mma.summed(shape, pairs, interpreted=spec.interpreted)
+
+    def accumulate(acc):
+        """Into float32 of `shape`."""
+        for left, right in pairs:
+            plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, accumulator(shape, F32))
+
+
+def by_tokens(spec: Spec, ref: Any) -> Any:
+    """A matrix of probabilities or of values that were written once more, with tokens as its rows.
+
+    `wgmma` reads what lies the other way round, and Hopper can write it so.
+    """
+    return ref if spec.unit == "mma" else ref.T
+
+
+def left_layout(spec: Spec) -> Any:
+    """How registers hold what becomes the left operand of a product."""
+    return gpu_mma.ROWS(spec.wide) if spec.unit == "mma" else WGMMA
 
 
 def runs(features: int) -> list[tuple[int, int]]:
@@ -143,10 +164,10 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
         # ... and now 2^14, far from the numbers that float16 rounds coarsely.
         probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
-        shared["probs"].at[n].T[...] = piece
+        by_tokens(spec, shared["probs"].at[n])[...] = piece
     if spec.repacked:
         repack(spec, shared, slot, filled, whole)
-        lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
+        lefts = [by_tokens(spec, shared["values"].at[n]).T for n in range(shared["values"].shape[0])]
     else:
 
         @pl.when(jnp.logical_not(whole))
@@ -155,16 +176,14 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
             values[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
 
         lefts = [values.T]
-    plgpu.commit_smem()
-
-    def accumulate(acc):
-        """Into [H, M]."""
-        for both in smallest_first(spec.parts):
-            for m, left in enumerate(lefts[: both + 1]):
-                plgpu.wgmma(acc, left, shared["probs"].at[both - m].T)
-        return acc[...]
-
-    mixed = pl.run_scoped(accumulate, accumulator((spec.padded, spec.cols), F32))
+    if spec.unit == "wgmma":
+        plgpu.commit_smem()
+    pairs = [
+        (left, by_tokens(spec, shared["probs"].at[both - m]))
+        for both in smallest_first(spec.parts)
+        for m, left in enumerate(lefts[: both + 1])
+    ]
+    mixed = summed(spec, (spec.padded, spec.cols), pairs)
     return mixed if isinstance(back, float) and back == 1.0 else mixed * back
 
 
@@ -175,12 +194,17 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
     """
     values, target = shared["v_data"].at[slot], shared["values"]
 
+    def channels(n: int, first: int, count: int) -> Any:
+        """Where some of part n go, [T, count]."""
+        some = pl.ds(first, count)
+        return target.at[n, :, some] if spec.unit == "mma" else target.at[n, some].T
+
     def rewrite(masked: bool) -> None:
         for first, count in runs(spec.value_features):
             codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False).astype(spec.wide)
             if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
-            target.at[0, pl.ds(first, count)].T[...] = codes
+            channels(0, first, count)[...] = codes
 
     if jnp.issubdtype(values.dtype, jnp.integer) and not spec.format.is_grouped:
         rewrite(False)  # integers are finite, and the scales of empty slots are 0
@@ -196,4 +220,4 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
             plane = plgpu.layout_cast(plane.astype(spec.wide), WGMMA).astype(F32)
             numbers = plane * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
-                target.at[n, pl.ds(start, plane.shape[1])].T[...] = piece
+                channels(n, start, plane.shape[1])[...] = piece
