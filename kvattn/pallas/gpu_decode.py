@@ -36,8 +36,8 @@ CAPABILITIES = {"A100": "8.0", "L4": "8.9", "RTX 4090": "8.9", "H100": "9.0", "H
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
-SHARED_BYTES = 227 << 10
-"""Of one block on Hopper."""
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+"""Of one program, by compute capability; of those that are not here, the least."""
 SHORTEST_COPY = 128
 """Bytes, and alignment, of what a copy writes into shared memory."""
 
@@ -103,6 +103,11 @@ def _capability() -> tuple[int, int]:
     """That of the GPU that the program is made for; of an H200 where nobody says which."""
     major, minor = (capability_of(_target.current()) or "9.0").split(".")
     return int(major), int(minor)
+
+
+def _shared_bytes() -> int:
+    """Shared memory of a program."""
+    return SHARED_KIB.get(_capability(), min(SHARED_KIB.values())) << 10
 
 
 def _device() -> str | None:
@@ -179,7 +184,7 @@ def fits(request: Request, config: GpuConfig) -> bool:
     """Whether a multiprocessor has the shared memory for these sizes."""
     if request.view.page_table is not None and _paging(request, config.tile) is not None:
         return False
-    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= SHARED_BYTES
+    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= _shared_bytes()
 
 
 def config_for(request: Request) -> GpuConfig:

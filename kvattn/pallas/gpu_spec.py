@@ -18,6 +18,8 @@ from kvattn.masks import Mask
 from kvattn.pallas.tuning import GpuConfig
 
 F32 = jnp.float32
+MOST_REGISTERS = 48
+"""That operands of `mma` take at a time."""
 SIZES = (128, 64, 32)
 """Bytes of a row that can lie together in shared memory that is swizzled."""
 
@@ -161,15 +163,47 @@ class Spec:
         return math.gcd(tile, self.streams[0].shape[2]) if self.by_threads else tile
 
     @property
+    def cut(self) -> int:
+        """Features of both operands of `mma`, a multiple of 16, that are in registers at a time."""
+        if self.unit == "wgmma":
+            return 128
+        registers = max(self.config.tile, self.padded) // 16 + self.cols // 4  # of 16 features
+        return next((count for count in (64, 32) if count // 16 * registers <= MOST_REGISTERS), 16)
+
+    @property
+    def key_run(self) -> int:
+        """Channels of keys that are decoded at a time."""
+        return self.cut if self.unit == "mma" and self.stream_step(self.streams[0]) else 128
+
+    @property
+    def value_run(self) -> int:
+        """Channels of values that are masked or decoded at a time: few, so that two programs have the registers."""
+        data = next(stream for stream in self.streams if stream.name == "v_data")
+        step = self.stream_step(data)
+        return step * max(1, 32 // step) if self.unit == "mma" and step else 128
+
+    @property
     def query_step(self) -> int:
         """Channels of the query in shared memory that a product may begin at."""
-        return self._step(self.key_features, 2)
+        return self._step(self.key_features, 2, self._sizes(2))
+
+    def _sizes(self, size: int) -> tuple[int, ...]:
+        """Those of `SIZES` that products of numbers of `size` bytes can be cut at."""
+        return tuple(s for s in SIZES if self.unit == "wgmma" or s <= self.cut * size)
+
+    @property
+    def value_step(self) -> int:
+        """Channels of values that were written once more which a run may begin at."""
+        return self._step(self.value_features, 2)
 
     def stream_step(self, stream: Stream) -> int:
         """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
         features = self.key_features if stream.name == "k_data" else self.value_features
         size = jnp.dtype(stream.dtype).itemsize
-        return self._step(features, size, copied(self.tile_rows, stream.features * size) if self.by_threads else SIZES)
+        sizes = self._sizes(size) if stream.name == "k_data" else SIZES[self.unit == "mma" :]
+        if self.by_threads:
+            sizes = tuple(s for s in sizes if s in copied(self.tile_rows, stream.features * size))
+        return self._step(features, size, sizes)
 
     def _step(self, features: int, size: int, sizes: tuple[int, ...] = SIZES) -> int:
         """The most numbers of `size` bytes, in one of `sizes` of them, that divide all that is addressed."""
@@ -223,8 +257,10 @@ def scratch(spec: Spec) -> dict[str, Any]:
     }
     if spec.repacked:
         count = parts if spec.format.is_grouped else 1
-        shape = (count, tile, spec.padded) if spec.unit == "mma" else (count, spec.padded, tile)
-        found["values"] = swizzled(shape, spec.wide, 64)
+        if spec.unit == "mma":  # see `gpu_tile.by_tokens`
+            found["values"] = swizzled((count, tile, spec.padded), spec.wide, spec.value_step)
+        else:
+            found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
     if spec.decoded and spec.interpreted and spec.unit == "wgmma":
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if not spec.in_order:

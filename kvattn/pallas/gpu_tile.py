@@ -83,14 +83,13 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
         return product(keys, 0, spec.key_features)
     if not spec.format.is_grouped:
         total: Any = 0.0
-        for first, count in runs(spec.key_features):
+        for first, count in runs(spec.key_features, spec.key_run):
             codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=left_layout(spec), optimized=False)
-            total = total + product(codes.astype(spec.wide), first, count)
+            total = total + product(widened(spec, codes), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     groups: dict[int, Any] = {}
-    for plane, group, start, unit in planes(keys, spec.key_features, spec.format.group_size):
-        left = plgpu.layout_cast(plane.astype(spec.wide), WGMMA)
-        part = product(left, start, plane.shape[1]) * unit
+    for left, group, start, unit in planes(spec, keys, spec.key_features, left_layout(spec)):
+        part = product(left, start, left.shape[1]) * unit
         groups[group] = part if group not in groups else groups[group] + part
     total = 0.0
     for group, part in groups.items():
@@ -105,7 +104,7 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 def summed(spec: Spec, shape: tuple[int, int], pairs: list[tuple[Any, Any]]) -> Array:
     """The sum of products of left and right operands, float32 of `shape`, in that order."""
     if spec.unit == "mma":
-        return gpu_mma.summed(shape, pairs, interpreted=spec.interpreted)
+        return gpu_mma.summed(spec, shape, pairs)
 
     def accumulate(acc):
         """Into float32 of `shape`."""
@@ -129,22 +128,37 @@ def left_layout(spec: Spec) -> Any:
     return gpu_mma.ROWS(spec.wide) if spec.unit == "mma" else WGMMA
 
 
-def runs(features: int) -> list[tuple[int, int]]:
+def runs(features: int, most: int = 128) -> list[tuple[int, int]]:
     """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
-    return [(first, min(128, features - first)) for first in range(0, features, 128)]
+    return [(first, min(most, features - first)) for first in range(0, features, most)]
 
 
-def planes(tile: Any, features: int, group_size: int) -> list[tuple[Array, int, int, float]]:
+def planes(spec: Spec, tile: Any, features: int, layout: Any) -> list[tuple[Array, int, int, float]]:
     """The numbers of four-bit tokens uint8 [T, F]: (numbers [T, run], group, first channel, what to multiply by).
 
-    Registers are not shifted in eight bits, so the high nibbles stay where they are.
+    Hopper does not shift registers in eight bits, so the high nibbles stay where they are.
     """
     found, width = [], -(-features // 2)
-    for first, end in byte_runs(features, group_size):
-        codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-        found.append((codes & jnp.uint8(0x0F), first // group_size, first, 1.0))
-        found.append((codes & jnp.uint8(0xF0), (first + width) // group_size, first + width, 1 / 16))
+    for first, end in byte_runs(features, spec.format.group_size):
+        some = tile.at[:, pl.ds(first, end - first)]
+        if spec.unit == "mma":
+            low, high = gpu_mma.nibbles(plgpu.load(some, layout=layout, optimized=False), spec.wide)
+            unit = 1.0
+        else:
+            codes = plgpu.load(some, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            low, high = (
+                plgpu.layout_cast((codes & jnp.uint8(mask)).astype(spec.wide), layout) for mask in (0x0F, 0xF0)
+            )
+            unit = 1 / 16
+        found.append((low, first // spec.format.group_size, first, 1.0))
+        found.append((high, (first + width) // spec.format.group_size, first + width, unit))
     return found
+
+
+def widened(spec: Spec, codes: Array) -> Array:
+    """Numbers in the dtype of products."""
+    by_bits = spec.decoded and spec.by_threads
+    return gpu_mma.widened(codes, spec.wide) if by_bits else codes.astype(spec.wide)
 
 
 def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array) -> Array:
@@ -172,8 +186,10 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            loaded = plgpu.load(values, layout=WGMMA, optimized=False)
-            values[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
+            for first, count in runs(spec.value_features, spec.value_run if spec.unit == "mma" else 256):
+                some = values.at[:, pl.ds(first, count)]
+                loaded = plgpu.load(some, layout=WGMMA, optimized=False)
+                some[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
 
         lefts = [values.T]
     if spec.unit == "wgmma":
@@ -200,8 +216,9 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
         return target.at[n, :, some] if spec.unit == "mma" else target.at[n, some].T
 
     def rewrite(masked: bool) -> None:
-        for first, count in runs(spec.value_features):
-            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False).astype(spec.wide)
+        for first, count in runs(spec.value_features, spec.value_run):
+            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
+            codes = widened(spec, codes)
             if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
             channels(0, first, count)[...] = codes
@@ -213,11 +230,10 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
         pl.when(jnp.logical_not(whole))(lambda: rewrite(True))
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-        for plane, group, start, unit in planes(values, spec.value_features, spec.format.group_size):
+        for plane, group, start, unit in planes(spec, values, spec.value_features, WGMMA):
             scale, minimum = (
                 jnp.where(filled, x, 0.0) for x in unpack_pair(load("v_scale", group), load("v_minimum", group))
             )
-            plane = plgpu.layout_cast(plane.astype(spec.wide), WGMMA).astype(F32)
-            numbers = plane * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
+            numbers = plane.astype(F32) * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
                 channels(n, start, plane.shape[1])[...] = piece
