@@ -34,7 +34,7 @@ from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
 import kvattn.pallas
-from kvattn import attend, errors
+from kvattn import _target, attend, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
@@ -49,18 +49,27 @@ def interpreted(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+TARGETS = {
+    "Hopper": _target.Target("cuda", "NVIDIA H200", 132, "9.0"),
+    "Blackwell": _target.Target("cuda", "NVIDIA B200", 148, "10.0"),
+    "Ampere": _target.Target("cuda", "NVIDIA A100-SXM4-80GB", 108, "8.0"),
+}
+"""One for each way: wgmma; mma, tiles copied by the engine; mma, tiles copied by threads."""
+
+
 def eights(slots):
     return -(-slots // 8) * 8
 
 
-def check(request, wide=None, config=None):
+def check(request, wide=None, config=None, on="Hopper"):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass.
 
     Narrow queries are measured by attention in `wide`; None: in the dtype that the kernel multiplies in.
     """
-    assert gpu_decode.unsupported(request) is None
-    # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
+    with _target.aimed_at(TARGETS[on]):
+        assert gpu_decode.unsupported(request) is None
+        # Compiled anew: a fault may be planted.
+        out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
     exact, exact_lse = truth(request)
     if request.query.dtype == F32:
         low, expected_mass = honest(request)
@@ -114,6 +123,7 @@ QUICK = {
     ("heads of 96", "Int4, groups of 32", "plain", 0, "float32", 1),
     ("heads of 80", "Int8", "plain", 0, "bfloat16", 1),
     ("MQA of 71 heads", "Float8", "mass", 0, "float16", 2),
+    ("GQA", "bfloat16", "mass", 0, "bfloat16", 1),
 }
 
 
@@ -134,8 +144,9 @@ def grid():
         yield pytest.param(*case, id="-".join(map(str, case)))
 
 
+@pytest.mark.parametrize("on", TARGETS)
 @pytest.mark.parametrize(("shape", "store", "rule", "page_size", "query", "new"), list(grid()))
-def test_values(shape, store, rule, page_size, query, new):
+def test_values(shape, store, rule, page_size, query, new, on):
     """One full row, one empty row, one in between; NaN wherever there is no token."""
     slots, num_heads, heads, size = SHAPES[shape]
     rows = None if page_size else eights(slots)
@@ -143,7 +154,7 @@ def test_values(shape, store, rule, page_size, query, new):
     rules = dict(RULES[rule])
     if "alibi_slopes" in rules:
         rules["alibi_slopes"] = kvattn.alibi_slopes(num_heads)
-    check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules))
+    check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules), on=on)
 
 
 SEVERAL = {
