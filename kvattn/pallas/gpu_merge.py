@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.pallas.gpu_body import rows_at
 from kvattn.pallas.gpu_spec import F32, Spec
 from kvattn.pallas.gpu_tile import TOKENS, store
+from kvattn.pallas.gpu_walk import rows_at
 
 AT_ONCE = 4
 """States fetched at a time: their loads overlap."""

@@ -239,7 +239,6 @@ def scratch(spec: Spec) -> dict[str, Any]:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
             found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
-    # Of threads, the last to bring something reports.
     if spec.unit == "mma":  # see `gpu_tile.by_tokens`
         found["probs"] = plgpu.SMEM((parts, tile, cols), spec.wide)
     else:
@@ -247,13 +246,9 @@ def scratch(spec: Spec) -> dict[str, Any]:
     copies = 1 if spec.by_threads else sum(spec.pages for _ in spec.streams) + (not spec.in_order)
     vectors = (not spec.is_single) + spec.factor + spec.alibi + spec.format.is_grouped
     found |= {
-        "query": swizzled((2, parts, cols, spec.key_features), spec.wide, spec.query_step),
+        "query": swizzled((stages, parts, cols, spec.key_features), spec.wide, spec.query_step),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "free": plgpu.Barrier(num_barriers=stages),
-        "query_full": plgpu.Barrier(num_arrivals=parts + vectors, num_barriers=2),
-        "query_free": plgpu.Barrier(num_barriers=2),
-        "share": plgpu.SMEM((4,), jnp.int32),
-        "shared_out": plgpu.Barrier(),
+        "query_full": plgpu.Barrier(num_arrivals=parts + vectors, num_barriers=stages),
     }
     if spec.repacked:
         count = parts if spec.format.is_grouped else 1
@@ -266,13 +261,13 @@ def scratch(spec: Spec) -> dict[str, Any]:
     if not spec.in_order:
         found["positions"] = plgpu.SMEM((stages, tile), jnp.int32)
     if not spec.is_single:
-        found["at"] = plgpu.SMEM((2, spec.lanes), jnp.int32)
+        found["at"] = plgpu.SMEM((stages, spec.lanes), jnp.int32)
     if spec.factor:
-        found["factor"] = plgpu.SMEM((2, spec.lanes), F32)
+        found["factor"] = plgpu.SMEM((stages, spec.lanes), F32)
     if spec.alibi:
-        found["slopes"] = plgpu.SMEM((2, spec.lanes), F32)
+        found["slopes"] = plgpu.SMEM((stages, spec.lanes), F32)
     if spec.format.is_grouped:
-        found["sums"] = plgpu.SMEM((2, spec.streams[1].features, spec.lanes), F32)
+        found["sums"] = plgpu.SMEM((stages, spec.streams[1].features, spec.lanes), F32)
     return found
 
 
