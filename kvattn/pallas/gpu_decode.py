@@ -22,7 +22,7 @@ from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
 from kvattn.cache.view import View
-from kvattn.pallas import common
+from kvattn.pallas import common, gpu_threads, gpu_ways
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
 from kvattn.pallas.gpu_queries import columns, position_columns, queries
@@ -31,13 +31,9 @@ from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
 
-CAPABILITIES = {"A100": "8.0", "L4": "8.9", "RTX 4090": "8.9", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
-"""Of devices of which no more than the name is known, as those of abstract meshes."""
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
-"""Of one program, by compute capability; of those that are not here, the least."""
 SHORTEST_COPY = 128
 """Bytes, and alignment, of what a copy writes into shared memory."""
 
@@ -45,7 +41,7 @@ SHORTEST_COPY = 128
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if (reason := _threads() if interpreted("cuda") else _device()) is not None:
+    if (reason := _threads() if interpreted("cuda") else gpu_ways.refusal()) is not None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
@@ -63,7 +59,16 @@ def unsupported(request: Request) -> str | None:
         cuts = {c for f in features for a, b in byte_runs(f, form.group_size) for c in (a, b)}
         if any(c % 16 for c in cuts):
             return f"groups of {form.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
-    return _paging(request, GpuConfig().tile)
+    if (reason := _paging(request, GpuConfig().tile)) is not None or request.query.size == 0:
+        return reason
+    spec = _spec(request, GpuConfig(stages=2))
+    if gpu_ways.by_threads() and (reason := gpu_threads.refusal(spec)) is not None:
+        return reason
+    if (needed := shared_bytes(spec)) > gpu_ways.shared_bytes():
+        return (
+            f"two tiles take {needed >> 10} KiB of shared memory, of which this GPU has {gpu_ways.shared_bytes() >> 10}"
+        )
+    return None
 
 
 def _paging(request: Request, tile: int) -> str | None:
@@ -89,33 +94,6 @@ def _threads() -> str | None:
     return (
         f"its interpreter would wait for ever for one of {count} threads; start Python with NPROC=8 in the environment"
     )
-
-
-def capability_of(target: _target.Target) -> str | None:
-    """The compute capability of a GPU, or None where it is not known."""
-    if target.platform != "cuda" or target.compute_capability is not None:
-        return target.compute_capability
-    kind = target.device_kind or ""
-    return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
-
-
-def _capability() -> tuple[int, int]:
-    """That of the GPU that the program is made for; of an H200 where nobody says which."""
-    major, minor = (capability_of(_target.current()) or "9.0").split(".")
-    return int(major), int(minor)
-
-
-def _shared_bytes() -> int:
-    """Shared memory of a program."""
-    return SHARED_KIB.get(_capability(), min(SHARED_KIB.values())) << 10
-
-
-def _device() -> str | None:
-    """Why the device that the program is made for cannot run it."""
-    capability = capability_of(_target.current())
-    if capability is not None and _capability() < (8, 0):
-        return f"it needs a matrix unit for bfloat16 (compute capability 8.0 and up); this GPU has {capability}"
-    return None
 
 
 def attend(request: Request, config: GpuConfig | None = None) -> Result:
@@ -177,14 +155,17 @@ def _nothing(request: Request) -> Result:
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     spec = _spec(request, GpuConfig())
-    return f"mosaic_gpu {common.storage(request.view)}, {spec.cols} columns, {spec.parts} parts"
+    way = "" if spec.unit == "wgmma" else ", mma by threads" if spec.by_threads else ", mma"
+    return f"mosaic_gpu {common.storage(request.view)}, {spec.cols} columns, {spec.parts} parts{way}"
 
 
 def fits(request: Request, config: GpuConfig) -> bool:
     """Whether a multiprocessor has the shared memory for these sizes."""
     if request.view.page_table is not None and _paging(request, config.tile) is not None:
         return False
-    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= _shared_bytes()
+    if config.unit == "wgmma" and gpu_ways.capability() != gpu_ways.HOPPER:
+        return False
+    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= gpu_ways.shared_bytes()
 
 
 def config_for(request: Request) -> GpuConfig:
@@ -195,6 +176,9 @@ def config_for(request: Request) -> GpuConfig:
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
+    if spec.unit == "mma":
+        choices = gpu_ways.choices(spec)
+        return next((c for c in choices if fits(request, c)), choices[-1])
     # Two programs of 256 threads share the registers, 128 for each thread, as long as states and scores are small;
     # numbers that are decoded or split need more of them, and so do several tokens with a window each.
     windows = spec.length > 1 and (request.mask.window is not None or request.mask.chunk is not None)
@@ -250,8 +234,8 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
-        unit=config.unit or ("wgmma" if _capability() == (9, 0) else "mma"),
-        by_threads=_capability() < (9, 0),
+        unit=gpu_ways.unit_of(config),
+        by_threads=gpu_ways.by_threads(),
         interpreted=interpreted("cuda"),
     )
 
