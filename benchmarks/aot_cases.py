@@ -40,6 +40,7 @@ class Case:
     new: int = 1
     mask: Mask = CAUSAL
     mass: bool = False
+    softcap: float | None = None
     on_host: bool = False
 
 
@@ -150,6 +151,7 @@ def asked(case: Case, query: Any, cache: Any, unsupported: Callable[[Request], s
     positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
     scale = case.size**-0.5
     request = Request(query, positions, cache.view(), None, mask=case.mask, scale=scale, want_mass=case.mass)
+    request = dataclasses.replace(request, softcap=case.softcap)
     if (reason := unsupported(request)) is not None:
         raise kvattn.errors.UnsupportedError(reason)
     return request

@@ -10,11 +10,12 @@ from jax.experimental import pallas as pl
 
 from kvattn import _manual
 from kvattn._typing import Array
-from kvattn.masks import EMPTY
+from kvattn.pallas.gpu_columns import Columns, prepare
 from kvattn.pallas.gpu_fetch import Fetcher, following
+from kvattn.pallas.gpu_fragments import restored
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
 from kvattn.pallas.gpu_threads import ThreadFetcher
-from kvattn.pallas.gpu_tile import COLUMNS, TOKENS, WGMMA, mix, products, spread, store, tanh
+from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, mix, products, spread, store
 from kvattn.pallas.gpu_walk import share_out
 
 
@@ -26,9 +27,8 @@ def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> dict[str,
         interpret: of `plgpu.kernel`.
         arrays: what the kernel reads, by name: "at", the positions of the queries, int32 [B], or [B, chunks, lanes] for
             T > 1; "counts" int32 [B], tokens of each row, if `in_order`, else the arrays of `Rows` and "positions"
-            int32 [B, 1 or K, S]; "query" [parts, B, heads, cols, H], or [B N, H] if `as_it_lies`; the `Stream`s of the
-            cache; and, each if there is one, "table" int32 [B, W], "factor" [B, heads, lanes], "slopes"
-            [heads, lanes], "sums" [B, heads, groups, lanes].
+            int32 [B, 1 or K, S]; "query" [B, heads, cols, H], or [B N, H] if `as_it_lies`; the `Stream`s of the cache;
+            and, each if there is one, "table" int32 [B, W], "slopes" [heads, lanes].
 
     Returns:
         "out", outputs times their sums, float32 [states, cols, Hv padded]; "top" and "total", maxima and sums, float32
@@ -80,12 +80,14 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         number, at_slot, cursor = carry
         here = walk.at(number)
         fetcher.wait_for_queries(at_slot)
+        if spec.prepares:
+            prepare(spec, shared, at_slot)
         columns = Columns(spec, memory, shared, here.row, at_slot)
 
         def step(j, carry):
-            """One more tile into maximum [M], sums [T, M] and output [H, M]."""
+            """One more tile into maximum [M], sums [T, M], outputs [H, M] and what is to be added to them [T, M]."""
             # Sums stay spread over the rows of a tile: adding up across threads once per segment is enough.
-            top, total, acc, cursor = carry
+            top, total, acc, low, cursor = carry
             t = here.tile(j)
             # The ring is full, so the next tile will go where this one is.
             slot = cursor.slot
@@ -101,20 +103,30 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             probs = jnp.exp(scores - spread(shift, scores.shape))
             total = total * spread(keep, total.shape) + probs
             whole = (t >= here.rows.run) & (t < here.rows.run_end)
-            mixed = mix(spec, shared, slot, probs, kv_at, whole)
+            mixed, more = mix(spec, shared, slot, probs, kv_at, whole)
+            acc = [x * spread(keep, x.shape) + y for x, y in zip(acc, mixed, strict=True)]
+            low = [x * spread(keep, x.shape) + y for x, y in zip(low, more, strict=True)]
             if spec.unit == "mma" and not spec.by_threads:
                 plgpu.commit_smem()  # what threads have read the copy engine may write over
-            return new, total, acc * spread(keep, acc.shape) + mixed, fetcher.fetched(cursor, vectors)
+            return new, total, acc, low, fetcher.fetched(cursor, vectors)
 
         start = (
             constant((cols,), COLUMNS, -jnp.inf),
             constant((tile, cols), WGMMA, 0.0),
-            constant((spec.padded, cols), WGMMA, 0.0),
+            [constant((count, cols), WGMMA, 0.0) for _, count in spec.outputs],
+            [constant((tile, cols), WGMMA, 0.0) for _ in spec.outputs if spec.by_group],
             cursor,
         )
-        top, total, acc, cursor = lax.fori_loop(here.first, here.end, step, start)
+        top, total, acc, low, cursor = lax.fori_loop(here.first, here.end, step, start)
         state = here.number + program
-        store(memory["out"].at[state].T, plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED))
+        if spec.by_group:
+            acc = [x + spread(jnp.sum(y, axis=0), x.shape) for x, y in zip(acc, low, strict=True)]
+        for (first, count), x in zip(spec.outputs, acc, strict=True):
+            out = memory["out"].at[state, :, pl.ds(first, count)]
+            if spec.decoded:
+                store(out.T, restored(x, spec.interpreted))
+            else:
+                store(out.T, plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED))
         store(memory["top"].at[state], top)
         store(memory["total"].at[state], jnp.sum(total, axis=0))
 
@@ -129,53 +141,3 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         return walk.after(number), following(at_slot, spec.config.stages), cursor
 
     lax.while_loop(lambda carry: carry[0] <= walk.last, segment, (walk.start, jnp.int32(0), fetcher.filled()))
-
-
-class Columns:
-    """What is known of the columns of a segment, vectors [M], and what it does to scores."""
-
-    def __init__(self, spec: Spec, memory: dict[str, Any], shared: dict[str, Any], row: Array, slot: Array):
-        self.spec, self.shared, self.slot = spec, shared, slot
-        self.at = memory["at"][row] if spec.is_single else self._load("at")
-        self.end = jnp.where(self.at >= 0, memory["counts"][row], 0) if spec.in_order else None
-        self.slopes = self._load("slopes") if spec.alibi else None
-        self.factor = self._load("factor") if spec.factor else None
-
-    def _load(self, name: str) -> Array:
-        """[M]."""
-        vector = self.shared[name].at[self.slot, pl.ds(0, self.spec.cols)]
-        return plgpu.load(vector, layout=COLUMNS, optimized=False)
-
-    def positions_of(self, t: Array, slot: Array) -> Array:
-        """The positions int32 [T] in tile t, which is in `slot` of the ring; EMPTY where no query may look."""
-        spec = self.spec
-        if self.end is None:
-            return plgpu.load(self.shared["positions"].at[slot], layout=TOKENS, optimized=False)
-        tile = spec.config.tile
-        kv_at = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=TOKENS) + t * tile
-        there = (kv_at < self.end) & spec.mask.between(kv_at, self.at, self.at)
-        return jnp.where(there, kv_at, EMPTY)
-
-    def adjusted(self, scores: Array, kv_at: Array) -> Array:
-        """Scale, soft cap, ALiBi and mask of scores [T, M], the positions of whose slots are int32 [T]."""
-        spec, shape = self.spec, scores.shape
-        if self.factor is not None:
-            scores = scores * spread(self.factor * spec.scale, shape)
-        else:
-            scores = scores * spec.scale
-        if spec.softcap is not None:
-            scores = tanh(scores * (1 / spec.softcap)) * spec.softcap
-        if spec.is_single:
-            distance = lambda: spread((kv_at - self.at).astype(F32), shape, 0)
-            seen = kv_at >= 0
-            if not spec.in_order:  # else that is said already
-                seen &= (self.at >= 0) & spec.mask.between(kv_at, self.at, self.at)
-            allowed = spread(seen, shape, 0)
-        else:
-            kv, at = spread(kv_at, shape, 0), spread(self.at, shape)
-            distance = lambda: (kv - at).astype(F32)
-            allowed = (at >= 0) & spec.mask.between(kv, at, at)
-        if self.slopes is not None:
-            scores = scores + spread(self.slopes, shape) * distance()
-        # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
-        return jnp.where(allowed, scores, -jnp.inf)

@@ -5,8 +5,8 @@ side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M th
 group, rounded up to 8 only. A program writes one partial state per row and head that it met; `gpu_merge` merges them.
 
 What the matrix unit takes in 16 bits is made exact enough by splitting: float32 queries go through it in two or three
-parts, and so do probabilities. int8 goes to bfloat16 and float8 to float16, both exactly, with their scales multiplied
-into scores and probabilities; four-bit values are decoded in registers.
+parts, and so do probabilities. Eight-bit numbers go to float16 and four-bit ones to bfloat16, exactly; their scales are
+multiplied into scores and probabilities.
 """
 
 import os
@@ -198,12 +198,12 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
     streams = []
     for (role, name), x in zip(names, _stored(view), strict=True):
-        # Eight-bit floats are bits on CPUs, and in the interpreter.
-        dtype = jnp.dtype(x.dtype if name != "data" or form.dtype is None else form.dtype)
+        # Eight-bit floats are bits on CPUs, and in the interpreter; the GPU widens signed bytes only.
+        wanted = jnp.int8 if form.is_grouped else form.dtype
+        dtype = jnp.dtype(x.dtype if name != "data" or wanted is None else wanted)
         streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
-    is_plain = parts == 1 and not factor and request.alibi_slopes is None and not form.is_grouped
     return Spec(
         batch=batch,
         length=length,
@@ -226,11 +226,8 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
         in_order=view.in_order and length == 1 and not request.want_mass,
-        as_it_lies=is_plain
-        and length == 1
-        and not request.want_mass
-        and _is_aligned(count, chunks, cols)
-        and batch * query_heads % 8 == 0,
+        as_it_lies=length == 1 and not request.want_mass and batch * query_heads >= cols,
+        raw=jnp.dtype(request.query.dtype),
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
@@ -253,19 +250,18 @@ def _stored(view: View) -> list[Shaped[Array, "_ _ _ _"]]:
 
 def _columns(count: int, features: int) -> tuple[int, int]:
     """How the columns M are cut, as (chunks, columns of each): what registers hold, keys are read once per chunk."""
-    most = {1: 72, 2: 48}.get(-(-features // 64), 24)
+    # Registers hold addresses too where threads copy.
+    most = ({1: 40, 2: 32} if gpu_ways.by_threads() else {1: 72, 2: 48}).get(-(-features // 64), 24)
     chunks = -(-count // most)
     return chunks, -(-count // (8 * chunks)) * 8
 
 
-def _is_aligned(group: int, chunks: int, cols: int) -> bool:
-    """Whether eights of queries, as they lie one after the other, hold whole groups or only one."""
-    return 8 % group == 0 or chunks * cols == group
-
-
 def _numbers(request: Request) -> tuple[DTypeLike, int]:
     """In which dtype products are taken, and of how many parts float32 numbers consist in it."""
-    view = request.view
-    if common.format_of(view).dtype == jnp.float8_e4m3fn or view.keys["data"].dtype == jnp.float16:
-        return jnp.float16, 2 if request.query.dtype == jnp.float32 else 1
-    return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(request.query.dtype, 1)
+    view, query = request.view, request.query.dtype
+    # Eight bits become float16 in fewer instructions than bfloat16.
+    if common.format_of(view).is_scaled:
+        return jnp.float16, 3 if query == jnp.float32 else 1
+    if view.keys["data"].dtype == jnp.float16:
+        return jnp.float16, 2 if query == jnp.float32 else 1
+    return jnp.bfloat16, {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.float16): 2}.get(query, 1)

@@ -119,18 +119,13 @@ class Fetcher:
         spec, memory, shared, copy = self.spec, self.memory, self.shared, plgpu.copy_gmem_to_smem
         (row, head), slot = self.walk.row_and_head(cursor.segment), cursor.query_slot
         full = shared["query_full"].at[slot]
+        target = shared["raw"].at[slot] if spec.prepares else shared["query"].at[slot, 0]
         if spec.as_it_lies:
-            queries = memory["query"].at[pl.ds(spec.first_query(row, head), spec.cols)]
-            copy(queries, shared["query"].at[slot, 0], full)
+            copy(memory["query"].at[pl.ds(spec.first_query(row, head), spec.cols)], target, full)
         else:
-            # Part by part: a copy has five dimensions at most, and a tiled matrix has four.
-            for n in range(spec.parts):
-                copy(memory["query"].at[n, row, head], shared["query"].at[slot, n], full)
+            copy(memory["query"].at[row, head], target, full)
         if not spec.is_single:
             copy(memory["at"].at[row, lax.rem(head, spec.chunks)], shared["at"].at[slot], full)
-        for name in ("factor", "sums"):
-            if name in memory:
-                copy(memory[name].at[row, head], shared[name].at[slot], full)
         if spec.alibi:
             copy(memory["slopes"].at[head], shared["slopes"].at[slot], full)
 

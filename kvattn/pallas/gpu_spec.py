@@ -74,6 +74,7 @@ class Spec:
         in_order: whether slot s holds the token of position s: then positions are reckoned, not read. Only for T = 1.
         as_it_lies: whether queries are read as they lie, [B N, H], with what is next to a group as columns that
             nobody asks for. Only for T = 1.
+        raw: dtype of the queries.
         want_scores: whether scores are wanted too.
         config: sizes to be tuned.
         programs: how many share the work.
@@ -104,6 +105,7 @@ class Spec:
     page_size: int
     in_order: bool
     as_it_lies: bool
+    raw: np.dtype
     want_scores: bool
     config: GpuConfig
     programs: int
@@ -121,13 +123,26 @@ class Spec:
         """Whether all columns of a row have one position."""
         return self.length == 1
 
-    def first_query(self, row: Array, head: Array) -> Array:
-        """Of queries as they lie [B N, H], the one that is column 0 of a segment; all int32 [].
+    @property
+    def prepares(self) -> bool:
+        """Whether queries are written to shared memory once more: split, scaled, with channels permuted."""
+        return self.decoded or self.raw != self.wide or self.parts > 1 or (self.as_it_lies and not self.is_aligned)
 
-        A copy begins at a multiple of 8, so the columns of a smaller group may begin with those of others.
-        """
+    @property
+    def is_aligned(self) -> bool:
+        """Whether eights of queries, as they lie one after the other, hold whole groups or only one."""
+        whole = 8 % self.group == 0 or self.chunks * self.cols == self.group
+        return whole and self.batch * self.query_heads % 8 == 0
+
+    def first_query(self, row: Array, head: Array) -> Array:
+        """Of queries as they lie [B N, H], the one that is column 0 of a segment; all int32 []."""
         kv_head, chunk = lax.div(head, self.chunks), lax.rem(head, self.chunks)
-        return lax.div(row * self.query_heads + kv_head * self.group + chunk * self.cols, 8) * 8
+        first = row * self.query_heads + kv_head * self.group + chunk * self.cols
+        if self.prepares:
+            return lax.min(first, self.batch * self.query_heads - self.cols)
+        # Where the matrix unit reads what was copied, a copy begins at a multiple of 8, so the columns of a smaller
+        # group may begin with those of others.
+        return lax.div(first, 8) * 8
 
     @property
     def padded(self) -> int:
@@ -148,6 +163,23 @@ class Spec:
     def repacked(self) -> bool:
         """Whether values are written to shared memory once more: decoded, or padded to the long side of a product."""
         return self.decoded or self.padded != self.value_features
+
+    @property
+    def by_group(self) -> bool:
+        """Whether values are added up group by group: scales go into probabilities, minima into sums."""
+        return self.format.is_grouped and all(
+            (end - first) % 64 == 0 for first, end in byte_runs(self.value_features, self.format.group_size)
+        )
+
+    @property
+    def outputs(self) -> list[tuple[int, int]]:
+        """The channels that are added up together, as (first, count)."""
+        return plane_runs(self.value_features, self.format.group_size) if self.by_group else [(0, self.padded)]
+
+    @property
+    def key_runs(self) -> list[tuple[int, int]]:
+        """Channels of keys of four bits that are read together, as (first, count)."""
+        return plane_runs(self.key_features, self.format.group_size)
 
     @property
     def pages(self) -> int:
@@ -230,6 +262,12 @@ def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(sorted({0, width} | cuts)))
 
 
+def plane_runs(features: int, group_size: int) -> list[tuple[int, int]]:
+    """The channels of these runs, low nibbles and high ones in turn, as (first, count)."""
+    width = -(-features // 2)
+    return [(first + high, end - first) for first, end in byte_runs(features, group_size) for high in (0, width)]
+
+
 def scratch(spec: Spec) -> dict[str, Any]:
     """What a program has in shared memory."""
     tile, stages, cols, parts = spec.config.tile, spec.config.stages, spec.cols, spec.parts
@@ -239,23 +277,19 @@ def scratch(spec: Spec) -> dict[str, Any]:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
             found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
-    if spec.unit == "mma":  # see `gpu_tile.by_tokens`
-        found["probs"] = plgpu.SMEM((parts, tile, cols), spec.wide)
-    else:
-        found["probs"] = swizzled((parts, cols, tile), spec.wide, 64)
     copies = 1 if spec.by_threads else sum(spec.pages for _ in spec.streams) + (not spec.in_order)
-    vectors = (not spec.is_single) + spec.factor + spec.alibi + spec.format.is_grouped
+    vectors = (not spec.is_single) + spec.alibi
     found |= {
-        "query": swizzled((stages, parts, cols, spec.key_features), spec.wide, spec.query_step),
+        "query": swizzled((1 if spec.prepares else stages, parts, cols, spec.key_features), spec.wide, spec.query_step),
+        "probs": by_tokens(spec, parts * len(spec.outputs), cols),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "query_full": plgpu.Barrier(num_arrivals=parts + vectors, num_barriers=stages),
+        "query_full": plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=stages),
     }
+    if spec.prepares:
+        found["raw"] = plgpu.SMEM((stages, cols, spec.key_features), spec.raw)
     if spec.repacked:
-        count = parts if spec.format.is_grouped else 1
-        if spec.unit == "mma":  # see `gpu_tile.by_tokens`
-            found["values"] = swizzled((count, tile, spec.padded), spec.wide, spec.value_step)
-        else:
-            found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
+        count = parts if spec.format.is_grouped and not spec.by_group else 1
+        found["values"] = by_tokens(spec, count, spec.padded)
     if spec.decoded and spec.interpreted and spec.unit == "wgmma":
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if not spec.in_order:
@@ -263,12 +297,25 @@ def scratch(spec: Spec) -> dict[str, Any]:
     if not spec.is_single:
         found["at"] = plgpu.SMEM((stages, spec.lanes), jnp.int32)
     if spec.factor:
-        found["factor"] = plgpu.SMEM((stages, spec.lanes), F32)
+        found["factor"] = plgpu.SMEM((spec.lanes,), F32)
     if spec.alibi:
         found["slopes"] = plgpu.SMEM((stages, spec.lanes), F32)
     if spec.format.is_grouped:
-        found["sums"] = plgpu.SMEM((stages, spec.streams[1].features, spec.lanes), F32)
+        found["sums"] = plgpu.SMEM((len(spec.key_runs), spec.lanes), F32)
     return found
+
+
+def by_tokens(spec: Spec, count: int, columns: int) -> Any:
+    """Shared memory for matrices of probabilities or of values that are written once more.
+
+    `wgmma` reads tokens as columns, and Hopper can write a transposed matrix. `mma` reads them as rows.
+    """
+    tile = spec.config.tile
+    if spec.unit == "wgmma":
+        return swizzled((count, columns, tile), spec.wide, 64)
+    if columns != spec.padded:
+        return plgpu.SMEM((count, tile, columns), spec.wide)
+    return swizzled((count, tile, columns), spec.wide, spec.value_step)
 
 
 def shared_bytes(spec: Spec) -> int:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from kvattn._typing import Array
 from kvattn.pallas import gpu_mma
 from kvattn.pallas.gpu_fetch import Cursor, Fetcher
+from kvattn.pallas.gpu_fragments import QUERIES
 from kvattn.pallas.gpu_spec import Spec, Stream, copied
 from kvattn.pallas.gpu_tile import COLUMNS, TOKENS
 from kvattn.pallas.gpu_walk import tile_of
@@ -46,21 +47,19 @@ class ThreadFetcher(Fetcher):
         spec, memory, shared = self.spec, self.memory, self.shared
         (row, head), slot = self.walk.row_and_head(cursor.segment), cursor.query_slot
         if spec.as_it_lies:
-            queries = [memory["query"].at[pl.ds(spec.first_query(row, head), spec.cols)]]
+            queries = memory["query"].at[pl.ds(spec.first_query(row, head), spec.cols)]
         else:
-            queries = [memory["query"].at[n, row, head] for n in range(spec.parts)]
-        pairs = [(x.T, shared["query"].at[slot, n].T, gpu_mma.SIDE(spec.wide)) for n, x in enumerate(queries)]
+            queries = memory["query"].at[row, head]
+        if spec.prepares:
+            pairs = [(queries, shared["raw"].at[slot], QUERIES)]
+        else:
+            pairs = [(queries.T, shared["query"].at[slot, 0].T, gpu_mma.SIDE(spec.wide))]
         some = pl.ds(0, spec.cols)
         if not spec.is_single:
             at = memory["at"].at[row, lax.rem(head, spec.chunks), some]
             pairs.append((at, shared["at"].at[slot, some], COLUMNS))
-        if spec.factor:
-            pairs.append((memory["factor"].at[row, head, some], shared["factor"].at[slot, some], COLUMNS))
         if spec.alibi:
             pairs.append((memory["slopes"].at[head, some], shared["slopes"].at[slot, some], COLUMNS))
-        if spec.format.is_grouped:
-            for g in range(spec.streams[1].features):
-                pairs.append((memory["sums"].at[row, head, g, some], shared["sums"].at[slot, g, some], COLUMNS))
         # All are asked for before the first is waited for.
         loaded = [plgpu.load(source, layout=layout, optimized=False) for source, _, layout in pairs]
         for (_, into, _), numbers in zip(pairs, loaded, strict=True):
@@ -132,12 +131,14 @@ def copies(spec: Spec) -> int:
 def refusal(spec: Spec) -> str | None:
     """Why threads cannot copy the tiles of a cache; None: they can."""
     for stream in spec.streams:
-        size = stream.dtype.itemsize
-        if stream.tokens_last or copied(spec.tile_rows, stream.features * size):
+        width = stream.features * stream.dtype.itemsize
+        # What cannot be swizzled is copied as it lies, at least four bytes to each of 128 threads.
+        whole = spec.tile_rows % 32 == 0 and spec.tile_rows * width % 512 == 0
+        if stream.tokens_last or copied(spec.tile_rows, width) or whole:
             continue
         where = f"pages of {spec.page_size}" if spec.page_size else f"caches of {stream.shape[2]} slots"
         return (
-            f"without a copy engine (before Hopper) its threads cannot share rows of {stream.features * size} bytes in "
+            f"without a copy engine (before Hopper) its threads cannot share rows of {width} bytes in "
             f"{where} evenly; take a multiple of 32 slots"
         )
     return None

@@ -1,6 +1,6 @@
 """The two products of `"mosaic_gpu"` over one tile: keys times queries, values times probabilities."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from kvattn._typing import Array
-from kvattn.codecs.grouped import unpack_pair
 from kvattn.pallas import gpu_mma
+from kvattn.pallas.gpu_fragments import BYTES, MIDDLE, eight_bit_floats, nibbles, operand
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
 WGMMA = plgpu.Layout.WGMMA
@@ -18,8 +18,12 @@ COLUMNS = WGMMA.reduce(0)
 """Vectors over the columns M of a matrix."""
 TOKENS = WGMMA.reduce(1)
 """Vectors over its rows."""
-FLOAT16_UNIT = 2.0**14
+FLOAT16_EXPONENT = 14
+FLOAT16_UNIT = 2.0**FLOAT16_EXPONENT
 """What 1 is brought to before it becomes float16: its small parts then stay clear of subnormal numbers."""
+
+LEAST_SCALE = 2.0**-96
+"""Of values: smaller ones are brought to numbers that float16 rounds coarsely, so that none becomes infinite."""
 
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
@@ -68,7 +72,7 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     """Keys times queries, float32 [T, M] of tile and columns, scales of the keys included."""
     shape = (spec.config.tile, spec.cols)
     keys = shared["k_data"].at[slot]
-    query = shared["query"].at[at_slot]
+    query = shared["query"].at[0 if spec.prepares else at_slot]
     load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
 
     def product(left, first, count):
@@ -81,23 +85,19 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
+    left = gpu_mma.ROWS(spec.wide) if spec.unit == "mma" else WGMMA
     if not spec.format.is_grouped:
         total: Any = 0.0
         for first, count in runs(spec.key_features, spec.key_run):
-            codes = plgpu.load(keys.at[:, pl.ds(first, count)], layout=left_layout(spec), optimized=False)
-            total = total + product(widened(spec, codes), first, count)
+            total = total + product(widened(spec, keys, first, count, left), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
-    groups: dict[int, Any] = {}
-    for left, group, start, unit in planes(spec, keys, spec.key_features, left_layout(spec)):
-        part = product(left, start, left.shape[1]) * unit
-        groups[group] = part if group not in groups else groups[group] + part
     total = 0.0
-    for group, part in groups.items():
-        scale, minimum = unpack_pair(load("k_scale", group), load("k_minimum", group))
-        sums = shared["sums"].at[at_slot, group, pl.ds(0, spec.cols)]
+    for run in planes(spec, keys, spec.key_features, left):
+        part = product(run.codes, run.start, run.count)
+        scale, minimum = unpacked(load("k_scale", run.group), load("k_minimum", run.group))
+        sums = shared["sums"].at[run.number, pl.ds(0, spec.cols)]
         sums = plgpu.load(sums, layout=COLUMNS, optimized=False)
-        part = part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
-        total = total + part
+        total = total + part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
     return total
 
 
@@ -116,61 +116,108 @@ def summed(spec: Spec, shape: tuple[int, int], pairs: list[tuple[Any, Any]]) -> 
 
 
 def by_tokens(spec: Spec, ref: Any) -> Any:
-    """A matrix of probabilities or of values that were written once more, with tokens as its rows.
-
-    `wgmma` reads what lies the other way round, and Hopper can write it so.
-    """
+    """A matrix that lies as `gpu_spec.by_tokens` says, with tokens as its rows."""
     return ref if spec.unit == "mma" else ref.T
 
 
-def left_layout(spec: Spec) -> Any:
-    """How registers hold what becomes the left operand of a product."""
-    return gpu_mma.ROWS(spec.wide) if spec.unit == "mma" else WGMMA
-
-
-def runs(features: int, most: int = 128) -> list[tuple[int, int]]:
-    """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
+def runs(features: int, most: int) -> list[tuple[int, int]]:
+    """Channels as (first, count) of tokens that are decoded at a time: more than `most` do not stay in registers."""
     return [(first, min(most, features - first)) for first in range(0, features, most)]
 
 
-def planes(spec: Spec, tile: Any, features: int, layout: Any) -> list[tuple[Array, int, int, float]]:
-    """The numbers of four-bit tokens uint8 [T, F]: (numbers [T, run], group, first channel, what to multiply by).
+class Plane(NamedTuple):
+    """Some channels of four-bit tokens, which share scale and minimum.
 
-    Hopper does not shift registers in eight bits, so the high nibbles stay where they are.
+    Attributes:
+        number: among those of a token.
+        codes: in 16 bits [T, count], permuted as `gpu_fragments` has it.
+        group: their group.
+        start: the first channel.
     """
-    found, width = [], -(-features // 2)
-    for first, end in byte_runs(features, spec.format.group_size):
-        some = tile.at[:, pl.ds(first, end - first)]
-        if spec.unit == "mma":
-            low, high = gpu_mma.nibbles(plgpu.load(some, layout=layout, optimized=False), spec.wide)
-            unit = 1.0
-        else:
-            codes = plgpu.load(some, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-            low, high = (
-                plgpu.layout_cast((codes & jnp.uint8(mask)).astype(spec.wide), layout) for mask in (0x0F, 0xF0)
-            )
-            unit = 1 / 16
-        found.append((low, first // spec.format.group_size, first, 1.0))
-        found.append((high, (first + width) // spec.format.group_size, first + width, unit))
+
+    number: int
+    codes: Array
+    group: int
+    start: int
+
+    @property
+    def count(self) -> int:
+        """Of channels."""
+        return self.codes.shape[1]
+
+
+def unpacked(scale: Array, minimum: Array) -> tuple[Array, Array]:
+    """Scale and minimum of `nibbles` [T], from those of codes as `kvattn.codecs.grouped.pack_pair` packs them.
+
+    The GPU's own conversions are exact for every float16.
+    """
+    wide = scale >= jnp.uint16(0x8000)
+
+    def read(bits):
+        """float32 [T] of uint16 [T]."""
+        coarse, fine = (lax.bitcast_convert_type(bits, d).astype(F32) for d in (jnp.bfloat16, jnp.float16))
+        return jnp.where(wide, coarse, fine)
+
+    step = read(scale & jnp.uint16(0x7FFF))
+    return step, read(minimum) + step * MIDDLE
+
+
+def widened(spec: Spec, tile: Any, first: int, count: int, layout: Any = WGMMA) -> Array:
+    """Eight-bit channels of a tile [T, F] in 16 bits [T, count], permuted as `gpu_fragments` has it."""
+    codes = plgpu.load(tile.at[:, pl.ds(first, count)], layout=BYTES, optimized=False)
+    if spec.by_threads and codes.dtype == jnp.float8_e4m3fn:
+        return eight_bit_floats(codes, spec.interpreted, layout)
+    return operand(codes, spec.wide, spec.interpreted, layout)
+
+
+def planes(spec: Spec, tile: Any, features: int, layout: Any = WGMMA) -> list[Plane]:
+    """The numbers of four-bit tokens int8 [T, F]."""
+    found, width, size = [], -(-features // 2), spec.format.group_size
+    for first, end in byte_runs(features, size):
+        codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=BYTES, optimized=False)
+        for start, high in ((first, False), (first + width, True)):
+            found.append(Plane(len(found), nibbles(codes, high, spec.interpreted, layout), start // size, start))
     return found
 
 
-def widened(spec: Spec, codes: Array) -> Array:
-    """Numbers in the dtype of products."""
-    by_bits = spec.decoded and spec.by_threads
-    return gpu_mma.widened(codes, spec.wide) if by_bits else codes.astype(spec.wide)
+def mix(
+    spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array
+) -> tuple[list[Array], list[Array]]:
+    """Values times probabilities: what each of `spec.outputs` adds up, float32 [count, cols].
 
-
-def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array) -> Array:
-    """Values times probabilities, float32 [Hv padded, cols]."""
-    shape = probs.shape
+    Returns:
+        these; and, where values are added up group by group, probabilities times minima of each, float32 [T, cols].
+    """
+    shape, filled = probs.shape, kv_at >= 0
+    if spec.by_group:
+        values, mixed, low = shared["v_data"].at[slot], [], []
+        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+        found = planes(spec, values, spec.value_features)
+        for i, run in enumerate(found):
+            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group))
+            # Codes are finite whatever lies in empty slots.
+            scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
+            low.append(probs * minimum)
+            for n, piece in enumerate(split(probs * scale, spec.wide, spec.parts)):
+                by_tokens(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
+            by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
+        if spec.unit == "wgmma":
+            plgpu.commit_smem()
+        for i, run in enumerate(found):
+            lefts = [by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
+            mixed.append(weighted(spec, lefts, shared["probs"], i * spec.parts, run.count))
+        return mixed, low
     values, back = shared["v_data"].at[slot], 1.0
-    filled = kv_at >= 0
     if spec.decoded and not spec.format.is_grouped:
         scale = plgpu.load(shared["v_scale"].at[slot, 0], layout=TOKENS, optimized=False)
-        probs = probs * spread(jnp.where(filled, scale, 0.0), shape, 0)
-        if spec.wide == jnp.float16:
-            # float16 holds neither large nor small scales: the largest number of a column becomes 1.
+        scale = jnp.where(filled, scale, 0.0)
+        if spec.parts == 1:
+            # float16 holds neither large nor small scales: the largest of the tile becomes 1.
+            back = jnp.maximum(jnp.max(scale, axis=0), LEAST_SCALE)
+            probs = probs * spread(scale * (1.0 / back), shape, 0)
+        else:
+            # What is to be as exact as float32 wants more: the largest number of each column becomes 1.
+            probs = probs * spread(scale, shape, 0)
             largest = jnp.max(probs, axis=0)
             largest = jnp.where(largest == 0.0, 1.0, largest)
             probs, back = probs / spread(largest, shape), spread(largest, (spec.padded, spec.cols))
@@ -194,13 +241,18 @@ def mix(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Ar
         lefts = [values.T]
     if spec.unit == "wgmma":
         plgpu.commit_smem()
+    mixed = weighted(spec, lefts, shared["probs"], 0, spec.padded)
+    return [mixed if isinstance(back, float) and back == 1.0 else mixed * back], []
+
+
+def weighted(spec: Spec, lefts: list[Any], probs: Any, first: int, count: int) -> Array:
+    """Values, in parts that sum up, times probabilities, whose parts begin at `first`; float32 [count, cols]."""
     pairs = [
-        (left, by_tokens(spec, shared["probs"].at[both - m]))
+        (left, by_tokens(spec, probs.at[first + both - m]))
         for both in smallest_first(spec.parts)
         for m, left in enumerate(lefts[: both + 1])
     ]
-    mixed = summed(spec, (spec.padded, spec.cols), pairs)
-    return mixed if isinstance(back, float) and back == 1.0 else mixed * back
+    return summed(spec, (count, spec.cols), pairs)
 
 
 def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole: Array) -> None:
@@ -210,18 +262,16 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
     """
     values, target = shared["v_data"].at[slot], shared["values"]
 
-    def channels(n: int, first: int, count: int) -> Any:
-        """Where some of part n go, [T, count]."""
-        some = pl.ds(first, count)
-        return target.at[n, :, some] if spec.unit == "mma" else target.at[n, some].T
-
     def rewrite(masked: bool) -> None:
         for first, count in runs(spec.value_features, spec.value_run):
-            codes = plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
-            codes = widened(spec, codes)
+            part = values.at[:, pl.ds(first, count)]
+            if spec.decoded:
+                codes = widened(spec, values, first, count)
+            else:
+                codes = plgpu.load(part, layout=WGMMA, optimized=False)
             if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
-            channels(0, first, count)[...] = codes
+            by_tokens(spec, target.at[0]).at[:, pl.ds(first, count)][...] = codes
 
     if jnp.issubdtype(values.dtype, jnp.integer) and not spec.format.is_grouped:
         rewrite(False)  # integers are finite, and the scales of empty slots are 0
@@ -230,10 +280,10 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
         pl.when(jnp.logical_not(whole))(lambda: rewrite(True))
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-        for plane, group, start, unit in planes(spec, values, spec.value_features, WGMMA):
-            scale, minimum = (
-                jnp.where(filled, x, 0.0) for x in unpack_pair(load("v_scale", group), load("v_minimum", group))
-            )
-            numbers = plane.astype(F32) * spread(scale * unit, plane.shape, 0) + spread(minimum, plane.shape, 0)
+        for run in planes(spec, values, spec.value_features):
+            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group))
+            scale, minimum = (jnp.where(filled, x, 0.0) for x in both)
+            numbers = run.codes.astype(F32)
+            numbers = numbers * spread(scale, numbers.shape, 0) + spread(minimum, numbers.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
-                channels(n, start, plane.shape[1])[...] = piece
+                by_tokens(spec, target.at[n]).at[:, pl.ds(run.start, run.count)][...] = piece

@@ -1,0 +1,206 @@
+"""Codes on their way into the matrix unit of `"mosaic_gpu"`: which thread holds which channel.
+
+The matrix unit wants two neighbours from a thread, and the two that are eight further on. Of eight-bit numbers a thread
+loads four neighbours at a time, and exchanging them would cost more than widening them. So channels change places
+within their sixteen instead (`operand`), queries do the same (`permuted_queries`), and outputs go back (`restored`):
+which place a register stands for is all that changes, no instruction is spent.
+
+Channel 16 j + 4 c + 2 b + e is at 16 j + 8 b + 2 c + e.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from kvattn._typing import Array
+
+WGMMA, BYTES = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_8BIT
+QUERIES = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+)
+"""Of columns [M, H]: four neighbours to a thread; every warp has them all."""
+PERMUTED = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (8, 8), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
+)
+MIDDLE = 8
+"""Of four-bit codes. About 0 they make smaller products, with smaller errors, than all of one sign."""
+RESTORED = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 8), (16, 8), (4, 8), (2, 8), (2,), (1,))),
+    warp_dims=(-10,),
+    lane_dims=(-8, -4, -3),
+    vector_dim=-1,
+)
+
+
+def operand(codes: Array, wide: DTypeLike, interpreted: bool, target: Any = WGMMA) -> Array:
+    """Eight-bit numbers [T, F], loaded as `BYTES`, in 16 bits as a matrix unit takes them: as `target`, permuted."""
+    if interpreted or codes.dtype != jnp.int8 or wide != jnp.float16:
+        codes = codes.astype(wide)
+        return _permuted(codes) if interpreted else _cut(codes, BYTES, target, _places(target))
+    # Shifted by 128 they are the last bits of float16 numbers from 1024 on.
+    return _widened(codes, jnp.float16, lambda word: arith.xori(word, _word(0x80808080)), 0x64, 0x6480, target)
+
+
+def eight_bit_floats(codes: Array, interpreted: bool, target: Any = WGMMA) -> Array:
+    """`operand` of float8_e4m3fn where the GPU has no conversion, which only those since 8.9 have.
+
+    The exponent of float16 is a bit longer, and counts from eight less. NaN becomes a number: where a token has one, so
+    has its scale.
+    """
+    if interpreted:
+        return operand(codes, jnp.float16, interpreted, target)
+    asm = """
+    {{
+    .reg .b32 number, sign;
+    prmt.b32 number, $1, 0, {bytes_taken:#x};
+    and.b32 sign, number, 0x80008000;
+    shr.b32 number, number, 1;
+    and.b32 number, number, 0x3F803F80;
+    or.b32 number, number, sign;
+    mov.b32 sign, 0x5C005C00;
+    mul.f16x2 $0, number, sign;
+    }}
+    """
+
+    def halves(register):
+        """Two numbers each, of four bytes."""
+        i32 = ir.IntegerType.get_signless(32)
+        word = mgpu.utils.bitcast(register, i32)
+        pair = ir.VectorType.get((2,), ir.F16Type.get())
+        found = [llvm.inline_asm(i32, [word], asm.format(bytes_taken=n), "=r,r") for n in (0x1404, 0x3424)]
+        return [mgpu.utils.bitcast(x, pair) for x in found]
+
+    return _relabelled(codes, jnp.float16, BYTES, target, halves, _places(target))
+
+
+def nibbles(codes: Array, high: bool, interpreted: bool, target: Any = WGMMA) -> Array:
+    """The low or the high four bits of int8 [T, F], less `MIDDLE`, in bfloat16 as `operand` has eight."""
+    if interpreted:
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
+        return _permuted((codes >> 4 if high else codes & 0x0F).astype(jnp.bfloat16) - jnp.bfloat16(MIDDLE))
+
+    def some(word):
+        """Four of them in a word."""
+        return arith.andi(arith.shrui(word, _word(4)) if high else word, _word(0x0F0F0F0F))
+
+    # They are the last bits of bfloat16 numbers from 128 on.
+    return _widened(codes, jnp.bfloat16, some, 0x43, 0x4300 + MIDDLE, target)
+
+
+def permuted_queries(x: Array, interpreted: bool) -> Array:
+    """Columns of 16 bits [M, H], as `QUERIES`, with channels permuted as those of `operand`."""
+    return (
+        _permuted(x)
+        if interpreted
+        else _cut(x, QUERIES, PERMUTED, lambda i, j, *_: [(i, j, 0, b, 0, 0, 0) for b in (0, 1)])
+    )
+
+
+def restored(x: Array, interpreted: bool) -> Array:
+    """Outputs float32 [H, M] of permuted channels, `WGMMA`, in the order of channels."""
+    if interpreted:
+        return x.reshape(-1, 2, 4, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+    return _cut(x, WGMMA, RESTORED, lambda i, j, w, _, b, *rest: [(i, j, 0, 0, 0, 0, b, 0, 0, 0, n, 0) for n in (0, 1)])
+
+
+def _permuted(x: Array) -> Array:
+    """[N, F], in so many words."""
+    return x.reshape(x.shape[0], -1, 4, 2, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def _places(target: Any) -> Callable[..., list[tuple[int, ...]]]:
+    """Where the halves of the register at a place of `BYTES` are in `target`, `WGMMA` or the left operand of `mma`."""
+    if target == WGMMA:
+        return lambda i, j, *rest: [(i, 2 * j + b, *rest) for b in (0, 1)]
+    return lambda i, j, w, _, *rest: [(i, j, w, b, *rest) for b in (0, 1)]
+
+
+def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[int, ...]]]) -> Array:
+    """The same registers, cut in two, which are said to hold something else.
+
+    Args:
+        x: as `layout`.
+        layout: of the registers as they are.
+        target: what they become.
+        places: of the two halves of the register at a place.
+    """
+
+    def halves(register):
+        """Of a vector."""
+        half = ir.VectorType(register.type).shape[0] // 2
+        return [mgpu.utils.vector_slice(register, slice(half * n, half * (n + 1))) for n in (0, 1)]
+
+    return _relabelled(x, x.dtype, layout, target, halves, places)
+
+
+def _widened(codes: Array, wide: DTypeLike, ready: Callable[[Any], Any], high: int, bias: int, target: Any) -> Array:
+    """Bytes below a high one, less a bias: the GPU has no such conversion, and the compiler's takes twice as long.
+
+    Args:
+        codes: int8 [T, F], as `BYTES`.
+        wide: the 16-bit dtype.
+        ready: makes a word of four codes one of four bytes without sign.
+        high: the high byte of the numbers that they are the low bytes of.
+        bias: the bits of the number to be taken from those.
+        target: the layout of the result.
+    """
+    less = "sub.f16x2 $0, number, bias"
+    if jnp.dtype(wide) == jnp.bfloat16:  # which GPUs before Hopper only subtract from a product
+        less = "mov.b32 one, 0x3F803F80; xor.b32 bias, bias, 0x80008000; fma.rn.bf16x2 $0, number, one, bias"
+
+    def halves(register):
+        """Two numbers each, of four bytes."""
+        i32 = ir.IntegerType.get_signless(32)
+        word = ready(mgpu.utils.bitcast(register, i32))
+        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(wide))
+        found = []
+        for bytes_taken in (0x4140, 0x4342):
+            asm = f"""
+            {{
+            .reg .b32 number, bias, one;
+            prmt.b32 number, $1, {high * 0x01010101:#x}, {bytes_taken:#x};
+            mov.b32 bias, {bias * 0x00010001:#x};
+            {less};
+            }}
+            """
+            pair = llvm.inline_asm(i32, [word], asm, "=r,r")
+            found.append(mgpu.utils.bitcast(pair, ir.VectorType.get((2,), element)))
+        return found
+
+    return _relabelled(codes, wide, BYTES, target, halves, _places(target))
+
+
+def _word(number: int) -> Any:
+    """A constant of 32 bits."""
+    return mgpu.utils.c(number - (number >> 31 << 32), ir.IntegerType.get_signless(32))
+
+
+def _relabelled(
+    x: Array,
+    dtype: DTypeLike,
+    layout: Any,
+    target: Any,
+    halves: Callable[[Any], list[Any]],
+    places: Callable[..., list[tuple[int, ...]]],
+) -> Array:
+    """Two registers for each one of x, as `target` has them in `places`; of another dtype if `halves` changes it."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=target))
+    def relabel(_, fragments):
+        """Of `mgpu.FragmentedArray`."""
+        wanted = target.to_mgpu()
+        new = np.empty(wanted.registers_shape(x.shape), dtype=object)
+        for place, register in np.ndenumerate(fragments.registers):
+            for there, half in zip(places(*place), halves(register), strict=True):
+                new[there] = half
+        return mgpu.FragmentedArray(_registers=new, _layout=wanted, _is_signed=None)
+
+    return relabel(x)
