@@ -81,8 +81,8 @@ def print_gpu(console: Console, target: str) -> bool:
         spills = sum(spilled for _, spilled in kernels.values())
         # Every program has a state to leave behind, however small the cache is.
         temporary = float(result["temporary"]) * 2**10 - result["states"]
-        # Programs that share a multiprocessor have 65536 registers together, each of 256 threads a multiple of 8.
-        room = -(-kernels["decode"][0] // 8) * 8 * 256 * result["blocks"] <= 65536
+        # Programs that share a multiprocessor have 65536 registers together, each of 128 threads a multiple of 8.
+        room = -(-kernels["decode"][0] // 8) * 8 * 128 * result["blocks"] <= 65536
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0)

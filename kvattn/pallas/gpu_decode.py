@@ -1,8 +1,9 @@
 """`"mosaic_gpu"`: decoding on Hopper GPUs, a fixed number of programs that share out the tiles which hold something.
 
-In each program one warpgroup fetches tiles by TMA into a ring in shared memory, another computes. Tokens are the long
-side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times the query heads of a
-group, rounded up to 8 only. A program writes one partial state per row and head that it met; `gpu_merge` merges them.
+Each program is one warpgroup, which computes while its next tiles are on their way by TMA into a ring in shared memory.
+Tokens are the long side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times
+the query heads of a group, rounded up to 8 only. A program writes one partial state per row and head that it met;
+`gpu_merge` merges them.
 
 What the matrix unit takes in 16 bits is made exact enough by splitting: float32 queries go through it in two or three
 parts, and so do probabilities. Eight-bit numbers go to float16 and four-bit ones to bfloat16, exactly; their scales are
@@ -87,7 +88,7 @@ def _paging(request: Request, tile: int) -> str | None:
 
 
 def _threads() -> str | None:
-    """Why the interpreter cannot run here: two warpgroups and what started them each hold a thread of XLA's."""
+    """Why the interpreter cannot run here: a warpgroup and what started it each hold a thread of XLA's."""
     count = max(int(os.environ.get("NPROC") or os.cpu_count() or 1), jax.local_device_count())
     if count >= FEWEST_THREADS:
         return None
@@ -176,14 +177,9 @@ def config_for(request: Request) -> GpuConfig:
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
-    if spec.unit == "mma":
-        choices = gpu_ways.choices(spec)
-        return next((c for c in choices if fits(request, c)), choices[-1])
-    # Two programs of 256 threads share the registers, 128 for each thread, as long as states and scores are small;
-    # numbers that are decoded or split need more of them, and so do several tokens with a window each.
-    windows = spec.length > 1 and (request.mask.window is not None or request.mask.chunk is not None)
-    most = 8 * 128 if spec.parts > 1 or spec.decoded or windows else 16 * 128
-    blocks = 2 if spec.cols * spec.parts * spec.padded <= most and spec.padded <= 128 else 1
+    # Two programs of 128 threads share the registers whatever they need, 256 for each thread. Programs wait for tiles
+    # of 16 bits, and work on codes: there a third one fills the gaps, where 168 registers are enough.
+    blocks = 3 if spec.decoded and spec.parts == 1 and spec.cols * spec.padded <= 8 * 128 else 2
     choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
     return next((c for c in choices if fits(request, c)), choices[-1])
 

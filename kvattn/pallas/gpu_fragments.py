@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from kvattn._typing import Array
 
@@ -46,39 +46,34 @@ def operand(codes: Array, wide: DTypeLike, interpreted: bool, target: Any = WGMM
         codes = codes.astype(wide)
         return _permuted(codes) if interpreted else _cut(codes, BYTES, target, _places(target))
     # Shifted by 128 they are the last bits of float16 numbers from 1024 on.
-    return _widened(codes, jnp.float16, lambda word: arith.xori(word, _word(0x80808080)), 0x64, 0x6480, target)
+    return _widened(codes, jnp.float16, "xor.b32 word, $1, 0x80808080;", 0x64, 0x6480, target)
 
 
 def eight_bit_floats(codes: Array, interpreted: bool, target: Any = WGMMA) -> Array:
-    """`operand` of float8_e4m3fn where the GPU has no conversion, which only those since 8.9 have.
+    """`operand` of float8_e4m3fn by its bits: GPUs before 8.9 have no conversion.
 
     The exponent of float16 is a bit longer, and counts from eight less. NaN becomes a number: where a token has one, so
     has its scale.
     """
     if interpreted:
         return operand(codes, jnp.float16, interpreted, target)
-    asm = """
-    {{
-    .reg .b32 number, sign;
-    prmt.b32 number, $1, 0, {bytes_taken:#x};
-    and.b32 sign, number, 0x80008000;
-    shr.b32 number, number, 1;
-    and.b32 number, number, 0x3F803F80;
-    or.b32 number, number, sign;
-    mov.b32 sign, 0x5C005C00;
-    mul.f16x2 $0, number, sign;
-    }}
-    """
-
-    def halves(register):
-        """Two numbers each, of four bytes."""
-        i32 = ir.IntegerType.get_signless(32)
-        word = mgpu.utils.bitcast(register, i32)
-        pair = ir.VectorType.get((2,), ir.F16Type.get())
-        found = [llvm.inline_asm(i32, [word], asm.format(bytes_taken=n), "=r,r") for n in (0x1404, 0x3424)]
-        return [mgpu.utils.bitcast(x, pair) for x in found]
-
-    return _relabelled(codes, jnp.float16, BYTES, target, halves, _places(target))
+    asms = [
+        f"""
+        {{
+        .reg .b32 number, sign, shifted, small, both, factor;
+        prmt.b32 number, $1, 0, {taken:#x};
+        and.b32 sign, number, 0x80008000;
+        shr.b32 shifted, number, 1;
+        and.b32 small, shifted, 0x3f803f80;
+        or.b32 both, small, sign;
+        mov.b32 factor, 0x5c005c00;
+        mul.f16x2 $0, both, factor;
+        }}
+        """
+        for taken in (0x1404, 0x3424)
+    ]
+    widen = lambda register: _carried_out(register, asms, jnp.float16)
+    return _relabelled(codes, jnp.float16, BYTES, target, widen, _places(target))
 
 
 def nibbles(codes: Array, high: bool, interpreted: bool, target: Any = WGMMA) -> Array:
@@ -86,22 +81,16 @@ def nibbles(codes: Array, high: bool, interpreted: bool, target: Any = WGMMA) ->
     if interpreted:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
         return _permuted((codes >> 4 if high else codes & 0x0F).astype(jnp.bfloat16) - jnp.bfloat16(MIDDLE))
-
-    def some(word):
-        """Four of them in a word."""
-        return arith.andi(arith.shrui(word, _word(4)) if high else word, _word(0x0F0F0F0F))
-
+    shift = "shr.b32 shifted, $1, 4;\n" if high else "mov.b32 shifted, $1;\n"
     # They are the last bits of bfloat16 numbers from 128 on.
-    return _widened(codes, jnp.bfloat16, some, 0x43, 0x4300 + MIDDLE, target)
+    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, 0x4300 + MIDDLE, target)
 
 
 def permuted_queries(x: Array, interpreted: bool) -> Array:
     """Columns of 16 bits [M, H], as `QUERIES`, with channels permuted as those of `operand`."""
-    return (
-        _permuted(x)
-        if interpreted
-        else _cut(x, QUERIES, PERMUTED, lambda i, j, *_: [(i, j, 0, b, 0, 0, 0) for b in (0, 1)])
-    )
+    if interpreted:
+        return _permuted(x)
+    return _cut(x, QUERIES, PERMUTED, lambda i, j, *_: [(i, j, 0, b, 0, 0, 0) for b in (0, 1)])
 
 
 def restored(x: Array, interpreted: bool) -> Array:
@@ -132,55 +121,53 @@ def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[in
         target: what they become.
         places: of the two halves of the register at a place.
     """
-
-    def halves(register):
-        """Of a vector."""
-        half = ir.VectorType(register.type).shape[0] // 2
-        return [mgpu.utils.vector_slice(register, slice(half * n, half * (n + 1))) for n in (0, 1)]
-
-    return _relabelled(x, x.dtype, layout, target, halves, places)
+    return _relabelled(x, x.dtype, layout, target, lambda register: _halves(register), places)
 
 
-def _widened(codes: Array, wide: DTypeLike, ready: Callable[[Any], Any], high: int, bias: int, target: Any) -> Array:
+def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int, target: Any) -> Array:
     """Bytes below a high one, less a bias: the GPU has no such conversion, and the compiler's takes twice as long.
 
     Args:
         codes: int8 [T, F], as `BYTES`.
         wide: the 16-bit dtype.
-        ready: makes a word of four codes one of four bytes without sign.
+        ready: makes "word", four bytes without sign, of four codes.
         high: the high byte of the numbers that they are the low bytes of.
         bias: the bits of the number to be taken from those.
         target: the layout of the result.
     """
-    less = "sub.f16x2 $0, number, bias"
-    if jnp.dtype(wide) == jnp.bfloat16:  # which GPUs before Hopper only subtract from a product
-        less = "mov.b32 one, 0x3F803F80; xor.b32 bias, bias, 0x80008000; fma.rn.bf16x2 $0, number, one, bias"
-
-    def halves(register):
-        """Two numbers each, of four bytes."""
-        i32 = ir.IntegerType.get_signless(32)
-        word = ready(mgpu.utils.bitcast(register, i32))
-        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(wide))
-        found = []
-        for bytes_taken in (0x4140, 0x4342):
-            asm = f"""
-            {{
-            .reg .b32 number, bias, one;
-            prmt.b32 number, $1, {high * 0x01010101:#x}, {bytes_taken:#x};
-            mov.b32 bias, {bias * 0x00010001:#x};
-            {less};
-            }}
-            """
-            pair = llvm.inline_asm(i32, [word], asm, "=r,r")
-            found.append(mgpu.utils.bitcast(pair, ir.VectorType.get((2,), element)))
-        return found
-
-    return _relabelled(codes, wide, BYTES, target, halves, _places(target))
+    less = f"mov.b32 bias, {bias * 0x00010001:#x};\nsub.f16x2 $0, number, bias;"
+    if jnp.dtype(wide) == jnp.bfloat16:  # which only Hopper and later subtract without a product
+        less = (
+            f"mov.b32 one, 0x3f803f80;\nmov.b32 bias, {(bias | 0x8000) * 0x00010001:#x};\n"
+            f"fma.rn.bf16x2 $0, number, one, bias;"
+        )
+    asms = [
+        f"""
+        {{
+        .reg .b32 shifted, word, number, one, bias;
+        {ready}
+        prmt.b32 number, word, {high * 0x01010101:#x}, {taken:#x};
+        {less}
+        }}
+        """
+        for taken in (0x4140, 0x4342)
+    ]
+    widen = lambda register: _carried_out(register, asms, wide)
+    return _relabelled(codes, wide, BYTES, target, widen, _places(target))
 
 
-def _word(number: int) -> Any:
-    """A constant of 32 bits."""
-    return mgpu.utils.c(number - (number >> 31 << 32), ir.IntegerType.get_signless(32))
+def _halves(register: Any) -> list[Any]:
+    """Of a vector."""
+    half = ir.VectorType(register.type).shape[0] // 2
+    return [mgpu.utils.vector_slice(register, slice(half * n, half * (n + 1))) for n in (0, 1)]
+
+
+def _carried_out(register: Any, asms: list[str], dtype: DTypeLike) -> list[Any]:
+    """Vectors of two numbers, each by an assembler's text from a register of four bytes."""
+    i32, element = ir.IntegerType.get_signless(32), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    word = mgpu.utils.bitcast(register, i32)
+    pairs = (llvm.inline_asm(i32, [word], asm, "=r,r") for asm in asms)
+    return [mgpu.utils.bitcast(pair, ir.VectorType.get((2,), element)) for pair in pairs]
 
 
 def _relabelled(

@@ -4,7 +4,6 @@ import jax
 
 from kvattn import _target
 from kvattn.errors import UnsupportedError
-from kvattn.pallas.gpu_spec import Spec
 from kvattn.pallas.tuning import GpuConfig
 
 CAPABILITIES = {
@@ -90,15 +89,3 @@ def unit_of(config: GpuConfig) -> str:
 def by_threads() -> bool:
     """Whether threads copy tiles: before Hopper nothing else does."""
     return capability() < HOPPER
-
-
-def choices(spec: Spec) -> list[GpuConfig]:
-    """Sizes for `mma`, the best first: programs enough to compute while others wait, then all tiles that fit.
-
-    A program of 128 threads needs 110 to 170 registers for each, where columns are few and products simple, so three
-    of them have room. Codes take three: their tiles are smaller and longer to compute. `make kernels-aot` prints both.
-    """
-    few = spec.cols * spec.padded <= 8 * 128 and spec.parts == 1
-    most = 3 if few and spec.decoded and not spec.format.is_grouped else 2
-    unit = None if capability() != HOPPER else "mma"
-    return [GpuConfig(stages=n, blocks_per_sm=b, unit=unit) for b in range(most, 0, -1) for n in range(6, 1, -1)]
