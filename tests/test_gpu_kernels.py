@@ -196,6 +196,12 @@ def test_several(name):
     check(request_for(cache, 2 * heads, new, dtype=BF16, **rules), config=config)
 
 
+def test_mass_and_slopes_of_one_token():
+    """Both are kept column by column, so a group's columns begin with its own queries, not with its neighbours'."""
+    cache = filled([64, 1, 33], 64, 2, 64, dtype=BF16)
+    check(request_for(cache, 8, 1, dtype=BF16, want_mass=True, alibi_slopes=kvattn.alibi_slopes(8)))
+
+
 @pytest.mark.parametrize(("dtype", "parts", "bits"), [(BF16, 1, 8), (BF16, 2, 16), (BF16, 3, 24), (F16, 2, 22)])
 def test_parts_sum_up_to_float32(dtype, parts, bits):
     """To as many bits as they have together: each begins where the ones before it end."""

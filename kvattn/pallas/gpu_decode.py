@@ -222,7 +222,11 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
         in_order=view.in_order and length == 1 and not request.want_mass,
-        as_it_lies=length == 1 and not request.want_mass and batch * query_heads >= cols,
+        # Slopes and scores are kept column by column, and want the columns of a group to begin with its first query.
+        as_it_lies=length == 1
+        and batch * query_heads >= cols
+        and request.alibi_slopes is None
+        and not request.want_mass,
         raw=jnp.dtype(request.query.dtype),
         want_scores=request.want_mass,
         config=config,
