@@ -193,11 +193,12 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     form = common.format_of(view)
     names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
     streams = []
-    for (role, name), x in zip(names, _stored(view), strict=True):
+    for (role, name), x in zip(names, common.arrays(view), strict=True):
         # Eight-bit floats are bits on CPUs, and in the interpreter; the GPU widens signed bytes only.
         wanted = jnp.int8 if form.is_grouped else form.dtype
         dtype = jnp.dtype(x.dtype if name != "data" or wanted is None else wanted)
-        streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
+        shape = x.shape if view.page_table is not None else x.shape[1:]
+        streams.append(Stream(f"{role}_{name}", tuple(shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
     return Spec(
