@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
 
 import aot_cases
+import gpu_sass
 import jax
 import jax.numpy as jnp
 from aot_cases import Case
@@ -86,6 +87,19 @@ TARGETS: dict[str, dict[str, Any]] = {
         "clock": 1.97,
         "memory": 180_000_000_000,
     },
+    "rtx5090": {
+        "name": "NVIDIA GeForce RTX 5090",
+        "major": 12,
+        "minor": 0,
+        "block": 101_376,
+        "core": 102_400,
+        "threads": 1536,
+        "cores": 170,
+        "bandwidth": 1_792_000_000_000,
+        "l2": 100_663_296,
+        "clock": 2.41,
+        "memory": 32_000_000_000,
+    },
 }
 """What the compiler asks about a device."""
 
@@ -154,7 +168,7 @@ def caught(work: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def program(device: Any, case: Case) -> dict[str, Any]:
-    """Registers, spills, shared memory, temporary memory and cache-sized copies of the programs of a case."""
+    """Registers, spills, shared and temporary memory, cache-sized copies, instructions of the programs of a case."""
     query, _, cache = aot_cases.arguments(device, case)
     sizes = {}
 
@@ -163,6 +177,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         spec = gpu_decode._spec(request, gpu_decode.config_for(request))
         sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
+        sizes.update(tile=spec.config.tile * sum(x.features * x.dtype.itemsize for x in spec.streams))
         return gpu_decode.attend(request)
 
     def compile_it():
@@ -185,6 +200,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         raise RuntimeError("the assembler said nothing of the kernel")
     temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
+    found["slots"] = gpu_sass.issue_slots(said, "kvattn_gpu_decode")
     found["launches"] = aot_cases.launches(compiled.as_text())
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)
@@ -198,12 +214,14 @@ def program(device: Any, case: Case) -> dict[str, Any]:
 def main() -> None:
     """Prints one line of JSON per case."""
     target = TARGETS[sys.argv[1]]
+    per_clock = target["bandwidth"] / target["cores"] / target["clock"] / 1e9
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=sys.argv[1], target_config=SHEET.format(**target), topology="1x1x1"
     )
     for name, case in CASES.items():
         try:
             result = program(topology.devices[0], case)
+            result["clocks"] = result["tile"] / per_clock
         except kvattn.errors.UnsupportedError as error:
             result = {"refused": str(error)}
         except Exception as error:  # whatever the compiler says is the answer
