@@ -7,6 +7,7 @@ too small for that, positions, scales and queries, goes by way of registers.
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -50,6 +51,7 @@ class ThreadFetcher(Fetcher):
             queries = memory["query"].at[pl.ds(spec.first_query(row, head), spec.cols)]
         else:
             queries = memory["query"].at[row, head]
+        pairs: list[tuple[Any, Any, Any]]
         if spec.prepares:
             pairs = [(queries, shared["raw"].at[slot], QUERIES)]
         else:
@@ -101,7 +103,7 @@ class ThreadFetcher(Fetcher):
         row, head = self._row_and_head(cursor)
         start = self._start(cursor)
         if spec.page_size:
-            inside = lax.rem(start, spec.page_size) if spec.page_size > rows else 0
+            inside = lax.rem(start, spec.page_size) if spec.page_size > rows else jnp.int32(0)
             return array.at[head, cursor.pages[n]], inside
         # The last tile may be longer than the cache; what is read twice has no position there.
         last = stream.shape[3 if stream.tokens_last else 2] - rows
