@@ -459,7 +459,7 @@ def test_a_planted_race_is_found(monkeypatch):
     assert not races_found()
     # The interpreter shares out grids of known size only: the two tiles of the first row.
     monkeypatch.setattr(tpu_decode, "_grid", lambda chosen: (2,))
-    monkeypatch.setattr(tpu_decode, "ORDER", pltpu.CompilerParams(dimension_semantics=("parallel",)))
+    monkeypatch.setattr(tpu_decode, "ORDER", ("arbitrary", "parallel"))
     try:
         attend()
         found = races_found()
@@ -468,3 +468,35 @@ def test_a_planted_race_is_found(monkeypatch):
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     assert found
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "pages, heads of 64", "scores per head", "Int8, slopes"])
+def test_two_cores_share_the_heads(kind, monkeypatch):
+    """Each core reads, and writes, what is of its own heads; nothing is read by both that one of them writes."""
+    size, given, rules = {
+        "contiguous": (128, {}, {}),
+        "pages, heads of 64": (64, {"page_size": 16, "platform": "tpu"}, {}),
+        "scores per head": (128, {}, {"want_mass": True}),
+        "Int8, slopes": (128, {"codec": kvattn.Int8()}, {"alibi_slopes": kvattn.alibi_slopes(8)}),
+    }[kind]
+    request = request_for(filled([256, 0, 65], 256, 4, size, dtype=jnp.bfloat16, **given), 8, **rules)
+    monkeypatch.setattr(tpu_decode, "cores_for", lambda view: 2)
+    monkeypatch.setattr(tpu_decode, "INTERPRETER", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+    # The interpreter shares out grids of known size only: a tile for each row, of the empty one too.
+    monkeypatch.setattr(tpu_decode, "_grid", lambda chosen: (3,))
+    try:
+        check(request)
+        assert not races_found()
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_devices_of_two_cores():
+    """Where the heads can be halved; one core otherwise, and everywhere else."""
+    for cores, heads, expected in ((2, 4, 2), (2, 1, 1), (1, 4, 1), (None, 4, 1)):
+        device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=cores, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+        view = filled([8], 8, heads, 128).view()
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert tpu_decode.cores_for(view) == expected
+    assert tpu_decode.cores_for(view) == 1

@@ -160,7 +160,7 @@ def _run(
         ),
         out_shape=shape,
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=params(4 * math.prod(block) * array.dtype.itemsize),
+        compiler_params=params(4 * math.prod(block) * array.dtype.itemsize, ("arbitrary",)),
         interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_append",
     )(*scalars, x, array)

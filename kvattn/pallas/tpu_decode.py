@@ -4,6 +4,8 @@ The grid is the list of tiles (`kvattn.pallas.tiles`), row after row, so Pallas 
 worked on, across rows. A tile holds all key/value heads: one strided copy of keys, one of values; in a paged cache one
 of each per page. Scores are [M, R] with M the new tokens times the query heads of a group; the running maximum, sum and
 output of a row stay in VMEM until its last tile.
+
+Where a device has two cores that share its memory (v4, v5p), each walks along all tiles with half of the heads.
 """
 
 import dataclasses
@@ -26,8 +28,8 @@ from kvattn.pallas import common, tiles, tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
 
-ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
-"""One tile after the other, by one core: a row's state goes from tile to tile."""
+ORDER = ("parallel", "arbitrary")
+"""Cores beside each other; one tile after the other: a row's state goes from tile to tile."""
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
@@ -63,7 +65,7 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
 def attend(request: Request, config: TpuConfig | None = None) -> Result:
     """Attention of a few new tokens; see `Request` for arguments and results."""
     view, config = request.view, config or config_for(request)
-    heads, rows = view.num_kv_heads, rows_of(view, config)
+    heads, rows, cores = view.num_kv_heads, rows_of(view, config), cores_for(view)
     batch, length = request.query.shape[:2]
     group = request.query.shape[2] // heads
     # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
@@ -75,7 +77,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
 
     scalars = _scalars(view, chosen, rows)
     seen = _side_by_side(view, positions, rows)
-    inputs = {**_queries(request, padded), "positions": _positions(seen, rows), **_stores(view, rows)}
+    inputs = {**_queries(request, padded), "positions": _positions(view, seen, rows), **_stores(view, rows)}
     results = _results(request, padded, slots, rows)
     arrays = [*scalars.values(), *(x for x, _ in inputs.values())]
     out, lse, *scores = pl.pallas_call(
@@ -89,13 +91,13 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=_grid(chosen),
+            grid=(cores, *_grid(chosen)),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in results.values()],
-            scratch_shapes=[pltpu.VMEM((heads, padded, size), jnp.float32) for size in (1, 1, _width(view))],
+            scratch_shapes=[pltpu.VMEM((heads // cores, padded, size), jnp.float32) for size in (1, 1, _width(view))],
         ),
         out_shape=[_manual.result(shape, jnp.float32, arrays) for shape, _ in results.values()],
-        compiler_params=params(vmem_bytes(request, config)),
+        compiler_params=params(vmem_bytes(request, config), ORDER),
         interpret=INTERPRETER if interpreted("tpu") else False,
         name="kvattn_tpu_decode",
     )(*arrays)
@@ -111,6 +113,13 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     probs = jnp.where(seen, jnp.exp(scores[0][:, :, :count] - by_head), 0)
     mass = _side_by_side(view, jnp.sum(probs, axis=2), rows, back=True)
     return out, lse, mass[..., : view.layout.num_slots] / group
+
+
+def cores_for(view: View) -> int:
+    """Among how many cores of the device the heads are shared out."""
+    target = _target.current()
+    cores = (target.num_cores or 1) if target.platform == "tpu" else 1
+    return cores if view.num_kv_heads % cores == 0 else 1
 
 
 def _width(view: View) -> int:
@@ -144,9 +153,12 @@ def _scalars(view: View, chosen: tiles.Plan, rows: int) -> dict[str, Int32[Array
     return scalars
 
 
-def _by_row(*block: int) -> pl.BlockSpec:
-    """The block of an array [B, ...] that is a row's."""
-    return pl.BlockSpec((1, *block), lambda i, n, row, *_: (row[i], *(0,) * len(block)))
+def _by_row(view: View, *block: int) -> pl.BlockSpec:
+    """The block of an array [B, K, ...] that is a row's and of a core's heads."""
+    heads, *rest = block
+    return pl.BlockSpec(
+        (1, heads // cores_for(view), *rest), lambda core, i, n, row, *_: (row[i], core, *(0,) * len(rest))
+    )
 
 
 def _queries(request: Request, padded: int) -> Operands:
@@ -160,18 +172,22 @@ def _queries(request: Request, padded: int) -> Operands:
     query = tpu_read.spread(query, common.format_of(view), common.tokens_beside(view, view.keys))
     query = query.astype(_wide(request))
     at = jnp.pad(common.query_positions(request), fill, constant_values=-1)
-    found: Operands = {"query": (query, _by_row(*query.shape[1:])), "at": (at[..., None], _by_row(padded, 1))}
+    found: Operands = {
+        "query": (query, _by_row(view, *query.shape[1:])),
+        "at": (at[..., None], pl.BlockSpec((1, padded, 1), lambda core, i, n, row, *_: (row[i], 0, 0))),
+    }
     slopes = common.query_slopes(request)
     if slopes is not None:
         slopes = jnp.pad(slopes, fill)[..., None]
-        found["slopes"] = slopes, pl.BlockSpec((heads, padded, 1), lambda *_: (0, 0, 0))
+        found["slopes"] = slopes, pl.BlockSpec((heads // cores_for(view), padded, 1), lambda core, *_: (core, 0, 0))
     return found
 
 
-def _positions(positions: Int32[Array, "B K1 S"], rows: int) -> tuple[Int32[Array, "B K1 S"], pl.BlockSpec]:
-    """Those of a tile's slots."""
-    block = (1, positions.shape[1], rows)
-    return positions, pl.BlockSpec(block, lambda i, n, row, tile, *_: (row[i], 0, tile[i]))
+def _positions(view: View, positions: Int32[Array, "B K1 S"], rows: int) -> tuple[Int32[Array, "B K1 S"], pl.BlockSpec]:
+    """Those of a tile's slots, for all heads or for those of a core."""
+    heads = positions.shape[1]
+    block = (1, max(heads // cores_for(view), 1), rows)
+    return positions, pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (row[i], core if heads > 1 else 0, tile[i]))
 
 
 def _stores(view: View, rows: int) -> Operands:
@@ -187,23 +203,26 @@ def _stores(view: View, rows: int) -> Operands:
                 # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
                 x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
             if view.page_table is None:
-                found[f"{role} {name} 0"] = x, _store_spec(x, rows, last)
+                found[f"{role} {name} 0"] = x, _store_spec(x, rows, last, cores_for(view))
                 continue
             per_tile = rows // view.page_size
             for part in range(per_tile):
-                found[f"{role} {name} {part}"] = x, _page_spec(x, part, per_tile)
+                found[f"{role} {name} {part}"] = x, _page_spec(x, part, per_tile, cores_for(view))
     return found
 
 
 def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
     """Shapes of the results, float32, and the block that is written in a step."""
-    batch, heads, size = request.query.shape[0], request.view.num_kv_heads, _width(request.view)
+    view = request.view
+    batch, heads, size = request.query.shape[0], view.num_kv_heads, _width(view)
     found = {
-        "out": ((batch, heads, padded, size), _by_row(heads, padded, size)),
-        "lse": ((batch, heads, padded, 1), _by_row(heads, padded, 1)),
+        "out": ((batch, heads, padded, size), _by_row(view, heads, padded, size)),
+        "lse": ((batch, heads, padded, 1), _by_row(view, heads, padded, 1)),
     }
     if request.want_mass:
-        block = pl.BlockSpec((1, heads, padded, rows), lambda i, n, row, tile, *_: (row[i], 0, 0, tile[i]))
+        block = pl.BlockSpec(
+            (1, heads // cores_for(view), padded, rows), lambda core, i, n, row, tile, *_: (row[i], core, 0, tile[i])
+        )
         found["scores"] = (batch, heads, padded, slots), block
     return found
 
@@ -231,9 +250,10 @@ def _wide(request: Request) -> DTypeLike:
     return jnp.float32 if jnp.float32 in dtypes or jnp.float16 in dtypes else jnp.bfloat16
 
 
-def params(vmem: int) -> pltpu.CompilerParams:
-    """Those of a kernel that needs so many bytes of vector memory."""
-    return ORDER if vmem <= VMEM_GIVEN else dataclasses.replace(ORDER, vmem_limit_bytes=vmem + (8 << 20))
+def params(vmem: int, order: tuple[str, ...]) -> pltpu.CompilerParams:
+    """Those of a kernel that needs so many bytes of vector memory; `order` is that of the axes of its grid."""
+    found: Any = pltpu.CompilerParams(dimension_semantics=order)
+    return found if vmem <= VMEM_GIVEN else dataclasses.replace(found, vmem_limit_bytes=vmem + (8 << 20))
 
 
 def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
@@ -248,7 +268,7 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     beside = common.tokens_beside(view, view.keys)
     queries = count * groups * beside * wide(view.key_head_dim * beside)
     results = count * (wide(_width(view)) + tpu_read.LANES + (rows if request.want_mass else 0))
-    return 2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)
+    return (2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)) // cores_for(view)
 
 
 def _grid(chosen: tiles.Plan) -> tuple[Int32[Array, ""]]:
@@ -278,7 +298,13 @@ def rows_of(view: View, config: TpuConfig | None = None) -> int:
     config = config or TpuConfig()
     slots = _tokens(view)
     data = view.keys["data"]
-    token_bytes = view.num_kv_heads * data.shape[-1] * data.dtype.itemsize // common.tokens_beside(view, view.keys)
+    token_bytes = (
+        view.num_kv_heads
+        // cores_for(view)
+        * data.shape[-1]
+        * data.dtype.itemsize
+        // common.tokens_beside(view, view.keys)
+    )
     lanes = tpu_read.LANES
     rows = min(max(config.tile_bytes // token_bytes // lanes * lanes, lanes), config.most_rows)
     if view.page_table is not None:
@@ -292,18 +318,21 @@ def _tokens(view: View) -> int:
     return view.layout.num_slots if view.page_table is not None else view.keys["data"].shape[3]
 
 
-def _store_spec(x: Array, rows: int, tokens_last: bool) -> pl.BlockSpec:
+def _store_spec(x: Array, rows: int, tokens_last: bool, cores: int) -> pl.BlockSpec:
     """How a tile of an array of a contiguous cache is fetched: [1, B, K, C, F], or [1, B, K, F, C] with tokens last."""
-    heads = x.shape[2]
+    heads = x.shape[2] // cores
     if tokens_last:
-        return pl.BlockSpec((1, 1, heads, x.shape[3], rows), lambda i, n, row, tile, *_: (0, row[i], 0, 0, tile[i]))
-    return pl.BlockSpec((1, 1, heads, rows, x.shape[4]), lambda i, n, row, tile, *_: (0, row[i], 0, tile[i], 0))
+        block = (1, 1, heads, x.shape[3], rows)
+        return pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (0, row[i], core, 0, tile[i]))
+    block = (1, 1, heads, rows, x.shape[4])
+    return pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (0, row[i], core, tile[i], 0))
 
 
-def _page_spec(x: Array, part: int, per_tile: int) -> pl.BlockSpec:
+def _page_spec(x: Array, part: int, per_tile: int, cores: int) -> pl.BlockSpec:
     """How one page of a tile is fetched: [K, P, R, F] or [K, P, F, R]."""
     heads, _, *page = x.shape
-    return pl.BlockSpec((heads, 1, *page), lambda i, n, row, tile, whole, pages: (0, pages[i * per_tile + part], 0, 0))
+    block = (heads // cores, 1, *page)
+    return pl.BlockSpec(block, lambda core, i, n, row, tile, whole, pages: (core, pages[i * per_tile + part], 0, 0))
 
 
 def _body(*refs, names, readers, rule, scale, softcap):
@@ -315,7 +344,7 @@ def _body(*refs, names, readers, rule, scale, softcap):
     out, lse, top, total, acc = (memory[name] for name in ("out", "lse", "top", "total", "acc"))
     keys, values = (readers[role](_parts(memory, role)) for role in ("keys", "values"))
     heads = query.shape[1]
-    i = pl.program_id(0)
+    i = pl.program_id(1)
     here = row[i]
 
     @pl.when((i == 0) | (row[jnp.maximum(i - 1, 0)] != here))

@@ -977,8 +977,12 @@ FAULTS: list[Fault] = [
     *group(
         "pallas/gpu_fetch.py",
         "test_gpu_kernels.py::test_several",
-        ("Fetcher.fetched", "cursor.tile == cursor.first", "cursor.tile == 0"),
-        ("Fetcher.fetched.other", "following(cursor.query_slot", "following(cursor.slot"),
+        (
+            "Fetcher._copy_queries",
+            'memory["slopes"].at[head]',
+            'memory["slopes"].at[0]',
+            "test_gpu_kernels.py::test_mass_and_slopes_of_one_token",
+        ),
         ("Fetcher._pages", "lax.div(start + n * size, size)", "lax.div(start, size)"),
         (
             "Fetcher._copy_tile",
@@ -986,7 +990,6 @@ FAULTS: list[Fault] = [
             "lax.rem(start, size) * 0, part)",
             "test_gpu_kernels.py::test_values",
         ),
-        ("following", "slot + 1 == count", "slot == count"),
     ),
     *group(
         "pallas/gpu_body.py",
@@ -1058,6 +1061,8 @@ FAULTS: list[Fault] = [
         test_tpu_kernels.py::test_minima_and_scales_in_several_pages
         test_tpu_kernels.py::test_planted_faults
         """,
+        ("_by_row", "row[i], core,", "row[i], 0 * core,", "test_tpu_kernels.py::test_two_cores_share_the_heads"),
+        ("cores_for", "view.num_kv_heads % cores == 0", "True", "test_tpu_kernels.py::test_devices_of_two_cores"),
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
         ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
