@@ -17,7 +17,7 @@ from typing import Any
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
 
 import aot_cases
-import gpu_sass
+import gpu_slots
 import jax
 import jax.numpy as jnp
 from aot_cases import Case
@@ -86,19 +86,6 @@ TARGETS: dict[str, dict[str, Any]] = {
         "l2": 132_644_864,
         "clock": 1.97,
         "memory": 180_000_000_000,
-    },
-    "rtx5090": {
-        "name": "NVIDIA GeForce RTX 5090",
-        "major": 12,
-        "minor": 0,
-        "block": 101_376,
-        "core": 102_400,
-        "threads": 1536,
-        "cores": 170,
-        "bandwidth": 1_792_000_000_000,
-        "l2": 100_663_296,
-        "clock": 2.41,
-        "memory": 32_000_000_000,
     },
 }
 """What the compiler asks about a device."""
@@ -200,7 +187,8 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         raise RuntimeError("the assembler said nothing of the kernel")
     temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
-    found["slots"] = gpu_sass.issue_slots(said, "kvattn_gpu_decode")
+    listed = said.split("Function properties for kvattn_gpu_decode", 1)[1].split("Function properties for")[0]
+    found["slots"] = gpu_slots.slots_of_a_tile(listed)
     found["launches"] = aot_cases.launches(compiled.as_text())
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)

@@ -13,9 +13,9 @@ A third program is the step of `"xla"` over a cache in the host's memory (`memor
 cache, in place, and the device a few blocks.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
-flight, instructions of the loop over tiles (all of its branches) beside the clocks of a tile's copy, kernels launched,
-and the same of the step; what is refused says why. Status 1 for a spill too, for programs that do not fit a
-multiprocessor together, and for a loop that is long beside its copy.
+flight, instructions of a tile (`gpu_slots.py`) beside the clocks of its copy, kernels launched, and the same of the
+step; what is refused says why. Status 1 for a spill too, for programs that do not fit a multiprocessor together, and for
+a loop that is long beside its copy.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from rich.table import Table
 
 from kvattn.cache.base import nbytes_of
 
-GPUS = ("a100", "l4", "h200", "b200", "rtx5090")
+GPUS = ("a100", "l4", "h200", "b200")
 MOST_SLOTS = 0.6
 """Of the clocks of its copy, for a tile of 16 bits and few columns."""
 
@@ -88,14 +88,14 @@ def print_gpu(console: Console, target: str) -> bool:
         room = -(-kernels["decode"][0] // 8) * 8 * 128 * result["blocks"] <= 65536
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         slots, clocks = result["slots"], result["clocks"]
-        fine &= name != "GQA 32/8" or (slots is not None and slots <= MOST_SLOTS * clocks)
+        fine &= name != "GQA 32/8" or slots <= MOST_SLOTS * clocks
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0)
         well &= fine
         # A merge of the same shape is compiled once.
         registers = (str(kernels["decode"][0]), str(kernels["merge"][0]) if "merge" in kernels else "")
         flight = f"{result['blocks']} x {result['stages']}"
-        figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, str(slots or ""), f"{clocks:,.0f}")
+        figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, str(slots), f"{clocks:,.0f}")
         figures += (result["temporary"], result["copies"], str(result["launches"]))
         if step:
             figures += (step["temporary"], step["copies"], f"{max(step['moved'], 0) / 2**10:.0f}")

@@ -67,7 +67,7 @@ TARGETS = {
     "Blackwell": _target.Target("cuda", "NVIDIA B200", 148, "10.0"),
     "Ampere": _target.Target("cuda", "NVIDIA A100-SXM4-80GB", 108, "8.0"),
     "L4": _target.Target("cuda", "NVIDIA L4", 58, "8.9"),
-    "RTX": _target.Target("cuda", "NVIDIA GeForce RTX 5090", 170, "12.0"),
+    "unheard of": _target.Target("cuda", "one of 2030", 200, "10.9"),
 }
 """One for each way, wgmma; mma, tiles copied by the engine; mma, tiles copied by threads; and small ones."""
 
@@ -423,14 +423,16 @@ def test_no_rows_or_no_tokens(batch, new):
     ],
     ids=str,
 )
-def test_lowered_for_a_gpu(size, codec, query, new):
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+def test_lowered_for_a_gpu(size, codec, query, new, capability):
     """Down to Mosaic's own code, which refuses more than an interpreter: a copy of six dimensions, say."""
     cache = made(64, 1, size, codec=codec, dtype=BF16)
     request = request_for(cache, 4, new, dtype=query)
     # Outside of `interpret`, as it is compiled.
     token = interpreter._INTERPRETED.set(False)
     try:
-        lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
+        with jax.sharding.use_abstract_mesh(mesh_of(Gpu("one", 108, "gpu", capability))):
+            lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
     finally:
         interpreter._INTERPRETED.reset(token)
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
@@ -486,7 +488,7 @@ class Gpu(jax.sharding.AbstractDevice):
 
 
 def mesh_of(device):
-    return jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+    return jax.sharding.AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +500,8 @@ def mesh_of(device):
         ("NVIDIA A100-SXM4-80GB", None, "attribute compute_capability = '8.0'"),
         ("NVIDIA A100-SXM4-80GB", "8.0", None),
         ("unheard of", "7.5", "this GPU has 7.5"),
-        ("unheard of", "12.1", None),
+        ("unheard of", "10.9", None),
+        ("NVIDIA GeForce RTX 5090", None, "nothing for compute capability 12.0 yet"),
         ("unheard of", None, None),
     ],
 )
@@ -526,7 +529,7 @@ def test_ways_of_gpus(monkeypatch):
         ("Blackwell", "mma", False, (3, 2)),
         ("Ampere", "mma", True, (2, 2)),
         ("L4", "mma", True, (2, 1)),
-        ("RTX", "mma", False, (2, 1)),
+        ("unheard of", "mma", False, (2, 1)),
     ):
         with _target.aimed_at(TARGETS[on]):
             chosen = gpu_decode.config_for(request)
@@ -551,6 +554,7 @@ def test_ways_of_gpus(monkeypatch):
         ("Ampere", made(64, 2, 80, dtype=BF16, page_size=32), None),
         ("Ampere", made(40, 2, 64, dtype=BF16), None),
         ("Ampere", made(40, 2, 64, codec=kvattn.Int8()), "rows of 64 bytes"),
+        ("unheard of", made(64, 2, 256, dtype=BF16), "of shared memory"),
     ):
         with _target.aimed_at(TARGETS[on]):
             reason = gpu_decode.unsupported(request_for(cache, 4, dtype=BF16))

@@ -22,8 +22,8 @@ CAPABILITIES = {
     "V100": "7.0",
 }
 """Of devices of which no more than the name is known, as those of abstract meshes. The first name that fits counts."""
-LEAST, HOPPER = (8, 0), (9, 0)
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, HOPPER: 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+LEAST, HOPPER, BEYOND = (8, 0), (9, 0), (11, 0)
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, HOPPER: 227, (10, 0): 227, (10, 3): 227}
 """Of one program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
 
@@ -55,8 +55,10 @@ def refusal() -> str | None:
     """Why the GPU that the program is made for cannot run it; None: it can."""
     target = _target.current()
     known = capability_of(target)
-    if known is None or capability() >= HOPPER:
+    if known is None or HOPPER <= capability() < BEYOND:
         return None
+    if capability() >= BEYOND:
+        return f"JAX's Mosaic GPU compiles nothing for compute capability {known} yet"
     if capability() < LEAST:
         return f"it needs a matrix unit for bfloat16 (compute capability 8.0 and later); this GPU has {known}"
     if _said(target) is None:
