@@ -138,7 +138,8 @@ def test_operands(features, target, monkeypatch):
     x = np.concatenate([np.arange(256), rng.integers(0, 256, 64 * features - 256)]).astype(np.uint8).view(np.int8)
     x = x.reshape(64, features)
     ways = [lambda x, there: gpu_fragments.operand(x, jnp.float16, there, target)]
-    ways += [lambda x, there, high=high: gpu_fragments.nibbles(x, high, there, target) for high in (False, True)]
+    biases = itertools.product((False, True), (gpu_fragments.CHEAPEST, -8))
+    ways += [lambda x, there, h=h, b=b: gpu_fragments.nibbles(x, h, b, there, target) for h, b in biases]
     for way in ways:
         found = relabelled(monkeypatch, functools.partial(way, there=False), x, BYTES, target)
         np.testing.assert_array_equal(found.astype(np.float32), np.asarray(way(jnp.asarray(x), True), np.float32))

@@ -719,6 +719,19 @@ def test_sizes(tmp_path, monkeypatch):
     for size, codec, dtype in itertools.product((64, 128, 256), (None, kvattn.Int8(), kvattn.Int4()), (BF16, F32)):
         request = request_for(made(64, 1, size, dtype=BF16, codec=codec), 8, 8, dtype=dtype)
         assert gpu_decode.fits(request, gpu_decode.config_for(request))
+    # Long tiles for codes, if each program has two of them and pages allow.
+    for slots, page_size, codec, expected in (
+        (65536, 0, kvattn.Int8(), (128, 2)), (65536, 0, kvattn.Int4(), (128, 2)), (65536, 0, None, (64, 2)),
+        (16384, 0, kvattn.Int8(), (64, 3)), (65536, 64, kvattn.Int8(), (128, 2)), (65664, 192, kvattn.Int8(), (64, 3)),
+    ):  # fmt: skip
+        found = []
+
+        def look():
+            cache = made(slots, 1, 128, dtype=BF16, codec=codec, page_size=page_size)  # noqa: B023
+            found.append(gpu_decode.config_for(request_for(cache, 4, dtype=BF16)))  # noqa: B023
+
+        jax.eval_shape(look)
+        assert (found[0].tile, found[0].blocks_per_sm) == expected, (slots, page_size, codec)
     # Three programs of a multiprocessor have 168 registers each: `make kernels-aot` says how many there are.
     for codec, dtype, size, new, blocks in (
         (None, BF16, 128, 1, 2),

@@ -177,10 +177,13 @@ def config_for(request: Request) -> GpuConfig:
     if isinstance(found, GpuConfig) and fits(request, found):
         return found
     spec = _spec(request, GpuConfig())
-    # Two programs of 128 threads share the registers whatever they need, 256 for each thread. Programs wait for tiles
-    # of 16 bits, and work on codes: there a third one fills the gaps, where 168 registers are enough.
-    blocks = 3 if spec.decoded and spec.parts == 1 and spec.cols * spec.padded <= 8 * 128 else 2
-    choices = [GpuConfig(stages=n, blocks_per_sm=b) for b in range(blocks, 0, -1) for n in range(6, 1, -1)]
+    # Programs wait for tiles of 16 bits, and work on codes: there longer tiles pay, and a third program where they
+    # do not fit or leave programs idle. Two programs of 128 threads have registers enough whatever they need, 256 for
+    # each thread; three have 168. Measured on an H200 (benchmarks/results/on_device-nvidia_h200-2026-11-27).
+    is_worked_on = spec.decoded and spec.parts == 1 and spec.cols * spec.padded <= 8 * 128
+    choices = [GpuConfig(64, n, b) for b in ((3, 2, 1) if is_worked_on else (2, 1)) for n in range(6, 1, -1)]
+    if is_worked_on and spec.batch * spec.heads * spec.slots >= 2 * 128 * 2 * _multiprocessors():
+        choices = [GpuConfig(128, n, 2) for n in (3, 2)] + choices
     return next((c for c in choices if fits(request, c)), choices[-1])
 
 

@@ -30,8 +30,8 @@ QUERIES = plgpu.Layout.TILED(
 PERMUTED = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 16), (8, 8), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
 )
-MIDDLE = 8
-"""Of four-bit codes. About 0 they make smaller products, with smaller errors, than all of one sign."""
+CHEAPEST = 128
+"""What four-bit codes have too much as they are widened."""
 RESTORED = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 8), (16, 8), (4, 8), (2, 8), (2,), (1,))),
     warp_dims=(-10,),
@@ -76,14 +76,18 @@ def eight_bit_floats(codes: Array, interpreted: bool, target: Any = WGMMA) -> Ar
     return _relabelled(codes, jnp.float16, BYTES, target, widen, _places(target))
 
 
-def nibbles(codes: Array, high: bool, interpreted: bool, target: Any = WGMMA) -> Array:
-    """The low or the high four bits of int8 [T, F], less `MIDDLE`, in bfloat16 as `operand` has eight."""
+def nibbles(codes: Array, high: bool, bias: int, interpreted: bool, target: Any = WGMMA) -> Array:
+    """The low or the high four bits of int8 [T, F], plus `bias`, in bfloat16 as `operand` has eight.
+
+    A bias of `CHEAPEST` costs least. Such numbers are as exact, but what they add up to is less so.
+    """
     if interpreted:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
-        return _permuted((codes >> 4 if high else codes & 0x0F).astype(jnp.bfloat16) - jnp.bfloat16(MIDDLE))
+        return _permuted((codes >> 4 if high else codes & 0x0F).astype(jnp.bfloat16) + jnp.bfloat16(bias))
     shift = "shr.b32 shifted, $1, 4;\n" if high else "mov.b32 shifted, $1;\n"
     # They are the last bits of bfloat16 numbers from 128 on.
-    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, 0x4300 + MIDDLE, target)
+    taken = None if bias == CHEAPEST else 0x4300 - bias
+    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, taken, target)
 
 
 def permuted_queries(x: Array, interpreted: bool) -> Array:
@@ -124,8 +128,8 @@ def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[in
     return _relabelled(x, x.dtype, layout, target, lambda register: _halves(register), places)
 
 
-def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int, target: Any) -> Array:
-    """Bytes below a high one, less a bias: the GPU has no such conversion, and the compiler's takes twice as long.
+def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int | None, target: Any) -> Array:
+    """Bytes below a high one, less a bias if there is one: the GPU has no such conversion, the compiler's is long.
 
     Args:
         codes: int8 [T, F], as `BYTES`.
@@ -135,12 +139,14 @@ def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int, ta
         bias: the bits of the number to be taken from those.
         target: the layout of the result.
     """
-    less = f"mov.b32 bias, {bias * 0x00010001:#x};\nsub.f16x2 $0, number, bias;"
-    if jnp.dtype(wide) == jnp.bfloat16:  # which only Hopper and later subtract without a product
+    less = "mov.b32 $0, number;"
+    if bias is not None and jnp.dtype(wide) == jnp.bfloat16:  # before Hopper that comes off products only
         less = (
             f"mov.b32 one, 0x3f803f80;\nmov.b32 bias, {(bias | 0x8000) * 0x00010001:#x};\n"
             f"fma.rn.bf16x2 $0, number, one, bias;"
         )
+    elif bias is not None:
+        less = f"mov.b32 bias, {bias * 0x00010001:#x};\nsub.f16x2 $0, number, bias;"
     asms = [
         f"""
         {{

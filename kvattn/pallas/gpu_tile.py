@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from kvattn._typing import Array
 from kvattn.pallas import gpu_mma
-from kvattn.pallas.gpu_fragments import BYTES, MIDDLE, eight_bit_floats, nibbles, operand
+from kvattn.pallas.gpu_fragments import BYTES, CHEAPEST, eight_bit_floats, nibbles, operand
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
 WGMMA = plgpu.Layout.WGMMA
@@ -18,6 +18,8 @@ COLUMNS = WGMMA.reduce(0)
 """Vectors over the columns M of a matrix."""
 TOKENS = WGMMA.reduce(1)
 """Vectors over its rows."""
+MIDDLE = 8
+"""Of four-bit codes. About 0 they make smaller products, with smaller errors, than all of one sign."""
 FLOAT16_EXPONENT = 14
 FLOAT16_UNIT = 2.0**FLOAT16_EXPONENT
 """What 1 is brought to before it becomes float16: its small parts then stay clear of subnormal numbers."""
@@ -92,9 +94,11 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
             total = total + product(widened(spec, keys, first, count, left), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     total = 0.0
-    for run in planes(spec, keys, spec.key_features, left):
+    # What is too much comes off exactly here, where it is multiplied by sums of the query, not by rounded weights.
+    bias = CHEAPEST if spec.parts == 1 else -MIDDLE
+    for run in planes(spec, keys, spec.key_features, bias, left):
         part = product(run.codes, run.start, run.count)
-        scale, minimum = unpacked(load("k_scale", run.group), load("k_minimum", run.group))
+        scale, minimum = unpacked(load("k_scale", run.group), load("k_minimum", run.group), -run.bias)
         sums = shared["sums"].at[run.number, pl.ds(0, spec.cols)]
         sums = plgpu.load(sums, layout=COLUMNS, optimized=False)
         total = total + part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
@@ -133,12 +137,14 @@ class Plane(NamedTuple):
         codes: in 16 bits [T, count], permuted as `gpu_fragments` has it.
         group: their group.
         start: the first channel.
+        bias: what was added to them.
     """
 
     number: int
     codes: Array
     group: int
     start: int
+    bias: int
 
     @property
     def count(self) -> int:
@@ -146,8 +152,8 @@ class Plane(NamedTuple):
         return self.codes.shape[1]
 
 
-def unpacked(scale: Array, minimum: Array) -> tuple[Array, Array]:
-    """Scale and minimum of `nibbles` [T], from those of codes as `kvattn.codecs.grouped.pack_pair` packs them.
+def unpacked(scale: Array, minimum: Array, zero: int) -> tuple[Array, Array]:
+    """Scale and the number of code `zero` [T], from what `kvattn.codecs.grouped.pack_pair` makes of scale and minimum.
 
     The GPU's own conversions are exact for every float16.
     """
@@ -159,7 +165,7 @@ def unpacked(scale: Array, minimum: Array) -> tuple[Array, Array]:
         return jnp.where(wide, coarse, fine)
 
     step = read(scale & jnp.uint16(0x7FFF))
-    return step, read(minimum) + step * MIDDLE
+    return step, read(minimum) + step * float(zero)
 
 
 def widened(spec: Spec, tile: Any, first: int, count: int, layout: Any = WGMMA) -> Array:
@@ -170,13 +176,14 @@ def widened(spec: Spec, tile: Any, first: int, count: int, layout: Any = WGMMA) 
     return operand(codes, spec.wide, spec.interpreted, layout)
 
 
-def planes(spec: Spec, tile: Any, features: int, layout: Any = WGMMA) -> list[Plane]:
-    """The numbers of four-bit tokens int8 [T, F]."""
+def planes(spec: Spec, tile: Any, features: int, bias: int = -MIDDLE, layout: Any = WGMMA) -> list[Plane]:
+    """The numbers of four-bit tokens int8 [T, F], plus `bias`."""
     found, width, size = [], -(-features // 2), spec.format.group_size
     for first, end in byte_runs(features, size):
         codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=BYTES, optimized=False)
         for start, high in ((first, False), (first + width, True)):
-            found.append(Plane(len(found), nibbles(codes, high, spec.interpreted, layout), start // size, start))
+            wide = nibbles(codes, high, bias, spec.interpreted, layout)
+            found.append(Plane(len(found), wide, start // size, start, bias))
     return found
 
 
@@ -194,7 +201,7 @@ def mix(
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
         found = planes(spec, values, spec.value_features)
         for i, run in enumerate(found):
-            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group))
+            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group), -run.bias)
             # Codes are finite whatever lies in empty slots.
             scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
             low.append(probs * minimum)
@@ -281,7 +288,7 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
     else:
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
         for run in planes(spec, values, spec.value_features):
-            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group))
+            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group), -run.bias)
             scale, minimum = (jnp.where(filled, x, 0.0) for x in both)
             numbers = run.codes.astype(F32)
             numbers = numbers * spread(scale, numbers.shape, 0) + spread(minimum, numbers.shape, 0)

@@ -1015,7 +1015,7 @@ FAULTS: list[Fault] = [
         ("operand", "0x6480", "0x6400"),
         ("operand", "0x80808080", "0x80808000"),
         ("nibbles", "0x0f0f0f0f", "0x0f0f0f1f"),
-        ("nibbles", "0x4300 + MIDDLE", "0x4300"),
+        ("nibbles", "0x4300 - bias", "0x4300 + bias"),
         ("_widened", "0x4140, 0x4342", "0x4342, 0x4140"),
         ("_widened", "bias | 0x8000", "bias"),
         ("_places", "2 * j + b", "j + 2 * b"),
@@ -1078,7 +1078,7 @@ FAULTS: list[Fault] = [
         ("mix", "jnp.where(filled, scale, 0.0)", "scale"),
         ("planes", "start // size", "first // size"),
         ("repack", "spread(minimum, numbers.shape, 0)", "spread(scale, numbers.shape, 0)"),
-        ("unpacked", "step * MIDDLE", "step"),
+        ("unpacked", "step * float(zero)", "step"),
         (
             "split",
             "x = x - piece.astype(F32)",
