@@ -1,4 +1,4 @@
-"""`"mosaic_gpu"`: decoding on Hopper GPUs, a fixed number of programs that share out the tiles which hold something.
+"""`"mosaic_gpu"`: decoding on GPUs, a fixed number of programs that share out the tiles which hold something.
 
 Each program is one warpgroup, which computes while its next tiles are on their way by TMA into a ring in shared memory.
 Tokens are the long side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times
