@@ -42,6 +42,7 @@ class Case:
     mass: bool = False
     softcap: float | None = None
     on_host: bool = False
+    policy: Any = None  # which keeps `slots` tokens; None: all
 
 
 CASES = {
@@ -128,9 +129,11 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
                 max_pages=columns,
                 codec=codec,
                 dtype=case.dtype,
+                policy=case.policy,
             )
         where = {"memory_kind": "pinned_host"} if case.on_host else {}
-        return kvattn.KVCache.create(batch, kv_heads, size, capacity=slots, codec=codec, dtype=case.dtype, **where)
+        settings = {"capacity": slots, "policy": case.policy, "codec": codec, "dtype": case.dtype}
+        return kvattn.KVCache.create(batch, kv_heads, size, **settings, **where)
 
     def on_device(x, axes):
         where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding

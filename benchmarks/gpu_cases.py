@@ -90,6 +90,11 @@ VALUES = [
 """The likeliest to go wrong first."""
 STEPS = [f"step of {policy}" for policy in POLICIES]
 """Chunks and tokens through `kvattn.cached_attention`: rings, sinks, evictions."""
+APPENDS = (
+    ("bfloat16", "Full"), ("Int8", "Full"), ("Float8", "pages"), ("Int4", "a ring in pages"), ("bfloat16", "a ring"),
+    ("bfloat16", "a window in pages"), ("Int8", "a ring in pages"), ("Int4", "Full"), ("Float8", "Full"),
+)  # fmt: skip
+"""Stores and places of `tests/append_cases.py` that a token is appended to."""
 ARRAYS = "arrays, lengths per head"
 """`kvattn.pallas.decode_attention` and `paged_decode_attention`."""
 
@@ -192,6 +197,8 @@ class Case:
         return {n: v for n, v in fields.items() if v is not None}
 
 
+WHOLE = ("bf16 32x4096", "bf16 1x1024", "int8 32x4096", "bf16 32x4096, pages of 16")
+"""Cases of which the whole step of `kvattn.cached_attention` is timed, too: a token appended, then attention."""
 BASE = "bf16 32x4096"
 CASES = [
     Case(BASE, 32, 4096, goals=(Goal("copy", 92), Goal("us", 138)), key=True, peers=True),

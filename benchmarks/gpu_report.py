@@ -120,7 +120,7 @@ def summary(records: Records) -> str:
     ]
     lines += [line[: 2 * WIDTH] for line in bad[:MOST_BAD]]
     lines += [f"... and {len(bad) - MOST_BAD} more in results.jsonl"] if len(bad) > MOST_BAD else []
-    lines += times_table(records) + peers_table(records)
+    lines += times_table(records) + whole_table(records) + peers_table(records)
     reached = goals(records)
     lines += ["", *table(["goal of", "goal", "figure", ""], reached)] if reached else []
     for key, config in sizes_of(records).get("sizes", {}).items():
@@ -153,6 +153,22 @@ def times_table(records: Records) -> list[str]:
     if copy := latest(records).get(("copy", ""), {}).get("tb_per_s"):
         found.append(f"floor: valid keys and values at the {copy} TB/s of a copy in this run")
     return found
+
+
+def whole_table(records: Records) -> list[str]:
+    """Whole steps: each of their kernels."""
+    lines = []
+    for (task, _), row in latest(records).items():
+        if task.startswith("whole: ") and row.get("kernels"):
+            us = {
+                word: sum(us for name, us in row["kernels"].items() if f"kvattn_gpu_{word}" in name)
+                for word in ("append", "decode", "merge")
+            }
+            rest = [us for name, us in row["kernels"].items() if "kvattn_gpu" not in name]
+            parts = [f"{x:.1f}" for x in us.values()] + [f"{sum(rest):.1f} ({len(rest)})"]
+            lines.append([task.removeprefix("whole: "), f"{row['kernels_us']:.1f}", *parts, f"{row['error']:.0e}"])
+    head = ["whole step", "us", "append", "decode", "merge", "rest", "error"]
+    return ["", *table(head, lines)] if lines else []
 
 
 def peers_table(records: Records) -> list[str]:

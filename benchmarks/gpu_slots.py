@@ -1,8 +1,8 @@
-"""Counts the instructions that a compiled GPU kernel issues for a tile, from its text as NVIDIA's disassembler prints it.
+"""Counts the instructions that a compiled GPU kernel issues for a tile, from the text of NVIDIA's disassembler.
 
 A warpgroup has one warp on each of the four schedulers of a multiprocessor, so what a warp issues for a tile is what a
-scheduler issues for it. To be compared with the clocks that the copy of the tile takes: below them a kernel can be bound
-by memory.
+scheduler issues for it. To be compared with the clocks that the copy of the tile takes: below them a kernel can be
+bound by memory.
 """
 
 import re

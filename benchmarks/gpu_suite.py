@@ -19,6 +19,7 @@ SLOWER = 10
 """How much longer a task may take without a device."""
 VALUE_CASES = {f"values: {case.name}": case for case in (FIRST, *VALUES)}
 STEPS = {f"values: {name}": name.removeprefix("step of ") for name in gpu_cases.STEPS}
+APPENDS = {f"values: append, {store}, {place}": (store, place) for store, place in gpu_cases.APPENDS}
 ARRAYS = f"values: {gpu_cases.ARRAYS}"
 BY_NAME = {case.name: case for case in CASES}
 
@@ -36,10 +37,11 @@ def stages(options: dict[str, Any]) -> list[Stage]:
         return Task(name, seconds, limit * slower, *more)
 
     first, *others = VALUE_CASES
-    values = [task(name, 10, 60, ("",), (first,)) for name in (*others, *STEPS, ARRAYS)]
+    values = [task(name, 10, 60, ("",), (first,)) for name in (*others, *APPENDS, *STEPS, ARRAYS)]
     timed = [case for case in CASES if case.key] + [case for case in CASES if not case.key and options["all"]]
     times = [task("copy", 6, 40)] if on_device else []
     times += [task(f"time: {c.name}", 14, 75, ("",), needs_of(c)) for c in timed]
+    whole = [task(f"whole: {name}", 12, 60, ("",), (first,)) for name in gpu_cases.WHOLE]
     # Nothing of the peers is lowered.
     peers = () if options["mode"] == "lower" else tuple(options["peers"])
     beside = [task(f"peers: {c.name}", 10 + 4 * len(peers), 90, peers, needs_of(c)) for c in CASES if c.peers]
@@ -48,6 +50,7 @@ def stages(options: dict[str, Any]) -> list[Stage]:
         Stage("first", (task(first, 12, 75),)),
         Stage("values", tuple(values), lanes),
         Stage("times", tuple(times), quiet=True),
+        Stage("whole", tuple(whole), quiet=True),
         Stage("peers", tuple(beside if peers else ()), quiet=True),
         Stage("sizes", tuple(sizes), quiet=True),
     ]
@@ -115,6 +118,10 @@ def run(name: str, parts: list[str], report: Report, options: dict[str, Any]) ->
                 figures = gpu_work.copy()
             elif kind == "time":
                 figures = gpu_work.times(BY_NAME[rest], mode)
+            elif kind == "whole":
+                figures = gpu_work.whole_step(BY_NAME[rest], mode)
+            elif name in APPENDS:
+                figures = gpu_work.append(*APPENDS[name], mode)
             elif name in STEPS:
                 figures = gpu_work.step(STEPS[name], mode)
             elif name == ARRAYS:

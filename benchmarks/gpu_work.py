@@ -6,6 +6,7 @@ products the measure of its error (`tests/oracles.py`). What no token lies in ho
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import append_cases
 import gpu_clock
 import gpu_peers
 import jax
@@ -189,6 +191,27 @@ def step(policy: str, mode: str) -> dict[str, Any]:
     return {}
 
 
+def append(store: str, place: str, mode: str) -> dict[str, Any]:
+    """One token for each of nine rows: to the bit what XLA makes of it."""
+    codec, dtype, given = append_cases.STORES[store]
+    policy, page_size, slots = append_cases.PLACES[place]
+    with as_on_a_gpu(mode):
+        if mode == "lower":
+            make = lambda: append_cases.both(
+                append_cases.filled(policy, codec, dtype, page_size, slots), *append_cases.tokens(64, given)
+            )
+            return lowered(make)
+        cache = append_cases.filled(policy, codec, dtype, page_size, slots)
+        for seed in range(3):
+            ours, theirs = append_cases.both(cache, *append_cases.tokens(64, given, seed))
+            for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+                try:
+                    oracles.assert_same_bits(a, b, jax.tree_util.keystr(path))
+                except AssertionError as error:
+                    raise Wrong(" ".join(str(error).split())) from error
+    return {}
+
+
 def arrays(mode: str) -> dict[str, Any]:
     """`kvattn.pallas.decode_attention` and `paged_decode_attention`, as the reference."""
     with as_on_a_gpu(mode):
@@ -343,6 +366,36 @@ def times(case: Case, mode: str) -> dict[str, Any]:
         if mode == "device":
             row |= {"copies": len(ours.copies), "config": dataclasses.asdict(gpu_decode.config_for(filled.request))}
             row |= gpu_clock.timed(ours) | {"gpu": gpu_clock.gpu_state()}
+    return row
+
+
+def whole_step(case: Case, mode: str) -> dict[str, Any]:
+    """The kernels of `kvattn.cached_attention` on a donated cache, copies of it in turn."""
+    with as_on_a_gpu(mode):
+        if mode == "interpret":
+            case = case.small()
+        step = functools.partial(kvattn.cached_attention, implementation="mosaic_gpu")
+        query, key, value = (
+            jax.random.normal(jax.random.key(n), (case.batch, 1, heads, case.size), jnp.bfloat16)
+            for n, heads in enumerate((case.heads, case.kv_heads, case.kv_heads))
+        )
+        if mode == "lower":
+            return lowered(lambda: step(query, key, value, empty_cache(case, table=False)))
+        short = dataclasses.replace(case, valid=case.slots - 128)
+        caches = [filled_cache(short, poison=False, seed=n) for n in range(4 if mode == "device" else 1)]
+        expected = kvattn.cached_attention(query, key, value, caches[0], implementation="xla")[0]
+        compiled, held = jax.jit(step, donate_argnums=3), [[cache] for cache in caches]
+
+        def run(holder: list[Any]) -> jax.Array:
+            out, holder[0] = compiled(query, key, value, holder[0])
+            return out
+
+        out, expected = (np.asarray(x, np.float32) for x in (run(held[0]), expected))
+        norms = [np.linalg.norm(x, axis=-1) for x in (out - expected, expected)]
+        row: dict[str, Any] = {"error": near(float((norms[0] / norms[1]).max()), what="the output beside XLA's")}
+        if mode == "device":
+            kernels, row["clock"], reasons = gpu_clock.kernels_of(Program(run, held))
+            row |= {"kernels": kernels, "kernels_us": round(sum(kernels.values()), 2), "no_kernels": reasons}
     return row
 
 

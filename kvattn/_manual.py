@@ -37,7 +37,7 @@ def cond[T](pred: Bool[Array, ""], yes: Callable[..., T], no: Callable[..., T], 
 
 def alike[T](branches: Sequence[Callable[..., T]], *operands: PyTree) -> Sequence[Callable[..., T]]:
     """Branches whose results differ over the same mesh axes: those over which a result of any does."""
-    if not _is_manual():
+    if not is_typed():
         return branches
     results = [jax.eval_shape(branch, *operands) for branch in branches]
     axes = jax.tree.map(lambda *each: frozenset().union(*map(_axes, each)), *results)
@@ -46,17 +46,17 @@ def alike[T](branches: Sequence[Callable[..., T]], *operands: PyTree) -> Sequenc
 
 def like(x: Shaped[Array, "*shape"], *others: PyTree) -> Shaped[Array, "*shape"]:
     """The array x, as different over mesh axes as any array of the trees `others`."""
-    return _over(x, _axes_of(others)) if _is_manual() else x
+    return _over(x, _axes_of(others)) if is_typed() else x
 
 
 def result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
     """What a kernel returns: it differs over the mesh axes over which any array of the tree `operands` does."""
-    if not _is_manual():
+    if not is_typed():
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=_axes_of(operands)))
 
 
-def _is_manual() -> bool:
+def is_typed() -> bool:
     """Whether types name mesh axes here: inside `jax.shard_map`, but not under ``check_vma=False``."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     return bool(axes) and bool(_axes(jax.lax.axis_index(axes[0])))
@@ -67,7 +67,7 @@ def _settled[T](step: Callable[[T], T], carry: T) -> T:
 
     One look is enough: what differs over an axis comes from what `step` closes over, or from the carry.
     """
-    if not _is_manual():
+    if not is_typed():
         return carry
     axes = _axes_of((carry, jax.eval_shape(step, carry)))
     return jax.tree.map(lambda x: _over(x, axes), carry)

@@ -400,6 +400,54 @@ def test_rows_in_order_need_not_be_looked_at(mask):
         assert all(row[t].all() for t in listed if run <= t < run_end), case
 
 
+@pytest.mark.parametrize("page_size", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_ring(page_size):
+    """Values of one that has turned, of one that has not, and of an empty one; NaN where there is no token."""
+    settings = {"policy": kvattn.SlidingWindow(136), "dtype": BF16}
+    if page_size:
+        cache = kvattn.PagedKVCache.create(51, 8, 2, 64, batch_size=B, max_pages=17, **settings)
+        cache = cache.with_tables(np.random.default_rng(0).permutation(51).reshape(B, 17), [0] * B)
+    else:
+        cache = kvattn.KVCache.create(B, 2, 64, layout=Layout(136, 136, False), **settings)
+    cache = cache.replace(keys=jax.tree.map(worst, cache.keys), values=jax.tree.map(worst, cache.values))
+    lengths = np.asarray([136 + 70, 0, 75])
+    key, value = (jnp.asarray(np.random.default_rng(n).normal(size=(B, 136, 2, 64)), BF16) for n in range(2))
+    slots = np.where(np.arange(136)[None] < lengths[:, None], np.arange(136)[None], -1)
+    cache = cache.write(jnp.asarray(slots, jnp.int32), key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
+    for window in (136, 70) if page_size else (70,):
+        request = request_for(cache, 4, dtype=BF16, mask=Mask(window=window))
+        assert gpu_decode._spec(request, tuning.GpuConfig()).ring == 136
+        check(request)
+
+
+@pytest.mark.parametrize("ring", [1, 63, 64, 200, 256])
+@pytest.mark.parametrize(
+    "mask", [Mask(), Mask(causal=False), Mask(window=1), Mask(window=70), Mask(window=256)], ids=str
+)
+def test_rings_need_not_be_looked_at(mask, ring):
+    """As above; and the positions are those of the policy."""
+    tiles = -(-ring // 64)
+    lengths = [0, 1, *(n + ring * turn for n in (0, 1, 30, 63, 64, 65, 128, 190, 199) for turn in (0, 1, 3))]
+    asked = [(n, at) for n in lengths for at in (n - 1, n // 2, n - 20, n + 70, -1)]
+    count, at = (jnp.asarray(x, jnp.int32) for x in zip(*asked, strict=True))
+    policy = kvattn.SlidingWindow(ring)
+    positions = jnp.pad(policy.positions((), count, ring), ((0, 0), (0, tiles * 64 - ring)), constant_values=-1)
+    slot = jnp.arange(tiles * 64, dtype=jnp.int32)
+    reckoned = jnp.stack([shares.position_in_ring(slot, ring, n) for n in count])
+    np.testing.assert_array_equal(np.maximum(reckoned, -1), positions)
+    seen = mask.allowed(at[:, None], positions[:, None])[:, 0, 0].reshape(len(asked), tiles, 64)
+    rows = shares.turned(mask, 64, ring, count, at)
+    for i, (row, case) in enumerate(zip(np.asarray(seen), asked, strict=True)):
+        hole, after, number, run, run_end = (
+            int(getattr(rows, name)[i]) for name in ("hole", "after", "count", "run", "run_end")
+        )
+        listed = [*range(hole), *range(after, after + number - hole)]
+        assert len(set(listed)) == len(listed) and set(listed) <= set(range(tiles)), case
+        assert set(listed) == set(np.nonzero(row.any(axis=1))[0]), case
+        assert all(row[t].all() for t in listed if run <= t < run_end), case
+        assert not row.all() or (run, run_end) == (0, tiles), case
+
+
 @pytest.mark.parametrize(("batch", "new"), [(0, 1), (2, 0)])
 def test_no_rows_or_no_tokens(batch, new):
     layout = Layout(16, 16, False)

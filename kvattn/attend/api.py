@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,14 @@ from jaxtyping import Float, Int32
 
 from kvattn import _checks, _manual, _target
 from kvattn._typing import Array, Encoded
-from kvattn.attend import late, reference, xla
+from kvattn.attend import at_once, late, reference, xla
+from kvattn.attend.at_once import Appended
 from kvattn.attend.derivative import Attend, differentiable
 from kvattn.attend.registry import Implementation as Record
 from kvattn.attend.registry import Result, is_made_for, made_for, named, register
 from kvattn.attend.request import Request
+from kvattn.attend.tokens import NewTokens
+from kvattn.cache import Cache
 from kvattn.cache.pages import Store
 from kvattn.codecs.blocks import Blocks
 from kvattn.errors import ConfigError, UnsupportedError
@@ -194,6 +197,39 @@ def _by_position(attend: Attend) -> Attend:
         return _manual.fori_loop(jnp.int32(0), rounds, one, out), lse, mass
 
     return call
+
+
+def appender(
+    new: NewTokens, cache: Cache, implementation: Implementation = None
+) -> Callable[[NewTokens, Cache], Appended] | None:
+    """What appends one token to each row of a cache, and does all that goes with it; None: no kernel does.
+
+    Args:
+        new: the tokens.
+        cache: which they come to.
+        implementation: as in `choose`; the first one that is made for the platform decides.
+    """
+    if not at_once.takes(new, cache):
+        return None
+    here = (_target.of_arrays(cache.keys) or _target.ambient()).platform
+    platforms = (here,) if cache.platform is None else (cache.platform, here)
+    waits = not _checks.is_concrete(cache.keys)
+    found, kernels = None, {}
+    for record in map(named, candidates(implementation, *platforms)):
+        kernel = None
+        if record.appender is not None and record.blocked() is None:
+            with _target.aimed_at(None if _runs_on(record, here) else record.platform):
+                module = record.appender()
+                kernel = None if module.unsupported(new, cache) else module.append
+        named_late = record.is_bound() and implementation is None and cache.platform is not None
+        if not waits or (_runs_on(record, here) and not named_late):
+            found = kernel if _runs_on(record, here) else None
+            break
+        if kernel is not None:
+            kernels.setdefault(str(record.platform), kernel)
+    if kernels:
+        found = functools.partial(late.by_platform, kernels, found or at_once.by_xla)
+    return None if found is None else at_once.with_derivatives(found)
 
 
 def writer(

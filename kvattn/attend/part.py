@@ -1,12 +1,15 @@
 """Which part of a cache a step reads and writes: all of it, unless devices share it (`kvattn.sharding`)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 from jaxtyping import Float, Int32, PyTree
 
 from kvattn._typing import Array
 from kvattn.attend import api
+from kvattn.attend.at_once import Appended
+from kvattn.attend.tokens import NewTokens
 from kvattn.cache import Cache, View
 from kvattn.cache.pages import Store
 
@@ -30,6 +33,12 @@ class Part:
         return cache.write(
             slots, key, value, api.writer(cache.store, implementation, arrays=cache.keys, platform=cache.platform)
         )
+
+    def appender(
+        self, new: NewTokens, cache: Cache, implementation: api.Implementation
+    ) -> Callable[[NewTokens, Cache], Appended] | None:
+        """`kvattn.attend.api.appender`, of what has all the slots."""
+        return None if self.is_share else api.appender(new, cache, implementation)
 
     def view(self, cache: Cache, *, held: bool = False) -> View:
         """The slots, every token where the policy says that it is seen. `held` as in `Cache.view`."""

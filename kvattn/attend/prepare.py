@@ -14,7 +14,7 @@ from kvattn.attend import api, step
 from kvattn.attend.rules import Rules
 from kvattn.attend.step import Step
 from kvattn.attend.together import FEW_TOKENS
-from kvattn.attend.tokens import NewTokens, PerHead
+from kvattn.attend.tokens import NewTokens, PerHead, Told
 from kvattn.cache import Cache
 from kvattn.errors import ConfigError, DTypeError, RangeError, ShapeError, UnsupportedError
 from kvattn.masks import Mask
@@ -112,6 +112,7 @@ def prepared[C: Cache](
     if token_ids is not None:
         token_ids = _token_ids(token_ids, query)
     _checks.flag("append", append)
+    told = Told(None if num_new is None else _counts(num_new, batch, length), cache.status)
     num_new, bad_count = _real_tokens(num_new, batch, length)
     refused = jnp.zeros_like(bad_count)
     if cache.is_static:
@@ -143,6 +144,8 @@ def prepared[C: Cache](
         fits = _fits(cache, new.num_new, length)
         cache.refuse_overflow(fits, new.num_new)
         new = dataclasses.replace(new, num_new=jnp.where(fits, new.num_new, 0), refused=~fits)
+    if run is step.append:
+        new = dataclasses.replace(new, told=told)
     return Step(run, rules, rope, padding, implementation), new, per_head, cache
 
 
@@ -191,9 +194,13 @@ def _context(cache: Cache, num_new: Int32[Array, " B"], length: int) -> Context:
 
 def _real_tokens(num_new: object, batch: int, length: int) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
     """How many of the T tokens of each row are real, and which rows give an impossible number."""
-    given = _checks.counts("num_new", length if num_new is None else num_new, batch, 0, length)
+    given = _counts(length if num_new is None else num_new, batch, length)
     bad = (given < 0) | (given > length)
     return jnp.where(bad, 0, given), bad
+
+
+def _counts(num_new: object, batch: int, length: int) -> Int32[Array, " B"]:
+    return _checks.counts("num_new", num_new, batch, 0, length)
 
 
 def _keys_and_values(

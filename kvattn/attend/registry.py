@@ -14,6 +14,7 @@ from jaxtyping import Float
 from kvattn import _target
 from kvattn._registry import Table
 from kvattn._typing import Array
+from kvattn.attend.at_once import Appender
 from kvattn.attend.request import Request
 from kvattn.errors import ConfigError
 
@@ -71,6 +72,8 @@ class Implementation:
         reads_values_in_keys: whether it reads values that are the first numbers of their keys (`View.values_in_keys`).
         writer: hands over what writes single tokens by a kernel: called with a cache's store, it returns one that takes
             its place. None: XLA writes.
+        appender: hands over what appends single tokens by one kernel, with all that changes besides: a
+            `kvattn.attend.at_once.Appender`. None: there is none.
         tuning: what can be tuned of it. None: nothing.
     """
 
@@ -83,6 +86,7 @@ class Implementation:
     reads_host: bool = False
     reads_values_in_keys: bool = False
     writer: Callable[[], Callable[[Any], Any]] | None = None
+    appender: Callable[[], Appender] | None = None
     tuning: Tuning | None = None
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int32, PyTree
 from kvattn import _checks, _target
 from kvattn._typing import Array
 from kvattn.attend import api, xla
+from kvattn.attend.at_once import Appended
 from kvattn.attend.part import WHOLE, Part
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request
@@ -90,6 +91,9 @@ def nothing(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Step
 
 def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:
     """One new token, or a few that overwrite nothing: write, attend to all that is kept, let the policy look."""
+    kernel = step.part.appender(new, cache, step.implementation)
+    if kernel is not None:
+        return _append_at_once(step, new, per_head, cache, kernel)
     policy, part, told, tokens = cache.policy, step.part, _told(new, cache), _located(step, new, cache)
     assert tokens.key is not None
     slots, is_one = policy.place(cache.state, told), new.length == 1  # several: of a policy without a state
@@ -114,6 +118,30 @@ def append(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepp
     state = policy.observe(cache.state, slots, mass, told) if is_one else cache.state
     cache = cache.replace(state=state, status=_scorable(cache, lse))
     return out, cache.advance(new.num_new, new.refused, new.bad_count)
+
+
+def _append_at_once(
+    step: Step,
+    new: NewTokens,
+    per_head: PerHead,
+    cache: Cache,
+    kernel: Callable[[NewTokens, Cache], Appended],
+) -> Stepped:
+    """`append` of one token by a kernel that does all that goes with it: it asks for nothing else."""
+    policy, told = cache.policy, _told(new, cache)
+    tokens = _located(step, dataclasses.replace(new, num_new=jnp.ones_like(new.num_new)), cache)
+    assert tokens.key is not None
+    slots = policy.place(cache.state, told)
+    value = None if tokens.value is None else tokens.value.swapaxes(1, 2)
+    cache.unfit(slots, tokens.key.swapaxes(1, 2), value)  # raises what can be seen
+    appended = kernel(dataclasses.replace(new, key=tokens.key), cache)
+    cache = cache.replace(keys=appended.keys, values=appended.values, lengths=appended.lengths, status=appended.status)
+    view = dataclasses.replace(step.part.view(cache), counts=appended.counts)
+    if cache.codec.rounds:
+        view = dataclasses.replace(view, fresh=(slots, tokens.key, tokens.value))
+    tokens = dataclasses.replace(tokens, positions=appended.positions[:, None])
+    out, _, _ = _attended(step, _requests(step, tokens, view, per_head), per_head)
+    return out, cache
 
 
 def chunk(step: Step, new: NewTokens, per_head: PerHead, cache: Cache) -> Stepped:

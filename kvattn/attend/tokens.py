@@ -14,6 +14,21 @@ from kvattn._typing import Array
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
+class Told:
+    """What a caller said of the new tokens, before anything was concluded from it.
+
+    Attributes:
+        num_new: how many are real. None: all.
+        status: that of the cache.
+    """
+
+    num_new: Int32[Array, " B"] | None
+    status: Int32[Array, " B"]
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class NewTokens:
     """T new tokens of every row. Rows do not depend on each other, nor do key/value heads with their query heads.
 
@@ -26,6 +41,8 @@ class NewTokens:
         bad_count: rows that were given an impossible number of tokens: likewise.
         ids: what policies that look at tokens are told, or None.
         stays: whether the cache takes them, or has them already; else it does without.
+        told: what `num_new`, `refused`, `bad_count` and the status of the cache were concluded from, along with lengths
+            and tables. None: from something else besides.
     """
 
     query: Float[Array, "B T N H"]
@@ -36,11 +53,16 @@ class NewTokens:
     bad_count: Bool[Array, " B"]
     ids: Int32[Array, "B T"] | None
     stays: bool = dataclasses.field(default=True, metadata={"static": True})
+    told: Told | None = None
 
     @property
     def length(self) -> int:
         """T."""
         return self.query.shape[1]
+
+    def concluded(self) -> "NewTokens":
+        """Without what was `told`: for steps in which other things count as well."""
+        return dataclasses.replace(self, told=None)
 
     def moved_left(self) -> "NewTokens":
         """Left-padded tokens with their pads behind them."""
@@ -72,7 +94,7 @@ class PerHead:
 def rotated_left(x: Shaped[Array, "B T *rest"], by: Int32[Array, " B"]) -> Shaped[Array, "B T *rest"]:
     """Every row turned to the left by so many tokens."""
     length = x.shape[1]
-    if length == 0:
+    if length <= 1:
         return x
     index = (jnp.arange(length, dtype=jnp.int32)[None] + by[:, None]) % length
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)

@@ -165,6 +165,7 @@ class Cache(Tree):
             page_table=cache.page_table,
             page_size=cache.page_size,
             in_order=positions is None and cache.policy.in_order,
+            seen=cache.lengths if positions is None and cache.policy.turns and not held else None,
             platform=cache.platform,
         )
 

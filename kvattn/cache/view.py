@@ -33,6 +33,8 @@ class View:
             arrays lie in blocks.
         page_size: slots per page.
         in_order: whether slot s holds the token of position s, for all s below `counts`.
+        seen: tokens of each row so far, where slot s holds the last position below that is s modulo C: of rings. None:
+            `positions` alone tell.
         fresh: the call's own tokens as they came, for derivatives: their slots, keys and values. None: what is read
             has derivatives itself.
         platform: that the cache was made for, where that was said.
@@ -49,6 +51,7 @@ class View:
     page_table: Int32[Array, "B *K columns"] | None = None
     page_size: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
+    seen: Int32[Array, " B"] | None = None
     fresh: tuple[Int32[Array, "B *K T"], Float[Array, "B T K H"], Float[Array, "B T K Hv"] | None] | None = None
     platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -70,6 +73,7 @@ class View:
             counts=self.counts if counts is None else counts,
             layout=layout,
             in_order=False,
+            seen=None,
         )
 
     def in_blocks_of(self, slots: int) -> "View":

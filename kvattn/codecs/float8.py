@@ -14,7 +14,7 @@ from kvattn.codecs.base import Codec, Role, not_finite
 from kvattn.codecs.blocks import Blocks
 from kvattn.codecs.format import Format
 from kvattn.codecs.registry import register
-from kvattn.codecs.scaled import factors, mix_scaled, scale_for
+from kvattn.codecs.scaled import factors, mix_scaled, reciprocal, scale_for
 
 TOP = 448
 """The largest finite float8_e4m3fn. A cast of more than 464 gives NaN, so values are clipped first."""
@@ -41,7 +41,7 @@ class Float8(Codec):
         """data float8_e4m3fn [..., H] (on CPUs its bits in uint8) and scale float32 [..., 1]."""
         x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
-        data = jnp.clip(x / scale, -TOP, TOP).astype(jnp.float8_e4m3fn)
+        data = jnp.clip(x * reciprocal(scale), -TOP, TOP).astype(jnp.float8_e4m3fn)
         # XLA on CPUs moves and converts float8 by way of float16, the whole cache at every step.
         narrow = jax.lax.bitcast_convert_type(data, jnp.uint8) if _target.platform() == "cpu" else data
         return {"data": narrow, "scale": scale}

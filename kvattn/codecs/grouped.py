@@ -47,12 +47,26 @@ def quantise(
     groups = jnp.pad(x, padding, mode="edge").reshape(*x.shape[:-1], count, size)
     top = 2**bits - 1
     scale, minimum = pack_pair(jnp.min(groups, axis=-1), jnp.max(groups, axis=-1), top)
-    step, low = unpack_pair(scale, minimum)
-    step = jnp.where(step == 0, 1, step)
-    # Halved, so that the distance between the largest and the smallest float32 does not overflow.
-    codes = (groups * 0.5 - (low * 0.5)[..., None]) / (step * 0.5)[..., None]
-    codes = jnp.clip(jnp.round(codes), 0, top).astype(jnp.uint8)
+    step, low = steps(scale, minimum)
+    codes = codes_of(groups, step[..., None], low[..., None], top).astype(jnp.uint8)
     return codes.reshape(*x.shape[:-1], count * size)[..., :features], scale, minimum
+
+
+def steps(
+    scale: UInt16[Array, "*groups"], minimum: UInt16[Array, "*groups"]
+) -> tuple[Float32[Array, "*groups"], Float32[Array, "*groups"]]:
+    """What `codes_of` divides by and subtracts; in kernels too."""
+    step, low = unpack_pair(scale, minimum)
+    return jnp.where(step == 0, np.float32(1), step), low
+
+
+def codes_of(
+    x: Float32[Array, "*#shape"], step: Float32[Array, "*#shape"], low: Float32[Array, "*#shape"], top: int
+) -> Float32[Array, "*shape"]:
+    """Codes, as whole numbers; in kernels too."""
+    # Halved, so that the distance between the largest and the smallest float32 does not overflow.
+    codes = (x * np.float32(0.5) - low * np.float32(0.5)) / (step * np.float32(0.5))
+    return jnp.clip(jnp.round(codes), 0, top)
 
 
 def dequantise(
@@ -96,7 +110,7 @@ def pack_pair(
     coarse, fine = pair(jnp.bfloat16), pair(jnp.float16)
     scale = jnp.where(wide, coarse[0] | jnp.uint16(_SIGN), fine[0])
     minimum = jnp.where(wide, coarse[1], fine[1])
-    finite = jnp.isfinite(largest)
+    finite = largest <= np.finfo(np.float32).max
     return jnp.where(finite, scale, jnp.uint16(_NAN)), jnp.where(finite, minimum, jnp.uint16(_NAN))
 
 

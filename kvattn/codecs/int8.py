@@ -13,7 +13,7 @@ from kvattn._typing import Array, Encoded
 from kvattn.codecs.base import Codec, not_finite
 from kvattn.codecs.format import Format
 from kvattn.codecs.registry import register
-from kvattn.codecs.scaled import factors, mix_scaled, scale_for
+from kvattn.codecs.scaled import factors, mix_scaled, reciprocal, scale_for
 
 TOP = 127
 """Codes are symmetric: -127 ... 127. (With 127.5 the largest value would round to 128 and wrap or clip.)"""
@@ -44,7 +44,7 @@ class Int8(Codec):
         """data int8 [..., H] and scale float32 [..., 1]."""
         x = jax.lax.stop_gradient(x.astype(jnp.float32))  # through the scale alone they would be wrong
         scale = scale_for(x, TOP)
-        codes = jnp.clip(jnp.round(x / scale), -TOP, TOP)
+        codes = jnp.clip(jnp.round(x * reciprocal(scale)), -TOP, TOP)
         return {"data": codes.astype(jnp.int8), "scale": scale}
 
     def decode(self, encoded: Encoded, head_dim: int, dtype: DTypeLike) -> Float[Array, "... H"]:

@@ -14,11 +14,24 @@ SMALLEST = np.finfo(np.float32).tiny
 
 def scale_for(x: Float[Array, "*shape H"], top: float) -> Float32[Array, "*shape 1"]:
     """max|x| / top over the last axis. Never 0; NaN where x is not finite."""
-    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return scale_of(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True), top)
+
+
+def scale_of(largest: Float32[Array, "*shape"], top: float) -> Float32[Array, "*shape"]:
+    """The scale where the largest number is this one; in kernels too."""
     # top * scale must not overflow where max|x| is the largest float32.
     highest = np.float32(np.finfo(np.float32).max / top * (1 - 1e-6))
     scale = jnp.clip(largest * np.float32(1 / top), SMALLEST, highest)
-    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+    return jnp.where(largest <= np.finfo(np.float32).max, scale, np.float32(np.nan))
+
+
+def reciprocal(scale: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """What numbers are multiplied by to be divided by their scale.
+
+    Compilers make this of such a division, some of them; written out, codes have the same bits everywhere. Scales are
+    neither too small nor too large for it. In kernels too.
+    """
+    return np.float32(1) / scale
 
 
 def factors(spec: str, rows: Float[Array, "..."], codes: Shaped[Array, "..."]) -> Float[Array, "..."]:

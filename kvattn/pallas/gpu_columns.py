@@ -12,6 +12,7 @@ from kvattn.masks import EMPTY
 from kvattn.pallas.gpu_fragments import QUERIES, permuted_queries
 from kvattn.pallas.gpu_spec import F32, Spec
 from kvattn.pallas.gpu_tile import COLUMNS, FLOAT16_EXPONENT, TOKENS, split, spread, tanh
+from kvattn.pallas.shares import position_in_ring
 
 
 def prepare(spec: Spec, shared: dict[str, Any], slot: Array) -> None:
@@ -68,6 +69,8 @@ class Columns:
             return plgpu.load(self.shared["positions"].at[slot], layout=TOKENS, optimized=False)
         tile = spec.config.tile
         kv_at = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=TOKENS) + t * tile
+        if spec.ring:
+            kv_at = position_in_ring(kv_at, spec.ring, self.end)
         there = (kv_at < self.end) & spec.mask.between(kv_at, self.at, self.at)
         return jnp.where(there, kv_at, EMPTY)
 

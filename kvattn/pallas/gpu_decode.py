@@ -23,6 +23,7 @@ from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
 from kvattn.cache.view import View
+from kvattn.masks import Mask
 from kvattn.pallas import common, gpu_threads, gpu_ways
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
@@ -42,7 +43,7 @@ SHORTEST_COPY = 128
 def unsupported(request: Request) -> str | None:
     """Why this kernel cannot take the request; None: it can."""
     view = request.view
-    if (reason := _threads() if interpreted("cuda") else gpu_ways.refusal()) is not None:
+    if (reason := device_refusal()) is not None:
         return reason
     if (reason := common.refusal(request)) is not None:
         return reason
@@ -87,6 +88,11 @@ def _paging(request: Request, tile: int) -> str | None:
     return None
 
 
+def device_refusal() -> str | None:
+    """Why these kernels cannot run where the program is made for; None: they can."""
+    return _threads() if interpreted("cuda") else gpu_ways.refusal()
+
+
 def _threads() -> str | None:
     """Why the interpreter cannot run here: a warpgroup and what started it each hold a thread of XLA's."""
     count = max(int(os.environ.get("NPROC") or os.cpu_count() or 1), jax.local_device_count())
@@ -118,7 +124,8 @@ def _rows(request: Request, spec: Spec) -> dict[str, Array]:
     """What says which tiles to read, and which tokens are in them."""
     at = request.positions[:, 0] if spec.is_single else position_columns(request, spec)
     if spec.in_order:
-        return {"at": at, "counts": request.view.counts}
+        view = request.view
+        return {"at": at, "counts": view.counts if view.seen is None else view.seen}
     positions = common.slot_positions(request, spec.slots)
     return {"at": at, "positions": positions, **survey(request, positions, spec.config.tile).arrays()}
 
@@ -203,6 +210,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         shape = x.shape if view.page_table is not None else x.shape[1:]
         streams.append(Stream(f"{role}_{name}", tuple(shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
+    ring = view.layout.num_slots if view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
     return Spec(
         batch=batch,
@@ -225,7 +233,8 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         alibi=request.alibi_slopes is not None,
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
-        in_order=view.in_order and length == 1 and not request.want_mass,
+        in_order=(view.in_order or ring > 0) and length == 1 and not request.want_mass,
+        ring=ring,
         # Slopes and scores are kept column by column, and want the columns of a group to begin with its first query.
         as_it_lies=length == 1
         and batch * query_heads >= cols
@@ -239,6 +248,11 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         by_threads=gpu_ways.by_threads(),
         interpreted=interpreted("cuda"),
     )
+
+
+def _is_reckoned(mask: Mask) -> bool:
+    """Whether `shares.turned` knows the mask."""
+    return mask == Mask(causal=mask.causal, window=mask.window)
 
 
 def _multiprocessors() -> int:

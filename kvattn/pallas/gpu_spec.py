@@ -72,6 +72,8 @@ class Spec:
         slots: of a row, whole tiles.
         page_size: 0 for a contiguous cache.
         in_order: whether slot s holds the token of position s: then positions are reckoned, not read. Only for T = 1.
+        ring: the slots of a ring, in whose slot s the last position lies that is s modulo them: then `in_order` says
+            that positions are reckoned likewise. 0: it is none.
         as_it_lies: whether queries are read as they lie, [B N, H], with what is next to a group as columns that
             nobody asks for. Only for T = 1.
         raw: dtype of the queries.
@@ -104,6 +106,7 @@ class Spec:
     slots: int
     page_size: int
     in_order: bool
+    ring: int
     as_it_lies: bool
     raw: np.dtype
     want_scores: bool

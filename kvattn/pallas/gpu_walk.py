@@ -10,7 +10,7 @@ from jax import lax
 
 from kvattn._typing import Array
 from kvattn.pallas.gpu_spec import Spec
-from kvattn.pallas.shares import LANES, Counts, Rows, in_order
+from kvattn.pallas.shares import LANES, Counts, Rows, reckoned
 
 LOADS_AT_ONCE = 32
 """Numbers of rows that are asked for before the first is needed."""
@@ -19,7 +19,7 @@ LOADS_AT_ONCE = 32
 def rows_at(spec: Spec, memory: Mapping[str, Any], row: Array) -> Rows:
     """What to read of a row int32 []."""
     if spec.in_order:
-        return in_order(spec.mask, spec.config.tile, memory["counts"][row], memory["at"][row])
+        return reckoned(spec.mask, spec.config.tile, spec.ring, memory["counts"][row], memory["at"][row])
     return Rows(*(memory[field.name][row] for field in dataclasses.fields(Rows)))
 
 
@@ -106,7 +106,8 @@ def share_out(spec: Spec, memory: Mapping[str, Any], program: Array) -> Walk:
     if spec.in_order:
         nothing = plgpu.layout_cast(jnp.full(shape, 0, jnp.int32), layout)
         held = gathered(memory["counts"], spec.batch, index, nothing)
-        count = in_order(spec.mask, spec.config.tile, held, gathered(memory["at"], spec.batch, index, nothing)).count
+        at = gathered(memory["at"], spec.batch, index, nothing)
+        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, at).count
     else:
         count = plgpu.load(memory["count"], layout=layout, optimized=False)
     return Walk(spec, memory, Counts(count, index, spec.batch, spec.heads, spec.programs).of_program(program))

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AxisType
 
 from kvattn.attend import registry
+from kvattn.attend.at_once import Appender
 from kvattn.attend.registry import Implementation, Kernel, Tuning
 from kvattn.pallas import tuning
 from kvattn.pallas.interpreter import forced, interpreted, is_ahead_of_time
@@ -17,6 +18,12 @@ def _gpu_decode() -> Kernel:
     from kvattn.pallas import gpu_decode
 
     return gpu_decode
+
+
+def _gpu_append() -> Appender:
+    from kvattn.pallas import gpu_append
+
+    return gpu_append
 
 
 def _tpu_decode() -> Kernel:
@@ -61,6 +68,7 @@ registry.register(
         platform="cuda",
         blocked=functools.partial(_blocked, "cuda"),
         is_bound=functools.partial(_is_bound, "cuda"),
+        appender=_gpu_append,
         tuning=Tuning(tuning.GpuConfig, tuning.CANDIDATES["mosaic_gpu"]),
     )
 )

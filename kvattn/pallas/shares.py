@@ -102,6 +102,51 @@ def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Arra
     return Rows(hole + end - after, hole, after, lax.div(near + (tile - 1), tile), whole_end)
 
 
+def reckoned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
+    """`in_order`, or `turned` if there is a ring."""
+    return turned(mask, tile, ring, count, at) if ring else in_order(mask, tile, count, at)
+
+
+def position_in_ring(slot: Int32[Array, "*slots"], ring: int, count: Int32[Array, ""]) -> Int32[Array, "*slots"]:
+    """The last position below `count` that is `slot` modulo `ring`; negative where there is none."""
+    turn = lax.rem(count, jnp.int32(ring))
+    return jnp.where(slot < ring, slot + (count - turn) - jnp.where(slot < turn, 0, ring), -1)
+
+
+def turned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
+    """`survey` without looking: of rows whose slot s holds the last position below `count` that is s modulo `ring`.
+
+    Args:
+        mask: who attends to whom; of what it may say only causality and a window.
+        tile: slots per tile.
+        ring: slots.
+        count: tokens seen.
+        at: the position of the only query, -1 if there is none.
+    """
+    last = jnp.minimum(count - 1, at) if mask.causal else jnp.where(at >= 0, count - 1, at)
+    first = jnp.maximum(count - ring, 0)
+    if mask.window is not None:
+        first = jnp.maximum(first, at - (mask.window - 1))
+    number = jnp.maximum(last - first + 1, 0)
+    # Their slots: from `begin` to before `begin + number`, and what is past the last slot goes on at the first.
+    begin = lax.rem(jnp.maximum(first, 0), ring)
+    end = jnp.where(number > 0, begin + number, begin)
+    wraps, rest = end > ring, jnp.maximum(end - ring, 0)
+    up = lambda n: lax.div(n + (tile - 1), tile)
+    hole, begin_tile = jnp.where(wraps, up(rest), 0), lax.div(begin, tile)
+    behind = jnp.where(number > 0, up(jnp.minimum(end, ring)), begin_tile)
+    after = jnp.minimum(jnp.maximum(begin_tile, hole), behind)
+    # The longer run of whole tiles, where there are two.
+    whole, whole_end = up(begin), lax.div(jnp.minimum(end, ring), tile)
+    front = wraps & (lax.div(rest, tile) >= whole_end - whole)
+    every = number == ring
+    run = jnp.where(front | every, 0, whole)
+    run_end = jnp.where(
+        every, lax.div(jnp.zeros_like(end) + ring, tile), jnp.where(front, lax.div(rest, tile), whole_end)
+    )
+    return Rows(hole + behind - after, hole, after, run, run_end)
+
+
 class Counts:
     """Inside a kernel: how the tiles are shared out, from a vector of counts.
 

@@ -87,10 +87,28 @@ class Policy:
     in_order: ClassVar[bool] = False
     """Whether slot s holds the token of position s for ever. Inherited as long as nothing is placed anew."""
 
+    turns: ClassVar[bool] = False
+    """Whether slot s holds the last position that is s modulo C, as in a ring. Inherited likewise."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "in_order" not in vars(cls) and {"place", "positions", "absorb"} & set(vars(cls)):
-            cls.in_order = False
+        for name in ("in_order", "turns"):
+            if name not in vars(cls) and {"place", "positions", "absorb"} & set(vars(cls)):
+                setattr(cls, name, False)
+
+    @property
+    def goes_by_length(self) -> bool:
+        """Whether a single token goes to slot n mod C, n the tokens seen before it, if `most_tokens` are not exceeded.
+
+        And nothing else is asked or remembered, so that a kernel may do it without asking.
+        """
+        asked = ("fits", "enter", "observe", "needed", "sink_positions", "cache_positions")
+        alone = all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
+        return alone and (self.in_order or self.turns) and not self.needs_mass
+
+    def most_tokens(self, num_slots: int) -> int | None:
+        """How many tokens a sequence may have in C slots. None: any number, as older ones make room."""
+        return num_slots
 
     def mask(self) -> Mask:
         """The rule a query of this policy attends by."""
@@ -128,7 +146,8 @@ class Policy:
 
     def fits(self, state: State, step: Context) -> Rows:
         """Whether the tokens can be appended without losing one that is still needed."""
-        return step.lengths + step.num_new <= step.num_slots
+        most = self.most_tokens(step.num_slots)
+        return step.num_new >= 0 if most is None else step.lengths + step.num_new <= most
 
     def place(self, state: State, step: Context) -> Int32[Array, "B *K T"]:
         """The slot of each new token, NOWHERE for those not kept.
@@ -200,8 +219,16 @@ class Policy:
         held = self.positions(state, step.lengths, step.num_slots) >= 0
         if self.in_order:  # the slot of a token is its position
             slot, first = jnp.arange(step.num_slots, dtype=jnp.int32)[None], step.lengths[:, None]
+            held &= slot >= self.first_needed(step.lengths)[:, None]
             return held | ((slot >= first) & (slot < first + step.num_new[:, None]))
         return held | taken(self.place(state, step), step.num_slots)
+
+    def first_needed(self, lengths: Lengths) -> Lengths:
+        """The first slot whose token the next one sees, of policies that are `in_order`; in kernels too.
+
+        Those whose `positions` leave out tokens, so that pages of these may be gone, say it here as well.
+        """
+        return jnp.zeros_like(lengths)
 
     def moved(self, state: State, order: Int32[Array, "B K C"]) -> State:
         """The state once slot s holds what slot ``order[..., s]`` held. Asked of policies that are `is_uneven`."""

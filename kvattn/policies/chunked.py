@@ -40,9 +40,9 @@ class Chunked(Policy):
         """C: the size, or the capacity where that is smaller."""
         return slots_for(self, self.size, capacity)
 
-    def fits(self, state: State, step: Context) -> Rows:
-        """Always, unless the cache was made smaller than a chunk."""
-        return super().fits(state, step) if step.num_slots < self.size else step.num_new >= 0
+    def most_tokens(self, num_slots: int) -> int | None:
+        """Any number, unless the cache was made smaller than a chunk."""
+        return num_slots if num_slots < self.size else None
 
     def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
         """Slot t mod size, for the tokens of the last one's chunk."""

@@ -58,9 +58,9 @@ class StreamingLLM(Policy):
         num_sinks, window = self._counted
         return num_sinks, jnp.minimum(positions, num_sinks + window - 1)
 
-    def fits(self, state: State, step: Context) -> Rows:
-        """Always, unless the cache was made smaller than sinks and window."""
-        return super().fits(state, step) if step.num_slots < self.num_sinks + self.window else step.num_new >= 0
+    def most_tokens(self, num_slots: int) -> int | None:
+        """Any number, unless the cache was made smaller than sinks and window."""
+        return num_slots if num_slots < self.num_sinks + self.window else None
 
     def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
         """Sinks in their slots, the others in a ring behind them; of a long chunk only the last ones stay."""

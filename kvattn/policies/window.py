@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
@@ -37,6 +37,8 @@ class SlidingWindow(Policy):
 
     window: int
 
+    turns: ClassVar[bool] = True
+
     def __post_init__(self):
         _checks.integer("window", self.window, 1, RangeError)
 
@@ -48,9 +50,9 @@ class SlidingWindow(Policy):
         """C: the window, or the capacity where that is smaller."""
         return slots_for(self, self.window, capacity)
 
-    def fits(self, state: State, step: Context) -> Rows:
-        """Always, unless the ring was made smaller than the window."""
-        return super().fits(state, step) if step.num_slots < self.window else step.num_new >= 0
+    def most_tokens(self, num_slots: int) -> int | None:
+        """Any number, unless the ring was made smaller than the window."""
+        return num_slots if num_slots < self.window else None
 
     def place(self, state: State, step: Context) -> Int32[Array, "B T"]:
         """Slot t mod C; of a chunk longer than the ring only the last C tokens are kept."""
@@ -100,10 +102,9 @@ class OrderedWindow(Policy):
         """Causal, within the window."""
         return Mask(window=self._counted)
 
-    def needed(self, state: State, step: Context) -> Bool[Array, "B C"]:
-        """The slots of the new tokens, and of those that the first of them sees: one fewer than the window."""
-        slot, lengths = jnp.arange(step.num_slots, dtype=jnp.int32)[None], step.lengths[:, None]
-        return (slot > lengths - self._counted) & (slot < lengths + step.num_new[:, None])
+    def first_needed(self, lengths: Lengths) -> Lengths:
+        """The first that the next token sees: with it they are a window."""
+        return jnp.maximum(lengths - (self._counted - 1), 0)
 
     def positions(self, state: State, lengths: Lengths, num_slots: int) -> Int32[Array, "B C"]:
         """The last `window` tokens, each in its slot."""

@@ -151,6 +151,7 @@ def cached_attention[C: Cache](
         implementation=tuple(implementation) if isinstance(implementation, list) else implementation,
         num_heads=num_heads,
     )
+    new = new.concluded()
     if step.is_empty:
         return step(new, per_head, cache)
     shared = cache.shared if scheme.row_parts(split) > 1 else None

@@ -160,6 +160,7 @@ def by_shard[C: Cache](step: Step, new: NewTokens, per_head: PerHead, cache: C) 
             "split by heads, or give every device pages of its own (kvattn.sharding.cached_attention)."
         )
 
+    new = new.concluded()
     specs = TokenSpecs(P(rows, None, q_heads, None), P(rows, None, kv_heads, None), P(rows), P(q_heads))
     in_specs = (*specs.of(new, per_head), specs_of(cache, rows=rows, heads=kv_heads))
     args = jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), (new, per_head, cache), in_specs)
