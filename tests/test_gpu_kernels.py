@@ -39,6 +39,7 @@ from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 from kvattn.pallas import (
+    gpu_append,
     gpu_body,
     gpu_decode,
     gpu_fetch,
@@ -609,6 +610,12 @@ def test_ways_of_gpus(monkeypatch):
         assert (reason is None) == (why is None) and (why or "") in (reason or ""), (on, reason)
     with pytest.raises(errors.ConfigError, match="unit must be"):
         tuning.GpuConfig(unit="tcgen05")
+
+
+@pytest.mark.wrong_types  # nobody gets as far as looking at them
+def test_threads_append_nothing():
+    with _target.aimed_at(TARGETS["L4"]):
+        assert "since Hopper" in gpu_append.unsupported(None, None)
 
 
 class Anything:

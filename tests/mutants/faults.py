@@ -1124,6 +1124,11 @@ FAULTS: list[Fault] = [
         ("compute", 'spec.unit == "mma" and not spec.by_threads', "False"),
     ),
     *group(
+        "pallas/gpu_append.py",
+        "test_gpu_kernels.py::test_threads_append_nothing",
+        ("unsupported", "gpu_ways.by_threads()", "False"),
+    ),
+    *group(
         "pallas/gpu_ways.py",
         "test_gpu_kernels.py::test_which_gpus_it_takes\ntest_gpu_kernels.py::test_ways_of_gpus",
         ("refusal", "capability() < LEAST", "False"),
