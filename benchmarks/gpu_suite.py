@@ -41,7 +41,7 @@ def stages(options: dict[str, Any]) -> list[Stage]:
     timed = [case for case in CASES if case.key] + [case for case in CASES if not case.key and options["all"]]
     times = [task("copy", 6, 40)] if on_device else []
     times += [task(f"time: {c.name}", 14, 75, ("",), needs_of(c)) for c in timed]
-    whole = [task(f"whole: {name}", 12, 60, ("",), (first,)) for name in gpu_cases.WHOLE]
+    whole = [task(f"whole: {name}", 12, 60, ("",), needs_of(BY_NAME[name])) for name in gpu_cases.WHOLE]
     # Nothing of the peers is lowered.
     peers = () if options["mode"] == "lower" else tuple(options["peers"])
     beside = [task(f"peers: {c.name}", 10 + 4 * len(peers), 90, peers, needs_of(c)) for c in CASES if c.peers]

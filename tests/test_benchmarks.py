@@ -187,10 +187,10 @@ def test_plan(capsys):
     total = float(said.splitlines()[-1].removesuffix(" minutes in all"))
     assert 5 < total <= 12
     stages = gpu_suite.stages(options())
-    assert [stage.name for stage in stages] == ["first", "values", "times", "peers", "sizes"]
+    assert [stage.name for stage in stages] == ["first", "values", "times", "whole", "peers", "sizes"]
     names = [task.name for stage in stages for task in stage.tasks]
     assert len(set(names)) == len(names) and all(name in said for name in names)
-    assert [stage.name for stage in stages if stage.quiet] == ["times", "peers", "sizes"]
+    assert [stage.name for stage in stages if stage.quiet] == ["times", "whole", "peers", "sizes"]
     for stage in gpu_suite.stages(options(more=True)):
         for task in stage.tasks:
             assert set(task.needs) <= set(names[: names.index("copy")]), task
@@ -198,6 +198,23 @@ def test_plan(capsys):
     assert on_device.main(["--plan", "--values", "--only", "Float8"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert len(lines) > 5 and all("values" in line and "Float8" in line for line in lines)
+
+
+def test_kernels_of_whole_steps_are_told_apart():
+    kernels = {"kvattn_gpu_append_x": 2.0, "kvattn_gpu_decode_x": 5.0, "kvattn_gpu_merge_x": 3.0, "loop_fusion": 1.5}
+    row = {"task": "whole: a step", "part": "", "status": "ok", "kernels": kernels, "kernels_us": 11.5, "error": 2e-3}
+    assert gpu_report.whole_table([row])[-1].split() == [
+        "a",
+        "step",
+        "11.5",
+        "2.0",
+        "5.0",
+        "3.0",
+        "1.5",
+        "(1)",
+        "2e-03",
+    ]
+    assert gpu_report.whole_table([row | {"kernels": {}}]) == []
 
 
 @pytest.mark.parametrize(
