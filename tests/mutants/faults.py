@@ -1120,7 +1120,7 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "pallas/gpu_body.py",
-        "test_gpu_kernels.py::test_values_by_mma[heads of 96-bfloat16-plain-0-bfloat16-1-Blackwell]",
+        "test_gpu_kernels.py::test_values_by_mma[GQA-bfloat16-plain-0-bfloat16-1-Blackwell]",
         ("compute", 'spec.unit == "mma" and not spec.by_threads', "False"),
     ),
     *group(
