@@ -1,5 +1,6 @@
 """The decode steps that are compiled for devices that are not there, and what a compiled one needs."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractDevice, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kvattn
@@ -39,6 +40,7 @@ class Case:
     new: int = 1
     mask: Mask = CAUSAL
     mass: bool = False
+    softcap: float | None = None
     on_host: bool = False
     policy: Any = None  # which keeps `slots` tokens; None: all
 
@@ -93,6 +95,22 @@ def first_device(target: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gpu(AbstractDevice):
+    """A GPU that is not there, of a kind that says what it can do: Pallas takes it for Hopper otherwise."""
+
+    compute_capability: str
+
+
+def aimed_at(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, programs are made for a device that need not be there."""
+    mesh = Mesh(np.array([device]), ("x",)).abstract_mesh
+    if (capability := getattr(device, "compute_capability", None)) is not None:
+        gpu = _Gpu(device.device_kind, device.core_count, "gpu", str(capability))
+        mesh = mesh.update(abstract_device=gpu)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
     """Shapes of query, new token and cache of a case, on a device."""
     batch, heads, kv_heads, size, slots = case.batch, case.heads, case.kv_heads, case.size, case.slots
@@ -121,7 +139,7 @@ def arguments(device: Any, case: Case) -> tuple[Any, Any, Any]:
         where = sharding.with_memory_kind("pinned_host") if case.on_host and "blocks" in axes else sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+    with aimed_at(device):
         shapes = jax.eval_shape(make)
     cache = jax.tree.map(on_device, shapes, shapes.axes)
     query, new = (
@@ -136,6 +154,7 @@ def asked(case: Case, query: Any, cache: Any, unsupported: Callable[[Request], s
     positions = cache.lengths[:, None] - case.new + jnp.arange(case.new, dtype=jnp.int32)[None]
     scale = case.size**-0.5
     request = Request(query, positions, cache.view(), None, mask=case.mask, scale=scale, want_mass=case.mass)
+    request = dataclasses.replace(request, softcap=case.softcap)
     if (reason := unsupported(request)) is not None:
         raise kvattn.errors.UnsupportedError(reason)
     return request
@@ -151,7 +170,7 @@ def attend(device: Any, case: Case) -> tuple[Any, int, int]:
         vmem.append(tpu_decode.vmem_bytes(request))
         return tpu_decode.attend(request)
 
-    with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+    with aimed_at(device):
         return jax.jit(step).lower(query, cache).compile(), cache.nbytes, vmem[0]
 
 
@@ -164,7 +183,7 @@ def append(device: Any, case: Case, implementation: str = "mosaic_tpu") -> Any:
     """The compiled step of `kvattn.cached_attention`: a token is written into a donated cache, then attention."""
     query, new, cache = arguments(device, case)
     step = functools.partial(kvattn.cached_attention, implementation=implementation, window=case.mask.window)
-    with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+    with aimed_at(device):
         return jax.jit(step, donate_argnums=3).lower(query, new, new, cache).compile()
 
 

@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
 
 import aot_cases
+import gpu_slots
 import jax
 import jax.numpy as jnp
 from aot_cases import Case
@@ -27,16 +28,46 @@ from kvattn.masks import Mask
 from kvattn.pallas import gpu_decode, gpu_spec
 
 SHEET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+shared_memory_per_core: {core} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
-l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536
+l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {block}
+cuda_compute_capability {{ major: {major} minor: {minor} }} registers_per_core_limit: 65536
 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
 TARGETS: dict[str, dict[str, Any]] = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB",
+        "major": 8,
+        "minor": 0,
+        "block": 166_912,
+        "core": 167_936,
+        "threads": 2048,
+        "cores": 108,
+        "bandwidth": 2_039_000_000_000,
+        "l2": 41_943_040,
+        "clock": 1.41,
+        "memory": 80_000_000_000,
+    },
+    "l4": {
+        "name": "NVIDIA L4",
+        "major": 8,
+        "minor": 9,
+        "block": 101_376,
+        "core": 102_400,
+        "threads": 1536,
+        "cores": 58,
+        "bandwidth": 300_000_000_000,
+        "l2": 50_331_648,
+        "clock": 2.04,
+        "memory": 24_000_000_000,
+    },
     "h200": {
         "name": "NVIDIA H200",
         "major": 9,
+        "minor": 0,
+        "block": 232_448,
+        "core": 233_472,
+        "threads": 2048,
         "cores": 132,
         "bandwidth": 4_800_000_000_000,
         "l2": 52_428_800,
@@ -46,6 +77,10 @@ TARGETS: dict[str, dict[str, Any]] = {
     "b200": {
         "name": "NVIDIA B200",
         "major": 10,
+        "minor": 0,
+        "block": 232_448,
+        "core": 233_472,
+        "threads": 2048,
         "cores": 148,
         "bandwidth": 8_000_000_000_000,
         "l2": 132_644_864,
@@ -80,6 +115,8 @@ CASES = {
     "GQA 32/8, Int8, 4 tokens": Case(codec=kvattn.Int8(), new=4),
     "GQA 32/8, 4 tokens, window, sinks": Case(new=4, mask=Mask(window=1000, num_sinks=4)),
     "GQA 32/8, 8 tokens": Case(new=8),
+    "GQA 32/8, 4 tokens": Case(new=4),
+    "GQA 32/8, softcap": Case(softcap=50.0),
     "GQA 32/8, mass": Case(mass=True),
     "GQA 32/8, one row of 1024": Case(batch=1, slots=1024),
     "GQA 32/8, one row of 1024, Int8": Case(batch=1, slots=1024, codec=kvattn.Int8()),
@@ -96,6 +133,7 @@ CASES = {
     "heads of 64": Case(size=64),
     "heads of 80": Case(size=80),
     "heads of 80, Int8": Case(size=80, codec=kvattn.Int8()),
+    "heads of 80, pages of 16": Case(size=80, page_size=16),
     "heads of 96": Case(size=96),
     "heads of 96, Int4(16)": Case(size=96, codec=kvattn.Int4(16)),
     "heads of 112": Case(size=112),
@@ -125,7 +163,7 @@ def caught(work: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def program(device: Any, case: Case) -> dict[str, Any]:
-    """Registers, spills, shared memory, temporary memory and cache-sized copies of the programs of a case."""
+    """Registers, spills, shared and temporary memory, cache-sized copies, instructions of the programs of a case."""
     query, _, cache = aot_cases.arguments(device, case)
     sizes = {}
 
@@ -134,10 +172,11 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         spec = gpu_decode._spec(request, gpu_decode.config_for(request))
         sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
+        sizes.update(tile=spec.config.tile * sum(x.features * x.dtype.itemsize for x in spec.streams))
         return gpu_decode.attend(request)
 
     def compile_it():
-        with jax.sharding.use_abstract_mesh(query.sharding.mesh.abstract_mesh):
+        with aot_cases.aimed_at(device):
             return jax.jit(attend).lower(query, cache).compile()
 
     def compile_step():
@@ -156,6 +195,8 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         raise RuntimeError("the assembler said nothing of the kernel")
     temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
+    listed = said.split("Function properties for kvattn_gpu_decode", 1)[1].split("Function properties for")[0]
+    found["slots"] = gpu_slots.slots_of_a_tile(listed)
     found["launches"] = aot_cases.launches(compiled.as_text())
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)
@@ -170,12 +211,14 @@ def program(device: Any, case: Case) -> dict[str, Any]:
 def main() -> None:
     """Prints one line of JSON per case."""
     target = TARGETS[sys.argv[1]]
+    per_clock = target["bandwidth"] / target["cores"] / target["clock"] / 1e9
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=sys.argv[1], target_config=SHEET.format(**target), topology="1x1x1"
     )
     for name, case in CASES.items():
         try:
             result = program(topology.devices[0], case)
+            result["clocks"] = result["tile"] / per_clock
         except kvattn.errors.UnsupportedError as error:
             result = {"refused": str(error)}
         except Exception as error:  # whatever the compiler says is the answer

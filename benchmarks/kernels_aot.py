@@ -13,8 +13,9 @@ A third program is the step of `"xla"` over a cache in the host's memory (`memor
 cache, in place, and the device a few blocks.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
-flight, kernels launched, and the same of the step; what is refused says why. Status 1 for a spill too, for programs
-that do not fit a multiprocessor together, and for a step that starts more kernels than it should.
+flight, instructions of a tile (`gpu_slots.py`) beside the clocks of its copy, kernels launched, and the same of the
+step; what is refused says why. Status 1 for a spill too, for programs that do not fit a multiprocessor together, for a
+loop that is long beside its copy, and for a step that starts more kernels than it should.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from rich.table import Table
 
 from kvattn.cache.base import nbytes_of
 
-GPUS = ("h200", "b200")
+GPUS = ("a100", "l4", "h200", "b200")
+MOST_SLOTS = 0.6
+"""Of the clocks of its copy, for a tile of 16 bits and few columns."""
 
 
 def print_bundles(console: Console, target: str) -> bool:
@@ -57,7 +60,7 @@ def print_bundles(console: Console, target: str) -> bool:
 def print_gpu(console: Console, target: str) -> bool:
     """Prints what `gpu_programs` finds, and whether nothing failed, spilled or copied the cache."""
     table = Table(title=f"{target}, jax {jax.__version__}", title_justify="left")
-    columns = ("case", "cache MiB", "registers", "merge", "spills", "shared KiB", "in flight")
+    columns = ("case", "cache MiB", "registers", "merge", "spills", "shared KiB", "in flight", "slots", "copy")
     columns += ("temporary KiB", "copies", "launches", "step: KiB", "copies", "moved KiB", "launches")
     for name in columns:
         table.add_column(name, justify="left" if name == "case" else "right")
@@ -84,14 +87,16 @@ def print_gpu(console: Console, target: str) -> bool:
         # Programs that share a multiprocessor have 65536 registers together, each of 128 threads a multiple of 8.
         room = -(-kernels["decode"][0] // 8) * 8 * 128 * result["blocks"] <= 65536
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
+        slots, clocks = result["slots"], result["clocks"]
+        fine &= name != "GQA 32/8" or slots <= MOST_SLOTS * clocks
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0 and step["launches"] <= step["most"])
         well &= fine
         # A merge of the same shape is compiled once.
         registers = (str(kernels["decode"][0]), str(kernels["merge"][0]) if "merge" in kernels else "")
         flight = f"{result['blocks']} x {result['stages']}"
-        figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, result["temporary"], result["copies"])
-        figures += (str(result["launches"]),)
+        figures = (str(spills), f"{result['shared'] / 2**10:.0f}", flight, str(slots), f"{clocks:,.0f}")
+        figures += (result["temporary"], result["copies"], str(result["launches"]))
         if step:
             figures += (step["temporary"], step["copies"], f"{max(step['moved'], 0) / 2**10:.0f}")
             figures += (str(step["launches"]),)

@@ -95,7 +95,7 @@ def relabelled(monkeypatch, call, x, layout, target):
 
 def carried_out(register, asms, dtype):
     """Vectors of two numbers, each by an assembler's text from a register of four bytes."""
-    (word,) = register.astype(np.int8).view(np.uint32)
+    (word,) = np.ascontiguousarray(register).view(np.uint32)
     return [np.array([ptx(asm, int(word))], np.uint32).view(jnp.dtype(dtype)) for asm in asms]
 
 
@@ -110,6 +110,8 @@ def ptx(text, word):
         match operation.split(".")[0]:
             case "and":
                 named[target] = a[0] & a[1]
+            case "or":
+                named[target] = a[0] | a[1]
             case "xor":
                 named[target] = a[0] ^ a[1]
             case "shr":
@@ -119,26 +121,27 @@ def ptx(text, word):
             case "prmt":
                 both = (a[0] | a[1] << 32).to_bytes(8, "little")
                 named[target] = int.from_bytes(bytes(both[a[2] >> 4 * i & 7] for i in range(4)), "little")
-            case "sub":
-                kind = {"f16x2": np.float16, "bf16x2": ml_dtypes.bfloat16}[operation.split(".")[1]]
-                x, y = (np.array([n], np.uint32).view(kind) for n in a)
-                (named[target],) = (x - y).view(np.uint32)
+            case "sub" | "mul" | "fma" as name:
+                kind = {"f16x2": np.float16, "bf16x2": ml_dtypes.bfloat16}[operation.split(".")[-1]]
+                x, y, *z = (np.array([n], np.uint32).view(kind) for n in a)
+                (named[target],) = (x - y if name == "sub" else sum(z, x * y)).view(np.uint32)
             case _:
                 raise AssertionError(line)
     return int(named["$0"])
 
 
 @pytest.mark.parametrize("features", [64, 112, 128])
-def test_operands(features, monkeypatch):
+@pytest.mark.parametrize("target", [WGMMA, plgpu.Layout.MMA_LHS(jnp.float16)], ids=["wgmma", "mma"])
+def test_operands(features, target, monkeypatch):
     """Every byte there is, at every place: widened exactly, permuted as queries and outputs are."""
     rng = np.random.default_rng(0)
     x = np.concatenate([np.arange(256), rng.integers(0, 256, 64 * features - 256)]).astype(np.uint8).view(np.int8)
     x = x.reshape(64, features)
-    ways = [lambda x, there: gpu_fragments.operand(x, jnp.float16, there)]
+    ways = [lambda x, there: gpu_fragments.operand(x, jnp.float16, there, target)]
     biases = itertools.product((False, True), (gpu_fragments.CHEAPEST, -8))
-    ways += [lambda x, there, h=h, b=b: gpu_fragments.nibbles(x, h, b, there) for h, b in biases]
+    ways += [lambda x, there, h=h, b=b: gpu_fragments.nibbles(x, h, b, there, target) for h, b in biases]
     for way in ways:
-        found = relabelled(monkeypatch, functools.partial(way, there=False), x, BYTES, WGMMA)
+        found = relabelled(monkeypatch, functools.partial(way, there=False), x, BYTES, target)
         np.testing.assert_array_equal(found.astype(np.float32), np.asarray(way(jnp.asarray(x), True), np.float32))
     wide = rng.normal(size=(64, features)).astype(ml_dtypes.float8_e4m3fn)
     found = relabelled(
@@ -147,6 +150,16 @@ def test_operands(features, monkeypatch):
     )  # fmt: skip
     expected = gpu_fragments.operand(jnp.asarray(wide), jnp.float16, True)
     np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize("target", [WGMMA, plgpu.Layout.MMA_LHS(jnp.float16)], ids=["wgmma", "mma"])
+def test_eight_bit_floats(target, monkeypatch):
+    """Every float8_e4m3fn but NaN, by its bits."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), 16).reshape(64, 64)
+    x = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    way = lambda there: lambda x: gpu_fragments.eight_bit_floats(x, there, target)
+    found = relabelled(monkeypatch, way(False), x, BYTES, target)
+    np.testing.assert_array_equal(found, np.asarray(way(True)(jnp.asarray(x))))
 
 
 @pytest.mark.parametrize("columns", [8, 72])

@@ -34,18 +34,21 @@ from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
 import kvattn.pallas
-from kvattn import attend, errors
+from kvattn import _target, attend, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
 from kvattn.pallas import (
+    gpu_append,
     gpu_body,
     gpu_decode,
     gpu_fetch,
     gpu_merge,
     gpu_spec,
+    gpu_threads,
     gpu_tile,
     gpu_walk,
+    gpu_ways,
     interpreter,
     shares,
     tuning,
@@ -60,18 +63,29 @@ def interpreted(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+TARGETS = {
+    "Hopper": _target.Target("cuda", "NVIDIA H200", 132, "9.0"),
+    "Blackwell": _target.Target("cuda", "NVIDIA B200", 148, "10.0"),
+    "Ampere": _target.Target("cuda", "NVIDIA A100-SXM4-80GB", 108, "8.0"),
+    "L4": _target.Target("cuda", "NVIDIA L4", 58, "8.9"),
+    "unheard of": _target.Target("cuda", "one of 2030", 200, "10.9"),
+}
+"""One for each way, wgmma; mma, tiles copied by the engine; mma, tiles copied by threads; and small ones."""
+
+
 def eights(slots):
     return -(-slots // 8) * 8
 
 
-def check(request, wide=None, config=None):
+def check(request, wide=None, config=None, on="Hopper"):
     """The error rule against float64, the logarithm, and that the reference agrees on the mass.
 
     Narrow queries are measured by attention in `wide`; None: in the dtype that the kernel multiplies in.
     """
-    assert gpu_decode.unsupported(request) is None
-    # Compiled anew: a fault may be planted.
-    out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
+    with _target.aimed_at(TARGETS[on]):
+        assert gpu_decode.unsupported(request) is None
+        # Compiled anew: a fault may be planted.
+        out, lse, mass = jax.jit(lambda r: gpu_decode.attend(r, config))(request)
     exact, exact_lse = truth(request)
     if request.query.dtype == F32:
         low, expected_mass = honest(request)
@@ -125,10 +139,11 @@ QUICK = {
     ("heads of 96", "Int4, groups of 32", "plain", 0, "float32", 1),
     ("heads of 80", "Int8", "plain", 0, "bfloat16", 1),
     ("MQA of 71 heads", "Float8", "mass", 0, "float16", 2),
+    ("GQA", "bfloat16", "mass", 0, "bfloat16", 1),
 }
 
 
-def grid():
+def grid(begin=0):
     pages, rest = (0, 8, 16, 32, 64, 128), []
     for case in itertools.product(SHAPES, STORES, RULES, pages, QUERIES, (1, 3)):
         shape, store, _, page_size, _, _ = case
@@ -139,7 +154,7 @@ def grid():
         if case not in QUICK:
             rest.append(case)
     # All 8,000 take hours; neighbours differ in one option, so every 37th meets all pairs of options.
-    for case in rest[::37]:
+    for case in rest[begin :: 37 + begin]:
         yield pytest.param(*case, marks=pytest.mark.slow, id="-".join(map(str, case)))
     for case in sorted(QUICK):
         yield pytest.param(*case, id="-".join(map(str, case)))
@@ -148,13 +163,26 @@ def grid():
 @pytest.mark.parametrize(("shape", "store", "rule", "page_size", "query", "new"), list(grid()))
 def test_values(shape, store, rule, page_size, query, new):
     """One full row, one empty row, one in between; NaN wherever there is no token."""
+    assert_values(shape, store, rule, page_size, query, new, "Hopper")
+
+
+@pytest.mark.parametrize("on", ["Blackwell", "Ampere"])
+@pytest.mark.parametrize(("shape", "store", "rule", "page_size", "query", "new"), list(grid(40)))
+def test_values_by_mma(shape, store, rule, page_size, query, new, on):
+    """The same by `mma`, tiles copied by an engine or by threads."""
+    assert_values(shape, store, rule, page_size, query, new, on)
+
+
+def assert_values(shape, store, rule, page_size, query, new, on):
     slots, num_heads, heads, size = SHAPES[shape]
     rows = None if page_size else eights(slots)
+    if rows and on == "Ampere" and (size % 64 or "Int" in store or "Float" in store):
+        rows = -(-rows // 32) * 32  # threads cannot share eight rows of those
     cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, page_size=page_size, rows=rows, **STORES[store])
     rules = dict(RULES[rule])
     if "alibi_slopes" in rules:
         rules["alibi_slopes"] = kvattn.alibi_slopes(num_heads)
-    check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules))
+    check(request_for(cache, num_heads, new, dtype=QUERIES[query], **rules), on=on)
 
 
 SEVERAL = {
@@ -444,14 +472,16 @@ def test_no_rows_or_no_tokens(batch, new):
     ],
     ids=str,
 )
-def test_lowered_for_a_gpu(size, codec, query, new):
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
+def test_lowered_for_a_gpu(size, codec, query, new, capability):
     """Down to Mosaic's own code, which refuses more than an interpreter: a copy of six dimensions, say."""
     cache = made(64, 1, size, codec=codec, dtype=BF16)
     request = request_for(cache, 4, new, dtype=query)
     # Outside of `interpret`, as it is compiled.
     token = interpreter._INTERPRETED.set(False)
     try:
-        lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
+        with jax.sharding.use_abstract_mesh(mesh_of(Gpu("one", 108, "gpu", capability))):
+            lowered = jax.jit(lambda r: gpu_decode.attend(r)).trace(request).lower(lowering_platforms=("cuda",))
     finally:
         interpreter._INTERPRETED.reset(token)
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
@@ -499,18 +529,154 @@ def test_pages_that_it_takes(page_size):
     assert gpu_decode.unsupported(request) is None
 
 
-@pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
-def test_other_gpus_fall_back(kind, capability, monkeypatch):
-    """What is not Hopper is refused by name when asked for, and passed over when not."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=108, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+@dataclasses.dataclass(frozen=True)
+class Gpu(jax.sharding.AbstractDevice):
+    """One that says what it can do."""
+
+    compute_capability: str
+
+
+def mesh_of(device):
+    return jax.sharding.AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "why"),
+    [
+        ("NVIDIA H100", None, None),
+        ("NVIDIA B200", None, None),
+        ("Tesla V100", None, "this GPU has 7.0"),
+        ("NVIDIA A100-SXM4-80GB", None, "attribute compute_capability = '8.0'"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", None),
+        ("unheard of", "7.5", "this GPU has 7.5"),
+        ("unheard of", "10.9", None),
+        ("NVIDIA GeForce RTX 5090", None, "nothing for compute capability 12.0 yet"),
+        ("unheard of", None, None),
+    ],
+)
+def test_which_gpus_it_takes(kind, said, why, monkeypatch):
+    """What cannot run is refused by name when asked for, and passed over when not."""
     monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
-    request = request_for(made(16, 2, 64, dtype=BF16), 4, dtype=BF16)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert capability in gpu_decode.unsupported(request)
-        with pytest.raises(errors.UnsupportedError, match="wgmma"):
-            jax.eval_shape(lambda r: api.attend(r, "mosaic_gpu"), request)
-        jax.eval_shape(lambda r: api.attend(r, ("mosaic_gpu", "xla")), request)
+    device = (kind, 108, "gpu")
+    request = request_for(made(64, 2, 64, dtype=BF16), 4, dtype=BF16)
+    with jax.sharding.use_abstract_mesh(mesh_of(Gpu(*device, said) if said else jax.sharding.AbstractDevice(*device))):
+        reason = gpu_decode.unsupported(request)
+        assert (reason is None) == (why is None) and (why or "") in (reason or "")
+        if why is not None:
+            with pytest.raises(errors.UnsupportedError, match="mosaic_gpu"):
+                jax.eval_shape(lambda r: api.attend(r, "mosaic_gpu"), request)
+            jax.eval_shape(lambda r: api.attend(r, ("mosaic_gpu", "xla")), request)
+
+
+def test_ways_of_gpus(monkeypatch):
+    """Which unit, who copies, how much fits, what is said of sizes that do not."""
+    monkeypatch.setattr(gpu_decode, "interpreted", lambda platform: False)
+    request = request_for(made(1024, 2, 128, dtype=BF16), 8, dtype=BF16)
+    keys = set()
+    for on, unit, by_threads, config in (
+        ("Hopper", "wgmma", False, (3, 2)),
+        ("Blackwell", "mma", False, (3, 2)),
+        ("Ampere", "mma", True, (2, 2)),
+        ("L4", "mma", True, (2, 1)),
+        ("unheard of", "mma", False, (2, 1)),
+    ):
+        with _target.aimed_at(TARGETS[on]):
+            chosen = gpu_decode.config_for(request)
+            spec = gpu_decode._spec(request, chosen)
+            assert (spec.unit, spec.by_threads, (chosen.stages, chosen.blocks_per_sm)) == (unit, by_threads, config), on
+            assert gpu_spec.shared_bytes(spec) * chosen.blocks_per_sm <= gpu_ways.shared_bytes()
+            keys.add(gpu_decode.key(request))
+            by_mma = tuning.GpuConfig(unit="mma", stages=2, blocks_per_sm=1)
+            assert gpu_decode._spec(request, by_mma).unit == "mma" and gpu_decode.fits(request, by_mma)
+            by_wgmma = dataclasses.replace(by_mma, unit="wgmma")
+            assert gpu_decode.fits(request, by_wgmma) == (on == "Hopper")
+            if on != "Hopper":
+                with pytest.raises(errors.UnsupportedError, match="take unit='mma'"):
+                    gpu_decode.attend(request, by_wgmma)
+    assert len(keys) == 3
+    for on, cache, why in (
+        ("L4", made(64, 2, 256, dtype=BF16), "of shared memory"),
+        ("Blackwell", made(64, 2, 256, dtype=BF16), None),
+        ("L4", made(40, 2, 80, dtype=BF16), "rows of 160 bytes in caches of 40 slots"),
+        ("Blackwell", made(40, 2, 80, dtype=BF16), None),
+        ("Ampere", made(64, 2, 80, dtype=BF16, page_size=16), "rows of 160 bytes in pages of 16"),
+        ("Ampere", made(64, 2, 80, dtype=BF16, page_size=32), None),
+        ("Ampere", made(40, 2, 64, dtype=BF16), None),
+        ("Ampere", made(40, 2, 64, codec=kvattn.Int8()), "rows of 64 bytes"),
+        ("unheard of", made(64, 2, 256, dtype=BF16), "of shared memory"),
+    ):
+        with _target.aimed_at(TARGETS[on]):
+            reason = gpu_decode.unsupported(request_for(cache, 4, dtype=BF16))
+        assert (reason is None) == (why is None) and (why or "") in (reason or ""), (on, reason)
+    with pytest.raises(errors.ConfigError, match="unit must be"):
+        tuning.GpuConfig(unit="tcgen05")
+
+
+@pytest.mark.wrong_types  # nobody gets as far as looking at them
+def test_threads_append_nothing():
+    with _target.aimed_at(TARGETS["L4"]):
+        assert "since Hopper" in gpu_append.unsupported(None, None)
+
+
+class Anything:
+    """Memory of which nobody looks at the numbers."""
+
+    shape = (64,)
+
+    def __init__(self):
+        self.at = self
+
+    def __getitem__(self, _):
+        return self
+
+    def __setitem__(self, *_):
+        pass
+
+
+@pytest.mark.wrong_types  # stand-ins for the kernel's own memory
+@pytest.mark.parametrize(("rows", "stages"), [(200, 2), (256, 3), (256, 4)])
+def test_threads_wait_for_their_own_copies(rows, stages, monkeypatch):
+    """No tile is read before it is there, and the others stay on their way: the lines that no interpreter runs."""
+    groups, waited, now = [], [], [0]
+
+    def wait(n):
+        """All but the last n copies are done."""
+        waited.append(n)
+        for group in groups[: len(groups) - n]:
+            group["done"] = True
+
+    monkeypatch.setattr(plgpu, "wait_gmem_to_smem", wait)
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *_, **__: groups.append({"tile": now[0], "done": False}))
+    for name in ("barrier_arrive", "barrier_wait"):
+        monkeypatch.setattr(plgpu, name, lambda *_: None)
+    monkeypatch.setattr(plgpu, "load", lambda *_, **__: None)
+    cache = filled([rows, 0, 65], rows, 2, 64, dtype=BF16)
+    request = request_for(cache, 4, dtype=BF16)
+    with _target.aimed_at(TARGETS["Ampere"]):
+        spec = gpu_decode._spec(request, tuning.GpuConfig(stages=stages))
+    spec = dataclasses.replace(spec, interpreted=False)
+    memory = {"counts": request.view.counts, "at": request.positions[:, 0]}
+    memory |= {name: Anything() for name in ("query", "k_data", "v_data")}
+    per_row = [-(-rows // 64), 0, 2]
+    last = 2 * B - 1
+    bounds = tuple(jnp.int32(n) for n in (0, 0, last, per_row[-1]))
+    shared = {name: Anything() for name in ("query", "raw", "k_data", "v_data", "full")}
+    with jax.disable_jit():
+        walk = gpu_walk.Walk(spec, memory, bounds)
+        fetcher = gpu_threads.ThreadFetcher(spec, memory, shared, walk)
+        cursor = fetcher._into(walk.start, jnp.int32(0), jnp.int32(0))
+        count = 2 * sum(per_row)
+        for _ in range(stages):
+            cursor, now[0] = fetcher.fetched(cursor), now[0] + 1
+        for tile in range(count):
+            fetcher.wait_for_tile(cursor)
+            mine = [group for group in groups if group["tile"] == tile]
+            assert len(mine) == gpu_threads.copies(spec) and all(group["done"] for group in mine)
+            if tile + stages < count:  # as long as there is more to fetch
+                assert not any(group["done"] for group in groups if group["tile"] > tile)
+            cursor, now[0] = fetcher.fetched(cursor), now[0] + 1
+    assert len(groups) == count * gpu_threads.copies(spec) and len(waited) == count
+    assert gpu_threads.copies(spec) == (16 if rows == 200 else 2)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -578,7 +744,7 @@ def test_copies_land_on_aligned_addresses():
         (spec,) = specs
         looked_at += 1
         for name, buffer in gpu_spec.scratch(spec).items():
-            if isinstance(buffer, plgpu.Barrier) or name in ("share", "keys"):
+            if isinstance(buffer, plgpu.Barrier) or name in ("factor", "sums", "keys"):
                 continue
             stride = int(np.prod(buffer.shape[1:])) * jnp.dtype(buffer.dtype).itemsize
             assert stride % 128 == 0, f"{name} of {shape}, {store}: {stride} bytes"

@@ -24,7 +24,7 @@ from kvattn.cache import Cache
 from kvattn.cache import status as bits
 from kvattn.cache.pages import Pages
 from kvattn.masks import EMPTY
-from kvattn.pallas import gpu_decode
+from kvattn.pallas import gpu_decode, gpu_ways
 from kvattn.pallas.gpu_encode import COLUMNS_AT_ONCE, TILE, Codes, encoded, is_known, uneven_cuts
 from kvattn.pallas.gpu_tile import COLUMNS
 from kvattn.pallas.interpreter import interpreted
@@ -71,6 +71,8 @@ def unsupported(new: NewTokens, cache: Cache) -> str | None:
     """Why this kernel cannot append to the cache; None: it can."""
     if (reason := gpu_decode.device_refusal()) is not None:
         return reason
+    if gpu_ways.by_threads():
+        return "it copies by an engine that GPUs have since Hopper (compute capability 9.0)"
     if _manual.is_typed():
         return "kernels write in place nothing whose type names mesh axes"
     if cache.values_in_keys or new.value is None:

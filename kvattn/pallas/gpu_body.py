@@ -14,6 +14,7 @@ from kvattn.pallas.gpu_columns import Columns, prepare
 from kvattn.pallas.gpu_fetch import Fetcher, following
 from kvattn.pallas.gpu_fragments import restored
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
+from kvattn.pallas.gpu_threads import ThreadFetcher
 from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, mix, products, spread, store
 from kvattn.pallas.gpu_walk import share_out
 
@@ -67,7 +68,7 @@ def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> dict[str,
 def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program: Array) -> None:
     """Attends, tile by tile, with a running maximum, while further tiles are on their way; `program` is int32 []."""
     walk = share_out(spec, memory, program)
-    fetcher = Fetcher(spec, memory, shared, walk)
+    fetcher = (ThreadFetcher if spec.by_threads else Fetcher)(spec, memory, shared, walk)
     tile, cols = spec.config.tile, spec.cols
 
     def constant(shape, layout, value):
@@ -78,7 +79,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
         """Attends to a segment: its number and the slot of its queries, int32 [], and the cursor."""
         number, at_slot, cursor = carry
         here = walk.at(number)
-        plgpu.barrier_wait(shared["query_full"].at[at_slot])
+        fetcher.wait_for_queries(at_slot)
         if spec.prepares:
             prepare(spec, shared, at_slot)
         columns = Columns(spec, memory, shared, here.row, at_slot)
@@ -90,7 +91,8 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             t = here.tile(j)
             # The ring is full, so the next tile will go where this one is.
             slot = cursor.slot
-            plgpu.barrier_wait(shared["full"].at[slot])
+            vectors = fetcher.vectors(cursor)
+            fetcher.wait_for_tile(cursor)
             kv_at = columns.positions_of(t, slot)
             scores = columns.adjusted(products(spec, shared, slot, at_slot), kv_at)
             if spec.want_scores:
@@ -104,7 +106,9 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             mixed, more = mix(spec, shared, slot, probs, kv_at, whole)
             acc = [x * spread(keep, x.shape) + y for x, y in zip(acc, mixed, strict=True)]
             low = [x * spread(keep, x.shape) + y for x, y in zip(low, more, strict=True)]
-            return new, total, acc, low, fetcher.fetched(cursor)
+            if spec.unit == "mma" and not spec.by_threads:
+                plgpu.commit_smem()  # what threads have read the copy engine may write over
+            return new, total, acc, low, fetcher.fetched(cursor, vectors)
 
         start = (
             constant((cols,), COLUMNS, -jnp.inf),

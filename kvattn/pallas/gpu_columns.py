@@ -32,7 +32,8 @@ def prepare(spec: Spec, shared: dict[str, Any], slot: Array) -> None:
         for n, (first, count) in enumerate(spec.key_runs):
             part = plgpu.load(raw.at[:, pl.ds(first, count)], layout=QUERIES, optimized=False)
             shared["sums"].at[n, pl.ds(0, spec.cols)][...] = jnp.sum(part.astype(F32), axis=1)
-    plgpu.commit_smem()
+    if spec.unit == "wgmma":
+        plgpu.commit_smem()
 
 
 def power_of_two(largest: Array) -> Array:

@@ -1,4 +1,4 @@
-"""`"mosaic_gpu"`: decoding on Hopper GPUs, a fixed number of programs that share out the tiles which hold something.
+"""`"mosaic_gpu"`: decoding on GPUs, a fixed number of programs that share out the tiles which hold something.
 
 Each program is one warpgroup, which computes while its next tiles are on their way by TMA into a ring in shared memory.
 Tokens are the long side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times
@@ -24,7 +24,7 @@ from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped
 from kvattn.cache.view import View
 from kvattn.masks import Mask
-from kvattn.pallas import common
+from kvattn.pallas import common, gpu_threads, gpu_ways
 from kvattn.pallas.gpu_body import decode
 from kvattn.pallas.gpu_merge import merge
 from kvattn.pallas.gpu_queries import columns, position_columns, queries
@@ -33,13 +33,9 @@ from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.shares import survey
 from kvattn.pallas.tuning import GpuConfig, lookup
 
-CAPABILITIES = {"A100": "8.0", "L4": "8.9", "RTX 4090": "8.9", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
-"""Of devices of which no more than the name is known, as those of abstract meshes."""
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
-SHARED_BYTES = 227 << 10
-"""Of one block on Hopper."""
 SHORTEST_COPY = 128
 """Bytes, and alignment, of what a copy writes into shared memory."""
 
@@ -65,7 +61,16 @@ def unsupported(request: Request) -> str | None:
         cuts = {c for f in features for a, b in byte_runs(f, form.group_size) for c in (a, b)}
         if any(c % 16 for c in cuts):
             return f"groups of {form.group_size} of {features} channels do not begin at multiples of 16 in the bytes"
-    return _paging(request, GpuConfig().tile)
+    if (reason := _paging(request, GpuConfig().tile)) is not None or request.query.size == 0:
+        return reason
+    spec = _spec(request, GpuConfig(stages=2))
+    if gpu_ways.by_threads() and (reason := gpu_threads.refusal(spec)) is not None:
+        return reason
+    if (needed := shared_bytes(spec)) > gpu_ways.shared_bytes():
+        return (
+            f"two tiles take {needed >> 10} KiB of shared memory, of which this GPU has {gpu_ways.shared_bytes() >> 10}"
+        )
+    return None
 
 
 def _paging(request: Request, tile: int) -> str | None:
@@ -85,7 +90,7 @@ def _paging(request: Request, tile: int) -> str | None:
 
 def device_refusal() -> str | None:
     """Why these kernels cannot run where the program is made for; None: they can."""
-    return _threads() if interpreted("cuda") else _device()
+    return _threads() if interpreted("cuda") else gpu_ways.refusal()
 
 
 def _threads() -> str | None:
@@ -96,22 +101,6 @@ def _threads() -> str | None:
     return (
         f"its interpreter would wait for ever for one of {count} threads; start Python with NPROC=8 in the environment"
     )
-
-
-def capability_of(target: _target.Target) -> str | None:
-    """The compute capability of a GPU, or None where it is not known."""
-    if target.platform != "cuda" or target.compute_capability is not None:
-        return target.compute_capability
-    kind = target.device_kind or ""
-    return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
-
-
-def _device() -> str | None:
-    """Why the device that the program is made for cannot run it."""
-    capability = capability_of(_target.current())
-    if capability is not None and capability != "9.0":
-        return f"it is made of Hopper's wgmma (compute capability 9.0); this GPU has {capability}"
-    return None
 
 
 def attend(request: Request, config: GpuConfig | None = None) -> Result:
@@ -174,14 +163,17 @@ def _nothing(request: Request) -> Result:
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     spec = _spec(request, GpuConfig())
-    return f"mosaic_gpu {common.storage(request.view)}, {spec.cols} columns, {spec.parts} parts"
+    way = "" if spec.unit == "wgmma" else ", mma by threads" if spec.by_threads else ", mma"
+    return f"mosaic_gpu {common.storage(request.view)}, {spec.cols} columns, {spec.parts} parts{way}"
 
 
 def fits(request: Request, config: GpuConfig) -> bool:
     """Whether a multiprocessor has the shared memory for these sizes."""
     if request.view.page_table is not None and _paging(request, config.tile) is not None:
         return False
-    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= SHARED_BYTES
+    if config.unit == "wgmma" and gpu_ways.capability() != gpu_ways.HOPPER:
+        return False
+    return shared_bytes(_spec(request, config)) * config.blocks_per_sm <= gpu_ways.shared_bytes()
 
 
 def config_for(request: Request) -> GpuConfig:
@@ -211,11 +203,12 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     form = common.format_of(view)
     names = [(role, name) for role, store in (("k", view.keys), ("v", view.values)) for name in store]
     streams = []
-    for (role, name), x in zip(names, _stored(view), strict=True):
+    for (role, name), x in zip(names, common.arrays(view), strict=True):
         # Eight-bit floats are bits on CPUs, and in the interpreter; the GPU widens signed bytes only.
         wanted = jnp.int8 if form.is_grouped else form.dtype
         dtype = jnp.dtype(x.dtype if name != "data" or wanted is None else wanted)
-        streams.append(Stream(f"{role}_{name}", tuple(x.shape), dtype, name in view.codec.token_minor))
+        shape = x.shape if view.page_table is not None else x.shape[1:]
+        streams.append(Stream(f"{role}_{name}", tuple(shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
     ring = view.layout.num_slots if view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
@@ -251,6 +244,8 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         want_scores=request.want_mass,
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
+        unit=gpu_ways.unit_of(config),
+        by_threads=gpu_ways.by_threads(),
         interpreted=interpreted("cuda"),
     )
 
@@ -273,7 +268,8 @@ def _stored(view: View) -> list[Shaped[Array, "_ _ _ _"]]:
 
 def _columns(count: int, features: int) -> tuple[int, int]:
     """How the columns M are cut, as (chunks, columns of each): what registers hold, keys are read once per chunk."""
-    most = {1: 72, 2: 48}.get(-(-features // 64), 24)
+    # Registers hold addresses too where threads copy.
+    most = ({1: 40, 2: 32} if gpu_ways.by_threads() else {1: 72, 2: 48}).get(-(-features // 64), 24)
     chunks = -(-count // most)
     return chunks, -(-count // (8 * chunks)) * 8
 

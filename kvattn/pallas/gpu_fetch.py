@@ -61,11 +61,25 @@ class Fetcher:
         cursor = self._into(self.walk.start, zero, zero)
         return lax.fori_loop(0, self.spec.config.stages, lambda _, cursor: self.fetched(cursor), cursor)
 
-    def fetched(self, cursor: Cursor) -> Cursor:
-        """Fetches the tile at the cursor, if there is one, and moves on."""
+    def wait_for_queries(self, slot: Array) -> None:
+        """Until the queries in this slot of their ring, int32 [], are there."""
+        plgpu.barrier_wait(self.shared["query_full"].at[slot])
+
+    def wait_for_tile(self, cursor: Cursor) -> None:
+        """Until the tile is there in whose place the one at the cursor will go."""
+        plgpu.barrier_wait(self.shared["full"].at[cursor.slot])
+
+    def vectors(self, cursor: Cursor) -> list[Array]:
+        """Of the tile at the cursor, what goes by way of registers and is asked for before it can be put down."""
+        del cursor
+        return []
+
+    def fetched(self, cursor: Cursor, vectors: list[Array] | None = None) -> Cursor:
+        """Fetches the tile at the cursor, if there is one, of which `vectors` may be here already, and moves on."""
         there = cursor.segment <= self.walk.last
+        vectors = self.vectors(cursor) if vectors is None else vectors
         pl.when(there & (cursor.tile == cursor.first))(lambda: self._copy_queries(cursor))
-        pl.when(there)(lambda: self._copy_tile(cursor))
+        pl.when(there)(lambda: self._copy_tile(cursor, vectors))
         slot = following(cursor.slot, self.spec.config.stages)
         ahead = cursor.tile + 1
 
@@ -115,8 +129,9 @@ class Fetcher:
         if spec.alibi:
             copy(memory["slopes"].at[head], shared["slopes"].at[slot], full)
 
-    def _copy_tile(self, cursor: Cursor) -> None:
-        """Fetches the tile."""
+    def _copy_tile(self, cursor: Cursor, vectors: list[Array]) -> None:
+        """Fetches the tile, but for `vectors`."""
+        del vectors
         spec, memory, shared, copy = self.spec, self.memory, self.shared, plgpu.copy_gmem_to_smem
         (row, head), tile, size = self.walk.row_and_head(cursor.segment), spec.config.tile, spec.page_size
         kv_head = lax.div(head, spec.chunks)

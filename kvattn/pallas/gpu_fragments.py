@@ -40,16 +40,43 @@ RESTORED = plgpu.Layout.TILED(
 )
 
 
-def operand(codes: Array, wide: DTypeLike, interpreted: bool) -> Array:
-    """Eight-bit numbers [T, F], loaded as `BYTES`, in 16 bits as the matrix unit takes them: `WGMMA`, permuted."""
+def operand(codes: Array, wide: DTypeLike, interpreted: bool, target: Any = WGMMA) -> Array:
+    """Eight-bit numbers [T, F], loaded as `BYTES`, in 16 bits as a matrix unit takes them: as `target`, permuted."""
     if interpreted or codes.dtype != jnp.int8 or wide != jnp.float16:
         codes = codes.astype(wide)
-        return _permuted(codes) if interpreted else _cut(codes, BYTES, WGMMA, _operand_places)
+        return _permuted(codes) if interpreted else _cut(codes, BYTES, target, _places(target))
     # Shifted by 128 they are the last bits of float16 numbers from 1024 on.
-    return _widened(codes, jnp.float16, "xor.b32 word, $1, 0x80808080;", 0x64, 0x6480)
+    return _widened(codes, jnp.float16, "xor.b32 word, $1, 0x80808080;", 0x64, 0x6480, target)
 
 
-def nibbles(codes: Array, high: bool, bias: int, interpreted: bool) -> Array:
+def eight_bit_floats(codes: Array, interpreted: bool, target: Any = WGMMA) -> Array:
+    """`operand` of float8_e4m3fn by its bits: GPUs before 8.9 have no conversion.
+
+    The exponent of float16 is a bit longer, and counts from eight less. NaN becomes a number: where a token has one, so
+    has its scale.
+    """
+    if interpreted:
+        return operand(codes, jnp.float16, interpreted, target)
+    asms = [
+        f"""
+        {{
+        .reg .b32 number, sign, shifted, small, both, factor;
+        prmt.b32 number, $1, 0, {taken:#x};
+        and.b32 sign, number, 0x80008000;
+        shr.b32 shifted, number, 1;
+        and.b32 small, shifted, 0x3f803f80;
+        or.b32 both, small, sign;
+        mov.b32 factor, 0x5c005c00;
+        mul.f16x2 $0, both, factor;
+        }}
+        """
+        for taken in (0x1404, 0x3424)
+    ]
+    widen = lambda register: _carried_out(register, asms, jnp.float16)
+    return _relabelled(codes, jnp.float16, BYTES, target, widen, _places(target))
+
+
+def nibbles(codes: Array, high: bool, bias: int, interpreted: bool, target: Any = WGMMA) -> Array:
     """The low or the high four bits of int8 [T, F], plus `bias`, in bfloat16 as `operand` has eight.
 
     A bias of `CHEAPEST` costs least. Such numbers are as exact, but what they add up to is less so.
@@ -60,7 +87,7 @@ def nibbles(codes: Array, high: bool, bias: int, interpreted: bool) -> Array:
     shift = "shr.b32 shifted, $1, 4;\n" if high else "mov.b32 shifted, $1;\n"
     # They are the last bits of bfloat16 numbers from 128 on.
     taken = None if bias == CHEAPEST else 0x4300 - bias
-    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, taken)
+    return _widened(codes, jnp.bfloat16, f"{shift}and.b32 word, shifted, 0x0f0f0f0f;", 0x43, taken, target)
 
 
 def permuted_queries(x: Array, interpreted: bool) -> Array:
@@ -82,9 +109,11 @@ def _permuted(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, 4, 2, 2).swapaxes(2, 3).reshape(x.shape)
 
 
-def _operand_places(i: int, j: int, *rest: int) -> list[tuple[int, ...]]:
-    """Where the halves of the register at a place of `BYTES` are in `WGMMA`."""
-    return [(i, 2 * j + b, *rest) for b in (0, 1)]
+def _places(target: Any) -> Callable[..., list[tuple[int, ...]]]:
+    """Where the halves of the register at a place of `BYTES` are in `target`, `WGMMA` or the left operand of `mma`."""
+    if target == WGMMA:
+        return lambda i, j, *rest: [(i, 2 * j + b, *rest) for b in (0, 1)]
+    return lambda i, j, w, _, *rest: [(i, j, w, b, *rest) for b in (0, 1)]
 
 
 def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[int, ...]]]) -> Array:
@@ -99,7 +128,7 @@ def _cut(x: Array, layout: Any, target: Any, places: Callable[..., list[tuple[in
     return _relabelled(x, x.dtype, layout, target, lambda register: _halves(register), places)
 
 
-def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int | None) -> Array:
+def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int | None, target: Any) -> Array:
     """Bytes below a high one, less a bias if there is one: the GPU has no such conversion, the compiler's is long.
 
     Args:
@@ -108,15 +137,20 @@ def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int | N
         ready: makes "word", four bytes without sign, of four codes.
         high: the high byte of the numbers that they are the low bytes of.
         bias: the bits of the number to be taken from those.
+        target: the layout of the result.
     """
-    kind = {jnp.dtype(jnp.float16): "f16x2", jnp.dtype(jnp.bfloat16): "bf16x2"}[jnp.dtype(wide)]
     less = "mov.b32 $0, number;"
-    if bias is not None:
-        less = f"mov.b32 bias, {bias * 0x00010001:#x};\nsub.{kind} $0, number, bias;"
+    if bias is not None and jnp.dtype(wide) == jnp.bfloat16:  # before Hopper that comes off products only
+        less = (
+            f"mov.b32 one, 0x3f803f80;\nmov.b32 bias, {(bias | 0x8000) * 0x00010001:#x};\n"
+            f"fma.rn.bf16x2 $0, number, one, bias;"
+        )
+    elif bias is not None:
+        less = f"mov.b32 bias, {bias * 0x00010001:#x};\nsub.f16x2 $0, number, bias;"
     asms = [
         f"""
         {{
-        .reg .b32 shifted, word, number, bias;
+        .reg .b32 shifted, word, number, one, bias;
         {ready}
         prmt.b32 number, word, {high * 0x01010101:#x}, {taken:#x};
         {less}
@@ -124,7 +158,8 @@ def _widened(codes: Array, wide: DTypeLike, ready: str, high: int, bias: int | N
         """
         for taken in (0x4140, 0x4342)
     ]
-    return _relabelled(codes, wide, BYTES, WGMMA, lambda register: _carried_out(register, asms, wide), _operand_places)
+    widen = lambda register: _carried_out(register, asms, wide)
+    return _relabelled(codes, wide, BYTES, target, widen, _places(target))
 
 
 def _halves(register: Any) -> list[Any]:

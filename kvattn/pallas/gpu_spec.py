@@ -18,6 +18,10 @@ from kvattn.masks import Mask
 from kvattn.pallas.tuning import GpuConfig
 
 F32 = jnp.float32
+MOST_REGISTERS = 48
+"""That operands of `mma` take at a time."""
+SIZES = (128, 64, 32)
+"""Bytes of a row that can lie together in shared memory that is swizzled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Spec:
         want_scores: whether scores are wanted too.
         config: sizes to be tuned.
         programs: how many share the work.
+        unit: the matrix unit, "wgmma" or "mma".
+        by_threads: whether threads fetch tiles (`gpu_threads`), not the copy engine that GPUs have since Hopper.
         interpreted: whether JAX's interpreter runs it.
     """
 
@@ -106,6 +112,8 @@ class Spec:
     want_scores: bool
     config: GpuConfig
     programs: int
+    unit: str
+    by_threads: bool
     interpreted: bool
 
     @property
@@ -182,21 +190,72 @@ class Spec:
         return max(1, self.config.tile // self.page_size) if self.page_size else 1
 
     @property
+    def tile_rows(self) -> int:
+        """Slots of a tile that are copied at once: a page, a tile, or what threads can copy without leaving the row."""
+        tile = self.config.tile
+        if self.page_size:
+            return min(tile, self.page_size)
+        return math.gcd(tile, self.streams[0].shape[2]) if self.by_threads else tile
+
+    @property
+    def cut(self) -> int:
+        """Features of both operands of `mma`, a multiple of 16, that are in registers at a time."""
+        if self.unit == "wgmma":
+            return 128
+        registers = max(self.config.tile, self.padded) // 16 + self.cols // 4  # of 16 features
+        return next((count for count in (64, 32) if count // 16 * registers <= MOST_REGISTERS), 16)
+
+    @property
+    def key_run(self) -> int:
+        """Channels of keys that are decoded at a time."""
+        return self.cut if self.unit == "mma" and self.stream_step(self.streams[0]) else 128
+
+    @property
+    def value_run(self) -> int:
+        """Channels of values that are masked or decoded at a time: few, so that two programs have the registers."""
+        data = next(stream for stream in self.streams if stream.name == "v_data")
+        step = self.stream_step(data)
+        return step * max(1, 32 // step) if self.unit == "mma" and step else 128
+
+    @property
     def query_step(self) -> int:
         """Channels of the query in shared memory that a product may begin at."""
-        return self._step(self.key_features, 2)
+        return self._step(self.key_features, 2, self._sizes(2))
+
+    def _sizes(self, size: int) -> tuple[int, ...]:
+        """Those of `SIZES` that products of numbers of `size` bytes can be cut at."""
+        return tuple(s for s in SIZES if self.unit == "wgmma" or s <= self.cut * size)
+
+    @property
+    def value_step(self) -> int:
+        """Channels of values that were written once more which a run may begin at."""
+        return self._step(self.value_features, 2)
 
     def stream_step(self, stream: Stream) -> int:
         """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
         features = self.key_features if stream.name == "k_data" else self.value_features
-        return self._step(features, jnp.dtype(stream.dtype).itemsize)
+        size = jnp.dtype(stream.dtype).itemsize
+        sizes = self._sizes(size) if stream.name == "k_data" else SIZES[self.unit == "mma" :]
+        if self.by_threads:
+            sizes = tuple(s for s in sizes if s in copied(self.tile_rows, stream.features * size))
+        return self._step(features, size, sizes)
 
-    def _step(self, features: int, size: int) -> int:
-        """The most numbers of `size` bytes, in 128, 64 or 32 of them, that divide all that is addressed."""
+    def _step(self, features: int, size: int, sizes: tuple[int, ...] = SIZES) -> int:
+        """The most numbers of `size` bytes, in one of `sizes` of them, that divide all that is addressed."""
         cuts = [features]
         if self.format.is_grouped:
             cuts = [x for run in byte_runs(features, self.format.group_size) for x in run] + [-(-features // 2)]
-        return next((s // size for s in (128, 64, 32) if all(c * size % s == 0 for c in cuts)), 0)
+        return next((s // size for s in sizes if all(c * size % s == 0 for c in cuts)), 0)
+
+
+def copied(rows: int, width: int) -> tuple[int, ...]:
+    """Which of `SIZES` the threads of a warpgroup can copy [rows, width bytes] in.
+
+    Each of the four warps takes a whole number of blocks of 8 rows and so many bytes.
+    """
+    down = rows // 8
+    across = {size: width // size for size in SIZES if width % size == 0}
+    return tuple(s for s, n in across.items() if down % 4 == 0 or n % 4 == 0 or (down % 2 == 0 and n % 2 == 0))
 
 
 def byte_runs(features: int, group_size: int) -> list[tuple[int, int]]:
@@ -221,11 +280,11 @@ def scratch(spec: Spec) -> dict[str, Any]:
             found[stream.name] = plgpu.SMEM((stages, stream.features, tile), stream.dtype)
         else:
             found[stream.name] = swizzled((stages, tile, stream.features), stream.dtype, spec.stream_step(stream))
-    copies = sum(spec.pages for _ in spec.streams) + (not spec.in_order)
+    copies = 1 if spec.by_threads else sum(spec.pages for _ in spec.streams) + (not spec.in_order)
     vectors = (not spec.is_single) + spec.alibi
     found |= {
         "query": swizzled((1 if spec.prepares else stages, parts, cols, spec.key_features), spec.wide, spec.query_step),
-        "probs": swizzled((parts * len(spec.outputs), cols, tile), spec.wide, 64),
+        "probs": by_tokens(spec, parts * len(spec.outputs), cols),
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "query_full": plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=stages),
     }
@@ -233,8 +292,8 @@ def scratch(spec: Spec) -> dict[str, Any]:
         found["raw"] = plgpu.SMEM((stages, cols, spec.key_features), spec.raw)
     if spec.repacked:
         count = parts if spec.format.is_grouped and not spec.by_group else 1
-        found["values"] = swizzled((count, spec.padded, tile), spec.wide, 64)
-    if spec.decoded and spec.interpreted:
+        found["values"] = by_tokens(spec, count, spec.padded)
+    if spec.decoded and spec.interpreted and spec.unit == "wgmma":
         found["keys"] = swizzled((tile, spec.key_features), spec.wide, spec.query_step)
     if not spec.in_order:
         found["positions"] = plgpu.SMEM((stages, tile), jnp.int32)
@@ -247,6 +306,19 @@ def scratch(spec: Spec) -> dict[str, Any]:
     if spec.format.is_grouped:
         found["sums"] = plgpu.SMEM((len(spec.key_runs), spec.lanes), F32)
     return found
+
+
+def by_tokens(spec: Spec, count: int, columns: int) -> Any:
+    """Shared memory for matrices of probabilities or of values that are written once more.
+
+    `wgmma` reads tokens as columns, and Hopper can write a transposed matrix. `mma` reads them as rows.
+    """
+    tile = spec.config.tile
+    if spec.unit == "wgmma":
+        return swizzled((count, columns, tile), spec.wide, 64)
+    if columns != spec.padded:
+        return plgpu.SMEM((count, tile, columns), spec.wide)
+    return swizzled((count, tile, columns), spec.wide, spec.value_step)
 
 
 def shared_bytes(spec: Spec) -> int:

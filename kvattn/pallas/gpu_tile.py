@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from kvattn._typing import Array
-from kvattn.pallas.gpu_fragments import BYTES, CHEAPEST, nibbles, operand
+from kvattn.pallas import gpu_mma
+from kvattn.pallas.gpu_fragments import BYTES, CHEAPEST, eight_bit_floats, nibbles, operand
 from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
 
 WGMMA = plgpu.Layout.WGMMA
@@ -78,30 +79,24 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
 
     def product(left, first, count):
         """float32 [T, M]: numbers [T, count] times the query's from channel `first` on."""
-        if spec.decoded and spec.interpreted:
+        if spec.decoded and spec.interpreted and spec.unit == "wgmma":
             # The matrix unit takes its first operand from registers, the interpreter does not.
             shared["keys"].at[:, pl.ds(first, count)][...] = left
             left = shared["keys"].at[:, pl.ds(first, count)]
-
-        def accumulate(acc):
-            """Into [T, M]."""
-            for n in smallest_first(spec.parts):
-                plgpu.wgmma(acc, left, query.at[n, :, pl.ds(first, count)].T)
-            return acc[...]
-
-        return pl.run_scoped(accumulate, accumulator(shape, F32))
+        return summed(spec, shape, [(left, query.at[n, :, pl.ds(first, count)].T) for n in smallest_first(spec.parts)])
 
     if not spec.decoded:
         return product(keys, 0, spec.key_features)
+    left = gpu_mma.ROWS(spec.wide) if spec.unit == "mma" else WGMMA
     if not spec.format.is_grouped:
         total: Any = 0.0
-        for first, count in runs(spec.key_features):
-            total = total + product(widened(spec, keys, first, count), first, count)
+        for first, count in runs(spec.key_features, spec.key_run):
+            total = total + product(widened(spec, keys, first, count, left), first, count)
         return total * spread(load("k_scale", 0), shape, 0)
     total = 0.0
     # What is too much comes off exactly here, where it is multiplied by sums of the query, not by rounded weights.
     bias = CHEAPEST if spec.parts == 1 else -MIDDLE
-    for run in planes(spec, keys, spec.key_features, bias):
+    for run in planes(spec, keys, spec.key_features, bias, left):
         part = product(run.codes, run.start, run.count)
         scale, minimum = unpacked(load("k_scale", run.group), load("k_minimum", run.group), -run.bias)
         sums = shared["sums"].at[run.number, pl.ds(0, spec.cols)]
@@ -110,9 +105,28 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     return total
 
 
-def runs(features: int) -> list[tuple[int, int]]:
-    """Channels as (first, count) of eight-bit tokens that are decoded at a time: more do not stay in registers."""
-    return [(first, min(128, features - first)) for first in range(0, features, 128)]
+def summed(spec: Spec, shape: tuple[int, int], pairs: list[tuple[Any, Any]]) -> Array:
+    """The sum of products of left and right operands, float32 of `shape`, in that order."""
+    if spec.unit == "mma":
+        return gpu_mma.summed(spec, shape, pairs)
+
+    def accumulate(acc):
+        """Into float32 of `shape`."""
+        for left, right in pairs:
+            plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, accumulator(shape, F32))
+
+
+def by_tokens(spec: Spec, ref: Any) -> Any:
+    """A matrix that lies as `gpu_spec.by_tokens` says, with tokens as its rows."""
+    return ref if spec.unit == "mma" else ref.T
+
+
+def runs(features: int, most: int) -> list[tuple[int, int]]:
+    """Channels as (first, count) of tokens that are decoded at a time: more than `most` do not stay in registers."""
+    return [(first, min(most, features - first)) for first in range(0, features, most)]
 
 
 class Plane(NamedTuple):
@@ -154,19 +168,21 @@ def unpacked(scale: Array, minimum: Array, zero: int) -> tuple[Array, Array]:
     return step, read(minimum) + step * float(zero)
 
 
-def widened(spec: Spec, tile: Any, first: int, count: int) -> Array:
+def widened(spec: Spec, tile: Any, first: int, count: int, layout: Any = WGMMA) -> Array:
     """Eight-bit channels of a tile [T, F] in 16 bits [T, count], permuted as `gpu_fragments` has it."""
     codes = plgpu.load(tile.at[:, pl.ds(first, count)], layout=BYTES, optimized=False)
-    return operand(codes, spec.wide, spec.interpreted)
+    if spec.by_threads and codes.dtype == jnp.float8_e4m3fn:
+        return eight_bit_floats(codes, spec.interpreted, layout)
+    return operand(codes, spec.wide, spec.interpreted, layout)
 
 
-def planes(spec: Spec, tile: Any, features: int, bias: int = -MIDDLE) -> list[Plane]:
+def planes(spec: Spec, tile: Any, features: int, bias: int = -MIDDLE, layout: Any = WGMMA) -> list[Plane]:
     """The numbers of four-bit tokens int8 [T, F], plus `bias`."""
     found, width, size = [], -(-features // 2), spec.format.group_size
     for first, end in byte_runs(features, size):
         codes = plgpu.load(tile.at[:, pl.ds(first, end - first)], layout=BYTES, optimized=False)
         for start, high in ((first, False), (first + width, True)):
-            wide = nibbles(codes, high, bias, spec.interpreted)
+            wide = nibbles(codes, high, bias, spec.interpreted, layout)
             found.append(Plane(len(found), wide, start // size, start, bias))
     return found
 
@@ -183,18 +199,19 @@ def mix(
     if spec.by_group:
         values, mixed, low = shared["v_data"].at[slot], [], []
         load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-        runs = planes(spec, values, spec.value_features)
-        for i, run in enumerate(runs):
+        found = planes(spec, values, spec.value_features)
+        for i, run in enumerate(found):
             both = unpacked(load("v_scale", run.group), load("v_minimum", run.group), -run.bias)
             # Codes are finite whatever lies in empty slots.
             scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
             low.append(probs * minimum)
             for n, piece in enumerate(split(probs * scale, spec.wide, spec.parts)):
-                shared["probs"].at[i * spec.parts + n].T[...] = piece
-            shared["values"].at[0, pl.ds(run.start, run.count)].T[...] = run.codes
-        plgpu.commit_smem()
-        for i, run in enumerate(runs):
-            lefts = [shared["values"].at[0, pl.ds(run.start, run.count)]]
+                by_tokens(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
+            by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
+        if spec.unit == "wgmma":
+            plgpu.commit_smem()
+        for i, run in enumerate(found):
+            lefts = [by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
             mixed.append(weighted(spec, lefts, shared["probs"], i * spec.parts, run.count))
         return mixed, low
     values, back = shared["v_data"].at[slot], 1.0
@@ -215,34 +232,34 @@ def mix(
         # ... and now 2^14, far from the numbers that float16 rounds coarsely.
         probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
-        shared["probs"].at[n].T[...] = piece
+        by_tokens(spec, shared["probs"].at[n])[...] = piece
     if spec.repacked:
         repack(spec, shared, slot, filled, whole)
-        lefts = [shared["values"].at[n] for n in range(shared["values"].shape[0])]
+        lefts = [by_tokens(spec, shared["values"].at[n]).T for n in range(shared["values"].shape[0])]
     else:
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            loaded = plgpu.load(values, layout=WGMMA, optimized=False)
-            values[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
+            for first, count in runs(spec.value_features, spec.value_run if spec.unit == "mma" else 256):
+                some = values.at[:, pl.ds(first, count)]
+                loaded = plgpu.load(some, layout=WGMMA, optimized=False)
+                some[...] = jnp.where(spread(filled, loaded.shape, 0), loaded, jnp.zeros((), loaded.dtype))
 
         lefts = [values.T]
-    plgpu.commit_smem()
+    if spec.unit == "wgmma":
+        plgpu.commit_smem()
     mixed = weighted(spec, lefts, shared["probs"], 0, spec.padded)
     return [mixed if isinstance(back, float) and back == 1.0 else mixed * back], []
 
 
 def weighted(spec: Spec, lefts: list[Any], probs: Any, first: int, count: int) -> Array:
     """Values, in parts that sum up, times probabilities, whose parts begin at `first`; float32 [count, cols]."""
-
-    def accumulate(acc):
-        """Into [H, M]."""
-        for both in smallest_first(spec.parts):
-            for m, left in enumerate(lefts[: both + 1]):
-                plgpu.wgmma(acc, left, probs.at[first + both - m].T)
-        return acc[...]
-
-    return pl.run_scoped(accumulate, accumulator((count, spec.cols), F32))
+    pairs = [
+        (left, by_tokens(spec, probs.at[first + both - m]))
+        for both in smallest_first(spec.parts)
+        for m, left in enumerate(lefts[: both + 1])
+    ]
+    return summed(spec, (count, spec.cols), pairs)
 
 
 def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole: Array) -> None:
@@ -253,7 +270,7 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
     values, target = shared["v_data"].at[slot], shared["values"]
 
     def rewrite(masked: bool) -> None:
-        for first, count in runs(spec.value_features):
+        for first, count in runs(spec.value_features, spec.value_run):
             part = values.at[:, pl.ds(first, count)]
             if spec.decoded:
                 codes = widened(spec, values, first, count)
@@ -261,7 +278,7 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
                 codes = plgpu.load(part, layout=WGMMA, optimized=False)
             if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
-            target.at[0, pl.ds(first, count)].T[...] = codes
+            by_tokens(spec, target.at[0]).at[:, pl.ds(first, count)][...] = codes
 
     if jnp.issubdtype(values.dtype, jnp.integer) and not spec.format.is_grouped:
         rewrite(False)  # integers are finite, and the scales of empty slots are 0
@@ -276,4 +293,4 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
             numbers = run.codes.astype(F32)
             numbers = numbers * spread(scale, numbers.shape, 0) + spread(minimum, numbers.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
-                target.at[n, pl.ds(run.start, run.count)].T[...] = piece
+                by_tokens(spec, target.at[n]).at[:, pl.ds(run.start, run.count)][...] = piece

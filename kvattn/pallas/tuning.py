@@ -36,6 +36,8 @@ class GpuConfig:
         tile: tokens of one step of the computation, a multiple of 64.
         stages: tiles in flight per program, >= 2.
         blocks_per_sm: programs per multiprocessor.
+        unit: which matrix unit takes the products, "wgmma" (Hopper's alone) or "mma" (of every GPU since Ampere). None:
+            the better one that the device has.
 
     Raises:
         ConfigError: sizes out of range.
@@ -44,8 +46,11 @@ class GpuConfig:
     tile: int = 64
     stages: int = 3
     blocks_per_sm: int = 2
+    unit: str | None = None
 
     def __post_init__(self):
+        if self.unit not in (None, "wgmma", "mma"):
+            raise ConfigError(f"unit must be None, 'wgmma' or 'mma', got {self.unit!r}.")
         if self.tile < 64 or self.tile % 64 or self.stages < 2 or self.blocks_per_sm < 1:
             raise ConfigError(f"tile must be a multiple of 64, stages >= 2, blocks_per_sm >= 1; got {self}.")
 
