@@ -65,7 +65,7 @@ mutants: $(VENV)/.dev
 $(VENV)/.aot: pyproject.toml $(VENV)/.demo
 	$(PIP) install --quiet --group aot
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-	$(PIP) install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm
+	$(PIP) install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm
 	@touch $@
 
 kernels-aot: $(VENV)/.aot
