@@ -880,7 +880,7 @@ def test_values_are_masked_where_tiles_are_not_whole(size, codec, monkeypatch):
     """Values that are written once more are masked on the edges only: an edge said to be whole lets NaN in."""
     request = request_for(filled([100, 0, 37], 104, 1, size, dtype=BF16, codec=codec), 2, dtype=BF16)
     check(request)
-    for module, name in ((gpu_decode, "survey"), (gpu_walk, "in_order")):
+    for module, name in ((gpu_decode, "survey"), (shares, "in_order")):
         rows_of = getattr(shares, name)
         every = lambda *a: dataclasses.replace(rows := rows_of(*a), run=rows.run * 0, run_end=rows.run_end + 9)  # noqa: B023
         looked_at = dataclasses.replace(request, view=dataclasses.replace(request.view, in_order=name == "in_order"))
@@ -895,9 +895,11 @@ def test_planted_faults(monkeypatch):
     cache = filled([200, 0, 101], 200, 2, 64, dtype=BF16)
     request = request_for(cache, 4, dtype=F32)
 
+    in_order = shares.in_order
+
     def rows_with(**changes):
         def faulty(*args):
-            rows = shares.in_order(*args)
+            rows = in_order(*args)
             return dataclasses.replace(rows, **{n: f(getattr(rows, n)) for n, f in changes.items()})
 
         return faulty
@@ -908,8 +910,8 @@ def test_planted_faults(monkeypatch):
 
     column_of = gpu_merge.column_of
     for target, name, fault in (
-        (gpu_walk, "in_order", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
-        (gpu_walk, "in_order", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
+        (shares, "in_order", rows_with(run_end=lambda x: x + 9, run=lambda x: x * 0)),
+        (shares, "in_order", rows_with(count=lambda x: jnp.maximum(x - 1, 0))),
         (gpu_merge, "column_of", another_column),
         (gpu_walk.Segment, "is_last", gpu_walk.Segment.is_first),
         (gpu_tile, "split", lambda x, dtype, parts: [x.astype(dtype)] * parts),

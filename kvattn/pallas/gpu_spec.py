@@ -18,6 +18,8 @@ from kvattn.masks import Mask
 from kvattn.pallas.tuning import GpuConfig
 
 F32 = jnp.float32
+THREADS = 128
+"""Of a program."""
 MOST_REGISTERS = 48
 """That operands of `mma` take at a time."""
 SIZES = (128, 64, 32)
@@ -168,6 +170,12 @@ class Spec:
         return self.decoded or self.padded != self.value_features
 
     @property
+    def unpacks_once(self) -> bool:
+        """Whether each scale and minimum of four-bit tokens is unpacked by one thread, for all that need it."""
+        groups = {s.features for s in self.streams if s.name.endswith("_scale")}
+        return self.format.is_grouped and all(n * self.config.tile % THREADS == 0 for n in groups)
+
+    @property
     def by_group(self) -> bool:
         """Whether values are added up group by group: scales go into probabilities, minima into sums."""
         return self.format.is_grouped and all(
@@ -303,6 +311,11 @@ def scratch(spec: Spec) -> dict[str, Any]:
         found["factor"] = plgpu.SMEM((spec.lanes,), F32)
     if spec.alibi:
         found["slopes"] = plgpu.SMEM((stages, spec.lanes), F32)
+    if spec.unpacks_once:
+        for stream in spec.streams:
+            if stream.name.endswith("_scale"):
+                shape = (2, stream.features, tile)
+                found[stream.name.replace("_scale", "_pair")] = plgpu.SMEM(shape, F32)
     if spec.format.is_grouped:
         found["sums"] = plgpu.SMEM((len(spec.key_runs), spec.lanes), F32)
     return found

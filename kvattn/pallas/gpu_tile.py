@@ -1,5 +1,7 @@
 """The two products of `"mosaic_gpu"` over one tile: keys times queries, values times probabilities."""
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -11,7 +13,7 @@ from jax.typing import DTypeLike
 from kvattn._typing import Array
 from kvattn.pallas import gpu_mma
 from kvattn.pallas.gpu_fragments import BYTES, CHEAPEST, eight_bit_floats, nibbles, operand
-from kvattn.pallas.gpu_spec import F32, Spec, byte_runs
+from kvattn.pallas.gpu_spec import F32, THREADS, Spec, byte_runs
 
 WGMMA = plgpu.Layout.WGMMA
 COLUMNS = WGMMA.reduce(0)
@@ -96,9 +98,10 @@ def products(spec: Spec, shared: dict[str, Any], slot: Array, at_slot: Array) ->
     total = 0.0
     # What is too much comes off exactly here, where it is multiplied by sums of the query, not by rounded weights.
     bias = CHEAPEST if spec.parts == 1 else -MIDDLE
+    pair = pairs(spec, shared, slot, "k", -bias)
     for run in planes(spec, keys, spec.key_features, bias, left):
         part = product(run.codes, run.start, run.count)
-        scale, minimum = unpacked(load("k_scale", run.group), load("k_minimum", run.group), -run.bias)
+        scale, minimum = pair(run.group)
         sums = shared["sums"].at[run.number, pl.ds(0, spec.cols)]
         sums = plgpu.load(sums, layout=COLUMNS, optimized=False)
         total = total + part * spread(scale, shape, 0) + spread(sums, shape) * spread(minimum, shape, 0)
@@ -152,6 +155,25 @@ class Plane(NamedTuple):
         return self.codes.shape[1]
 
 
+def pairs(
+    spec: Spec, shared: dict[str, Any], slot: Array, role: str, zero: int
+) -> Callable[[int], tuple[Array, Array]]:
+    """What gives, of each group of "k" or "v", scale and the number of code `zero` [T] (`unpacked`).
+
+    Four threads share a token. Where the tokens of all groups go round, each is unpacked by one of them.
+    """
+    names = [f"{role}_{name}" for name in ("scale", "minimum")]
+    if not spec.unpacks_once:
+        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+        return lambda group: unpacked(load(names[0], group), load(names[1], group), zero)
+    buffer = shared[f"{role}_pair"]
+    layout = plgpu.Layout.WG_STRIDED(buffer.shape[1:], vec_size=math.prod(buffer.shape[1:]) // THREADS)
+    packed = (plgpu.load(shared[name].at[slot], layout=layout, optimized=False) for name in names)
+    for n, x in enumerate(unpacked(*packed, zero)):
+        store(buffer.at[n], x)
+    return lambda group: tuple(plgpu.load(buffer.at[n, group], layout=TOKENS, optimized=False) for n in (0, 1))
+
+
 def unpacked(scale: Array, minimum: Array, zero: int) -> tuple[Array, Array]:
     """Scale and the number of code `zero` [T], from what `kvattn.codecs.grouped.pack_pair` makes of scale and minimum.
 
@@ -198,10 +220,9 @@ def mix(
     shape, filled = probs.shape, kv_at >= 0
     if spec.by_group:
         values, mixed, low = shared["v_data"].at[slot], [], []
-        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
-        found = planes(spec, values, spec.value_features)
+        pair, found = pairs(spec, shared, slot, "v", MIDDLE), planes(spec, values, spec.value_features)
         for i, run in enumerate(found):
-            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group), -run.bias)
+            both = pair(run.group)
             # Codes are finite whatever lies in empty slots.
             scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
             low.append(probs * minimum)
@@ -286,9 +307,9 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
         pl.when(whole)(lambda: rewrite(False))
         pl.when(jnp.logical_not(whole))(lambda: rewrite(True))
     else:
-        load = lambda name, group: plgpu.load(shared[name].at[slot, group], layout=TOKENS, optimized=False)
+        pair = pairs(spec, shared, slot, "v", MIDDLE)
         for run in planes(spec, values, spec.value_features):
-            both = unpacked(load("v_scale", run.group), load("v_minimum", run.group), -run.bias)
+            both = pair(run.group)
             scale, minimum = (jnp.where(filled, x, 0.0) for x in both)
             numbers = run.codes.astype(F32)
             numbers = numbers * spread(scale, numbers.shape, 0) + spread(minimum, numbers.shape, 0)

@@ -1157,6 +1157,7 @@ FAULTS: list[Fault] = [
         ("planes", "start // size", "first // size"),
         ("repack", "spread(minimum, numbers.shape, 0)", "spread(scale, numbers.shape, 0)"),
         ("unpacked", "step * float(zero)", "step"),
+        ("pairs", "store(buffer.at[n], x)", "store(buffer.at[0], x)"),
         (
             "split",
             "x = x - piece.astype(F32)",
