@@ -160,7 +160,7 @@ def pairs(
 ) -> Callable[[int], tuple[Array, Array]]:
     """What gives, of each group of "k" or "v", scale and the number of code `zero` [T] (`unpacked`).
 
-    Four threads share a token. Where the tokens of all groups go round, each is unpacked by one of them.
+    Four threads share a token. Where there are tokens and groups enough for all threads, each pair is unpacked by one.
     """
     names = [f"{role}_{name}" for name in ("scale", "minimum")]
     if not spec.unpacks_once:
@@ -168,10 +168,11 @@ def pairs(
         return lambda group: unpacked(load(names[0], group), load(names[1], group), zero)
     buffer = shared[f"{role}_pair"]
     layout = plgpu.Layout.WG_STRIDED(buffer.shape[1:], vec_size=math.prod(buffer.shape[1:]) // THREADS)
-    packed = (plgpu.load(shared[name].at[slot], layout=layout, optimized=False) for name in names)
-    for n, x in enumerate(unpacked(*packed, zero)):
+    scale, minimum = (plgpu.load(shared[name].at[slot], layout=layout, optimized=False) for name in names)
+    for n, x in enumerate(unpacked(scale, minimum, zero)):
         store(buffer.at[n], x)
-    return lambda group: tuple(plgpu.load(buffer.at[n, group], layout=TOKENS, optimized=False) for n in (0, 1))
+    read = lambda n, group: plgpu.load(buffer.at[n, group], layout=TOKENS, optimized=False)
+    return lambda group: (read(0, group), read(1, group))
 
 
 def unpacked(scale: Array, minimum: Array, zero: int) -> tuple[Array, Array]:
