@@ -1,4 +1,4 @@
-"""The suite of `on_device.py` for a Hopper GPU: values of the decode kernel, its times, its peers, its sizes.
+"""The suite of `on_device.py` for a GPU: values of the decode kernel, its times, its peers, its sizes.
 
 `options["mode"]`: "device"; "interpret" looks at the values of everything in miniature on a CPU, in JAX's interpreter;
 "lower" lowers every program for a GPU at its full size, on a CPU.
@@ -90,12 +90,13 @@ def warm(options: dict[str, Any]) -> dict[str, Any]:
         device = jax.local_devices()[0]
     except RuntimeError as error:
         raise UnfitError(f"JAX finds no device: {str(error).splitlines()[0]}") from error
-    capability = str(getattr(device, "compute_capability", ""))
-    if options["mode"] == "device" and (device.platform != "gpu" or capability != "9.0"):
-        raise UnfitError(
-            f"values and times need a Hopper GPU (compute capability 9.0); the default device here is "
-            f"{device.device_kind!r}{f' of {capability}' if capability else ''}. --dry-run and --build run without one."
-        )
+    if options["mode"] == "device":
+        why = "is no GPU" if device.platform != "gpu" else gpu_work.gpu_decode.device_refusal()
+        if why is not None:
+            raise UnfitError(
+                "values and times need a GPU that the kernel takes; the default device here is "
+                f"{device.device_kind!r}: {why}. --dry-run and --build run without one."
+            )
     if options.get("table"):
         gpu_work.tuning.use(options["table"])
     gpu_work.jnp.zeros(8).block_until_ready()
