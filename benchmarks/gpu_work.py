@@ -200,12 +200,13 @@ def append(store: str, place: str, mode: str) -> dict[str, Any]:
             return {"note": "XLA appends on this GPU"}
         if mode == "lower":
             make = lambda: append_cases.both(
-                append_cases.filled(policy, codec, dtype, page_size, slots), *append_cases.tokens(64, given)
+                append_cases.filled(policy, codec, dtype, page_size, slots),
+                *append_cases.tokens(64, given, codec=codec),
             )
             return lowered(make)
         cache = append_cases.filled(policy, codec, dtype, page_size, slots)
         for seed in range(3):
-            ours, theirs = append_cases.both(cache, *append_cases.tokens(64, given, seed))
+            ours, theirs = append_cases.both(cache, *append_cases.tokens(64, given, seed, codec))
             for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
                 try:
                     oracles.assert_same_bits(a, b, jax.tree_util.keystr(path))

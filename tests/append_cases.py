@@ -36,22 +36,31 @@ PLACES = {
 LENGTHS = [0, 1, 7, 8, 23, 24, 19, 20, 16]
 
 
+def heads_of(codec):
+    """Key/value heads: as few as the kernel encodes."""
+    return 8 if isinstance(codec, kvattn.Int4) else K
+
+
 def made(policy, codec, dtype, page_size, slots, size, columns=0):
     """A cache of B rows with nothing but poison in its slots; row r of pages has those that r names, and -1 behind."""
-    settings = {"policy": policy, "codec": codec, "dtype": dtype}
+    settings, heads = {"policy": policy, "codec": codec, "dtype": dtype}, heads_of(codec)
     if page_size:
         width = columns or -(-slots // page_size)
-        cache = kvattn.PagedKVCache.create(B * width + 2, page_size, K, size, batch_size=B, max_pages=width, **settings)
+        cache = kvattn.PagedKVCache.create(
+            B * width + 2, page_size, heads, size, batch_size=B, max_pages=width, **settings
+        )
         table = np.random.default_rng(0).permutation(B * width + 2)[: B * width].reshape(B, width)
         cache = cache.with_tables(table, [0] * B)
     else:
-        cache = kvattn.KVCache.create(B, K, size, capacity=slots, layout=Layout(slots, slots + 8, False), **settings)
+        cache = kvattn.KVCache.create(
+            B, heads, size, capacity=slots, layout=Layout(slots, slots + 8, False), **settings
+        )
     return cache.replace(keys=jax.tree.map(worst, cache.keys), values=jax.tree.map(worst, cache.values))
 
 
-def tokens(size, dtype, seed=0):
+def tokens(size, dtype, seed=0, codec=None):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(B, 1, K, size)), dtype) for _ in range(2)]
+    return [jnp.asarray(rng.normal(size=(B, 1, heads_of(codec), size)), dtype) for _ in range(2)]
 
 
 def filled(policy, codec, dtype, page_size, slots):
@@ -66,7 +75,7 @@ def filled(policy, codec, dtype, page_size, slots):
 @jax.jit
 def both(cache, key, value, num_new=None):
     """What the kernel makes of a cache, and what XLA does."""
-    query = jnp.zeros((key.shape[0], 1, K, key.shape[-1]), BF16)
+    query = jnp.zeros((key.shape[0], 1, key.shape[2], key.shape[-1]), BF16)
     nothing = ("rope", "window", "chunk", "scale", "softcap", "sinks", "alibi_slopes", "relative_bias", "temperature")
     rules = {**dict.fromkeys((*nothing, "token_ids"))}
     _, new, _, vouched = prepared(

@@ -58,7 +58,7 @@ def test_what_xla_writes(store, place):
     """Rows that get nothing, counts that are impossible, tokens that cannot be encoded, or are all zeros."""
     codec, dtype, given = STORES[store]
     cache = filled(*PLACES[place][:1], codec, dtype, *PLACES[place][1:])
-    key, value = tokens(64, given)
+    key, value = tokens(64, given, codec=codec)
     key = key.at[2, 0, 1, 3].set(jnp.nan).at[4, 0, 0].set(0).at[7, 0, 1].set(1e-30)
     value = value.at[3, 0, 0, 63].set(jnp.inf).at[1].set(jnp.nan).at[8, 0, 0, 9].set(3e4)
     after = check(cache, key, value, jnp.asarray([1, 0, 1, 1, 1, 1, 2, -1, 1], jnp.int32))
@@ -209,9 +209,9 @@ def test_derivatives_and_rows_mapped_over(codec, attends_by_xla):
 def test_what_it_leaves_to_xla(attends_by_xla):
     """Policies that remember something, several tokens, codecs that it does not encode, rows that read together."""
 
-    def writes(length=1, dtype=BF16, key_dtype=None, **settings):
-        cache = kvattn.KVCache.create(2, K, 64, layout=Layout(16, 16, False), dtype=dtype, **settings)
-        new = [jnp.ones((2, length, n, 64), key_dtype or dtype) for n in (4, K, K)]
+    def writes(length=1, dtype=BF16, key_dtype=None, heads=K, **settings):
+        cache = kvattn.KVCache.create(2, heads, 64, layout=Layout(16, 16, False), dtype=dtype, **settings)
+        new = [jnp.ones((2, length, n, 64), key_dtype or dtype) for n in (2 * heads, heads, heads)]
         step = lambda *args: kvattn.cached_attention(*args, implementation=("mosaic_gpu", "xla"))
         return "kvattn_gpu_append" in str(jax.make_jaxpr(step)(*new, cache))
 
@@ -219,7 +219,8 @@ def test_what_it_leaves_to_xla(attends_by_xla):
     assert not writes(policy=kvattn.StreamingLLM(4, 12))
     assert not writes(policy=kvattn.H2O(8, 7))
     assert not writes(2, capacity=16)
-    assert writes(capacity=16, codec=kvattn.Int4()) and not writes(capacity=16, codec=kvattn.Int4(4))
+    assert writes(capacity=16, codec=kvattn.Int4(), heads=8)
+    assert not writes(capacity=16, codec=kvattn.Int4(4), heads=8) and not writes(capacity=16, codec=kvattn.Int4())
     assert not writes(capacity=16, dtype=F32) and not writes(capacity=16, key_dtype=F32)
     cache = kvattn.PagedKVCache.create(6, 8, K, 64, batch_size=2, max_pages=3)
     cache = cache.with_tables([[0, 1, 2], [0, 1, 3]], [17, 18], shared=[([[0, 1]], [0], [2])])

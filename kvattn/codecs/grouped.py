@@ -46,7 +46,10 @@ def quantise(
     padding = [(0, 0)] * (x.ndim - 1) + [(0, count * size - features)]
     groups = jnp.pad(x, padding, mode="edge").reshape(*x.shape[:-1], count, size)
     top = 2**bits - 1
-    scale, minimum = pack_pair(jnp.min(groups, axis=-1), jnp.max(groups, axis=-1), top)
+    # Asked for by itself: on CPUs XLA's smallest and largest numbers may pass over NaN.
+    finite = jnp.all(jnp.isfinite(groups), axis=-1)
+    low = jnp.where(finite, jnp.min(groups, axis=-1), np.float32(np.nan))
+    scale, minimum = pack_pair(low, jnp.max(groups, axis=-1), top)
     step, low = steps(scale, minimum)
     codes = codes_of(groups, step[..., None], low[..., None], top).astype(jnp.uint8)
     return codes.reshape(*x.shape[:-1], count * size)[..., :features], scale, minimum

@@ -14,7 +14,10 @@ SMALLEST = np.finfo(np.float32).tiny
 
 def scale_for(x: Float[Array, "*shape H"], top: float) -> Float32[Array, "*shape 1"]:
     """max|x| / top over the last axis. Never 0; NaN where x is not finite."""
-    return scale_of(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True), top)
+    size = jnp.abs(x.astype(jnp.float32))
+    # NaN is infinite here: on CPUs XLA's largest number may pass over it.
+    size = jnp.where(size <= np.finfo(np.float32).max, size, np.float32(np.inf))
+    return scale_of(jnp.max(size, axis=-1, keepdims=True), top)
 
 
 def scale_of(largest: Float32[Array, "*shape"], top: float) -> Float32[Array, "*shape"]:

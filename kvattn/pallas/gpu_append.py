@@ -26,7 +26,6 @@ from kvattn.cache.pages import Pages
 from kvattn.masks import EMPTY
 from kvattn.pallas import gpu_decode, gpu_ways
 from kvattn.pallas.gpu_encode import COLUMNS_AT_ONCE, TILE, Codes, encoded, is_known, uneven_cuts
-from kvattn.pallas.gpu_tile import COLUMNS
 from kvattn.pallas.interpreter import interpreted
 
 LANES = 128
@@ -34,6 +33,12 @@ LANES = 128
 BYTES = 16
 """Of a copy, or a multiple."""
 MOST_FEATURES = 256
+ROWS_AT_ONCE = 8
+"""Heads of codes whose channels are looked at in parts."""
+TABLE = plgpu.Layout.TILED(
+    plgpu.Tiling(((8,), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
+)
+"""Of the entries of a small table, one at a time: a row of the table may begin at any of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,10 @@ def unsupported(new: NewTokens, cache: Cache) -> str | None:
         return f"it does not encode {cache.codec}"
     if form.is_grouped and (cuts := uneven_cuts(form, cache.key_head_dim, cache.value_head_dim)):
         return f"groups of {form.group_size} channels are cut at {cuts}, no multiples of {COLUMNS_AT_ONCE}"
+    if form.is_grouped and cache.num_kv_heads % ROWS_AT_ONCE:
+        # What arrives for fewer lies in tiles of fewer rows, whose second half Mosaic looks for where the copy engine
+        # has not put it.
+        return f"it encodes {cache.codec} of key/value heads by eights, here are {cache.num_kv_heads}"
     for x, array in ((new.key, cache.keys["data"]), (new.value, cache.values["data"])):
         assert x is not None
         if form.is_plain and (x.dtype != array.dtype or jnp.dtype(x.dtype).itemsize != 2):
@@ -301,7 +310,7 @@ def _outside(spec: Spec, table: Any, row: Array, first: Array, end: Array) -> Ar
         for column in range(spec.columns):
             found |= wrong(table[start + column], jnp.int32(column))
         return found
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=1) if size == LANES else COLUMNS
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=1) if size == LANES else TABLE
     lane = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
     nothing = plgpu.layout_cast(jnp.full((size,), 0, jnp.int32), layout)
 
