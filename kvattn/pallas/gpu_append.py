@@ -287,7 +287,7 @@ def admitted(spec: Spec, length: Array, given: Array, outside: Any) -> Admitted:
     unknown = jnp.bool_(False)
     if spec.columns:
         end = jnp.where(length >= slots, slots, length + count)
-        first = jnp.zeros_like(length) if spec.turns else spec.first_needed(length)
+        first = length * 0 if spec.turns else spec.first_needed(length)
         end_column = lax.div(end + (spec.page_size - 1), spec.page_size)
         unknown = (first < end) & outside(lax.div(first, spec.page_size), end_column)
         count = jnp.where(unknown, 0, count)

@@ -7,7 +7,6 @@ too small for that, positions, scales and queries, goes by way of registers.
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -103,7 +102,8 @@ class ThreadFetcher(Fetcher):
         row, head = self._row_and_head(cursor)
         start = self._start(cursor)
         if spec.page_size:
-            inside = lax.rem(start, spec.page_size) if spec.page_size > rows else jnp.int32(0)
+            # No constant: Mosaic slices a reference by values.
+            inside = lax.rem(start, spec.page_size) if spec.page_size > rows else start * 0
             return array.at[head, cursor.pages[n]], inside
         # The last tile may be longer than the cache; what is read twice has no position there.
         last = stream.shape[3 if stream.tokens_last else 2] - rows

@@ -87,10 +87,11 @@ def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Arra
         end = jnp.minimum(end, at + 1)
     if mask.end is not None:
         end = jnp.minimum(end, mask.end)
-    begin = jnp.zeros_like(end) + mask.begin
+    nothing = end * 0  # `zeros_like` cannot be lowered in a kernel under an Explicit mesh
+    begin = nothing + mask.begin
     if mask.reach is not None:
         begin = jnp.maximum(begin, at - (mask.reach - 1))
-    hole, near = jnp.zeros_like(end), begin
+    hole, near = nothing, begin
     if mask.window is not None:
         near = jnp.maximum(begin, at - (mask.window - 1))
         if mask.num_sinks:
@@ -141,9 +142,7 @@ def turned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: I
     front = wraps & (lax.div(rest, tile) >= whole_end - whole)
     every = number == ring
     run = jnp.where(front | every, 0, whole)
-    run_end = jnp.where(
-        every, lax.div(jnp.zeros_like(end) + ring, tile), jnp.where(front, lax.div(rest, tile), whole_end)
-    )
+    run_end = jnp.where(every, lax.div(end * 0 + ring, tile), jnp.where(front, lax.div(rest, tile), whole_end))
     return Rows(hole + behind - after, hole, after, run, run_end)
 
 
