@@ -228,3 +228,9 @@ def test_what_it_leaves_to_xla(attends_by_xla):
     step = lambda *args: kvattn.cached_attention(*args, implementation=("mosaic_gpu", "xla"))
     assert "kvattn_gpu_append" not in str(jax.make_jaxpr(step)(*new, cache))
     assert "kvattn_gpu_append" in str(jax.make_jaxpr(step)(*new, cache.replace(shared=None)))
+
+
+def test_small_tables_are_read_one_entry_at_a_time():
+    """A row of a table begins at any entry, and a GPU loads two from an address for two only. No interpreter looks."""
+    layout = gpu_append.TABLE.to_mgpu()
+    assert layout.vector_length == 1 and layout.registers_shape((24,)) == (3, 1, 1)

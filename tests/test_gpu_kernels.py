@@ -487,6 +487,21 @@ def test_lowered_for_a_gpu(size, codec, query, new, capability):
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
 
 
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_steps_are_lowered_under_an_explicit_mesh(capability):
+    """A whole step in pages: with the append where there is a copy engine, with tiles that threads copy elsewhere."""
+    cache = made(64, 1, 64, codec=kvattn.Int8(), dtype=BF16, page_size=32)
+    new = [jnp.ones((B, 1, n, 64), BF16) for n in (2, 1, 1)]
+    step = functools.partial(kvattn.cached_attention, implementation="mosaic_gpu")
+    token = interpreter._INTERPRETED.set(False)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh_of(Gpu("one", 108, "gpu", capability), AxisType.Explicit)):
+            lowered = jax.jit(step).trace(*new, cache).lower(lowering_platforms=("cuda",))
+    finally:
+        interpreter._INTERPRETED.reset(token)
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == {"8.0": 2, "9.0": 3}[capability]
+
+
 def test_lengths_are_no_new_program():
     traces = []
 
@@ -536,8 +551,8 @@ class Gpu(jax.sharding.AbstractDevice):
     compute_capability: str
 
 
-def mesh_of(device):
-    return jax.sharding.AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
+def mesh_of(device, kind=AxisType.Auto):
+    return jax.sharding.AbstractMesh((1,), ("one",), axis_types=(kind,), abstract_device=device)
 
 
 @pytest.mark.parametrize(
