@@ -188,7 +188,9 @@ def config_for(request: Request) -> GpuConfig:
     # do not fit or leave programs idle. Two programs of 128 threads have registers enough whatever they need, 256 for
     # each thread; three have 168. Measured on an H200 (benchmarks/results/on_device-nvidia_h200-2026-11-27).
     is_worked_on = spec.decoded and spec.parts == 1 and spec.cols * spec.padded <= 8 * 128
-    choices = [GpuConfig(64, n, b) for b in ((3, 2, 1) if is_worked_on else (2, 1)) for n in range(6, 1, -1)]
+    # `mma` needs more of them where values of four bits are decoded group by group.
+    third = is_worked_on and not (spec.unit == "mma" and spec.format.is_grouped and not spec.by_group)
+    choices = [GpuConfig(64, n, b) for b in ((3, 2, 1) if third else (2, 1)) for n in range(6, 1, -1)]
     if is_worked_on and spec.batch * spec.heads * spec.slots >= 2 * 128 * 2 * _multiprocessors():
         choices = [GpuConfig(128, n, 2) for n in (3, 2)] + choices
     return next((c for c in choices if fits(request, c)), choices[-1])
