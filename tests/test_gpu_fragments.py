@@ -17,6 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from kvattn.pallas import gpu_fragments
 from kvattn.pallas.gpu_fragments import BYTES, PERMUTED, QUERIES, RESTORED, WGMMA
 
+pytestmark = pytest.mark.wrong_types  # stand-ins for the kernel's own values
 WARPS, LANES = 4, 32
 
 

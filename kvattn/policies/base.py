@@ -18,7 +18,7 @@ import math
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int32, PyTree
+from jaxtyping import Bool, Float, Int, Int32, PyTree
 
 from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
@@ -223,7 +223,7 @@ class Policy:
             return held | ((slot >= first) & (slot < first + step.num_new[:, None]))
         return held | taken(self.place(state, step), step.num_slots)
 
-    def first_needed(self, lengths: Lengths) -> Lengths:
+    def first_needed(self, lengths: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The first slot whose token the next one sees, of policies that are `in_order`; in kernels too.
 
         Those whose `positions` leave out tokens, so that pages of these may be gone, say it here as well.

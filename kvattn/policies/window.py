@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from kvattn import _checks
 from kvattn._typing import Array, Lengths, Rows
@@ -102,7 +102,7 @@ class OrderedWindow(Policy):
         """Causal, within the window."""
         return Mask(window=self._counted)
 
-    def first_needed(self, lengths: Lengths) -> Lengths:
+    def first_needed(self, lengths: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The first that the next token sees: with it they are a window."""
         return jnp.maximum(lengths - (self._counted - 1), 0)
 
