@@ -1,6 +1,7 @@
 """`"mosaic_gpu"`: decoding on GPUs, a fixed number of programs that share out the tiles which hold something.
 
-Each program is one warpgroup, which computes while its next tiles are on their way by TMA into a ring in shared memory.
+Each program is one warpgroup, which computes while its next tiles are on their way into a ring in shared memory: by the
+copy engine (TMA, `gpu_fetch`), or by its own threads before Hopper (`gpu_threads`); `gpu_ways` says which.
 Tokens are the long side of both products ("swap AB"): scores are [tile, M] and outputs [H, M], M the new tokens times
 the query heads of a group, rounded up to 8 only. A program writes one partial state per row and head that it met;
 `gpu_merge` merges them.

@@ -122,7 +122,7 @@ def summed(spec: Spec, shape: tuple[int, int], pairs: list[tuple[Any, Any]]) -> 
     return pl.run_scoped(accumulate, accumulator(shape, F32))
 
 
-def by_tokens(spec: Spec, ref: Any) -> Any:
+def tokens_as_rows(spec: Spec, ref: Any) -> Any:
     """A matrix that lies as `gpu_spec.by_tokens` says, with tokens as its rows."""
     return ref if spec.unit == "mma" else ref.T
 
@@ -228,12 +228,12 @@ def mix(
             scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
             low.append(probs * minimum)
             for n, piece in enumerate(split(probs * scale, spec.wide, spec.parts)):
-                by_tokens(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
-            by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
+                tokens_as_rows(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
+            tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
         if spec.unit == "wgmma":
             plgpu.commit_smem()
         for i, run in enumerate(found):
-            lefts = [by_tokens(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
+            lefts = [tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
             mixed.append(weighted(spec, lefts, shared["probs"], i * spec.parts, run.count))
         return mixed, low
     values, back = shared["v_data"].at[slot], 1.0
@@ -254,10 +254,10 @@ def mix(
         # ... and now 2^14, far from the numbers that float16 rounds coarsely.
         probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
-        by_tokens(spec, shared["probs"].at[n])[...] = piece
+        tokens_as_rows(spec, shared["probs"].at[n])[...] = piece
     if spec.repacked:
         repack(spec, shared, slot, filled, whole)
-        lefts = [by_tokens(spec, shared["values"].at[n]).T for n in range(shared["values"].shape[0])]
+        lefts = [tokens_as_rows(spec, shared["values"].at[n]).T for n in range(shared["values"].shape[0])]
     else:
 
         @pl.when(jnp.logical_not(whole))
@@ -277,7 +277,7 @@ def mix(
 def weighted(spec: Spec, lefts: list[Any], probs: Any, first: int, count: int) -> Array:
     """Values, in parts that sum up, times probabilities, whose parts begin at `first`; float32 [count, cols]."""
     pairs = [
-        (left, by_tokens(spec, probs.at[first + both - m]))
+        (left, tokens_as_rows(spec, probs.at[first + both - m]))
         for both in smallest_first(spec.parts)
         for m, left in enumerate(lefts[: both + 1])
     ]
@@ -300,7 +300,7 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
                 codes = plgpu.load(part, layout=WGMMA, optimized=False)
             if masked:
                 codes = jnp.where(spread(filled, codes.shape, 0), codes, jnp.zeros((), codes.dtype))
-            by_tokens(spec, target.at[0]).at[:, pl.ds(first, count)][...] = codes
+            tokens_as_rows(spec, target.at[0]).at[:, pl.ds(first, count)][...] = codes
 
     if jnp.issubdtype(values.dtype, jnp.integer) and not spec.format.is_grouped:
         rewrite(False)  # integers are finite, and the scales of empty slots are 0
@@ -315,4 +315,4 @@ def repack(spec: Spec, shared: dict[str, Any], slot: Array, filled: Array, whole
             numbers = run.codes.astype(F32)
             numbers = numbers * spread(scale, numbers.shape, 0) + spread(minimum, numbers.shape, 0)
             for n, piece in enumerate(split(numbers, spec.wide, spec.parts)):
-                by_tokens(spec, target.at[n]).at[:, pl.ds(run.start, run.count)][...] = piece
+                tokens_as_rows(spec, target.at[n]).at[:, pl.ds(run.start, run.count)][...] = piece
