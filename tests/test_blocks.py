@@ -167,7 +167,8 @@ def test_a_pool_of_40000_pages():
     np.testing.assert_array_equal(copied.values["data"][0, 35_000], value[0, 0])
     one = lambda *x: jnp.asarray(x, jnp.int32)
     chosen = tiles.Plan(one(4), one(0, 0, 0, 0), one(0, 1, 2, 3), one(1, 1, 1, 1), jnp.ones((1, 4), bool))
-    assert tiles.pages_of(chosen, cache.page_table, 1, 40_000)[:, 0].tolist() == far
+    holds = jnp.ones((1, 4), bool)
+    assert tiles.pages_of(chosen, cache.page_table, holds, 40_000)[:, 0].tolist() == far
 
 
 def test_which_tiles_are_needed_and_which_are_full():
@@ -256,7 +257,7 @@ def test_a_row_with_two_records():
 
 
 def test_the_list_of_tiles_and_their_pages():
-    """Tile after tile, row after row, as a loop over them finds it; a part without a page keeps the last one's."""
+    """Tile after tile, row after row, as a loop over them finds it; a part that holds nothing has no page."""
     rng = np.random.default_rng(0)
     for batch, count, per_tile, width in [(1, 1, 1, 1), (3, 4, 2, 7), (5, 3, 1, 4), (2, 9, 4, 40)]:
         needed, filled = rng.random((2, batch, count)) < 0.5
@@ -269,11 +270,11 @@ def test_the_list_of_tiles_and_their_pages():
         table = rng.integers(-3, 12, (batch, width))
         one = lambda x: jnp.asarray(x, jnp.int32)
         chosen = tiles.Plan(one([len(expected)]), one(row), one(tile), one(whole), jnp.asarray(needed))
-        pages = np.asarray(tiles.pages_of(chosen, one(table), per_tile, 9))[: len(expected)]
-        last = [0] * per_tile
+        holds = rng.random((batch, count * per_tile)) < 0.7
+        pages = np.asarray(tiles.pages_of(chosen, one(table), jnp.asarray(holds), 9))[: len(expected)]
         for (b, t), of_tile in zip(expected, pages, strict=True):
             for part in range(per_tile):
                 column = t * per_tile + part
-                if column < width and 0 <= table[b, column] < 9:
-                    last[part] = table[b, column]
-            assert of_tile.tolist() == last
+                known = column < width and 0 <= table[b, column] < 9
+                page = (table[b, column] if known else 0) if holds[b, column] else -1
+                assert of_tile[part] == page

@@ -264,10 +264,11 @@ def test_only_tiles_that_hold_something_are_read():
     windowed = tiles.plan(request_for(cache, 1, mask=Mask(window=100, num_sinks=1)), positions, 128)
     listed = [(int(r), int(t)) for r, t in zip(windowed.row, windowed.tile, strict=True)][: int(windowed.count[0])]
     assert listed == [(0, 0), (0, 7), (1, 0), (2, 0), (2, 1)]
+    holds = jnp.any(positions.reshape(3, 32, 128) >= 0, axis=2)
     for unknown in (-7, 96):
         table = jnp.arange(3 * 32, dtype=jnp.int32).reshape(3, 32).at[1].set(unknown)
-        pages = np.asarray(tiles.pages_of(chosen, table, 1, 96))[: int(chosen.count[0]), 0].tolist()
-        assert pages == [0, 1, 2, 3, 4, 5, 6, 7, 7, 64, 65], "nothing new is fetched for a page that is not there"
+        pages = np.asarray(tiles.pages_of(chosen, table, holds, 96))[: int(chosen.count[0]), 0].tolist()
+        assert pages == [0, 1, 2, 3, 4, 5, 6, 7, -1, 64, 65], "nothing is fetched for a row that holds nothing"
 
 
 def test_sizes():

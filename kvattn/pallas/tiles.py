@@ -94,25 +94,19 @@ def _listed(
 
 
 def pages_of(
-    chosen: Plan, table: Int32[Array, "B W"], per_tile: int, num_pages: int
-) -> Int32[Array, "entries per_tile"]:
-    """The page to fetch for each part of a tile.
-
-    A part that holds nothing repeats the page its buffer has already, which costs no copy.
+    chosen: Plan, table: Int32[Array, "B W"], holds: Bool[Array, "B parts_of_all"], num_pages: int
+) -> Int32[Array, "entries parts"]:
+    """The page of each part of a tile, -1 for one that holds nothing: that is not to be fetched.
 
     Args:
         chosen: the tiles.
         table: of the cache.
-        per_tile: pages per tile.
-        num_pages: P; what the table says beyond it is not followed.
+        holds: of every page of every tile, whether it holds something.
+        num_pages: P; an entry of the table beyond it, which no intact cache has, is read as page 0.
     """
     batch, tiles = chosen.needed.shape
-    table = jnp.where((table >= 0) & (table < num_pages), table, -1)[:, : tiles * per_tile]
-    table = jnp.pad(table, ((0, 0), (0, tiles * per_tile - table.shape[1])), constant_values=-1)
+    fill = ((0, 0), (0, max(holds.shape[1] - table.shape[1], 0)))
+    table = jnp.pad(table, fill, constant_values=-1)[:, : holds.shape[1]]
+    page = jnp.where(holds, jnp.where((table >= 0) & (table < num_pages), table, 0), -1)
     # A tile's pages are looked up together: number by number it takes longer than attention does.
-    page = jnp.take(table.reshape(batch * tiles, per_tile), chosen.row * tiles + chosen.tile, axis=0)
-    step = 1
-    while step < page.shape[0]:  # the last one before that is there, by doubling: no step for each tile
-        before = jnp.pad(page[:-step], ((step, 0), (0, 0)), constant_values=-1)
-        page, step = jnp.where(page >= 0, page, before), 2 * step
-    return jnp.maximum(page, 0)
+    return jnp.take(page.reshape(batch * tiles, -1), chosen.row * tiles + chosen.tile, axis=0)

@@ -24,7 +24,7 @@ from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache.view import View
-from kvattn.pallas import common, tiles, tpu_read
+from kvattn.pallas import common, tiles, tpu_fetch, tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
 
@@ -33,6 +33,8 @@ ORDER: tuple[Any, ...] = ("parallel", "arbitrary")
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 SMEM_BYTES = 512 << 10
 """For the plan, which is read from scalar memory."""
+MOST_PAGES = 64
+"""Of a tile; each is copied by instructions of its own."""
 VMEM_GIVEN, VMEM_BYTES = 12 << 20, 40 << 20
 """What a kernel may be sure to get of vector memory, and what it asks for at most."""
 
@@ -70,20 +72,22 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     group = request.query.shape[2] // heads
     # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
     count = group * length
-    padded = -(-count // 16) * 16
+    padded = -(-count // 8) * 8
     slots = -(-_tokens(view) // rows) * rows
     positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
 
-    scalars = _scalars(view, chosen, rows)
+    scalars = _scalars(view, chosen, positions)
     seen = _side_by_side(view, positions, rows)
     inputs = {**_queries(request, padded), "positions": _positions(view, seen, rows), **_stores(view, rows)}
     results = _results(request, padded, slots, rows)
     arrays = [*scalars.values(), *(x for x, _ in inputs.values())]
+    buffers = _buffers(view, rows)
     out, lse, *scores = pl.pallas_call(
         functools.partial(
             _body,
-            names=(*scalars, *inputs, *results, "top", "total", "acc"),
+            names=(*scalars, *inputs, *results, "top", "total", "acc", *buffers),
+            parts=rows // view.page_size if view.page_table is not None else 0,
             readers=_readers(request),
             rule=request.mask,
             scale=request.scale,
@@ -94,7 +98,10 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
             grid=(cores, *_grid(chosen)),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in results.values()],
-            scratch_shapes=[pltpu.VMEM((heads // cores, padded, size), jnp.float32) for size in (1, 1, _width(view))],
+            scratch_shapes=[
+                *(pltpu.VMEM((heads // cores, padded, size), jnp.float32) for size in (1, 1, _width(view))),
+                *buffers.values(),
+            ],
         ),
         out_shape=[_manual.result(shape, jnp.float32, arrays) for shape, _ in results.values()],
         compiler_params=params(vmem_bytes(request, config), ORDER),
@@ -144,11 +151,13 @@ Operands = dict[str, tuple[Array, pl.BlockSpec]]
 """Arrays [...], and which block of each belongs to a step of the grid."""
 
 
-def _scalars(view: View, chosen: tiles.Plan, rows: int) -> dict[str, Int32[Array, " n"]]:
+def _scalars(view: View, chosen: tiles.Plan, positions: Int32[Array, "B K1 S"]) -> dict[str, Int32[Array, " n"]]:
     """What the grid walks along: the tiles, and the pages of each."""
     scalars = {"count": chosen.count, "row": chosen.row, "tile": chosen.tile, "whole": chosen.whole}
     if view.page_table is not None:
-        pages = tiles.pages_of(chosen, view.page_table, rows // view.page_size, view.keys["data"].shape[1])
+        cut = positions.reshape(*positions.shape[:2], -1, view.page_size)
+        holds = jnp.any(cut >= 0, axis=(1, 3))
+        pages = tiles.pages_of(chosen, view.page_table, holds, view.keys["data"].shape[1])
         scalars["pages"] = pages.reshape(-1)
     return scalars
 
@@ -191,24 +200,41 @@ def _positions(view: View, positions: Int32[Array, "B K1 S"], rows: int) -> tupl
 
 
 def _stores(view: View, rows: int) -> Operands:
-    """The arrays of the cache, one operand for every page of a tile."""
+    """The arrays of the cache: blocks of a contiguous one; pools as a whole, whose pages the kernel fetches."""
     found: Operands = {}
     for role, store in (("keys", view.keys), ("values", view.values)):
         for name, x in store.items():
             last = name in view.codec.token_minor
-            if not last and tpu_read.tokens_last(x.shape[-1]):
-                # As it lies already: no copy.
-                x, last = x.swapaxes(-1, -2), True
+            x, last = _lying(view, name, x)
             if not interpreted("tpu"):
                 # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
                 x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
             if view.page_table is None:
-                found[f"{role} {name} 0"] = x, _store_spec(x, rows, last, cores_for(view))
-                continue
-            per_tile = rows // view.page_size
-            for part in range(per_tile):
-                found[f"{role} {name} {part}"] = x, _page_spec(x, part, per_tile, cores_for(view))
+                found[f"{role} {name}"] = x, _store_spec(x, rows, last, cores_for(view))
+            else:
+                found[f"{role} {name}"] = x, pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
     return found
+
+
+def _buffers(view: View, rows: int) -> dict[str, Any]:
+    """Where the pages of two tiles lie, of each array (`tpu_fetch`); nothing for a contiguous cache."""
+    if view.page_table is None:
+        return {}
+    found: dict[str, Any] = {"arrived": pltpu.SemaphoreType.DMA((2,))}
+    for role, store in (("keys", view.keys), ("values", view.values)):
+        for name, x in store.items():
+            heads, _, *page = _lying(view, name, x)[0].shape
+            shape = (2, heads // cores_for(view), rows // view.page_size, *page)
+            found[f"{role} {name} buffers"] = pltpu.VMEM(shape, x.dtype)
+    return found
+
+
+def _lying(view: View, name: str, x: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], bool]:
+    """An array of the cache as it lies in memory, which is no copy; and whether its tokens come last."""
+    if name in view.codec.token_minor:
+        return x, True
+    last = tpu_read.tokens_last(x.shape[-1])
+    return (x.swapaxes(-1, -2) if last else x), last
 
 
 def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
@@ -252,7 +278,7 @@ def _wide(request: Request) -> DTypeLike:
 
 def params(vmem: int, order: tuple[Any, ...]) -> pltpu.CompilerParams:
     """Those of a kernel that needs so many bytes of vector memory; `order` is that of the axes of its grid."""
-    found: Any = pltpu.CompilerParams(dimension_semantics=order)
+    found: Any = pltpu.CompilerParams(dimension_semantics=order, disable_bounds_checks=True)
     return found if vmem <= VMEM_GIVEN else dataclasses.replace(found, vmem_limit_bytes=vmem + (8 << 20))
 
 
@@ -263,7 +289,7 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     stores = common.arrays(view)
     tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
     tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
-    count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 16) * 16
+    count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 8) * 8
     groups = view.keys["scale"].shape[-2] if common.format_of(view).is_grouped else 1
     beside = common.tokens_beside(view, view.keys)
     queries = count * groups * beside * wide(view.key_head_dim * beside)
@@ -308,7 +334,7 @@ def rows_of(view: View, config: TpuConfig | None = None) -> int:
     lanes = tpu_read.LANES
     rows = min(max(config.tile_bytes // token_bytes // lanes * lanes, lanes), config.most_rows)
     if view.page_table is not None:
-        pages = max(1, min(rows // view.page_size, 16, view.page_table.shape[1]))
+        pages = max(1, min(rows // view.page_size, MOST_PAGES, view.page_table.shape[1]))
         return pages * view.page_size
     return slots if slots <= rows else rows
 
@@ -328,24 +354,22 @@ def _store_spec(x: Array, rows: int, tokens_last: bool, cores: int) -> pl.BlockS
     return pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (0, row[i], core, tile[i], 0))
 
 
-def _page_spec(x: Array, part: int, per_tile: int, cores: int) -> pl.BlockSpec:
-    """How one page of a tile is fetched: [K, P, R, F] or [K, P, F, R]."""
-    heads, _, *page = x.shape
-    block = (heads // cores, 1, *page)
-    return pl.BlockSpec(block, lambda core, i, n, row, tile, whole, pages: (core, pages[i * per_tile + part], 0, 0))
-
-
-def _body(*refs, names, readers, rule, scale, softcap):
+def _body(*refs, names, parts, readers, rule, scale, softcap):
     """One tile of one row: query [1, K, M, H] against keys and values of all heads."""
     memory = dict(zip(names, refs, strict=True))
     count, row, whole = (memory[name] for name in ("count", "row", "whole"))
     query, at, positions = (memory[name] for name in ("query", "at", "positions"))
     slopes = memory.get("slopes")
     out, lse, top, total, acc = (memory[name] for name in ("out", "lse", "top", "total", "acc"))
-    keys, values = (readers[role](_parts(memory, role)) for role in ("keys", "values"))
     heads = query.shape[1]
     i = pl.program_id(1)
     here = row[i]
+    fetcher = _fetcher(memory, parts)
+    keys, values = (readers[role](_parts(memory, role, fetcher, i)) for role in ("keys", "values"))
+
+    if fetcher is not None:
+        pl.when(i == 0)(functools.partial(fetcher.start, i))
+        pl.when(i + 1 < count[0])(functools.partial(fetcher.start, i + 1))
 
     @pl.when((i == 0) | (row[jnp.maximum(i - 1, 0)] != here))
     def _():
@@ -355,28 +379,35 @@ def _body(*refs, names, readers, rule, scale, softcap):
 
     def tile(every_slot_is_filled: bool) -> None:
         q_at = at[0]  # [M, 1]
+        places = [positions[0, k][None] for k in range(positions.shape[1])]  # [1, R] of each head, or of all
+        filled = [None if every_slot_is_filled else x >= 0 for x in places]
+        # All heads at each stage, so that the wait for one head's product is spent on the others.
+        scores = [keys.scores(query[0, k], k, scale, filled[k % len(places)]) for k in range(heads)]
         for k in range(heads):
-            kv_at = positions[0, min(k, positions.shape[1] - 1)][None]  # [1, R]
-            filled = None if every_slot_is_filled else kv_at >= 0
-            scores = keys.scores(query[0, k], k, scale, filled)
+            kv_at = places[k % len(places)]
             if softcap is not None:
-                scores = jnp.tanh(scores / softcap) * softcap
+                scores[k] = jnp.tanh(scores[k] / softcap) * softcap
             if slopes is not None:
-                scores = scores + slopes[k] * (kv_at - q_at).astype(jnp.float32)
+                scores[k] = scores[k] + slopes[k] * (kv_at - q_at).astype(jnp.float32)
             allowed = (q_at >= 0) & rule.between(kv_at, q_at, q_at)
             # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
-            scores = jnp.where(allowed, scores, -jnp.inf)
+            scores[k] = jnp.where(allowed, scores[k], -jnp.inf)
             if "scores" in memory:
-                memory["scores"][0, k] = scores
-            old = top[k]
-            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            shift = jnp.where(new == -jnp.inf, 0.0, new)
-            keep, probs = jnp.exp(old - shift), jnp.exp(scores - shift)
-            top[k] = new
-            total[k] = total[k] * keep + jnp.sum(probs, axis=1, keepdims=True)
-            mixed = values.mix(probs, k, filled)
-            acc[k] = acc[k] * keep + mixed
+                memory["scores"][0, k] = scores[k]
+        old = [top[k] for k in range(heads)]
+        new = [jnp.maximum(o, jnp.max(s, axis=1, keepdims=True)) for o, s in zip(old, scores, strict=True)]
+        shift = [jnp.where(n == -jnp.inf, 0.0, n) for n in new]
+        keep = [jnp.exp(o - s) for o, s in zip(old, shift, strict=True)]
+        probs = [jnp.exp(x - s) for x, s in zip(scores, shift, strict=True)]
+        sums = [jnp.sum(p, axis=1, keepdims=True) for p in probs]
+        mixed = [values.mix(probs[k], k, filled[k % len(places)]) for k in range(heads)]
+        for k in range(heads):
+            top[k] = new[k]
+            total[k] = total[k] * keep[k] + sums[k]
+            acc[k] = acc[k] * keep[k] + mixed[k]
 
+    if fetcher is not None:
+        fetcher.wait(i)
     pl.when(whole[i] == 1)(lambda: tile(True))
     pl.when(whole[i] == 0)(lambda: tile(False))
 
@@ -389,10 +420,17 @@ def _body(*refs, names, readers, rule, scale, softcap):
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
 
 
-def _parts(memory: dict[str, Any], role: str) -> dict[str, list[Any]]:
+def _fetcher(memory: dict[str, Any], parts: int) -> tpu_fetch.Fetcher | None:
+    """What brings the pages, `parts` to a tile; None: the grid brings the blocks of a contiguous cache."""
+    if not parts:
+        return None
+    arrays = {name: (memory[name], memory[f"{name} buffers"]) for name in memory if f"{name} buffers" in memory}
+    first = pl.program_id(0) * next(iter(arrays.values()))[1].shape[1]
+    return tpu_fetch.Fetcher(arrays, memory["arrived"], memory["pages"], memory["whole"], parts, first)
+
+
+def _parts(memory: dict[str, Any], role: str, fetcher: tpu_fetch.Fetcher | None, tile: Any) -> dict[str, list[Any]]:
     """The blocks of each array of the keys or the values, page by page."""
-    found: dict[str, list[Any]] = {}
-    for name, ref in memory.items():
-        if name.startswith(f"{role} "):
-            found.setdefault(name.split()[1], []).append(ref)
-    return found
+    if fetcher is None:
+        return {name.split()[1]: [ref] for name, ref in memory.items() if name.startswith(f"{role} ")}
+    return {name.split()[1]: fetcher.held(tile, name) for name in fetcher.arrays if name.startswith(f"{role} ")}

@@ -18,7 +18,6 @@ from jaxtyping import Shaped
 
 from kvattn._typing import Array
 from kvattn.codecs import Codec, Format
-from kvattn.codecs.float8 import widen
 from kvattn.codecs.grouped import num_groups
 from kvattn.pallas import tpu_bits
 
@@ -111,6 +110,7 @@ class Store:
         scores = self._product(query, keys.astype(self.wide), along_tokens=False)
         if self.beside > 1:
             scores = _beside(_halves(scores, 0), axis=1)
+        scale = scale * self._unit
         return scores * (self._row("scale", k) * scale if "scale" in self.parts else scale)
 
     def mix(self, probs: Array, k: int, filled: Array | None) -> Array:
@@ -129,14 +129,14 @@ class Store:
         # What lies in an unused slot may be NaN, and a probability of 0 does not undo it.
         probs, values = probs.astype(self.wide), self._cleared(self._data(k), filled).astype(self.wide)
         if self.beside == 1:
-            return self._product(probs, values, along_tokens=True)
+            return self._product(probs, values, along_tokens=True) * self._unit
         left, right = _halves(self._product(_beside(_halves(probs, 1), axis=0), values, along_tokens=True), 0)
-        return jnp.where(self._is_left(left.shape), left, right)
+        return jnp.where(self._is_left(left.shape), left, right) * self._unit
 
     def _cleared(self, tile: Array, filled: Array | None) -> Array:
         """A tile [...] as `_data` gives it with 0 in slots that hold nothing, which bool [1, R] tells; None: all do."""
-        if filled is None or not jnp.issubdtype(tile.dtype, jnp.floating):
-            return tile
+        if filled is None or self.format.is_scaled:
+            return tile  # no code is read as NaN
         if self.beside > 1:
             left, right = (_upright(half) for half in _halves(filled, 1))
             filled = jnp.where(self._is_left(tile.shape), left, right) > 0
@@ -149,9 +149,14 @@ class Store:
         return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < shape[-1] // 2
 
     def _data(self, k: int) -> Array:
-        """[R, H] or [H, R]."""
+        """[R, H] or [H, R], in `_unit`."""
         tile = _joined(self.parts["data"], k, axis=1 if self.last else 0)
-        return widen(tile) if self.format.dtype == jnp.float8_e4m3fn else tile
+        return tpu_bits.float8(tile) if self.format.dtype == jnp.float8_e4m3fn else tile
+
+    @property
+    def _unit(self) -> int:
+        """What products with `_data` are to be multiplied by."""
+        return tpu_bits.FLOAT8_UNIT if self.format.dtype == jnp.float8_e4m3fn else 1
 
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
