@@ -7,6 +7,7 @@ by memory; stalls are not counted.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -139,23 +140,36 @@ def _count(bundles: list[Bundle], name: str) -> int:
 
 
 def ours(text: str) -> int:
-    """Bundles of a turn of our kernel's loop for a tile that is whole and neither the first nor the last of its row."""
+    """Bundles of a turn of our kernel's loop for a tile, neither first nor last of its row, that is whole as the next.
+
+    What such a turn passes over, in order: what the first turn fetches for itself; of the fetching of the next tile the
+    loop over parts of one that is not whole; the start of a row; the same loop where it waits; attention with empty
+    slots; the end of a row.
+    """
     bundles = read(text)
-    starts = [b.at for b in bundles if b.opens_loop]
-    if len(starts) != 1:
-        raise UnreadableError(f"{len(starts)} loops where there is one")
-    body = loop(bundles, starts[0])
-    all_skips = skips(bundles, body)
-    # Branches past the tile if `whole` is not 1, and past it again if it is not 0.
-    for before, whole, masked, after in zip(all_skips, all_skips[1:], all_skips[2:], all_skips[3:], strict=False):
+    body = loop(bundles, next(b.at for b in bundles if b.opens_loop))
+    whole, masked = _attention(skips(bundles, body))
+    around = [s for s in skips(bundles, body) if not s.at <= whole.at < s.to]
+    inside = lambda s, outer: outer.at < s.at and s.to <= outer.to
+    top = [s for s in around if not any(inside(s, outer) for outer in around)]
+    before, after = [s for s in top if s.to <= whole.at], [s for s in top if s.at >= masked.to]
+    if [s.copies > 0 for s in before] != [True, True, False, False] or len(after) != 1:
+        raise UnreadableError("other branches than the kernel has")
+    first, following, start, waiting = before
+    parts = [s for s in around if inside(s, following)][-1]
+    return len(body) - sum(s.size for s in (first, parts, start, waiting, masked, after[0]))
+
+
+def _attention(found: list[Skip]) -> tuple[Skip, Skip]:
+    """The branches past attention if `whole` is not 1, and if it is not 0."""
+    for whole, masked in itertools.pairwise(found):
         if (
             re.match(r"scmp\.ne\.s32\.totalorder %\w+, 1\b", whole.condition)
             and re.match(r"scmp\.ne\.s32\.totalorder %\w+, 0\b", masked.condition)
             and whole.products > 0 < masked.products
-            and before.products == 0 == after.products
-            and before.to <= whole.at < whole.to <= masked.at < masked.to <= after.at
+            and whole.to <= masked.at
         ):
-            return len(body) - before.size - masked.size - after.size
+            return whole, masked
     raise UnreadableError("no branches over a whole tile and a masked one")
 
 

@@ -110,3 +110,16 @@ def pages_of(
     page = jnp.where(holds, jnp.where((table >= 0) & (table < num_pages), table, 0), -1)
     # A tile's pages are looked up together: number by number it takes longer than attention does.
     return jnp.take(page.reshape(batch * tiles, -1), chosen.row * tiles + chosen.tile, axis=0)
+
+
+def parts_of(chosen: Plan, holds: Bool[Array, "B parts_of_all"]) -> Int32[Array, " entries"]:
+    """Which parts of a tile hold something: bit p for part p.
+
+    Args:
+        chosen: the tiles.
+        holds: of every part of every tile, whether it holds something.
+    """
+    batch, tiles = chosen.needed.shape
+    cut = holds.reshape(batch * tiles, -1).astype(jnp.int32)
+    bits = jnp.sum(cut << jnp.arange(cut.shape[1], dtype=jnp.int32)[None], axis=1)
+    return jnp.take(bits, chosen.row * tiles + chosen.tile)

@@ -77,7 +77,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
 
-    scalars = _scalars(view, chosen, positions)
+    scalars = _scalars(view, chosen, positions, rows)
     seen = _side_by_side(view, positions, rows)
     inputs = {**_queries(request, padded), "positions": _positions(view, seen, rows), **_stores(view, rows)}
     results = _results(request, padded, slots, rows)
@@ -87,7 +87,8 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
         functools.partial(
             _body,
             names=(*scalars, *inputs, *results, "top", "total", "acc", *buffers),
-            parts=rows // view.page_size if view.page_table is not None else 0,
+            parts=_parts(view, rows),
+            tokens_last={name: last for name, (_, last) in _lying(view).items()},
             readers=_readers(request),
             rule=request.mask,
             scale=request.scale,
@@ -151,15 +152,20 @@ Operands = dict[str, tuple[Array, pl.BlockSpec]]
 """Arrays [...], and which block of each belongs to a step of the grid."""
 
 
-def _scalars(view: View, chosen: tiles.Plan, positions: Int32[Array, "B K1 S"]) -> dict[str, Int32[Array, " n"]]:
-    """What the grid walks along: the tiles, and the pages of each."""
+def _scalars(
+    view: View, chosen: tiles.Plan, positions: Int32[Array, "B K1 S"], rows: int
+) -> dict[str, Int32[Array, " n"]]:
+    """What the grid walks along: the tiles, and the parts of each that hold something."""
     scalars = {"count": chosen.count, "row": chosen.row, "tile": chosen.tile, "whole": chosen.whole}
+    parts = _parts(view, rows)
+    if not parts:
+        return scalars
+    batch, heads, slots = positions.shape
+    holds = jnp.any(positions.reshape(batch, heads, slots // rows * parts, rows // parts) >= 0, axis=(1, 3))
     if view.page_table is not None:
-        cut = positions.reshape(*positions.shape[:2], -1, view.page_size)
-        holds = jnp.any(cut >= 0, axis=(1, 3))
         pages = tiles.pages_of(chosen, view.page_table, holds, view.keys["data"].shape[1])
-        scalars["pages"] = pages.reshape(-1)
-    return scalars
+        return {**scalars, "pages": pages.reshape(-1)}
+    return {**scalars, "held": tiles.parts_of(chosen, holds)}
 
 
 def _by_row(view: View, *block: int) -> pl.BlockSpec:
@@ -199,42 +205,54 @@ def _positions(view: View, positions: Int32[Array, "B K1 S"], rows: int) -> tupl
     return positions, pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (row[i], core if heads > 1 else 0, tile[i]))
 
 
+def _parts(view: View, rows: int) -> int:
+    """How many parts of a tile the kernel fetches by itself (`tpu_fetch`); 0: the grid fetches whole blocks.
+
+    It does so in contiguous caches of a length that no copies of `PIECE` tokens make up.
+    """
+    if view.page_table is not None:
+        return rows // view.page_size
+    return 0 if rows % tpu_fetch.PIECE or _tokens(view) % tpu_fetch.PIECE else rows // tpu_fetch.PIECE
+
+
 def _stores(view: View, rows: int) -> Operands:
-    """The arrays of the cache: blocks of a contiguous one; pools as a whole, whose pages the kernel fetches."""
+    """The arrays of the cache, as a whole if the kernel fetches parts of them by itself."""
     found: Operands = {}
-    for role, store in (("keys", view.keys), ("values", view.values)):
-        for name, x in store.items():
-            last = name in view.codec.token_minor
-            x, last = _lying(view, name, x)
-            if not interpreted("tpu"):
-                # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
-                x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
-            if view.page_table is None:
-                found[f"{role} {name}"] = x, _store_spec(x, rows, last, cores_for(view))
-            else:
-                found[f"{role} {name}"] = x, pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+    for name, (x, last) in _lying(view).items():
+        if not interpreted("tpu"):
+            # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
+            x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
+        whole = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
+        found[name] = x, whole if _parts(view, rows) else _store_spec(x, rows, last, cores_for(view))
     return found
 
 
 def _buffers(view: View, rows: int) -> dict[str, Any]:
-    """Where the pages of two tiles lie, of each array (`tpu_fetch`); nothing for a contiguous cache."""
-    if view.page_table is None:
+    """Where the parts of two tiles lie, of each array; nothing if the grid fetches them."""
+    parts = _parts(view, rows)
+    if not parts:
         return {}
     found: dict[str, Any] = {"arrived": pltpu.SemaphoreType.DMA((2,))}
-    for role, store in (("keys", view.keys), ("values", view.values)):
-        for name, x in store.items():
-            heads, _, *page = _lying(view, name, x)[0].shape
-            shape = (2, heads // cores_for(view), rows // view.page_size, *page)
-            found[f"{role} {name} buffers"] = pltpu.VMEM(shape, x.dtype)
+    for name, (x, last) in _lying(view).items():
+        heads, *tile = x.shape[2:] if view.page_table is None else (x.shape[0], *x.shape[2:])
+        heads //= cores_for(view)
+        if view.page_table is not None:
+            shape = parts, heads, *tile
+        else:
+            shape = (heads, tile[0], rows) if last else (heads, rows, tile[1])
+        found[f"{name} buffers"] = pltpu.VMEM((2, *shape), x.dtype)
     return found
 
 
-def _lying(view: View, name: str, x: Shaped[Array, "..."]) -> tuple[Shaped[Array, "..."], bool]:
-    """An array of the cache as it lies in memory, which is no copy; and whether its tokens come last."""
-    if name in view.codec.token_minor:
-        return x, True
-    last = tpu_read.tokens_last(x.shape[-1])
-    return (x.swapaxes(-1, -2) if last else x), last
+def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], bool]]:
+    """The arrays of the cache as they lie in memory, which is no copy, and whether their tokens come last."""
+    found: dict[str, tuple[Array, bool]] = {}
+    for role, store in (("keys", view.keys), ("values", view.values)):
+        for name, x in store.items():
+            turned = name not in view.codec.token_minor and tpu_read.tokens_last(x.shape[-1])
+            last = turned or name in view.codec.token_minor
+            found[f"{role} {name}"] = (x.swapaxes(-1, -2) if turned else x), last
+    return found
 
 
 def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
@@ -354,7 +372,7 @@ def _store_spec(x: Array, rows: int, tokens_last: bool, cores: int) -> pl.BlockS
     return pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (0, row[i], core, tile[i], 0))
 
 
-def _body(*refs, names, parts, readers, rule, scale, softcap):
+def _body(*refs, names, parts, tokens_last, readers, rule, scale, softcap):
     """One tile of one row: query [1, K, M, H] against keys and values of all heads."""
     memory = dict(zip(names, refs, strict=True))
     count, row, whole = (memory[name] for name in ("count", "row", "whole"))
@@ -364,8 +382,8 @@ def _body(*refs, names, parts, readers, rule, scale, softcap):
     heads = query.shape[1]
     i = pl.program_id(1)
     here = row[i]
-    fetcher = _fetcher(memory, parts)
-    keys, values = (readers[role](_parts(memory, role, fetcher, i)) for role in ("keys", "values"))
+    fetcher = _fetcher(memory, parts, tokens_last)
+    keys, values = (readers[role](_fetched(memory, role, fetcher, i)) for role in ("keys", "values"))
 
     if fetcher is not None:
         pl.when(i == 0)(functools.partial(fetcher.start, i))
@@ -420,17 +438,21 @@ def _body(*refs, names, parts, readers, rule, scale, softcap):
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
 
 
-def _fetcher(memory: dict[str, Any], parts: int) -> tpu_fetch.Fetcher | None:
-    """What brings the pages, `parts` to a tile; None: the grid brings the blocks of a contiguous cache."""
+def _fetcher(memory: dict[str, Any], parts: int, tokens_last: dict[str, bool]) -> tpu_fetch.Fetcher | None:
+    """What brings the `parts` of a tile; None: the grid does."""
     if not parts:
         return None
-    arrays = {name: (memory[name], memory[f"{name} buffers"]) for name in memory if f"{name} buffers" in memory}
-    first = pl.program_id(0) * next(iter(arrays.values()))[1].shape[1]
-    return tpu_fetch.Fetcher(arrays, memory["arrived"], memory["pages"], memory["whole"], parts, first)
+    arrays = {name: (memory[name], memory[f"{name} buffers"], last) for name, last in tokens_last.items()}
+    first = pl.program_id(0) * memory["query"].shape[1]
+    if "pages" in memory:
+        where = tpu_fetch.Pages(memory["pages"], parts, first)
+    else:
+        where = tpu_fetch.Pieces(memory["row"], memory["tile"], memory["held"], parts, first)
+    return tpu_fetch.Fetcher(where, arrays, memory["arrived"], memory["whole"])
 
 
-def _parts(memory: dict[str, Any], role: str, fetcher: tpu_fetch.Fetcher | None, tile: Any) -> dict[str, list[Any]]:
-    """The blocks of each array of the keys or the values, page by page."""
-    if fetcher is None:
-        return {name.split()[1]: [ref] for name, ref in memory.items() if name.startswith(f"{role} ")}
-    return {name.split()[1]: fetcher.held(tile, name) for name in fetcher.arrays if name.startswith(f"{role} ")}
+def _fetched(memory: dict[str, Any], role: str, fetcher: tpu_fetch.Fetcher | None, tile: Any) -> dict[str, list[Any]]:
+    """What was fetched of each array of the keys or the values, part by part."""
+    if fetcher is not None:
+        return fetcher.held(tile, role)
+    return {name.split()[1]: [ref.at[0, 0]] for name, ref in memory.items() if name.startswith(f"{role} ")}

@@ -1,80 +1,155 @@
-"""Fetching the pages of a tile on TPUs while the tile before it is worked on.
+"""Fetching a tile of the cache on TPUs while the tile before it is worked on.
 
-The grid of Pallas fetches its blocks alone, but spends some fifty instructions on each in every step; with a block for
-every page of keys and values that was more than attention itself. Here a page costs a copy of each array and no more,
-and one that holds nothing costs none.
+The grid of Pallas fetches its blocks alone, but spends some twenty instructions on each in every step: too many where
+each page of keys and values is one. Here a part of a tile (a page, or `PIECE` tokens of a contiguous cache) costs a copy
+of each array, three instructions, and one that holds nothing costs none.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+PIECE = 128
+"""Tokens of a contiguous cache that are copied together: a register's width of what lies along the lanes."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Fetcher:
-    """Two buffers for each array of a pool, which tiles fill in turn.
+class Pages:
+    """Parts that are pages of pools [K, P, ...]; buffers are [parts, heads, ...].
 
     Attributes:
-        arrays: (pool [K, P, ...] in HBM, buffers [2, heads, parts, ...] in VMEM) of each, by name.
-        arrived: counts what was copied, for each of the two.
         pages: int32 [tiles * parts] in scalar memory, where each part of a tile lies; negative: it holds nothing.
-        whole: int32 [tiles], 1 where every part holds something.
         parts: pages per tile.
         first_head: of those that this core works on.
     """
 
-    arrays: dict[str, tuple[Any, Any]]
-    arrived: Any
     pages: Any
-    whole: Any
     parts: int
     first_head: Any
 
+    def holds(self, tile: Any, part: Any) -> Any:
+        """Whether there is anything in a part."""
+        return self.pages[tile * self.parts + part] >= 0
+
+    def whole(self, array: Any, buffer: Any, tile: Any, tokens_last: bool) -> list[tuple[Any, Any]]:
+        """From where to where a tile is copied of which each part holds something."""
+        return [self.some(array, buffer, tile, part, tokens_last) for part in range(self.parts)]
+
+    def some(self, array: Any, buffer: Any, tile: Any, part: Any, tokens_last: bool) -> tuple[Any, Any]:
+        """From where to where a part is copied."""
+        del tokens_last
+        target = buffer.at[part]
+        return array.at[pl.ds(self.first_head, target.shape[0]), self.pages[tile * self.parts + part]], target
+
+    def held(self, buffer: Any) -> list[Any]:
+        """What lies in a buffer, part by part: [heads, ...]."""
+        return [buffer.at[part] for part in range(self.parts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Parts that follow each other in the rows of arrays [1, B, K, S, F], or [1, B, K, F, S]; buffers lie likewise.
+
+    Attributes:
+        row, number: int32 [tiles] in scalar memory: the row of each tile, and which of its row it is.
+        has: int32 [tiles] in scalar memory: bit p is 1 if part p holds something.
+        parts: pieces per tile, 31 at most.
+        first_head: of those that this core works on.
+    """
+
+    row: Any
+    number: Any
+    has: Any
+    parts: int
+    first_head: Any
+
+    def holds(self, tile: Any, part: Any) -> Any:
+        """Whether there is anything in a part."""
+        return (self.has[tile] >> part) & 1 == 1
+
+    def whole(self, array: Any, buffer: Any, tile: Any, tokens_last: bool) -> list[tuple[Any, Any]]:
+        """From where to where a tile is copied of which each part holds something."""
+        return [self._copy(array, buffer, tile, 0, self.parts, tokens_last)]
+
+    def some(self, array: Any, buffer: Any, tile: Any, part: Any, tokens_last: bool) -> tuple[Any, Any]:
+        """From where to where a part is copied."""
+        return self._copy(array, buffer, tile, part, 1, tokens_last)
+
+    def held(self, buffer: Any) -> list[Any]:
+        """What lies in a buffer: [heads, ...], all parts together."""
+        return [buffer]
+
+    def _copy(self, array: Any, buffer: Any, tile: Any, part: Any, parts: int, tokens_last: bool) -> tuple[Any, Any]:
+        def tokens(part: Any) -> tuple[Any, ...]:
+            found = pl.ds(pl.multiple_of(part * PIECE, PIECE), parts * PIECE)
+            return (slice(None), found) if tokens_last else (found,)
+
+        source = array.at[0, self.row[tile], pl.ds(self.first_head, buffer.shape[0])]
+        return source.at[:, *tokens(self.number[tile] * self.parts + part)], buffer.at[:, *tokens(part)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetcher:
+    """Two buffers for each array of the cache, which tiles fill in turn.
+
+    Attributes:
+        parts: what a tile is made of.
+        arrays: of each array, by name, what it is in HBM, its buffers [2, ...] in VMEM, and whether its tokens come
+            last.
+        arrived: counts what was copied, for each of the two.
+        whole: int32 [tiles], 1 where every part holds something.
+    """
+
+    parts: Pages | Pieces
+    arrays: dict[str, tuple[Any, Any, bool]]
+    arrived: Any
+    whole: Any
+
     def start(self, tile: Any) -> None:
-        """Begins to copy a tile; its buffers must have been read."""
+        """Begins to copy a tile; what was in its buffers must have been read."""
 
         @pl.when(self.whole[tile] == 1)
         def _():
-            for part in range(self.parts):
-                self._each(tile, part, "start")
+            for array, buffers, tokens_last in self.arrays.values():
+                for source, target in self.parts.whole(array, buffers.at[tile % 2], tile, tokens_last):
+                    self._copy(source, target, tile).start()
 
-        self._some(tile, "start")
+        self._some(tile, lambda copy: copy.start())
 
     def wait(self, tile: Any) -> None:
         """Waits until a tile is there."""
-        which = tile % 2
 
         @pl.when(self.whole[tile] == 1)
         def _():
-            for _, buffers in self.arrays.values():
+            for _, buffers, _ in self.arrays.values():
                 # It waits for as many bytes as these are, whatever brought them.
-                pltpu.make_async_copy(buffers.at[which], buffers.at[which], self.arrived.at[which]).wait()
+                self._copy(buffers.at[tile % 2], buffers.at[tile % 2], tile).wait()
 
-        self._some(tile, "wait")
+        self._some(tile, lambda copy: copy.wait())
 
-    def held(self, tile: Any, name: str) -> list[Any]:
-        """The parts of a tile, [heads, 1, ...] each."""
-        buffers = self.arrays[name][1]
-        return [buffers.at[tile % 2, :, pl.ds(part, 1)] for part in range(self.parts)]
+    def held(self, tile: Any, role: str) -> dict[str, list[Any]]:
+        """What lies in the buffers of the keys or the values, by array: some [heads, ...], one behind the other."""
+        return {
+            name.split()[1]: self.parts.held(buffers.at[tile % 2])
+            for name, (_, buffers, _) in self.arrays.items()
+            if name.startswith(f"{role} ")
+        }
 
-    def _some(self, tile: Any, what: str) -> None:
-        """Those parts of a tile that hold something, if not all do."""
+    def _some(self, tile: Any, what: Callable[[Any], None]) -> None:
+        """Does it with the copies of those parts that hold something, if not all do."""
 
         @pl.when(self.whole[tile] == 0)
         def _():
-            @pl.loop(0, self.parts)
+            @pl.loop(0, self.parts.parts)
             def _(part):
-                @pl.when(self.pages[tile * self.parts + part] >= 0)
+                @pl.when(self.parts.holds(tile, part))
                 def _():
-                    self._each(tile, part, what)
+                    for array, buffers, tokens_last in self.arrays.values():
+                        ends = self.parts.some(array, buffers.at[tile % 2], tile, part, tokens_last)
+                        what(self._copy(*ends, tile))
 
-    def _each(self, tile: Any, part: Any, what: str) -> None:
-        page, which = self.pages[tile * self.parts + part], tile % 2
-        for pool, buffers in self.arrays.values():
-            heads = pl.ds(self.first_head, buffers.shape[1])
-            source, target = pool.at[heads, pl.ds(page, 1)], buffers.at[which, :, pl.ds(part, 1)]
-            getattr(pltpu.make_async_copy(source, target, self.arrived.at[which]), what)()
+    def _copy(self, source: Any, target: Any, tile: Any) -> Any:
+        return pltpu.make_async_copy(source, target, self.arrived.at[tile % 2])

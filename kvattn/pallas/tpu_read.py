@@ -83,7 +83,7 @@ class Store:
     """Keys or values inside the kernel.
 
     Attributes:
-        parts: the blocks of each array: one [1, 1, K, ...], or for pages some [K, 1, ...].
+        parts: of each array, what was fetched of it part by part: [K, ...] each.
         format: how they are stored.
         last: whether the data lies with its tokens last.
         head_dim: H.
@@ -162,7 +162,7 @@ class Store:
         """[1 or groups, R] of an array whose tokens always lie last."""
         if self.beside == 1:
             return _joined(self.parts[name], k, axis=1)
-        left, right = zip(*(_halves(part[k, 0], 1) for part in self.parts[name]), strict=True)
+        left, right = zip(*(_halves(part[k], 1) for part in self.parts[name]), strict=True)
         return _beside([*left, *right], axis=1)
 
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
@@ -195,7 +195,7 @@ class Store:
     @staticmethod
     def _words(part: Any, k: int) -> Array:
         """uint32 [F / 4, R] of bytes [F, R]: four neighbouring rows to a word, the first lowest."""
-        return pltpu.bitcast(part[0, 0, k] if len(part.shape) == 5 else part[k, 0], jnp.uint32)
+        return pltpu.bitcast(part[k], jnp.uint32)
 
     def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
         """Per group: scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`."""
@@ -231,7 +231,7 @@ class Store:
 
 def _joined(parts: list, k: int, axis: int) -> Array:
     """The tile [R, F] or [F, R] of head k; pages one behind the other along `axis`."""
-    return _beside([part[0, 0, k] if len(part.shape) == 5 else part[k, 0] for part in parts], axis)
+    return _beside([part[k] for part in parts], axis)
 
 
 def _halves(x: Array, axis: int) -> list[Array]:
