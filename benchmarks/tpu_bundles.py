@@ -153,11 +153,13 @@ def ours(text: str) -> int:
     inside = lambda s, outer: outer.at < s.at and s.to <= outer.to
     top = [s for s in around if not any(inside(s, outer) for outer in around)]
     before, after = [s for s in top if s.to <= whole.at], [s for s in top if s.at >= masked.to]
-    if [s.copies > 0 for s in before] != [True, True, False, False] or len(after) != 1:
+    fetching = [s for s in before if s.copies]
+    if len(fetching) not in (0, 2) or before[: len(fetching)] != fetching or len(before) > 4 or len(after) != 1:
         raise UnreadableError("other branches than the kernel has")
-    first, following, start, waiting = before
-    parts = [s for s in around if inside(s, following)][-1]
-    return len(body) - sum(s.size for s in (first, parts, start, waiting, masked, after[0]))
+    # Without branches where there is only one part: what is not to be done is issued all the same.
+    passed = [fetching[0], [s for s in around if inside(s, fetching[1])][-1]] if fetching else []
+    passed += [*before[len(fetching) :], masked, *after]
+    return len(body) - sum(s.size for s in passed)
 
 
 def _attention(found: list[Skip]) -> tuple[Skip, Skip]:

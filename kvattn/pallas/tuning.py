@@ -67,8 +67,8 @@ class TpuConfig:
         ConfigError: sizes out of range.
     """
 
-    tile_bytes: int = 1 << 21
-    most_rows: int = 512
+    tile_bytes: int = 1 << 20
+    most_rows: int = 1024
 
     def __post_init__(self):
         if self.tile_bytes < 1 or self.most_rows < 128 or self.most_rows % 128:
