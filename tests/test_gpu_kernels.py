@@ -176,8 +176,9 @@ def test_values_by_mma(shape, store, rule, page_size, query, new, on):
 def assert_values(shape, store, rule, page_size, query, new, on):
     slots, num_heads, heads, size = SHAPES[shape]
     rows = None if page_size else eights(slots)
-    if rows and on == "Ampere" and (size % 64 or "Int" in store or "Float" in store):
-        rows = -(-rows // 32) * 32  # threads cannot share eight rows of those
+    if on == "Ampere" and (size % 64 or "Int" in store or "Float" in store):
+        # Threads cannot share eight rows of those.
+        rows, page_size = rows and -(-rows // 32) * 32, page_size and max(page_size, 32)
     cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, page_size=page_size, rows=rows, **STORES[store])
     rules = dict(RULES[rule])
     if "alibi_slopes" in rules:

@@ -36,7 +36,7 @@ from kvattn import errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import tiles, tpu_append, tpu_decode, tuning
+from kvattn.pallas import tiles, tpu_append, tpu_decode, tpu_fetch, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,7 @@ def check(request, config=None):
 SHAPES = {
     "GQA": (300, 16, 4, 128),
     "MHA": (130, 4, 4, 128),
+    "whole pieces": (384, 4, 2, 128),
     "MQA of 71 heads": (600, 71, 1, 128),
     "heads of 256": (140, 4, 2, 256),
     "one slot": (1, 4, 2, 128),
@@ -118,6 +119,27 @@ def test_scores_of_one_tile_above_those_of_the_last(rising):
     check(request, tuning.TpuConfig(1, 128))
 
 
+@pytest.mark.parametrize(
+    ("size", "codec", "rule"),
+    [
+        (128, None, "window and sinks"),
+        (64, kvattn.Float8(), "mass"),
+        *(
+            pytest.param(size, codec, rule, marks=pytest.mark.slow)
+            for size, codec in ((128, kvattn.Int8()), (64, None), (128, kvattn.Int4(64)))
+            for rule in RULES
+        ),
+    ],
+    ids=str,
+)
+def test_only_pieces_that_hold_something_are_fetched(size, codec, rule):
+    """Two tiles of two pieces each; what was not fetched is NaN. A window leaves pieces in the middle of a tile."""
+    rules = {**RULES[rule], **({"mask": Mask(window=150, num_sinks=3)} if rule == "window and sinks" else {})}
+    for lengths in ([512, 0, 129], [385, 128, 256]):
+        cache = filled(lengths, 512, 2, size, codec=codec)
+        check(request_for(cache, 4, **rules), tuning.TpuConfig(1 << 22, 256))
+
+
 def test_minima_and_scales_in_several_pages():
     """Two groups of four bits, tokens last, and two pages to a tile."""
     cache = filled([256, 0, 130], 256, 1, 64, codec=kvattn.Int4(32), page_size=128)
@@ -141,7 +163,7 @@ def lying_across():
     quick = [
         (64, None, 128, "mass"),
         (80, kvattn.Int8(), 0, "window"),
-        (64, kvattn.Int4(32), 0, "window and sinks"),
+        (128, kvattn.Int4(32), 0, "window and sinks"),
     ]
     plain = itertools.product((64, 80, 96, 112, 192), (None, kvattn.Int8(), kvattn.Float8()), (0, 128), RULES)
     sizes = ((64, 64), (64, 32), (128, 128), (128, 64), (128, 32), (128, 16), (192, 100), (320, 80))
@@ -175,11 +197,13 @@ def test_tokens_that_lie_side_by_side(page_size, codec, rule):
     check(request_for(cache, 6, 2, **RULES[rule]))
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(
-    "codec", [kvattn.Int4(64), *(pytest.param(kvattn.Int4(n), marks=pytest.mark.slow) for n in (32, 128))], ids=str
+    "codec", [kvattn.Int4(64), *(pytest.param(kvattn.Int4(n), marks=pytest.mark.slow) for n in (16, 32, 128))], ids=str
 )
-def test_four_bits_for_bfloat16_queries(codec):
-    """The error is that of rounding the probabilities: 2^-8 of the largest value."""
+def test_four_bits_for_bfloat16_queries(codec, native, monkeypatch):
+    """The error is that of rounding the probabilities: 2^-8 of the largest value; either way to widen codes."""
+    monkeypatch.setattr(tpu_decode, "native", lambda: native)
     request = request_for(filled([256, 0, 67], 256, 2, 128, codec=codec, dtype=BF16), 8, dtype=BF16)
     (out, lse, _), (exact, exact_lse) = jax.jit(tpu_decode.attend)(request), truth(request)
     largest = np.abs(np.asarray(request.view.dense(F32)[1])).max(
@@ -448,6 +472,19 @@ def test_planted_faults(monkeypatch):
             with pytest.raises(AssertionError):
                 check(request_for(cache, 4))
     check(request_for(cache, 4))
+
+
+def test_what_is_not_waited_for_is_a_race(monkeypatch):
+    """The parts of a tile that is not whole are read before they have come, or fetched before they were read."""
+    request = request_for(filled([512, 0, 129], 512, 2, 128), 4)
+    config = tuning.TpuConfig(1 << 22, 256)
+    check(request, config)
+    monkeypatch.setattr(tpu_fetch.Fetcher, "wait", lambda self, tile: None)
+    try:
+        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+            check(request, config)
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
 
 
 def test_a_planted_race_is_found(monkeypatch):

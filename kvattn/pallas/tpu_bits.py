@@ -3,16 +3,28 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import BFloat16, Bool, Float, Float32, Int32, Shaped, UInt16, UInt32
+from jaxtyping import BFloat16, Bool, Float, Float32, Int4, Int32, Shaped, UInt16, UInt32
 
 from kvattn._typing import Array
 
 OFFSET = 16
 """`nibbles` gives codes with this added: that costs one operation for two numbers, a conversion several for one."""
+CENTRE = 8
+"""`signed` gives codes less this."""
 
 _SIXTEEN = 0x41804180
 """Two bfloat16 of 16.0; a code is added by writing it into the upper four of the seven bits behind the leading one."""
 _CODES = 0x00780078
+
+
+def has_int4(device_kind: str | None) -> bool:
+    """Whether a device has an instruction that makes bfloat16 of four bits: TPUs from the sixth on."""
+    return device_kind is not None and device_kind.startswith(("TPU v6", "TPU7"))
+
+
+def signed(words: UInt32[Array, "W R"]) -> Int4[Array, "8*W R"]:
+    """Code - 8, from words of four bytes each, eight codes: row 2 f + p is of half p of byte f."""
+    return pltpu.bitcast(words ^ jnp.uint32(0x88888888), jnp.int4)
 
 
 def nibbles(words: UInt32[Array, "W R"], plane: int, odd: int) -> BFloat16[Array, "2*W R"]:
@@ -59,9 +71,8 @@ def pair(
 def _magnitude(bits: Int32[Array, "groups R"], coarse: Bool[Array, "groups R"]) -> Float32[Array, "groups R"]:
     """The number of the lower 15 of the bits of a bfloat16 (coarse) or a finite float16, without their sign."""
     bits = bits & 0x7FFF
-    # Exponents are biased by 15 in float16 and by 127 in float32. Exponent 0 (subnormals) has no leading one: it is
-    # read with one, as 2^-14 (1 + m/1024), which is then taken off again.
-    tiny = bits < 0x400
-    fine = jax.lax.bitcast_convert_type((bits << 13) + jnp.where(tiny, 113 << 23, 112 << 23), jnp.float32)
-    fine = fine - jnp.where(tiny, jnp.float32(2.0**-14), jnp.float32(0))
+    # Exponents are biased by 15 in float16 and by 127 in float32. Exponent 0 (subnormals) has no leading one: read with
+    # one, as x = 2^-15 (1 + m/1024), the number is 2 x - 2^-14, which above 2^-14 is more than x.
+    fine = jax.lax.bitcast_convert_type((bits << 13) + (112 << 23), jnp.float32)
+    fine = fine + jnp.minimum(fine - jnp.float32(2.0**-14), 0)
     return jnp.where(coarse, jax.lax.bitcast_convert_type(bits << 16, jnp.float32), fine)

@@ -24,7 +24,7 @@ from kvattn._typing import Array
 from kvattn.attend.registry import Result
 from kvattn.attend.request import Request, grouped, ungrouped
 from kvattn.cache.view import View
-from kvattn.pallas import common, tiles, tpu_fetch, tpu_read
+from kvattn.pallas import common, tiles, tpu_bits, tpu_fetch, tpu_read
 from kvattn.pallas.interpreter import interpreted
 from kvattn.pallas.tuning import TpuConfig, lookup
 
@@ -70,17 +70,16 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     heads, rows, cores = view.num_kv_heads, rows_of(view, config), cores_for(view)
     batch, length = request.query.shape[:2]
     group = request.query.shape[2] // heads
-    # New tokens and query heads of a group are rows of one matrix, of which 8 or 16 lie in a register.
-    count = group * length
-    padded = -(-count // 8) * 8
+    # New tokens and query heads of a group are rows of one matrix.
+    count, (padded, total) = group * length, rows_for(request)
     slots = -(-_tokens(view) // rows) * rows
     positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
 
     scalars = _scalars(view, chosen, positions, rows)
     seen = _side_by_side(view, positions, rows)
-    inputs = {**_queries(request, padded), "positions": _positions(view, seen, rows), **_stores(view, rows)}
-    results = _results(request, padded, slots, rows)
+    inputs = {**_queries(request), "positions": _positions(view, seen, rows), **_stores(view, rows)}
+    results = _results(request, total, slots, rows)
     arrays = [*scalars.values(), *(x for x, _ in inputs.values())]
     buffers = _buffers(view, rows)
     out, lse, *scores = pl.pallas_call(
@@ -100,7 +99,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in results.values()],
             scratch_shapes=[
-                *(pltpu.VMEM((heads // cores, padded, size), jnp.float32) for size in (1, 1, _width(view))),
+                *(pltpu.VMEM((heads // cores, total, size), jnp.float32) for size in (1, 1, _width(view))),
                 *buffers.values(),
             ],
         ),
@@ -111,8 +110,8 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     )(*arrays)
 
     split = lambda x: ungrouped(x[:, :, :count].reshape(batch, heads, group, length, *x.shape[3:]))
-    out = tpu_read.restored(split(out), common.format_of(view), common.tokens_beside(view, view.values))
-    lse = split(lse)[..., 0]
+    beside = common.tokens_beside(view, view.values)
+    out, lse = split(tpu_read.restored(out, common.format_of(view), native(), beside)), split(lse)[..., 0]
     if not request.want_mass:
         return out, lse, None
     seen = jnp.repeat(chosen.needed, rows, axis=1)[:, None, None]
@@ -128,6 +127,20 @@ def cores_for(view: View) -> int:
     target = _target.current()
     cores = (target.num_cores or 1) if target.platform == "tpu" else 1
     return cores if view.num_kv_heads % cores == 0 else 1
+
+
+def native() -> bool:
+    """Whether the device widens codes of four bits by an instruction of its own."""
+    return tpu_bits.has_int4(_target.current().device_kind)
+
+
+def rows_for(request: Request) -> tuple[int, int]:
+    """Rows of queries of a key/value head, filled up, and with those of all groups: registers have eight."""
+    view, (_, length, heads, _) = request.view, request.query.shape
+    groups = tpu_read.row_groups(common.format_of(view), view.key_head_dim)
+    each = max(8 // groups, 1)
+    padded = -(-length * heads // view.num_kv_heads // each) * each
+    return padded, padded * groups
 
 
 def _width(view: View) -> int:
@@ -176,25 +189,27 @@ def _by_row(view: View, *block: int) -> pl.BlockSpec:
     )
 
 
-def _queries(request: Request, padded: int) -> Operands:
-    """Queries [B, K, M, H] filled up to `padded` rows, their positions [B, M, 1], and ALiBi's slopes [K, M, 1]."""
-    view, heads = request.view, request.view.num_kv_heads
+def _queries(request: Request) -> Operands:
+    """Queries [B, K, M, H], their positions [B, M, 1], and ALiBi's slopes [K, M, 1], filled up, for every group."""
+    view, heads, (padded, total) = request.view, request.view.num_kv_heads, rows_for(request)
     query = grouped(request.query, heads)
     batch, _, group, length, _ = query.shape
-    count = group * length
-    fill = ((0, 0), (0, padded - count))
-    query = jnp.pad(query.reshape(batch, heads, count, -1), ((0, 0), *fill, (0, 0)))
-    query = tpu_read.spread(query, common.format_of(view), common.tokens_beside(view, view.keys))
+    fill = ((0, 0), (0, padded - group * length))
+    query = jnp.pad(query.reshape(batch, heads, group * length, -1), ((0, 0), *fill, (0, 0)))
+    query = tpu_read.spread(query, common.format_of(view), native(), common.tokens_beside(view, view.keys))
     query = query.astype(_wide(request))
-    at = jnp.pad(common.query_positions(request), fill, constant_values=-1)
+    by_row = lambda x, value: jnp.tile(jnp.pad(x, fill, constant_values=value), (1, total // padded))[..., None]
     found: Operands = {
         "query": (query, _by_row(view, *query.shape[1:])),
-        "at": (at[..., None], pl.BlockSpec((1, padded, 1), lambda core, i, n, row, *_: (row[i], 0, 0))),
+        "at": (
+            by_row(common.query_positions(request), -1),
+            pl.BlockSpec((1, total, 1), lambda core, i, n, row, *_: (row[i], 0, 0)),
+        ),
     }
     slopes = common.query_slopes(request)
     if slopes is not None:
-        slopes = jnp.pad(slopes, fill)[..., None]
-        found["slopes"] = slopes, pl.BlockSpec((heads // cores_for(view), padded, 1), lambda core, *_: (core, 0, 0))
+        spec = pl.BlockSpec((heads // cores_for(view), total, 1), lambda core, *_: (core, 0, 0))
+        found["slopes"] = by_row(slopes, 0), spec
     return found
 
 
@@ -255,19 +270,19 @@ def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], bool]]:
     return found
 
 
-def _results(request: Request, padded: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
+def _results(request: Request, total: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
     """Shapes of the results, float32, and the block that is written in a step."""
     view = request.view
     batch, heads, size = request.query.shape[0], view.num_kv_heads, _width(view)
     found = {
-        "out": ((batch, heads, padded, size), _by_row(view, heads, padded, size)),
-        "lse": ((batch, heads, padded, 1), _by_row(view, heads, padded, 1)),
+        "out": ((batch, heads, total, size), _by_row(view, heads, total, size)),
+        "lse": ((batch, heads, total, 1), _by_row(view, heads, total, 1)),
     }
     if request.want_mass:
         block = pl.BlockSpec(
-            (1, heads // cores_for(view), padded, rows), lambda core, i, n, row, tile, *_: (row[i], core, 0, tile[i])
+            (1, heads // cores_for(view), total, rows), lambda core, i, n, row, tile, *_: (row[i], core, 0, tile[i])
         )
-        found["scores"] = (batch, heads, padded, slots), block
+        found["scores"] = (batch, heads, total, slots), block
     return found
 
 
@@ -282,6 +297,7 @@ def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
             last=tpu_read.tokens_last(store["data"].shape[-1]),
             head_dim=head_dim,
             wide=_wide(request),
+            native=native(),
             beside=common.tokens_beside(view, store),
         )
         for role, store, head_dim in stores
@@ -307,10 +323,9 @@ def vmem_bytes(request: Request, config: TpuConfig | None = None) -> int:
     stores = common.arrays(view)
     tokens = _tokens(view) * view.positions.shape[1] if view.page_table is None else view.page_size * stores[0].shape[1]
     tile = sum(x.size * x.dtype.itemsize for x in stores) // tokens * rows
-    count = view.num_kv_heads * -(-request.query.shape[1] * request.query.shape[2] // view.num_kv_heads // 8) * 8
-    groups = view.keys["scale"].shape[-2] if common.format_of(view).is_grouped else 1
+    count = view.num_kv_heads * rows_for(request)[1]
     beside = common.tokens_beside(view, view.keys)
-    queries = count * groups * beside * wide(view.key_head_dim * beside)
+    queries = count * beside * wide(view.key_head_dim * beside)
     results = count * (wide(_width(view)) + tpu_read.LANES + (rows if request.want_mass else 0))
     return (2 * tile + 4 * (2 * queries + 3 * results + count * tpu_read.LANES)) // cores_for(view)
 

@@ -51,7 +51,12 @@ def refuses(codec: Codec, head_dim: int, data: Shaped[Array, "..."], tokens: int
     return None
 
 
-def spread(query: Array, form: Format, beside: int = 1) -> Array:
+def row_groups(form: Format, head_dim: int) -> int:
+    """How many rows a query takes: one for each group of channels that share a scale."""
+    return num_groups(head_dim, form.group_size) if form.is_grouped else 1
+
+
+def spread(query: Array, form: Format, native: bool, beside: int = 1) -> Array:
     """Rows [..., M, H] as `Store.scores` wants them: of groups [..., G M, H], each group's channels in rows alone.
 
     Where tokens lie side by side, [..., 2 M, 2 H]: rows for those on the left, and rows for those on the right.
@@ -62,19 +67,33 @@ def spread(query: Array, form: Format, beside: int = 1) -> Array:
         return jnp.concatenate(sides, axis=-2)
     if not form.is_grouped:
         return query
-    turn = lambda x: x.reshape(*x.shape[:-1], 2, -1, 2).swapaxes(-1, -2).reshape(x.shape)
-    query, groups = turn(query), turn(np.arange(query.shape[-1])) // form.group_size
+    query, groups = _turned(query, native), _turned(np.arange(query.shape[-1]), native) // form.group_size
     alone = [jnp.where(groups == g, query, jnp.zeros_like(query)) for g in range(groups.max() + 1)]
     return jnp.concatenate(alone, axis=-2)
 
 
-def restored(out: Array, form: Format, beside: int = 1) -> Array:
-    """What `Store.mix` gives, [..., H], with its channels in order; or [..., 2 H], of both sides, added up."""
+def restored(out: Array, form: Format, native: bool, beside: int = 1) -> Array:
+    """What `Store.mix` gives, [..., G M, H], as [..., M, H] with its channels in order; or [..., 2 H] of both sides."""
     if beside > 1:
         return out.reshape(*out.shape[:-1], beside, -1).sum(axis=-2)
     if not form.is_grouped:
         return out
-    return out.reshape(*out.shape[:-1], 2, 2, -1).swapaxes(-1, -2).reshape(out.shape)
+    features = out.shape[-1]
+    groups = _turned(np.arange(features), native) // form.group_size
+    parts = out.reshape(*out.shape[:-2], groups.max() + 1, -1, features)
+    # Rows of a group are good for its own channels.
+    alone = sum(jnp.where(groups == g, parts[..., g, :, :], 0) for g in range(parts.shape[-3]))
+    return _turned(jnp.asarray(alone), native, back=True)
+
+
+def _turned(x: Any, native: bool, back: bool = False) -> Any:
+    """Channels [..., H] in the order in which codes of four bits unpack; or `back` from it."""
+    half = x.shape[-1] // 2
+    if native:  # of each byte one half, then the other
+        cut, axes = (half, 2) if back else (2, half), (-1, -2)
+    else:  # one half of all bytes, first of even ones, then of odd ones; then the other half
+        cut, axes = (2, 2, half // 2) if back else (2, half // 2, 2), (-1, -2)
+    return x.reshape(*x.shape[:-1], *cut).swapaxes(*axes).reshape(x.shape)
 
 
 @typing.no_type_check
@@ -88,6 +107,7 @@ class Store:
         last: whether the data lies with its tokens last.
         head_dim: H.
         wide: dtype of the products' operands.
+        native: whether codes of four bits are widened by an instruction of the device (`tpu_bits.has_int4`).
         beside: how many tokens lie side by side. Then the slots of a tile come side by side too: those on the left of
             all its pages first.
     """
@@ -97,6 +117,7 @@ class Store:
     last: bool
     head_dim: int
     wide: DTypeLike
+    native: bool = False
     beside: int = 1
 
     def scores(self, query: Array, k: int, scale: float, filled: Array | None) -> Array:
@@ -176,57 +197,57 @@ class Store:
     # Four bits.
 
     def _codes(self, k: int) -> Array:
-        """[H, R] with `_offset` added, as they unpack: both halves of the bytes, of each the even rows and the odd."""
-        words = _beside([self._words(part, k) for part in self.parts["data"]], axis=1)
+        """[H, R] with `_offset` added, in the order of `_turned`."""
+        words = _beside([pltpu.bitcast(part[k], jnp.uint32) for part in self.parts["data"]], axis=1)
+        if self.native:
+            return tpu_bits.signed(words).astype(self.wide)
         codes = [tpu_bits.nibbles(words, plane, odd) for plane in (0, 1) for odd in (0, 1)]
         codes = _beside(codes, axis=0).astype(self.wide)
         return codes - (tpu_bits.OFFSET - self._offset) if self._offset != tpu_bits.OFFSET else codes
 
-    def _pair(self, k: int) -> list[tuple[Array, Array]]:
-        """float32 [1, R] scale and minimum of each group."""
-        step, low = tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
-        return [(step[g : g + 1], low[g : g + 1]) for g in range(step.shape[0])]
-
     @property
     def _offset(self) -> int:
         """What is too much in the codes that are multiplied. In float32 they lie around 0, which is most exact."""
-        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 else -8
+        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 and not self.native else -tpu_bits.CENTRE
 
-    @staticmethod
-    def _words(part: Any, k: int) -> Array:
-        """uint32 [F / 4, R] of bytes [F, R]: four neighbouring rows to a word, the first lowest."""
-        return pltpu.bitcast(part[k], jnp.uint32)
+    def _pair(self, k: int) -> tuple[Array, Array]:
+        """float32 [G, R] scale and minimum of each group."""
+        return tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
 
     def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
-        """Per group: scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`."""
-        pairs = self._pair(k)
-        products = self._product(query, self._codes(k), along_tokens=False)
+        """float32 [G M, R], in the rows of every group the same: the sum over groups of
+
+        scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`.
+        """
+        step, low = self._pair(k)
+        groups, rows = step.shape[0], query.shape[0]
         sums = jnp.sum(query.astype(jnp.float32), axis=1, keepdims=True)
-        total: Any = 0
-        for g, (step, low) in enumerate(pairs):
-            rows = slice(g * (query.shape[0] // len(pairs)), (g + 1) * (query.shape[0] // len(pairs)))
-            total = total + products[rows] * (step * scale) + sums[rows] * ((low - self._offset * step) * scale)
+        total = self._product(query, self._codes(k), along_tokens=False) * _by_group(step * scale, rows)
+        total = total + sums * _by_group((low - self._offset * step) * scale, rows)
+        shift = rows // groups
+        while shift < rows:
+            total, shift = total + pltpu.roll(total, shift, 0), 2 * shift
         return total
 
     def _grouped_mix(self, probs: Array, k: int, filled: Array | None) -> Array:
-        """float32 [M, H], per group: (probs * scale) . codes + probs . minimum."""
-        weights, means = [], []
-        for step, low in self._pair(k):
-            if filled is not None:
-                step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
-            weights.append((probs * step).astype(self.wide))
-            # The offset comes off the weights as they were rounded.
-            mean = probs * low - self._offset * weights[-1].astype(jnp.float32)
-            means.append(jnp.sum(mean, axis=1, keepdims=True))
-        products = self._product(_beside(weights, axis=0), self._codes(k), along_tokens=True)
-        # Each group's rows of the product are good for its own channels; `_codes` has them in its order.
-        width, count = self.head_dim // 2, probs.shape[0]
-        lane = jax.lax.broadcasted_iota(jnp.int32, (count, self.head_dim), 1)
-        group = (lane // width * width + lane % (width // 2) * 2 + lane // (width // 2) % 2) // self.format.group_size
-        out = products[:count] + means[0]
-        for g in range(1, len(means)):
-            out = jnp.where(group == g, products[g * count : (g + 1) * count] + means[g], out)
-        return out
+        """float32 [G M, H], good for a group's channels in its rows: (probs * scale) . codes + probs . minimum."""
+        step, low = self._pair(k)
+        if filled is not None:
+            step, low = (jnp.where(filled, x, 0.0) for x in (step, low))
+        weights = (probs * _by_group(step, probs.shape[0])).astype(self.wide)
+        if self._offset > 0:
+            # Larger than the codes: it comes off the weights as they were rounded.
+            mean = probs * _by_group(low, probs.shape[0]) - self._offset * weights.astype(jnp.float32)
+        else:
+            mean = probs * _by_group(low - self._offset * step, probs.shape[0])
+        products = self._product(weights, self._codes(k), along_tokens=True)
+        return products + jnp.sum(mean, axis=1, keepdims=True)
+
+
+def _by_group(x: Array, rows: int) -> Array:
+    """[G M, R], `rows` of them, of numbers [G, R] of the groups."""
+    groups, tokens = x.shape
+    return _beside([jnp.broadcast_to(x[g : g + 1], (rows // groups, tokens)) for g in range(groups)], axis=0)
 
 
 def _joined(parts: list, k: int, axis: int) -> Array:

@@ -931,7 +931,7 @@ FAULTS: list[Fault] = [
             "jnp.all(cut(positions >= 0), axis=(1, 3))",
             "jnp.all(cut(positions >= 0), axis=3).any(axis=1)",
         ),
-        ("pages_of", "jnp.take(table.reshape", "jnp.take(table.astype(jnp.int16).astype(jnp.int32).reshape"),
+        ("pages_of", "jnp.take(page.reshape", "jnp.take(page.astype(jnp.int16).astype(jnp.int32).reshape"),
     ),
     *group(
         "pallas/tiles.py",
@@ -942,10 +942,9 @@ FAULTS: list[Fault] = [
         ("_listed", "entry - of_row[:, -1]", "entry"),
         ("pages_of", "table < num_pages", "table <= num_pages"),
         ("pages_of", "table >= 0", "table > 0"),
-        ("pages_of", "page >= 0, page, before", "page > 0, page, before"),
+        ("pages_of", "jnp.where(holds, ", "jnp.where(holds | True, "),
         ("pages_of", "chosen.row * tiles + chosen.tile", "chosen.row + chosen.tile"),
-        ("pages_of", "2 * step", "4 * step"),
-        ("pages_of", "[:, : tiles * per_tile]", "[:, -tiles * per_tile :]"),
+        ("pages_of", "[:, : holds.shape[1]]", "[:, -holds.shape[1] :]"),
     ),
     *group(
         "pallas/shares.py",
@@ -1188,9 +1187,42 @@ FAULTS: list[Fault] = [
         ("cores_for", "view.num_kv_heads % cores == 0", "True", "test_tpu_kernels.py::test_devices_of_two_cores"),
         ("_body", "total[k] * keep", "total[k]"),
         ("_body", "slopes[k] * (kv_at - q_at)", "slopes[k] * (q_at - kv_at)"),
-        ("_body", "None if every_slot_is_filled else kv_at >= 0", "None"),
-        ("_parts", "return found", "return {name: refs[:1] * len(refs) for name, refs in found.items()}"),
-        ("_page_spec", "i * per_tile + part", "i * per_tile"),
+        ("_body", "None if every_slot_is_filled else x >= 0", "None"),
+    ),
+    *group(
+        "pallas/tpu_fetch.py",
+        """
+        test_tpu_kernels.py::test_only_pieces_that_hold_something_are_fetched
+        test_tpu_kernels.py::test_minima_and_scales_in_several_pages
+        test_tpu_kernels.py::test_two_cores_share_the_heads
+        test_tpu_kernels.py::test_values
+        """,
+        ("Pages.some", "tile * self.parts + part", "tile * self.parts"),
+        ("Pages.some", "pl.ds(self.first_head, target.shape[0])", "pl.ds(0, target.shape[0])"),
+        ("Pages.held", "buffer.at[part]", "buffer.at[0]"),
+        ("Pieces._copy", "pl.ds(self.first_head, buffer.shape[0])", "pl.ds(0, buffer.shape[0])"),
+        ("Pieces._copy", "buffer.at[:, *tokens(part)]", "buffer.at[:, *tokens(0)]"),
+        ("Pieces._copy", "self.number[tile] * self.parts + part", "self.number[tile] * self.parts"),
+        ("Pieces._copy", "if tokens_last else", "if not tokens_last else"),
+        ("Pieces._copy", "self.row[tile]", "self.row[0]"),
+        ("Fetcher._copy", "self.arrived.at[tile % 2]", "self.arrived.at[0]"),
+    ),
+    *group(
+        "pallas/tpu_bits.py",
+        "test_tpu_bits.py",
+        ("float8", " + magnitudes) | magnitudes)", " + magnitudes))"),
+        ("float8", "words & (((words", "words | (((words"),
+        ("signed", "0x88888888", "0x08080808"),
+        ("nibbles", "4 * plane + 8 * odd", "4 * plane + 4 * odd"),
+        ("_magnitude", "jnp.minimum(fine - jnp.float32(2.0**-14), 0)", "0"),
+        ("_magnitude", "(112 << 23)", "(113 << 23)"),
+        ("has_int4", '("TPU v6", "TPU7")', '("TPU v5", "TPU v6", "TPU7")'),
+    ),
+    *group(
+        "pallas/tiles.py",
+        "test_tpu_kernels.py::test_only_pieces_that_hold_something_are_fetched",
+        ("parts_of", "cut <<", "(cut * 0 + 1) >>"),
+        ("parts_of", "chosen.row * tiles + chosen.tile", "chosen.tile"),
     ),
     *group(
         "pallas/tpu_read.py",
@@ -1200,7 +1232,14 @@ FAULTS: list[Fault] = [
         test_tpu_kernels.py::test_values
         """,
         ("Store._grouped_scores", "(low - self._offset * step)", "(low + self._offset * step)"),
-        ("Store._grouped_mix", "probs * low - self._offset", "probs * step - self._offset"),
+        (
+            "Store._grouped_mix",
+            "- self._offset * weights.astype(jnp.float32)",
+            "",
+            "test_tpu_kernels.py::test_four_bits_for_bfloat16_queries",
+        ),
+        ("Store._grouped_mix", "low - self._offset * step", "low"),
+        ("Store._grouped_scores", "2 * shift", "4 * shift"),
         ("Store._grouped_mix", "jnp.where(filled, x, 0.0)", "x"),
         ("Store.mix", "jnp.where(filled, factor, 0.0)", "factor"),
         ("Store._cleared", "jnp.where(filled, tile.astype(jnp.float32), 0.0)", "tile.astype(jnp.float32)"),
