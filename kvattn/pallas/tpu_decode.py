@@ -249,25 +249,37 @@ def _buffers(view: View, rows: int) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"arrived": pltpu.SemaphoreType.DMA((2,))}
     for name, (x, last) in _lying(view).items():
-        heads, *tile = x.shape[2:] if view.page_table is None else (x.shape[0], *x.shape[2:])
-        heads //= cores_for(view)
         if view.page_table is not None:
-            shape = parts, heads, *tile
+            shape = parts, x.shape[0] // cores_for(view), *x.shape[2:]
         else:
-            shape = (heads, tile[0], rows) if last else (heads, rows, tile[1])
+            shape = x.shape[2] // cores_for(view), *((x.shape[3], rows) if last else (rows, x.shape[4]))
         found[f"{name} buffers"] = pltpu.VMEM((2, *shape), x.dtype)
     return found
 
 
 def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], bool]]:
-    """The arrays of the cache as they lie in memory, which is no copy, and whether their tokens come last."""
+    """The arrays of the cache as they lie in memory, which is no copy, and whether their tokens come last.
+
+    Except scales in pages of less than 128 tokens: kernels cannot ask for them as XLA lays them, page beside page. They
+    are copied, a page's of all heads of a core side by side [cores, P, 1, K R / cores], which leaves few gaps.
+    """
     found: dict[str, tuple[Array, bool]] = {}
     for role, store in (("keys", view.keys), ("values", view.values)):
         for name, x in store.items():
-            turned = name not in view.codec.token_minor and tpu_read.tokens_last(x.shape[-1])
-            last = turned or name in view.codec.token_minor
-            found[f"{role} {name}"] = (x.swapaxes(-1, -2) if turned else x), last
+            last = name in view.codec.token_minor
+            if last and scales_side_by_side(view):
+                heads, pages, _, size = x.shape
+                cut = x.reshape(cores_for(view), -1, pages, size).swapaxes(1, 2).reshape(cores_for(view), pages, 1, -1)
+                x = jnp.pad(cut, ((0, 0), (0, 0), (0, 0), (0, -cut.shape[-1] % tpu_read.LANES)))
+            elif not last and tpu_read.tokens_last(x.shape[-1]):
+                x, last = x.swapaxes(-1, -2), True
+            found[f"{role} {name}"] = x, last
     return found
+
+
+def scales_side_by_side(view: View) -> bool:
+    """Whether the kernel is given the scales of all heads of a page in one row."""
+    return view.page_table is not None and view.page_size % tpu_read.LANES > 0
 
 
 def _results(request: Request, total: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
@@ -298,6 +310,7 @@ def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
             head_dim=head_dim,
             wide=_wide(request),
             native=native(),
+            scale_size=view.page_size if scales_side_by_side(view) else 0,
             beside=common.tokens_beside(view, store),
         )
         for role, store, head_dim in stores
@@ -458,11 +471,11 @@ def _fetcher(memory: dict[str, Any], parts: int, tokens_last: dict[str, bool]) -
     if not parts:
         return None
     arrays = {name: (memory[name], memory[f"{name} buffers"], last) for name, last in tokens_last.items()}
-    first = pl.program_id(0) * memory["query"].shape[1]
+    core = pl.program_id(0)
     if "pages" in memory:
-        where = tpu_fetch.Pages(memory["pages"], parts, first)
+        where = tpu_fetch.Pages(memory["pages"], parts, core)
     else:
-        where = tpu_fetch.Pieces(memory["row"], memory["tile"], memory["held"], parts, first)
+        where = tpu_fetch.Pieces(memory["row"], memory["tile"], memory["held"], parts, core)
     return tpu_fetch.Fetcher(where, arrays, memory["arrived"], memory["whole"])
 
 

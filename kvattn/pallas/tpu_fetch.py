@@ -18,17 +18,17 @@ PIECE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Parts that are pages of pools [K, P, ...]; buffers are [parts, heads, ...].
+    """Parts that are pages of pools [n, P, ...], n heads for example; buffers are [parts, n / cores, ...].
 
     Attributes:
         pages: int32 [tiles * parts] in scalar memory, where each part of a tile lies; negative: it holds nothing.
         parts: pages per tile.
-        first_head: of those that this core works on.
+        core: which core this is.
     """
 
     pages: Any
     parts: int
-    first_head: Any
+    core: Any
 
     def holds(self, tile: Any, part: Any) -> Any:
         """Whether there is anything in a part."""
@@ -42,7 +42,8 @@ class Pages:
         """From where to where a part is copied."""
         del tokens_last
         target = buffer.at[part]
-        return array.at[pl.ds(self.first_head, target.shape[0]), self.pages[tile * self.parts + part]], target
+        mine = pl.ds(self.core * target.shape[0], target.shape[0])
+        return array.at[mine, self.pages[tile * self.parts + part]], target
 
     def held(self, buffer: Any) -> list[Any]:
         """What lies in a buffer, part by part: [heads, ...]."""
@@ -57,14 +58,14 @@ class Pieces:
         row, number: int32 [tiles] in scalar memory: the row of each tile, and which of its row it is.
         has: int32 [tiles] in scalar memory: bit p is 1 if part p holds something.
         parts: pieces per tile, 31 at most.
-        first_head: of those that this core works on.
+        core: which core this is; each has a part of the heads.
     """
 
     row: Any
     number: Any
     has: Any
     parts: int
-    first_head: Any
+    core: Any
 
     def holds(self, tile: Any, part: Any) -> Any:
         """Whether there is anything in a part."""
@@ -87,7 +88,7 @@ class Pieces:
             found = pl.ds(pl.multiple_of(part * PIECE, PIECE), parts * PIECE)
             return (slice(None), found) if tokens_last else (found,)
 
-        source = array.at[0, self.row[tile], pl.ds(self.first_head, buffer.shape[0])]
+        source = array.at[0, self.row[tile], pl.ds(self.core * buffer.shape[0], buffer.shape[0])]
         return source.at[:, *tokens(self.number[tile] * self.parts + part)], buffer.at[:, *tokens(part)]
 
 

@@ -108,6 +108,8 @@ class Store:
         head_dim: H.
         wide: dtype of the products' operands.
         native: whether codes of four bits are widened by an instruction of the device (`tpu_bits.has_int4`).
+        scale_size: how many scales of a head follow each other where those of all heads lie in one row [1, 1, K R]; 0:
+            each head has a row.
         beside: how many tokens lie side by side. Then the slots of a tile come side by side too: those on the left of
             all its pages first.
     """
@@ -118,6 +120,7 @@ class Store:
     head_dim: int
     wide: DTypeLike
     native: bool = False
+    scale_size: int = 0
     beside: int = 1
 
     def scores(self, query: Array, k: int, scale: float, filled: Array | None) -> Array:
@@ -171,7 +174,7 @@ class Store:
 
     def _data(self, k: int) -> Array:
         """[R, H] or [H, R], in `_unit`."""
-        tile = _joined(self.parts["data"], k, axis=1 if self.last else 0)
+        tile = _beside([part[k] for part in self.parts["data"]], axis=1 if self.last else 0)
         return tpu_bits.float8(tile) if self.format.dtype == jnp.float8_e4m3fn else tile
 
     @property
@@ -181,10 +184,15 @@ class Store:
 
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
-        if self.beside == 1:
-            return _joined(self.parts[name], k, axis=1)
-        left, right = zip(*(_halves(part[k], 1) for part in self.parts[name]), strict=True)
-        return _beside([*left, *right], axis=1)
+        parts = self.parts[name]
+        if self.scale_size:
+            rows = [part[0, :, k * self.scale_size : (k + 1) * self.scale_size] for part in parts]
+        else:
+            rows = [part[k] for part in parts]
+        if self.beside > 1:
+            left, right = zip(*(_halves(row, 1) for row in rows), strict=True)
+            rows = [*left, *right]
+        return _beside(rows, axis=1)
 
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
         """float32 [M, R] of rows [M, H], or `along_tokens` [M, H] of rows [M, R], with a tile as `_data` gives it."""
@@ -248,11 +256,6 @@ def _by_group(x: Array, rows: int) -> Array:
     """[G M, R], `rows` of them, of numbers [G, R] of the groups."""
     groups, tokens = x.shape
     return _beside([jnp.broadcast_to(x[g : g + 1], (rows // groups, tokens)) for g in range(groups)], axis=0)
-
-
-def _joined(parts: list, k: int, axis: int) -> Array:
-    """The tile [R, F] or [F, R] of head k; pages one behind the other along `axis`."""
-    return _beside([part[k] for part in parts], axis)
 
 
 def _halves(x: Array, axis: int) -> list[Array]:

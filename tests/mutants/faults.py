@@ -1198,9 +1198,9 @@ FAULTS: list[Fault] = [
         test_tpu_kernels.py::test_values
         """,
         ("Pages.some", "tile * self.parts + part", "tile * self.parts"),
-        ("Pages.some", "pl.ds(self.first_head, target.shape[0])", "pl.ds(0, target.shape[0])"),
+        ("Pages.some", "pl.ds(self.core * target.shape[0],", "pl.ds(0 * target.shape[0],"),
         ("Pages.held", "buffer.at[part]", "buffer.at[0]"),
-        ("Pieces._copy", "pl.ds(self.first_head, buffer.shape[0])", "pl.ds(0, buffer.shape[0])"),
+        ("Pieces._copy", "pl.ds(self.core * buffer.shape[0],", "pl.ds(0 * buffer.shape[0],"),
         ("Pieces._copy", "buffer.at[:, *tokens(part)]", "buffer.at[:, *tokens(0)]"),
         ("Pieces._copy", "self.number[tile] * self.parts + part", "self.number[tile] * self.parts"),
         ("Pieces._copy", "if tokens_last else", "if not tokens_last else"),
