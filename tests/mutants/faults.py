@@ -941,7 +941,7 @@ FAULTS: list[Fault] = [
         ("_listed", "of_row[:, tiles : 2 * tiles]", "of_row[:, :tiles]"),
         ("_listed", "entry - of_row[:, -1]", "entry"),
         ("pages_of", "table < num_pages", "table <= num_pages"),
-        ("pages_of", "table >= 0", "table > 0"),
+        ("pages_of", "table >= 0", "True"),
         ("pages_of", "jnp.where(holds, ", "jnp.where(holds | True, "),
         ("pages_of", "chosen.row * tiles + chosen.tile", "chosen.row + chosen.tile"),
         ("pages_of", "[:, : holds.shape[1]]", "[:, -holds.shape[1] :]"),
