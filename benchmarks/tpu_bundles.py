@@ -19,9 +19,20 @@ from typing import Any
 
 TARGETS = {"v5e": (819e9, 1.5e9), "v6e": (1640e9, 1.75e9)}
 """Bytes and cycles per second. The clock follows from the published peak: 4 units of 128^2 (256^2) products a cycle."""
-BOUND_BY_MEMORY = ("GQA 32/8", "GQA 32/8, pages of 64", "MHA 32/32", "heads of 64", "heads of 80")
+BOUND_BY_MEMORY = (
+    "GQA 32/8",
+    "GQA 32/8, pages of 64",
+    "GQA 32/8, pages of 16",
+    "GQA 32/8, Int8",
+    "GQA 32/8, pages of 64, Int8",
+    "GQA 32/8, Float8",
+    "MHA 32/32",
+    "heads of 64",
+    "heads of 64, pages of 16",
+    "heads of 80",
+)
 """Cases that must need fewer bundles than their copy takes cycles."""
-OURS = (*BOUND_BY_MEMORY, "GQA 32/8, pages of 16", "GQA 32/8, Int8", "GQA 32/8, Float8", "GQA 32/8, Int4(64)")
+OURS = (*BOUND_BY_MEMORY, "GQA 32/8, Int4(64)", "MQA 71/1")
 JAXS = {"JAX's paged_attention, pages of 16": 16, "JAX's paged_attention, pages of 64": 64}
 JAX_TOKENS = 512
 
@@ -34,14 +45,8 @@ def well(target: str, results: dict[str, dict[str, float]]) -> dict[str, bool]:
     """Of each case of ours, whether it needs no more per byte than JAX's kernel does, nor than the copy takes."""
     bandwidth, clock = TARGETS[target]
     density = lambda name: results[name]["bundles"] / results[name]["bytes"]
-    small, large = (density(name) for name in JAXS)
-
-    def good(name: str) -> bool:
-        if name in BOUND_BY_MEMORY:
-            return density(name) <= min(large, clock / bandwidth)
-        return density(name) <= small if name == "GQA 32/8, pages of 16" else True
-
-    return {name: good(name) for name in OURS}
+    most = min(clock / bandwidth, *(density(name) for name in JAXS))
+    return {name: name not in BOUND_BY_MEMORY or density(name) <= most for name in OURS}
 
 
 @dataclasses.dataclass(frozen=True)

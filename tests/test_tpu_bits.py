@@ -67,6 +67,12 @@ def test_every_scale_and_minimum(coarse):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_which_devices_have_four_bits():
-    for kind, has in (("TPU v6 lite", True), ("TPU7x", True), ("TPU v5 lite", False), ("TPU v4", False), (None, False)):
-        assert tpu_bits.has_int4(kind) == has
+def test_what_devices_have():
+    for kind, int4, float8 in (
+        ("TPU7x", True, True),
+        ("TPU v6 lite", True, False),
+        ("TPU v5 lite", False, False),
+        ("TPU v4", False, False),
+        (None, False, False),
+    ):
+        assert tpu_bits.Native.of(kind) == tpu_bits.Native(int4, float8)

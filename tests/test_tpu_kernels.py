@@ -32,11 +32,11 @@ from oracles import assert_accurate, assert_lse, assert_same_bits
 
 import kvattn
 import kvattn.pallas
-from kvattn import errors
+from kvattn import _target, errors
 from kvattn.attend import api
 from kvattn.cache import Layout
 from kvattn.masks import Mask
-from kvattn.pallas import tiles, tpu_append, tpu_decode, tpu_fetch, tuning
+from kvattn.pallas import tiles, tpu_append, tpu_bits, tpu_decode, tpu_fetch, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_tokens_that_lie_side_by_side(page_size, codec, rule):
 )
 def test_four_bits_for_bfloat16_queries(codec, native, monkeypatch):
     """The error is that of rounding the probabilities: 2^-8 of the largest value; either way to widen codes."""
-    monkeypatch.setattr(tpu_decode, "native", lambda: native)
+    monkeypatch.setattr(tpu_decode, "native", lambda: tpu_bits.Native(int4=native))
     request = request_for(filled([256, 0, 67], 256, 2, 128, codec=codec, dtype=BF16), 8, dtype=BF16)
     (out, lse, _), (exact, exact_lse) = jax.jit(tpu_decode.attend)(request), truth(request)
     largest = np.abs(np.asarray(request.view.dense(F32)[1])).max(
@@ -211,6 +211,18 @@ def test_four_bits_for_bfloat16_queries(codec, native, monkeypatch):
     )
     assert np.abs(np.asarray(out, np.float64) - exact).max() <= 2.0**-8 * largest
     np.testing.assert_allclose(lse, exact_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("page_size", [0, 32])
+def test_float8_as_the_device_has_it(page_size, platform, monkeypatch):
+    """Unused slots hold NaN then; bits in uint8 are read as well."""
+    monkeypatch.setattr(tpu_decode, "native", lambda: tpu_bits.Native(float8=True))
+    fill = worst if platform == "tpu" else lambda x: jnp.full_like(x, 0x7F if x.dtype == jnp.uint8 else jnp.nan)
+    with _target.aimed_at(platform):
+        cache = filled([256, 0, 67], 256, 2, 128, codec=kvattn.Float8(), page_size=page_size, fill=fill)
+    assert cache.keys["data"].dtype == (jnp.float8_e4m3fn if platform == "tpu" else jnp.uint8)
+    check(request_for(cache, 8, mask=Mask(window=150, num_sinks=3)))
 
 
 def test_float16_queries():

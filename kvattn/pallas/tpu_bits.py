@@ -1,5 +1,7 @@
 """Codes and scales widened as TPUs do it fast: by arithmetic on bits, or as a type that their instructions know."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -17,9 +19,23 @@ _SIXTEEN = 0x41804180
 _CODES = 0x00780078
 
 
-def has_int4(device_kind: str | None) -> bool:
-    """Whether a device has an instruction that makes bfloat16 of four bits: TPUs from the sixth on."""
-    return device_kind is not None and device_kind.startswith(("TPU v6", "TPU7"))
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """What a device has instructions for.
+
+    Attributes:
+        int4: making bfloat16 of four bits: TPUs from the sixth on.
+        float8: making bfloat16 of float8_e4m3fn: TPUs from the seventh on.
+    """
+
+    int4: bool = False
+    float8: bool = False
+
+    @classmethod
+    def of(cls, device_kind: str | None) -> "Native":
+        """That of a device; the least if it is not known."""
+        kind = device_kind or ""
+        return cls(kind.startswith(("TPU v6", "TPU7")), kind.startswith("TPU7"))
 
 
 def signed(words: UInt32[Array, "W R"]) -> Int4[Array, "8*W R"]:

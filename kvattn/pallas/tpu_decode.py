@@ -71,7 +71,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
     batch, length = request.query.shape[:2]
     group = request.query.shape[2] // heads
     # New tokens and query heads of a group are rows of one matrix.
-    count, (padded, total) = group * length, rows_for(request)
+    count, total = group * length, rows_for(request)[1]
     slots = -(-_tokens(view) // rows) * rows
     positions = common.slot_positions(request, slots)
     chosen = tiles.plan(request, positions, rows)
@@ -129,9 +129,9 @@ def cores_for(view: View) -> int:
     return cores if view.num_kv_heads % cores == 0 else 1
 
 
-def native() -> bool:
-    """Whether the device widens codes of four bits by an instruction of its own."""
-    return tpu_bits.has_int4(_target.current().device_kind)
+def native() -> tpu_bits.Native:
+    """What the device has instructions for."""
+    return tpu_bits.Native.of(_target.current().device_kind)
 
 
 def rows_for(request: Request) -> tuple[int, int]:
@@ -227,7 +227,8 @@ def _parts(view: View, rows: int) -> int:
     """
     if view.page_table is not None:
         return rows // view.page_size
-    return 0 if rows % tpu_fetch.PIECE or _tokens(view) % tpu_fetch.PIECE else rows // tpu_fetch.PIECE
+    parts, rest = divmod(rows, tpu_fetch.PIECE)
+    return 0 if rest or parts > tpu_fetch.MOST_PIECES or _tokens(view) % tpu_fetch.PIECE else parts
 
 
 def _stores(view: View, rows: int) -> Operands:
@@ -268,7 +269,7 @@ def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], bool]]:
         for name, x in store.items():
             last = name in view.codec.token_minor
             if last and scales_side_by_side(view):
-                heads, pages, _, size = x.shape
+                _, pages, _, size = x.shape
                 cut = x.reshape(cores_for(view), -1, pages, size).swapaxes(1, 2).reshape(cores_for(view), pages, 1, -1)
                 x = jnp.pad(cut, ((0, 0), (0, 0), (0, 0), (0, -cut.shape[-1] % tpu_read.LANES)))
             elif not last and tpu_read.tokens_last(x.shape[-1]):
@@ -301,19 +302,17 @@ def _results(request: Request, total: int, slots: int, rows: int) -> dict[str, t
 def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
     """What reads keys and values inside the kernel."""
     view = request.view
-    stores = (("keys", view.keys, view.key_head_dim), ("values", view.values, view.value_head_dim))
     return {
         role: functools.partial(
             tpu_read.Store,
             format=common.format_of(view),
             last=tpu_read.tokens_last(store["data"].shape[-1]),
-            head_dim=head_dim,
             wide=_wide(request),
             native=native(),
             scale_size=view.page_size if scales_side_by_side(view) else 0,
             beside=common.tokens_beside(view, store),
         )
-        for role, store, head_dim in stores
+        for role, store in (("keys", view.keys), ("values", view.values))
     }
 
 
@@ -325,6 +324,7 @@ def _wide(request: Request) -> DTypeLike:
 
 def params(vmem: int, order: tuple[Any, ...]) -> pltpu.CompilerParams:
     """Those of a kernel that needs so many bytes of vector memory; `order` is that of the axes of its grid."""
+    # Plans name nothing that is out of range, and a copy is issued in a third of the time that its check takes.
     found: Any = pltpu.CompilerParams(dimension_semantics=order, disable_bounds_checks=True)
     return found if vmem <= VMEM_GIVEN else dataclasses.replace(found, vmem_limit_bytes=vmem + (8 << 20))
 

@@ -1,8 +1,8 @@
 """Fetching a tile of the cache on TPUs while the tile before it is worked on.
 
 The grid of Pallas fetches its blocks alone, but spends some twenty instructions on each in every step: too many where
-each page of keys and values is one. Here a part of a tile (a page, or `PIECE` tokens of a contiguous cache) costs a copy
-of each array, three instructions, and one that holds nothing costs none.
+each page of keys and values is one. Here a part of a tile (a page, or `PIECE` tokens of a contiguous cache) costs a
+copy of each array, three instructions, and one that holds nothing costs none.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 PIECE = 128
 """Tokens of a contiguous cache that are copied together: a register's width of what lies along the lanes."""
+MOST_PIECES = 31
+"""Of a tile: one bit of an int32 each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Pieces:
     Attributes:
         row, number: int32 [tiles] in scalar memory: the row of each tile, and which of its row it is.
         has: int32 [tiles] in scalar memory: bit p is 1 if part p holds something.
-        parts: pieces per tile, 31 at most.
+        parts: pieces per tile, `MOST_PIECES` at most.
         core: which core this is; each has a part of the heads.
     """
 

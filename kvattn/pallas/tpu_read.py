@@ -56,7 +56,7 @@ def row_groups(form: Format, head_dim: int) -> int:
     return num_groups(head_dim, form.group_size) if form.is_grouped else 1
 
 
-def spread(query: Array, form: Format, native: bool, beside: int = 1) -> Array:
+def spread(query: Array, form: Format, native: tpu_bits.Native, beside: int = 1) -> Array:
     """Rows [..., M, H] as `Store.scores` wants them: of groups [..., G M, H], each group's channels in rows alone.
 
     Where tokens lie side by side, [..., 2 M, 2 H]: rows for those on the left, and rows for those on the right.
@@ -72,7 +72,7 @@ def spread(query: Array, form: Format, native: bool, beside: int = 1) -> Array:
     return jnp.concatenate(alone, axis=-2)
 
 
-def restored(out: Array, form: Format, native: bool, beside: int = 1) -> Array:
+def restored(out: Array, form: Format, native: tpu_bits.Native, beside: int = 1) -> Array:
     """What `Store.mix` gives, [..., G M, H], as [..., M, H] with its channels in order; or [..., 2 H] of both sides."""
     if beside > 1:
         return out.reshape(*out.shape[:-1], beside, -1).sum(axis=-2)
@@ -86,10 +86,10 @@ def restored(out: Array, form: Format, native: bool, beside: int = 1) -> Array:
     return _turned(jnp.asarray(alone), native, back=True)
 
 
-def _turned(x: Any, native: bool, back: bool = False) -> Any:
+def _turned(x: Any, native: tpu_bits.Native, back: bool = False) -> Any:
     """Channels [..., H] in the order in which codes of four bits unpack; or `back` from it."""
     half = x.shape[-1] // 2
-    if native:  # of each byte one half, then the other
+    if native.int4:  # of each byte one half, then the other
         cut, axes = (half, 2) if back else (2, half), (-1, -2)
     else:  # one half of all bytes, first of even ones, then of odd ones; then the other half
         cut, axes = (2, 2, half // 2) if back else (2, half // 2, 2), (-1, -2)
@@ -105,9 +105,8 @@ class Store:
         parts: of each array, what was fetched of it part by part: [K, ...] each.
         format: how they are stored.
         last: whether the data lies with its tokens last.
-        head_dim: H.
         wide: dtype of the products' operands.
-        native: whether codes of four bits are widened by an instruction of the device (`tpu_bits.has_int4`).
+        native: what the device has instructions for.
         scale_size: how many scales of a head follow each other where those of all heads lie in one row [1, 1, K R]; 0:
             each head has a row.
         beside: how many tokens lie side by side. Then the slots of a tile come side by side too: those on the left of
@@ -117,9 +116,8 @@ class Store:
     parts: dict[str, list[Any]]
     format: Format
     last: bool
-    head_dim: int
     wide: DTypeLike
-    native: bool = False
+    native: tpu_bits.Native
     scale_size: int = 0
     beside: int = 1
 
@@ -159,7 +157,7 @@ class Store:
 
     def _cleared(self, tile: Array, filled: Array | None) -> Array:
         """A tile [...] as `_data` gives it with 0 in slots that hold nothing, which bool [1, R] tells; None: all do."""
-        if filled is None or self.format.is_scaled:
+        if filled is None or not (self.format.is_plain or self._is_float8):
             return tile  # no code is read as NaN
         if self.beside > 1:
             left, right = (_upright(half) for half in _halves(filled, 1))
@@ -175,12 +173,24 @@ class Store:
     def _data(self, k: int) -> Array:
         """[R, H] or [H, R], in `_unit`."""
         tile = _beside([part[k] for part in self.parts["data"]], axis=1 if self.last else 0)
-        return tpu_bits.float8(tile) if self.format.dtype == jnp.float8_e4m3fn else tile
+        if self.format.dtype != jnp.float8_e4m3fn:
+            return tile
+        # The bits of a cache that was made for a CPU have another type.
+        return (
+            pltpu.bitcast(pltpu.bitcast(tile, jnp.uint32), jnp.float8_e4m3fn)
+            if self._is_float8
+            else tpu_bits.float8(tile)
+        )
+
+    @property
+    def _is_float8(self) -> bool:
+        """Whether `_data` is float8_e4m3fn, which knows NaN."""
+        return self.format.dtype == jnp.float8_e4m3fn and self.native.float8
 
     @property
     def _unit(self) -> int:
         """What products with `_data` are to be multiplied by."""
-        return tpu_bits.FLOAT8_UNIT if self.format.dtype == jnp.float8_e4m3fn else 1
+        return tpu_bits.FLOAT8_UNIT if self.format.dtype == jnp.float8_e4m3fn and not self._is_float8 else 1
 
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
@@ -207,7 +217,7 @@ class Store:
     def _codes(self, k: int) -> Array:
         """[H, R] with `_offset` added, in the order of `_turned`."""
         words = _beside([pltpu.bitcast(part[k], jnp.uint32) for part in self.parts["data"]], axis=1)
-        if self.native:
+        if self.native.int4:
             return tpu_bits.signed(words).astype(self.wide)
         codes = [tpu_bits.nibbles(words, plane, odd) for plane in (0, 1) for odd in (0, 1)]
         codes = _beside(codes, axis=0).astype(self.wide)
@@ -216,16 +226,16 @@ class Store:
     @property
     def _offset(self) -> int:
         """What is too much in the codes that are multiplied. In float32 they lie around 0, which is most exact."""
-        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 and not self.native else -tpu_bits.CENTRE
+        return tpu_bits.OFFSET if self.wide == jnp.bfloat16 and not self.native.int4 else -tpu_bits.CENTRE
 
     def _pair(self, k: int) -> tuple[Array, Array]:
         """float32 [G, R] scale and minimum of each group."""
         return tpu_bits.pair(self._row("scale", k), self._row("minimum", k))
 
     def _grouped_scores(self, query: Array, k: int, scale: float) -> Array:
-        """float32 [G M, R], in the rows of every group the same: the sum over groups of
+        """float32 [G M, R]: scale * (query . codes) + minimum * sum(query), added up; the same for every group.
 
-        scale * (query . codes) + minimum * sum(query); query [G M, H] is `spread`.
+        The query [G M, H] is `spread`.
         """
         step, low = self._pair(k)
         groups, rows = step.shape[0], query.shape[0]

@@ -1216,7 +1216,8 @@ FAULTS: list[Fault] = [
         ("nibbles", "4 * plane + 8 * odd", "4 * plane + 4 * odd"),
         ("_magnitude", "jnp.minimum(fine - jnp.float32(2.0**-14), 0)", "0"),
         ("_magnitude", "(112 << 23)", "(113 << 23)"),
-        ("has_int4", '("TPU v6", "TPU7")', '("TPU v5", "TPU v6", "TPU7")'),
+        ("Native.of", '("TPU v6", "TPU7")', '("TPU v5", "TPU v6", "TPU7")'),
+        ("Native.of", 'kind.startswith("TPU7")', 'kind.startswith("TPU")'),
     ),
     *group(
         "pallas/tiles.py",
