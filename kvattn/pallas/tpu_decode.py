@@ -87,7 +87,7 @@ def attend(request: Request, config: TpuConfig | None = None) -> Result:
             _body,
             names=(*scalars, *inputs, *results, "top", "total", "acc", *buffers),
             parts=_parts(view, rows),
-            tokens_last={name: last for name, (_, last) in _lying(view).items()},
+            orders={name: order for name, (_, order) in _lying(view).items()},
             readers=_readers(request),
             rule=request.mask,
             scale=request.scale,
@@ -234,12 +234,12 @@ def _parts(view: View, rows: int) -> int:
 def _stores(view: View, rows: int) -> Operands:
     """The arrays of the cache, as a whole if the kernel fetches parts of them by itself."""
     found: Operands = {}
-    for name, (x, last) in _lying(view).items():
+    for name, (x, order) in _lying(view).items():
         if not interpreted("tpu"):
             # Otherwise XLA moves what fits there into VMEM as a whole, empty slots and all.
             x = pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM)
         whole = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-        found[name] = x, whole if _parts(view, rows) else _store_spec(x, rows, last, cores_for(view))
+        found[name] = x, whole if _parts(view, rows) else _store_spec(x, rows, order.tokens_last, cores_for(view))
     return found
 
 
@@ -249,38 +249,43 @@ def _buffers(view: View, rows: int) -> dict[str, Any]:
     if not parts:
         return {}
     found: dict[str, Any] = {"arrived": pltpu.SemaphoreType.DMA((2,))}
-    for name, (x, last) in _lying(view).items():
+    for name, (x, order) in _lying(view).items():
         if view.page_table is not None:
             shape = parts, x.shape[0] // cores_for(view), *x.shape[2:]
         else:
-            shape = x.shape[2] // cores_for(view), *((x.shape[3], rows) if last else (rows, x.shape[4]))
+            shape = x.shape[2] // cores_for(view), *((x.shape[3], rows) if order.tokens_last else (rows, x.shape[4]))
         found[f"{name} buffers"] = pltpu.VMEM((2, *shape), x.dtype)
     return found
 
 
-def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], bool]]:
-    """The arrays of the cache as they lie in memory, which is no copy, and whether their tokens come last.
+def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], tpu_fetch.Order]]:
+    """The arrays of the cache as they lie in memory, which is no copy, and how.
 
     Except scales in pages of less than 128 tokens: kernels cannot ask for them as XLA lays them, page beside page. They
-    are copied, a page's of all heads of a core side by side [cores, P, 1, K R / cores], which leaves few gaps.
+    are copied to [cores, P / n, K / cores, 128], n pages beside each other.
     """
-    found: dict[str, tuple[Array, bool]] = {}
+    found: dict[str, tuple[Array, tpu_fetch.Order]] = {}
     for role, store in (("keys", view.keys), ("values", view.values)):
         for name, x in store.items():
             last = name in view.codec.token_minor
-            if last and scales_side_by_side(view):
-                _, pages, _, size = x.shape
-                cut = x.reshape(cores_for(view), -1, pages, size).swapaxes(1, 2).reshape(cores_for(view), pages, 1, -1)
-                x = jnp.pad(cut, ((0, 0), (0, 0), (0, 0), (0, -cut.shape[-1] % tpu_read.LANES)))
+            if last and (beside := pages_beside(view)) > 1:
+                fill = [(0, -x.shape[1] % beside), (0, 0), (0, tpu_read.LANES // beside - x.shape[3])]
+                rows = jnp.pad(x, [(0, 0), *fill]).reshape(
+                    cores_for(view), x.shape[0] // cores_for(view), -1, tpu_read.LANES
+                )
+                found[f"{role} {name}"] = rows.swapaxes(1, 2), tpu_fetch.Order(True, beside)
             elif not last and tpu_read.tokens_last(x.shape[-1]):
-                x, last = x.swapaxes(-1, -2), True
-            found[f"{role} {name}"] = x, last
+                found[f"{role} {name}"] = x.swapaxes(-1, -2), tpu_fetch.Order(True)
+            else:
+                found[f"{role} {name}"] = x, tpu_fetch.Order(last)
     return found
 
 
-def scales_side_by_side(view: View) -> bool:
-    """Whether the kernel is given the scales of all heads of a page in one row."""
-    return view.page_table is not None and view.page_size % tpu_read.LANES > 0
+def pages_beside(view: View) -> int:
+    """The scales of how many pages lie beside each other as the kernel is given them."""
+    if view.page_table is None or view.page_size % tpu_read.LANES == 0 or view.page_size > tpu_read.LANES:
+        return 1
+    return tpu_read.LANES // (1 << (view.page_size - 1).bit_length())
 
 
 def _results(request: Request, total: int, slots: int, rows: int) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
@@ -309,7 +314,8 @@ def _readers(request: Request) -> dict[str, Callable[..., tpu_read.Store]]:
             last=tpu_read.tokens_last(store["data"].shape[-1]),
             wide=_wide(request),
             native=native(),
-            scale_size=view.page_size if scales_side_by_side(view) else 0,
+            page_size=view.page_size,
+            pages_beside=pages_beside(view),
             beside=common.tokens_beside(view, store),
         )
         for role, store in (("keys", view.keys), ("values", view.values))
@@ -400,7 +406,7 @@ def _store_spec(x: Array, rows: int, tokens_last: bool, cores: int) -> pl.BlockS
     return pl.BlockSpec(block, lambda core, i, n, row, tile, *_: (0, row[i], core, tile[i], 0))
 
 
-def _body(*refs, names, parts, tokens_last, readers, rule, scale, softcap):
+def _body(*refs, names, parts, orders, readers, rule, scale, softcap):
     """One tile of one row: query [1, K, M, H] against keys and values of all heads."""
     memory = dict(zip(names, refs, strict=True))
     count, row, whole = (memory[name] for name in ("count", "row", "whole"))
@@ -410,8 +416,8 @@ def _body(*refs, names, parts, tokens_last, readers, rule, scale, softcap):
     heads = query.shape[1]
     i = pl.program_id(1)
     here = row[i]
-    fetcher = _fetcher(memory, parts, tokens_last)
-    keys, values = (readers[role](_fetched(memory, role, fetcher, i)) for role in ("keys", "values"))
+    fetcher = _fetcher(memory, parts, orders)
+    stores = [readers[role](**_fetched(memory, role, fetcher, i)) for role in ("keys", "values")]
 
     if fetcher is not None:
         pl.when(i == 0)(functools.partial(fetcher.start, i))
@@ -424,6 +430,7 @@ def _body(*refs, names, parts, tokens_last, readers, rule, scale, softcap):
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def tile(every_slot_is_filled: bool) -> None:
+        keys, values = (store.ready() for store in stores)
         q_at = at[0]  # [M, 1]
         places = [positions[0, k][None] for k in range(positions.shape[1])]  # [1, R] of each head, or of all
         filled = [None if every_slot_is_filled else x >= 0 for x in places]
@@ -466,11 +473,11 @@ def _body(*refs, names, parts, tokens_last, readers, rule, scale, softcap):
         lse[0] = jnp.where(empty, -jnp.inf, jnp.log(sums) + top[...])
 
 
-def _fetcher(memory: dict[str, Any], parts: int, tokens_last: dict[str, bool]) -> tpu_fetch.Fetcher | None:
+def _fetcher(memory: dict[str, Any], parts: int, orders: dict[str, tpu_fetch.Order]) -> tpu_fetch.Fetcher | None:
     """What brings the `parts` of a tile; None: the grid does."""
     if not parts:
         return None
-    arrays = {name: (memory[name], memory[f"{name} buffers"], last) for name, last in tokens_last.items()}
+    arrays = {name: (memory[name], memory[f"{name} buffers"], order) for name, order in orders.items()}
     core = pl.program_id(0)
     if "pages" in memory:
         where = tpu_fetch.Pages(memory["pages"], parts, core)
@@ -479,8 +486,8 @@ def _fetcher(memory: dict[str, Any], parts: int, tokens_last: dict[str, bool]) -
     return tpu_fetch.Fetcher(where, arrays, memory["arrived"], memory["whole"])
 
 
-def _fetched(memory: dict[str, Any], role: str, fetcher: tpu_fetch.Fetcher | None, tile: Any) -> dict[str, list[Any]]:
-    """What was fetched of each array of the keys or the values, part by part."""
+def _fetched(memory: dict[str, Any], role: str, fetcher: tpu_fetch.Fetcher | None, tile: Any) -> dict[str, Any]:
+    """What was fetched of each array of the keys or the values, part by part, as `tpu_read.Store` takes it."""
     if fetcher is not None:
-        return fetcher.held(tile, role)
-    return {name.split()[1]: [ref.at[0, 0]] for name, ref in memory.items() if name.startswith(f"{role} ")}
+        return {"parts": fetcher.held(tile, role), "places": fetcher.places(tile, role)}
+    return {"parts": {name.split()[1]: [ref.at[0, 0]] for name, ref in memory.items() if name.startswith(f"{role} ")}}

@@ -19,6 +19,19 @@ MOST_PIECES = 31
 
 
 @dataclasses.dataclass(frozen=True)
+class Order:
+    """How an array lies.
+
+    Attributes:
+        tokens_last: with its tokens along the lanes.
+        pages_beside: how many pages of a pool share a row, one beside the other: [n, P / pages_beside, ...].
+    """
+
+    tokens_last: bool = False
+    pages_beside: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Pages:
     """Parts that are pages of pools [n, P, ...], n heads for example; buffers are [parts, n / cores, ...].
 
@@ -36,20 +49,25 @@ class Pages:
         """Whether there is anything in a part."""
         return self.pages[tile * self.parts + part] >= 0
 
-    def whole(self, array: Any, buffer: Any, tile: Any, tokens_last: bool) -> list[tuple[Any, Any]]:
+    def whole(self, array: Any, buffer: Any, tile: Any, order: Order) -> list[tuple[Any, Any]]:
         """From where to where a tile is copied of which each part holds something."""
-        return [self.some(array, buffer, tile, part, tokens_last) for part in range(self.parts)]
+        return [self.some(array, buffer, tile, part, order) for part in range(self.parts)]
 
-    def some(self, array: Any, buffer: Any, tile: Any, part: Any, tokens_last: bool) -> tuple[Any, Any]:
-        """From where to where a part is copied."""
-        del tokens_last
+    def some(self, array: Any, buffer: Any, tile: Any, part: Any, order: Order) -> tuple[Any, Any]:
+        """From where to where a part is copied, with the pages beside it."""
         target = buffer.at[part]
         mine = pl.ds(self.core * target.shape[0], target.shape[0])
-        return array.at[mine, self.pages[tile * self.parts + part]], target
+        return array.at[mine, self.pages[tile * self.parts + part] // order.pages_beside], target
 
     def held(self, buffer: Any) -> list[Any]:
         """What lies in a buffer, part by part: [heads, ...]."""
         return [buffer.at[part] for part in range(self.parts)]
+
+    def places(self, tile: Any, order: Order) -> tuple[Any, ...]:
+        """Which of the pages in its row each part is; empty if it is alone there."""
+        if order.pages_beside == 1:
+            return ()
+        return tuple(self.pages[tile * self.parts + part] % order.pages_beside for part in range(self.parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +91,27 @@ class Pieces:
         """Whether there is anything in a part."""
         return (self.has[tile] >> part) & 1 == 1
 
-    def whole(self, array: Any, buffer: Any, tile: Any, tokens_last: bool) -> list[tuple[Any, Any]]:
+    def whole(self, array: Any, buffer: Any, tile: Any, order: Order) -> list[tuple[Any, Any]]:
         """From where to where a tile is copied of which each part holds something."""
-        return [self._copy(array, buffer, tile, 0, self.parts, tokens_last)]
+        return [self._copy(array, buffer, tile, 0, self.parts, order)]
 
-    def some(self, array: Any, buffer: Any, tile: Any, part: Any, tokens_last: bool) -> tuple[Any, Any]:
+    def some(self, array: Any, buffer: Any, tile: Any, part: Any, order: Order) -> tuple[Any, Any]:
         """From where to where a part is copied."""
-        return self._copy(array, buffer, tile, part, 1, tokens_last)
+        return self._copy(array, buffer, tile, part, 1, order)
 
     def held(self, buffer: Any) -> list[Any]:
         """What lies in a buffer: [heads, ...], all parts together."""
         return [buffer]
 
-    def _copy(self, array: Any, buffer: Any, tile: Any, part: Any, parts: int, tokens_last: bool) -> tuple[Any, Any]:
+    def places(self, tile: Any, order: Order) -> tuple[Any, ...]:
+        """As `Pages.places`."""
+        del tile, order
+        return ()
+
+    def _copy(self, array: Any, buffer: Any, tile: Any, part: Any, parts: int, order: Order) -> tuple[Any, Any]:
         def tokens(part: Any) -> tuple[Any, ...]:
             found = pl.ds(pl.multiple_of(part * PIECE, PIECE), parts * PIECE)
-            return (slice(None), found) if tokens_last else (found,)
+            return (slice(None), found) if order.tokens_last else (found,)
 
         source = array.at[0, self.row[tile], pl.ds(self.core * buffer.shape[0], buffer.shape[0])]
         return source.at[:, *tokens(self.number[tile] * self.parts + part)], buffer.at[:, *tokens(part)]
@@ -100,14 +123,13 @@ class Fetcher:
 
     Attributes:
         parts: what a tile is made of.
-        arrays: of each array, by name, what it is in HBM, its buffers [2, ...] in VMEM, and whether its tokens come
-            last.
+        arrays: of each array, by name, what it is in HBM, its buffers [2, ...] in VMEM, and how it lies.
         arrived: counts what was copied, for each of the two.
         whole: int32 [tiles], 1 where every part holds something.
     """
 
     parts: Pages | Pieces
-    arrays: dict[str, tuple[Any, Any, bool]]
+    arrays: dict[str, tuple[Any, Any, Order]]
     arrived: Any
     whole: Any
 
@@ -116,8 +138,8 @@ class Fetcher:
 
         @pl.when(self.whole[tile] == 1)
         def _():
-            for array, buffers, tokens_last in self.arrays.values():
-                for source, target in self.parts.whole(array, buffers.at[tile % 2], tile, tokens_last):
+            for array, buffers, order in self.arrays.values():
+                for source, target in self.parts.whole(array, buffers.at[tile % 2], tile, order):
                     self._copy(source, target, tile).start()
 
         self._some(tile, lambda copy: copy.start())
@@ -141,6 +163,11 @@ class Fetcher:
             if name.startswith(f"{role} ")
         }
 
+    def places(self, tile: Any, role: str) -> tuple[Any, ...]:
+        """Which of the pages in its row each part of the scales is; empty if it is alone there, or there are none."""
+        scales = self.arrays.get(f"{role} scale")
+        return () if scales is None else self.parts.places(tile, scales[2])
+
     def _some(self, tile: Any, what: Callable[[Any], None]) -> None:
         """Does it with the copies of those parts that hold something, if not all do."""
 
@@ -150,8 +177,8 @@ class Fetcher:
             def _(part):
                 @pl.when(self.parts.holds(tile, part))
                 def _():
-                    for array, buffers, tokens_last in self.arrays.values():
-                        ends = self.parts.some(array, buffers.at[tile % 2], tile, part, tokens_last)
+                    for array, buffers, order in self.arrays.values():
+                        ends = self.parts.some(array, buffers.at[tile % 2], tile, part, order)
                         what(self._copy(*ends, tile))
 
     def _copy(self, source: Any, target: Any, tile: Any) -> Any:

@@ -107,8 +107,10 @@ class Store:
         last: whether the data lies with its tokens last.
         wide: dtype of the products' operands.
         native: what the device has instructions for.
-        scale_size: how many scales of a head follow each other where those of all heads lie in one row [1, 1, K R]; 0:
-            each head has a row.
+        places: where scales of several pages come in one row [1, K, 128]: which of them is that of each part (`ready`).
+            Empty: each comes alone.
+        page_size: slots per part then.
+        pages_beside: how many there are in a row.
         beside: how many tokens lie side by side. Then the slots of a tile come side by side too: those on the left of
             all its pages first.
     """
@@ -118,8 +120,22 @@ class Store:
     last: bool
     wide: DTypeLike
     native: tpu_bits.Native
-    scale_size: int = 0
+    places: tuple[Any, ...] = ()
+    page_size: int = 0
+    pages_beside: int = 1
     beside: int = 1
+
+    def ready(self) -> "Store":
+        """The same with the scales of all parts of all heads in order, once they have come."""
+        if not self.places:
+            return self
+        width = LANES // self.pages_beside
+        turned = [
+            pltpu.roll(part[0], (self.pages_beside - at) % self.pages_beside * width, 1)[:, : self.page_size]
+            for part, at in zip(self.parts["scale"], self.places, strict=True)
+        ]
+        scales = _beside(self._in_order(turned), axis=1)
+        return dataclasses.replace(self, parts={**self.parts, "scale": [scales[:, None]]}, places=())
 
     def scores(self, query: Array, k: int, scale: float, filled: Array | None) -> Array:
         """float32 [M, R]: scale * query [M, H] (`spread`) times the keys of head k; `filled` as in `mix`."""
@@ -195,14 +211,16 @@ class Store:
     def _row(self, name: str, k: int) -> Array:
         """[1 or groups, R] of an array whose tokens always lie last."""
         parts = self.parts[name]
-        if self.scale_size:
-            rows = [part[0, :, k * self.scale_size : (k + 1) * self.scale_size] for part in parts]
-        else:
-            rows = [part[k] for part in parts]
-        if self.beside > 1:
-            left, right = zip(*(_halves(row, 1) for row in rows), strict=True)
-            rows = [*left, *right]
-        return _beside(rows, axis=1)
+        if len(parts) == 1:
+            return parts[0][k]
+        return _beside(self._in_order([part[k] for part in parts]), axis=1)
+
+    def _in_order(self, rows: list[Array]) -> list[Array]:
+        """Numbers of the slots of pages [..., R] in the order in which a tile has them."""
+        if self.beside == 1:
+            return rows
+        left, right = zip(*(_halves(row, 1) for row in rows), strict=True)
+        return [*left, *right]
 
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
         """float32 [M, R] of rows [M, H], or `along_tokens` [M, H] of rows [M, R], with a tile as `_data` gives it."""
