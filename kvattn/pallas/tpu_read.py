@@ -20,6 +20,7 @@ from kvattn._typing import Array
 from kvattn.codecs import Codec, Format
 from kvattn.codecs.grouped import num_groups
 from kvattn.pallas import tpu_bits
+from kvattn.pallas.interpreter import interpreted
 
 LANES, SUBLANES = 128, 8
 GROUPS = (1, 2, 4, 8)
@@ -192,16 +193,13 @@ class Store:
         if self.format.dtype != jnp.float8_e4m3fn:
             return tile
         # The bits of a cache that was made for a CPU have another type.
-        return (
-            pltpu.bitcast(pltpu.bitcast(tile, jnp.uint32), jnp.float8_e4m3fn)
-            if self._is_float8
-            else tpu_bits.float8(tile)
-        )
+        return jax.lax.bitcast_convert_type(tile, jnp.float8_e4m3fn) if self._is_float8 else tpu_bits.float8(tile)
 
     @property
     def _is_float8(self) -> bool:
-        """Whether `_data` is float8_e4m3fn, which knows NaN."""
-        return self.format.dtype == jnp.float8_e4m3fn and self.native.float8
+        """Whether `_data` is float8_e4m3fn, which knows NaN: that the device reads, or is too short for words."""
+        rows = sum(part.shape[1] for part in self.parts["data"])
+        return self.format.dtype == jnp.float8_e4m3fn and (self.native.float8 or rows % 4 > 0)
 
     @property
     def _unit(self) -> int:
@@ -225,6 +223,9 @@ class Store:
     def _product(self, rows: Array, tile: Array, *, along_tokens: bool) -> Array:
         """float32 [M, R] of rows [M, H], or `along_tokens` [M, H] of rows [M, R], with a tile as `_data` gives it."""
         axis = 1 if along_tokens == self.last else 0
+        if interpreted("tpu"):
+            # XLA on CPUs would fuse the widening of codes into the product, and add up less exactly then.
+            tile = jax.lax.optimization_barrier(tile)
         precision = jax.lax.Precision.HIGHEST if self.wide == jnp.float32 else None
         return jax.lax.dot_general(
             rows, tile, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
