@@ -179,6 +179,8 @@ def assert_values(shape, store, rule, page_size, query, new, on):
     if on == "Ampere" and (size % 64 or "Int" in store or "Float" in store):
         # Threads cannot share eight rows of those.
         rows, page_size = rows and -(-rows // 32) * 32, page_size and max(page_size, 32)
+    if on == "Ampere" and (size, query) == (256, "float32"):
+        new = 1  # two tiles and more queries of that size do not fit into its shared memory
     cache = filled([slots, 0, slots // 3 + 1], slots, heads, size, page_size=page_size, rows=rows, **STORES[store])
     rules = dict(RULES[rule])
     if "alibi_slopes" in rules:
