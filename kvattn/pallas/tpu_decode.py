@@ -56,7 +56,7 @@ def unsupported(request: Request, config: TpuConfig | None = None) -> str | None
     if view.page_table is not None and rows % view.page_size:
         return f"pages of {view.page_size} slots do not divide tiles of {rows}"
     entries = view.positions.shape[1] * -(-view.layout.num_slots // rows)
-    per_entry = 3 + (rows // view.page_size if view.page_table is not None else 0)
+    per_entry = 3 + (_parts(view, rows) if view.page_table is not None else 1)
     if 4 * entries * per_entry > SMEM_BYTES:
         return f"its plan of {entries} tiles does not fit in scalar memory"
     if vmem_bytes(request, config) > VMEM_BYTES:
@@ -261,7 +261,7 @@ def _buffers(view: View, rows: int) -> dict[str, Any]:
 def _lying(view: View) -> dict[str, tuple[Shaped[Array, "..."], tpu_fetch.Order]]:
     """The arrays of the cache as they lie in memory, which is no copy, and how.
 
-    Except scales in pages of less than 128 tokens: kernels cannot ask for them as XLA lays them, page beside page. They
+    Except scales in pages of up to 64 tokens: kernels cannot ask for them as XLA lays them, page beside page. They
     are copied to [cores, P / n, K / cores, 128], n pages beside each other.
     """
     found: dict[str, tuple[Array, tpu_fetch.Order]] = {}

@@ -91,10 +91,10 @@ def _turned(x: Any, native: tpu_bits.Native, back: bool = False) -> Any:
     """Channels [..., H] in the order in which codes of four bits unpack; or `back` from it."""
     half = x.shape[-1] // 2
     if native.int4:  # of each byte one half, then the other
-        cut, axes = (half, 2) if back else (2, half), (-1, -2)
+        cut = (half, 2) if back else (2, half)
     else:  # one half of all bytes, first of even ones, then of odd ones; then the other half
-        cut, axes = (2, 2, half // 2) if back else (2, half // 2, 2), (-1, -2)
-    return x.reshape(*x.shape[:-1], *cut).swapaxes(*axes).reshape(x.shape)
+        cut = (2, 2, half // 2) if back else (2, half // 2, 2)
+    return x.reshape(*x.shape[:-1], *cut).swapaxes(-1, -2).reshape(x.shape)
 
 
 @typing.no_type_check
