@@ -15,6 +15,9 @@ from kvattn._typing import Array
 from kvattn.pallas.gpu_spec import Spec
 from kvattn.pallas.gpu_walk import Walk, tile_of
 
+WARPS = 4
+"""Of a warpgroup."""
+
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
@@ -140,6 +143,7 @@ class Fetcher:
         if not spec.in_order:
             which = kv_head if spec.per_head_positions else 0
             copy(memory["positions"].at[row, which, pl.ds(start, tile)], shared["positions"].at[cursor.slot], full)
+        copies = []
         for stream in spec.streams:
             source, target = memory[stream.name], shared[stream.name].at[cursor.slot]
             for n in range(spec.pages):
@@ -152,9 +156,34 @@ class Fetcher:
                         rows = pl.ds(0, part)
                 into = pl.ds(n * part, part)
                 if stream.tokens_last:
-                    copy(source_n.at[:, rows], target.at[:, into], full)
+                    copies.append((source_n.at[:, rows], target.at[:, into]))
                 else:
-                    copy(source_n.at[rows], target.at[into], full)
+                    copies.append((source_n.at[rows], target.at[into]))
+        if spec.pages > 1:
+            self._by_warps(copies, full)
+        else:
+            for source, target in copies:
+                copy(source, target, full)
+
+    @staticmethod
+    def _by_warps(copies: list[tuple[Any, Any]], full: Any) -> None:
+        """Makes many copies, of which each warp begins its share.
+
+        All threads wait for each other before and after, once. They would before each copy otherwise, and every warp
+        would reckon with all of them.
+        """
+
+        def begin() -> None:
+            warp = lax.axis_index("warp")
+            for number in range(WARPS):
+
+                @pl.when(warp == number)
+                def _(share: list[tuple[Any, Any]] = copies[number::WARPS]) -> None:
+                    for source, target in share:
+                        plgpu.copy_gmem_to_smem(source, target, full)
+
+        by_warp: Any = pl.kernel(begin, mesh=plgpu.WarpMesh(axis_name="warp"))
+        by_warp()
 
 
 def following(slot: Array, count: int) -> Array:

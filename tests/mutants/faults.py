@@ -1190,6 +1190,11 @@ FAULTS: list[Fault] = [
         ("_body", "None if every_slot_is_filled else x >= 0", "None"),
     ),
     *group(
+        "pallas/gpu_fetch.py",
+        "test_gpu_kernels.py::test_values",
+        ("Fetcher._by_warps", "copies[number::WARPS]", "copies[::WARPS]"),
+    ),
+    *group(
         "pallas/tpu_fetch.py",
         """
         test_tpu_kernels.py::test_only_pieces_that_hold_something_are_fetched
