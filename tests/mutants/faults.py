@@ -1191,7 +1191,7 @@ FAULTS: list[Fault] = [
     ),
     *group(
         "pallas/gpu_fetch.py",
-        "test_gpu_kernels.py::test_values",
+        "test_gpu_kernels.py::test_several",
         ("Fetcher._by_warps", "copies[number::WARPS]", "copies[::WARPS]"),
     ),
     *group(
