@@ -160,6 +160,15 @@ def asked(case: Case, query: Any, cache: Any, unsupported: Callable[[Request], s
     return request
 
 
+def request(device: Any, case: Case, unsupported: Callable[[Request], str | None]) -> tuple[Request, Any]:
+    """Shapes of the call of a case, its output as a step asks for it; and of its cache. Raises as `asked` does."""
+    query, _, cache = arguments(device, case)
+    with aimed_at(device):
+        shapes = jax.eval_shape(lambda query, cache: asked(case, query, cache, unsupported), query, cache)
+    on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=query.sharding)
+    return dataclasses.replace(jax.tree.map(on_device, shapes), out_dtype=jnp.dtype(query.dtype)), cache
+
+
 def attend(device: Any, case: Case) -> tuple[Any, int, int]:
     """The compiled kernel over a cache that is an argument, the bytes of the cache and those of vector memory."""
     query, _, cache = arguments(device, case)

@@ -24,6 +24,7 @@ from aot_cases import Case
 from jax.experimental import topologies
 
 import kvattn
+from kvattn.attend import api
 from kvattn.masks import Mask
 from kvattn.pallas import gpu_decode, gpu_spec, gpu_ways
 
@@ -91,8 +92,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 """What the compiler asks about a device."""
 
 F32 = jnp.float32
-MOST_LAUNCHES, BY_XLA = 3, 22
-"""Of a step: the append, attention and the merge; and where XLA appends, before Hopper."""
+MOST_LAUNCHES, MORE_TO_APPEND, BY_XLA = 2, 1, 22
+"""Of attention: itself and the merge. Of a step: the append besides; and all of them where XLA appends, before Hopper."""
 RING = kvattn.SlidingWindow(1024)
 CASES = {
     "GQA 32/8": Case(),
@@ -164,20 +165,19 @@ def caught(work: Callable[[], Any]) -> tuple[Any, str]:
 
 def program(device: Any, case: Case) -> dict[str, Any]:
     """Registers, spills, shared and temporary memory, cache-sized copies, instructions of the programs of a case."""
-    query, _, cache = aot_cases.arguments(device, case)
+    request, cache = aot_cases.request(device, case, gpu_decode.unsupported)
     sizes = {}
 
-    def attend(query, cache):
-        request = aot_cases.asked(case, query, cache, gpu_decode.unsupported)
+    def attend(request):
         spec = gpu_decode._spec(request, gpu_decode.config_for(request))
         sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
         sizes.update(tile=spec.config.tile * sum(x.features * x.dtype.itemsize for x in spec.streams))
-        return gpu_decode.attend(request)
+        return api.attend(request, "mosaic_gpu")
 
     def compile_it():
         with aot_cases.aimed_at(device):
-            return jax.jit(attend).lower(query, cache).compile()
+            return jax.jit(attend).lower(request).compile()
 
     def compile_step():
         return aot_cases.append(device, case, "mosaic_gpu")
@@ -198,6 +198,9 @@ def program(device: Any, case: Case) -> dict[str, Any]:
     listed = said.split("Function properties for kvattn_gpu_decode", 1)[1].split("Function properties for")[0]
     found["slots"] = gpu_slots.slots_of_a_tile(listed)
     found["launches"] = aot_cases.launches(compiled.as_text())
+    # What the merge pads is cut off.
+    most = MOST_LAUNCHES + (case.size % 64 > 0)
+    found["most"] = most if case.new == 1 and not case.mass else None
     if case.new == 1 and not case.mass and case.query is None:
         step, _ = caught(compile_step)
         temporary, copies = aot_cases.needs(step, case)
@@ -206,8 +209,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         found["step"] = {"temporary": temporary, "copies": copies, "moved": moved, "launches": launches}
         with aot_cases.aimed_at(device):
             appends_by_xla = gpu_ways.by_threads()
-        # What the merge pads is cut off.
-        found["step"]["most"] = BY_XLA if appends_by_xla else MOST_LAUNCHES + (case.size % 64 > 0)
+        found["step"]["most"] = BY_XLA if appends_by_xla else most + MORE_TO_APPEND
     return found
 
 

@@ -14,8 +14,9 @@ cache, in place, and the device a few blocks.
 
 GPUs (`gpu_programs.py`): registers of both kernels, spills, shared memory, programs per multiprocessor x tiles in
 flight, instructions of a tile (`gpu_slots.py`) beside the clocks of its copy, kernels launched, and the same of the
-step; what is refused says why. Status 1 for a spill too, for programs that do not fit a multiprocessor together, for a
-loop that is long beside its copy, and for a step that starts more kernels than it should.
+step; what is refused says why. The first program is attention alone, with positions and counts as arguments. Status 1
+for a spill too, for programs that do not fit a multiprocessor together, for a loop that is long beside its copy, and
+for attention or a step that starts more kernels than it should.
 """
 
 import argparse
@@ -89,6 +90,7 @@ def print_gpu(console: Console, target: str) -> bool:
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         slots, clocks = result["slots"], result["clocks"]
         fine &= name != "GQA 32/8" or slots <= MOST_SLOTS * clocks
+        fine &= result["most"] is None or result["launches"] <= result["most"]
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0 and step["launches"] <= step["most"])
         well &= fine
