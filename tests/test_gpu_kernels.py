@@ -44,6 +44,7 @@ from kvattn.pallas import (
     gpu_decode,
     gpu_fetch,
     gpu_merge,
+    gpu_queries,
     gpu_spec,
     gpu_threads,
     gpu_tile,
@@ -381,17 +382,28 @@ MASKS = [
 ]
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_rows_in_order_need_not_be_looked_at(mask):
+def test_rows_in_order_need_not_be_looked_at(mask, tokens):
     """The closed form lists every tile that a look at the positions lists, and says "whole" of no other."""
     lengths = [0, 1, 63, 64, 65, 127, 128, 129, 200, 256, 300, 320]
-    # The last token asks, and, as users may, an earlier one, one that is to come, and nobody.
+    # The last tokens ask, and, as users may, earlier ones, some that are to come, and nobody.
     asked = [(n, at) for n in lengths for at in (n - 1, n // 2, n + 70, -1)]
     count, at = (jnp.asarray(x, jnp.int32) for x in zip(*asked, strict=True))
     slot = jnp.arange(320, dtype=jnp.int32)[None]
     positions = jnp.where(slot < count[:, None], slot, -1)[:, None]
-    seen = mask.allowed(at[:, None], positions)[:, 0, 0].reshape(len(asked), 5, 64)
-    rows = shares.in_order(mask, 64, count, at)
+    # The last position may come first, and there are pads among them.
+    queries = jnp.stack([jnp.where((at < t) | (at % 3 == 1) & (t == 2), -1, at - t) for t in range(tokens)], axis=1)
+    seen = mask.reachable(queries, positions)[:, 0].reshape(len(asked), 5, 64)
+    query = jnp.zeros((*queries.shape, 6, 1))
+    request = types.SimpleNamespace(positions=queries, query=query, view=types.SimpleNamespace(num_kv_heads=2))
+    spec = types.SimpleNamespace(chunks=2, cols=8, lanes=32)  # three heads a group, so fifteen columns at most
+    columns = gpu_queries.position_columns(request, spec)
+    expected = np.full((len(asked), 16), -1)
+    expected[:, : 3 * tokens] = np.tile(queries, (1, 3))
+    np.testing.assert_array_equal(columns[:, :2, :8].reshape(-1, 16), expected)
+    rows = shares.in_order(mask, 64, count, columns[:, 2, 0], columns[:, 2, 1])
     for i, (row, case) in enumerate(zip(np.asarray(seen), asked, strict=True)):
         hole, after, number, run, run_end = (
             int(getattr(rows, name)[i]) for name in ("hole", "after", "count", "run", "run_end")

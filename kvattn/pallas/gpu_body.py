@@ -25,10 +25,11 @@ def decode(spec: Spec, interpret: Any, arrays: Mapping[str, Array]) -> dict[str,
     Args:
         spec: the sizes.
         interpret: of `plgpu.kernel`.
-        arrays: what the kernel reads, by name: "at", the positions of the queries, int32 [B], or [B, chunks, lanes] for
-            T > 1; "counts" int32 [B], tokens of each row, if `in_order`, else the arrays of `Rows` and "positions"
-            int32 [B, 1 or K, S]; "query" [B, heads, cols, H], or [B N, H] if `as_it_lies`; the `Stream`s of the cache;
-            and, each if there is one, "table" int32 [B, W], "slopes" [heads, lanes].
+        arrays: what the kernel reads, by name: "at", the positions of the queries, int32 [B], or for T > 1 [B, chunks
+            + 1, lanes], the last with the lowest and the highest; "counts" int32 [B], tokens of each row, if
+            `in_order`, else the arrays of `Rows` and "positions" int32 [B, 1 or K, S]; "query" [B, heads, cols, H], or
+            [B N, H] if `as_it_lies`; the `Stream`s of the cache; and, each if there is one, "table" int32 [B, W],
+            "slopes" [heads, lanes].
 
     Returns:
         "out", outputs times their sums, float32 [states, cols, Hv padded]; "top" and "total", maxima and sums, float32

@@ -12,6 +12,7 @@ from kvattn.masks import EMPTY
 from kvattn.pallas.gpu_fragments import QUERIES, permuted_queries
 from kvattn.pallas.gpu_spec import F32, Spec
 from kvattn.pallas.gpu_tile import COLUMNS, FLOAT16_EXPONENT, TOKENS, split, spread, tanh
+from kvattn.pallas.gpu_walk import asked
 from kvattn.pallas.shares import position_in_ring
 
 
@@ -50,7 +51,9 @@ class Columns:
     def __init__(self, spec: Spec, memory: dict[str, Any], shared: dict[str, Any], row: Array, slot: Array):
         self.spec, self.shared, self.slot = spec, shared, slot
         self.at = memory["at"][row] if spec.is_single else self._load("at")
-        self.end = jnp.where(self.at >= 0, memory["counts"][row], 0) if spec.in_order else None
+        if spec.in_order:
+            self.first, self.last = asked(spec, memory, row)
+            self.end = jnp.where(self.last >= 0, memory["counts"][row], 0)
         self.slopes = self._load("slopes") if spec.alibi else None
         self.factor = self._read(shared["factor"]) if spec.factor else None
 
@@ -65,13 +68,13 @@ class Columns:
     def positions_of(self, t: Array, slot: Array) -> Array:
         """The positions int32 [T] in tile t, which is in `slot` of the ring; EMPTY where no query may look."""
         spec = self.spec
-        if self.end is None:
+        if not spec.in_order:
             return plgpu.load(self.shared["positions"].at[slot], layout=TOKENS, optimized=False)
         tile = spec.config.tile
         kv_at = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=TOKENS) + t * tile
         if spec.ring:
             kv_at = position_in_ring(kv_at, spec.ring, self.end)
-        there = (kv_at < self.end) & spec.mask.between(kv_at, self.at, self.at)
+        there = (kv_at < self.end) & spec.mask.between(kv_at, self.first, self.last)
         return jnp.where(there, kv_at, EMPTY)
 
     def adjusted(self, scores: Array, kv_at: Array) -> Array:

@@ -213,7 +213,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         shape = x.shape if view.page_table is not None else x.shape[1:]
         streams.append(Stream(f"{role}_{name}", tuple(shape), dtype, name in view.codec.token_minor))
     batch, length, query_heads, _ = request.query.shape
-    ring = view.layout.num_slots if view.seen is not None and _is_reckoned(request.mask) else 0
+    ring = view.layout.num_slots if length == 1 and view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
     return Spec(
         batch=batch,
@@ -236,7 +236,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         alibi=request.alibi_slopes is not None,
         slots=-(-view.layout.num_slots // config.tile) * config.tile,
         page_size=view.page_size if view.page_table is not None else 0,
-        in_order=(view.in_order or ring > 0) and length == 1 and not request.want_mass,
+        in_order=(view.in_order or ring > 0) and not request.want_mass,
         ring=ring,
         # Slopes and scores are kept column by column, and want the columns of a group to begin with its first query.
         as_it_lies=length == 1

@@ -1,10 +1,15 @@
 """What `"mosaic_gpu"` reads of the queries: the new tokens of a row and the query heads of a group, as columns."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Int32, Shaped
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request, grouped
+from kvattn.masks import EMPTY
 from kvattn.pallas import common
 from kvattn.pallas.gpu_spec import Spec
 
@@ -27,9 +32,26 @@ def columns(x: Shaped[Array, "B K G T F"], spec: Spec, fill: float) -> Shaped[Ar
     return cut.reshape(batch, spec.heads, spec.cols, features)
 
 
-def position_columns(request: Request, spec: Spec) -> Int32[Array, "B chunks lanes"]:
-    """The positions of the queries, column by column."""
-    return _vectors(_cut(common.query_positions(request)[..., None], spec, -1)[..., 0], spec)
+def position_columns(request: Request, spec: Spec) -> Int32[Array, "B chunks_and_1 lanes"]:
+    """The positions of the queries, column by column; behind them the lowest and the highest, -1 where is none.
+
+    One array, made by one kernel.
+    """
+    columns = _vectors(_cut(common.query_positions(request)[..., None], spec, -1)[..., 0], spec)
+    # Of unsigned numbers those below 0 are the largest.
+    unsigned = jax.lax.bitcast_convert_type(request.positions, jnp.uint32)
+    first = jax.lax.bitcast_convert_type(_of_all(jnp.minimum, unsigned), jnp.int32)
+    first, last = (jnp.maximum(x, EMPTY)[:, None] for x in (first, _of_all(jnp.maximum, request.positions)))
+    lane = jnp.arange(spec.lanes, dtype=jnp.int32)[None]
+    both = jnp.where(lane == 0, first, jnp.where(lane == 1, last, 0))
+    return jnp.concatenate([columns, both[:, None]], axis=1)
+
+
+def _of_all(choose: Any, x: Shaped[Array, "B T"]) -> Shaped[Array, " B"]:
+    """The lowest or highest of each row; of a few by comparing, which needs no kernel of its own."""
+    if x.shape[1] > common.MOST_TOKENS:
+        return choose.reduce(x, axis=1)
+    return functools.reduce(choose, [x[:, t] for t in range(x.shape[1])])
 
 
 def _cut(x: Shaped[Array, "*lead M F"], spec: Spec, fill: float) -> Shaped[Array, "*lead chunks cols F"]:

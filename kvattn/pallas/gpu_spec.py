@@ -73,9 +73,9 @@ class Spec:
         alibi: whether there are slopes.
         slots: of a row, whole tiles.
         page_size: 0 for a contiguous cache.
-        in_order: whether slot s holds the token of position s: then positions are reckoned, not read. Only for T = 1.
+        in_order: whether slot s holds the token of position s: then positions are reckoned, not read.
         ring: the slots of a ring, in whose slot s the last position lies that is s modulo them: then `in_order` says
-            that positions are reckoned likewise. 0: it is none.
+            that positions are reckoned likewise. Only for T = 1. 0: it is none.
         as_it_lies: whether queries are read as they lie, [B N, H], with what is next to a group as columns that
             nobody asks for. Only for T = 1.
         raw: dtype of the queries.

@@ -1,7 +1,7 @@
 """The way of a program of `"mosaic_gpu"` from segment to segment, tile to tile."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,8 +19,16 @@ LOADS_AT_ONCE = 32
 def rows_at(spec: Spec, memory: Mapping[str, Any], row: Array) -> Rows:
     """What to read of a row int32 []."""
     if spec.in_order:
-        return reckoned(spec.mask, spec.config.tile, spec.ring, memory["counts"][row], memory["at"][row])
+        return reckoned(spec.mask, spec.config.tile, spec.ring, memory["counts"][row], *asked(spec, memory, row))
     return Rows(*(memory[field.name][row] for field in dataclasses.fields(Rows)))
+
+
+def asked(spec: Spec, memory: Mapping[str, Any], row: Array) -> tuple[Array, Array]:
+    """The lowest and the highest position of the queries of a row; all int32 []. -1 if there is none."""
+    at = memory["at"]
+    if spec.is_single:
+        return at[row], at[row]
+    return at[row, spec.chunks, 0], at[row, spec.chunks, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +113,26 @@ def share_out(spec: Spec, memory: Mapping[str, Any], program: Array) -> Walk:
     index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     if spec.in_order:
         nothing = plgpu.layout_cast(jnp.full(shape, 0, jnp.int32), layout)
-        held = gathered(memory["counts"], spec.batch, index, nothing)
-        at = gathered(memory["at"], spec.batch, index, nothing)
-        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, at).count
+        found = {}
+        for name, read in readers(spec, memory).items():
+            found[name] = gathered(read, spec.batch, index, nothing)
+        held, last = found["count"], found["last"]
+        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, found.get("first", last), last).count
     else:
         count = plgpu.load(memory["count"], layout=layout, optimized=False)
     return Walk(spec, memory, Counts(count, index, spec.batch, spec.heads, spec.programs).of_program(program))
 
 
-def gathered(numbers: Any, count: int, index: Array, vector: Array) -> Array:
-    """`vector` int32 [rows] with the first `count` of `numbers` int32 [count] in it.
+def readers(spec: Spec, memory: Mapping[str, Any]) -> dict[str, Callable[[Array], Array]]:
+    """What reads, of a row int32 [], what `reckoned` wants to know; "first" only where it is not "last"."""
+    found = {"count": lambda row: memory["counts"][row], "last": lambda row: asked(spec, memory, row)[1]}
+    if not spec.is_single:
+        found["first"] = lambda row: asked(spec, memory, row)[0]
+    return found
+
+
+def gathered(read: Callable[[Array], Array], count: int, index: Array, vector: Array) -> Array:
+    """`vector` int32 [rows] with what is to be read, int32 [], of the first `count` rows in it.
 
     A load of whole vectors would need an array of whole vectors, which a kernel of its own would have to make.
     """
@@ -122,7 +140,7 @@ def gathered(numbers: Any, count: int, index: Array, vector: Array) -> Array:
     def some(i, vector):
         """Some of them; all are asked for before the first is waited for."""
         at = [i * LOADS_AT_ONCE + n for n in range(min(LOADS_AT_ONCE, count))]
-        loaded = [numbers[lax.min(n, count - 1)] for n in at]
+        loaded = [read(lax.min(n, count - 1)) for n in at]
         for n, number in zip(at, loaded, strict=True):
             vector = jnp.where(index == n, number, vector)
         return vector

@@ -73,27 +73,30 @@ def survey(request: Request, positions: Int32[Array, "B K1 S"], tile: int) -> Ro
     return Rows(hole + end - after, hole, after, first(whole), first(~whole & before(whole)))
 
 
-def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
+def in_order(
+    mask: Mask, tile: int, count: Int32[Array, "*rows"], first: Int32[Array, "*rows"], last: Int32[Array, "*rows"]
+) -> Rows:
     """`survey` without looking: of rows whose slot s holds the token of position s. Inside kernels, too.
 
     Args:
         mask: who attends to whom.
         tile: slots per tile.
         count: slots that hold a token.
-        at: the position of the only query, -1 if there is none.
+        first: the lowest position of a query,
+        last: and the highest; both -1 if there is none.
     """
-    end = jnp.where(at >= 0, count, 0)
+    end = jnp.where(last >= 0, count, 0)
     if mask.causal:
-        end = jnp.minimum(end, at + 1)
+        end = jnp.minimum(end, last + 1)
     if mask.end is not None:
         end = jnp.minimum(end, mask.end)
     nothing = end * 0  # `zeros_like` cannot be lowered in a kernel under an Explicit mesh
     begin = nothing + mask.begin
     if mask.reach is not None:
-        begin = jnp.maximum(begin, at - (mask.reach - 1))
+        begin = jnp.maximum(begin, first - (mask.reach - 1))
     hole, near = nothing, begin
     if mask.window is not None:
-        near = jnp.maximum(begin, at - (mask.window - 1))
+        near = jnp.maximum(begin, first - (mask.window - 1))
         if mask.num_sinks:
             sinks = jnp.minimum(end, mask.num_sinks)
             hole = jnp.where(begin < sinks, lax.div(sinks + (tile - 1), tile), 0)
@@ -103,9 +106,16 @@ def in_order(mask: Mask, tile: int, count: Int32[Array, "*rows"], at: Int32[Arra
     return Rows(hole + end - after, hole, after, lax.div(near + (tile - 1), tile), whole_end)
 
 
-def reckoned(mask: Mask, tile: int, ring: int, count: Int32[Array, "*rows"], at: Int32[Array, "*rows"]) -> Rows:
-    """`in_order`, or `turned` if there is a ring."""
-    return turned(mask, tile, ring, count, at) if ring else in_order(mask, tile, count, at)
+def reckoned(
+    mask: Mask,
+    tile: int,
+    ring: int,
+    count: Int32[Array, "*rows"],
+    first: Int32[Array, "*rows"],
+    last: Int32[Array, "*rows"],
+) -> Rows:
+    """`in_order`, or `turned` if there is a ring, which one query reads."""
+    return turned(mask, tile, ring, count, last) if ring else in_order(mask, tile, count, first, last)
 
 
 def position_in_ring(slot: Int32[Array, "*slots"], ring: int, count: Int32[Array, ""]) -> Int32[Array, "*slots"]:
