@@ -173,6 +173,8 @@ def program(device: Any, case: Case) -> dict[str, Any]:
         sizes.update(stages=spec.config.stages, blocks=spec.config.blocks_per_sm, shared=gpu_spec.shared_bytes(spec))
         sizes.update(states=4 * spec.programs * spec.padded * spec.cols)
         sizes.update(tile=spec.config.tile * sum(x.features * x.dtype.itemsize for x in spec.streams))
+        keys, values = spec.config.tile * spec.key_features, spec.padded * spec.config.tile
+        sizes.update(usual=(keys + values) / (keys + values + spec.looks * values))
         return api.attend(request, "mosaic_gpu")
 
     def compile_it():
@@ -196,7 +198,7 @@ def program(device: Any, case: Case) -> dict[str, Any]:
     temporary, copies = aot_cases.needs(compiled, case)
     found = {"bytes": cache.nbytes, "kernels": kernels, "temporary": temporary, "copies": copies, **sizes}
     listed = said.split("Function properties for kvattn_gpu_decode", 1)[1].split("Function properties for")[0]
-    found["slots"] = gpu_slots.slots_of_a_tile(listed)
+    found["slots"] = gpu_slots.slots_of_a_tile(listed, sizes["usual"])
     found["launches"] = aot_cases.launches(compiled.as_text())
     # What the merge pads is cut off.
     most = MOST_LAUNCHES + (case.size % 64 > 0)

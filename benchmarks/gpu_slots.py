@@ -43,11 +43,12 @@ def parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def slots_of_a_tile(text: str) -> int:
+def slots_of_a_tile(text: str, usual: float = 1.0) -> int:
     """Instructions on the way through the loop over tiles that takes all products and copies, and is short otherwise.
 
     Args:
         text: of the kernel's function.
+        usual: the share of its products that every tile takes.
 
     Raises:
         UnreadableError: there is no such loop.
@@ -61,11 +62,11 @@ def slots_of_a_tile(text: str) -> int:
     if not loops:
         raise UnreadableError("no loop with products in it")
     _, start, end = min(loops)
-    # From the end backwards: (products and copies to come, instructions to come) of each place, the best way first.
-    best: dict[int, tuple[int, int]] = {}
+    # From the end backwards: of each place, by products to come, the best way: (copies less, instructions).
+    best: dict[int, dict[int, tuple[int, int]]] = {}
     for i in range(end, start - 1, -1):
         one = instructions[i]
-        here = (-int(one.operation in PRODUCTS + COPIES), 1)
+        product, copy = int(one.operation in PRODUCTS), int(one.operation in COPIES)
         after = [] if one.operation in ("EXIT", "RET") or i == end else [i + 1]
         if one.operation == "BRA" and one.target is not None and i != end:
             if not one.is_conditional:
@@ -74,10 +75,13 @@ def slots_of_a_tile(text: str) -> int:
         # Ways back belong to loops inside, of which none is taken twice; ways out are no way through.
         ways = [best[j] for j in after if j in best and j > i]
         if i == end:
-            best[i] = here
-        elif ways:
-            done, length = min(ways)
-            best[i] = (here[0] + done, here[1] + length)
+            ways = [{0: (0, 0)}]
+        for way in ways:
+            for done, (copies, length) in way.items():
+                found = (copies - copy, length + 1)
+                here = best.setdefault(i, {})
+                here[done + product] = min(found, here.get(done + product, found))
     if start not in best:
         raise UnreadableError("no way through the loop with products in it")
-    return best[start][1]
+    least = usual * max(best[start])
+    return min(way for done, way in best[start].items() if done >= least - 0.5)[1]

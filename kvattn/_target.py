@@ -122,8 +122,16 @@ def of_arrays(tree: PyTree) -> Target | None:
             return Target.of_device(next(iter(x.devices())))
         device = jax.typeof(x).sharding.mesh.abstract_device if isinstance(x, Tracer) else None
         if device is not None:
-            return Target.of_device(device)
+            return _known_better(Target.of_device(device))
     return None
+
+
+def _known_better(target: Target) -> Target:
+    """The same kind of device as the current target or mesh knows it: abstract devices do not say what a GPU can do."""
+    for here in (current(), ambient()):
+        if (here.platform, here.device_kind) == (target.platform, target.device_kind):
+            return here
+    return target
 
 
 def _named(what: Target | str | Mesh | AbstractMesh | None) -> Target | None:

@@ -60,6 +60,29 @@ def filled(lengths, slots, heads, size, *, dtype=F32, fill=worst, seed=0, left=N
     return cache.write(where, key, value).replace(lengths=jnp.asarray(lengths, jnp.int32))
 
 
+BAD = {
+    # In the chunk, before the window of the later tokens ends, and among all that they see.
+    **{at: {5: np.nan, 17: np.inf, 40: -np.inf} for at in (97, 50)},
+    98: {5: 1.0, 17: -np.inf, 63: np.inf, 44: -np.inf},
+    10: {30: np.inf},
+}
+"""Some positions of a hundred, of which the last four ask: what is not finite there, channel by channel."""
+
+
+def with_bad_values(lengths, bad, *, slots, size, page_size=0, **settings):
+    """A cache in which, of row 0, the values of some tokens are not finite: `bad`, as `BAD` has it."""
+    cache = filled(lengths, slots, 2, size, page_size=page_size, **settings)
+    rng = np.random.default_rng(7)
+    key, value = (rng.normal(size=(B, len(bad), 2, size)).astype(np.float32) for _ in range(2))
+    for i, channels in enumerate(bad.values()):
+        for channel, what in channels.items():
+            value[0, i, 1, channel] = what
+    where = np.where(np.arange(B)[:, None] == 0, list(bad), -1)
+    dtype = settings.get("dtype", F32)
+    write = jax.jit(lambda *new: cache.write(*new))  # compiled, it says nothing
+    return write(jnp.asarray(where, jnp.int32), jnp.asarray(key, dtype), jnp.asarray(value, dtype))
+
+
 def request_for(cache, num_heads, new=1, *, dtype=F32, mask=None, seed=1, **rules):
     """The last `new` tokens of every row ask."""
     rng = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from kernel_cases import (
+    BAD,
     BF16,
     F16,
     F32,
@@ -28,6 +29,7 @@ from kernel_cases import (
     narrow,
     request_for,
     truth,
+    with_bad_values,
     worst,
 )
 from oracles import assert_accurate, assert_lse, assert_same_bits
@@ -414,6 +416,74 @@ def test_rows_in_order_need_not_be_looked_at(mask, tokens):
         # Not one more where there is no `reach`, whose sinks are read all the same.
         assert mask.reach or len(listed) == row.any(axis=1).sum(), case
         assert all(row[t].all() for t in listed if run <= t < run_end), case
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by products of the interpreter
+@pytest.mark.parametrize(
+    ("store", "size", "page_size", "on", "rule"),
+    [
+        ("bfloat16", 64, 0, "Hopper", "all"),
+        ("bfloat16", 64, 0, "Hopper", "window and sinks"),
+        ("bfloat16", 80, 16, "Hopper", "window"),
+        ("Int8", 64, 0, "Hopper", "window"),
+        ("Int4", 128, 0, "Hopper", "all"),
+        pytest.param("Int8", 64, 32, "Hopper", "all", marks=pytest.mark.slow),
+        pytest.param("float16", 128, 128, "Hopper", "all", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 64, 16, "Blackwell", "all", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 112, 0, "Blackwell", "window", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 128, 64, "Blackwell", "window and sinks", marks=pytest.mark.slow),
+        pytest.param("Float8", 64, 64, "Blackwell", "all", marks=pytest.mark.slow),
+        pytest.param("Float8", 128, 0, "Ampere", "window", marks=pytest.mark.slow),
+        pytest.param("Int4", 128, 64, "Blackwell", "window", marks=pytest.mark.slow),
+    ],
+)
+def test_a_bad_value_reaches_those_who_may_attend_to_it(store, size, page_size, on, rule):
+    """Channel by channel, as where they ask one by one; some are pads, and a row has nothing."""
+    mask = {"all": Mask(), "window": Mask(window=49), "window and sinks": Mask(window=20, num_sinks=11)}[rule]
+    cache = with_bad_values([100, 0, 70], BAD, slots=128, size=size, page_size=page_size, **STORES[store])
+    request = request_for(cache, 4, 4, dtype=BF16, mask=mask)
+    positions = request.positions.at[2, 1].set(-1)
+    for view in (request.view, dataclasses.replace(request.view, in_order=False)):
+        asked = dataclasses.replace(request, positions=positions, view=view)
+        with _target.aimed_at(TARGETS[on]):
+            config = gpu_decode.config_for(asked)
+            assert gpu_decode.unsupported(asked) is None and gpu_decode.hides(asked)
+            out, lse, _ = jax.jit(lambda r: gpu_decode.attend(r, config))(asked)
+            one = jax.jit(lambda r: gpu_decode.attend(r)[:2])
+            at = lambda t, r=asked: dataclasses.replace(
+                r, query=r.query[:, t : t + 1], positions=r.positions[:, t : t + 1]
+            )
+            alone = [jnp.concatenate(x, axis=1) for x in zip(*(one(at(t)) for t in range(4)), strict=True)]
+        np.testing.assert_allclose(out, alone[0], rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(lse, alone[1], rtol=1e-3)
+        bad = ~np.isfinite(np.asarray(out))
+        assert bad[0, -1].any() and not bad[1:].any() and not bad[0, 0].all()
+        if store in ("bfloat16", "float16"):
+            kinds = np.isnan, np.isposinf, np.isneginf
+            assert all(kind(np.asarray(out)[0, -1]).any() for kind in kinds)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_queries_are_alike(mask):
+    """Of no run of keys it is said that all queries see the same of it where they do not."""
+    keys, found = jnp.arange(40, dtype=jnp.int32), set()
+    for low, high, first, last in itertools.product((0, 3, 20), (3, 12, 39), (0, 13, 25), (13, 26, 39)):
+        if low > high or first > last:
+            continue
+        allowed = np.asarray(mask.allowed(jnp.arange(first, last + 1, dtype=jnp.int32)[None], keys[None, None]))[0, 0]
+        alike = bool(shares.alike(mask, *(jnp.int32(n) for n in (low, high, first, last))))
+        found.add(alike)
+        assert not alike or (allowed[:, low : high + 1] == allowed[:1, low : high + 1]).all()
+    assert found == {True, False} or not mask.causal or mask.window == 1
+
+
+@pytest.mark.parametrize(("query", "loops"), [(BF16, 0), (F32, 1)], ids=["bfloat16", "float32"])
+def test_no_query_waits_for_others(query, loops):
+    """Where the kernel hides what is not finite itself, nothing is looked up and nobody asked once more."""
+    request = request_for(filled([100, 0, 33], 136, 2, 64, dtype=BF16), 4, 3, dtype=query)
+    # Derivatives are one equation, with all in it.
+    (call,) = jax.make_jaxpr(lambda r: api.attend(r, "mosaic_gpu"))(request).jaxpr.eqns[-1:]
+    assert [eqn.primitive.name for eqn in call.params["call_jaxpr"].jaxpr.eqns].count("while") == loops
 
 
 @pytest.mark.parametrize("page_size", [0, pytest.param(8, marks=pytest.mark.slow)])

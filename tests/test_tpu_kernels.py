@@ -14,6 +14,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import (
+    BAD,
     BF16,
     F32,
     POLICIES,
@@ -26,6 +27,7 @@ from kernel_cases import (
     narrow,
     request_for,
     truth,
+    with_bad_values,
     worst,
 )
 from oracles import assert_accurate, assert_lse, assert_same_bits
@@ -265,6 +267,17 @@ def test_what_a_window_has_left_changes_no_bit(page_size, codec):
     assert np.isfinite(outs[1][0]).all()
     for a, b in zip(*outs, strict=True):
         assert_same_bits(a, b, "output")
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=49)], ids=str)
+def test_a_bad_value_reaches_those_who_may_attend_to_it(mask):
+    """Channel by channel; some queries are pads, and a row has nothing."""
+    cache = with_bad_values([100, 0, 70], BAD, slots=128, size=64)
+    request = request_for(cache, 4, 4, mask=mask)
+    request = dataclasses.replace(request, positions=request.positions.at[2, 1].set(-1))
+    found, expected = (api.attend(request, name)[0] for name in ("mosaic_tpu", "reference"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert not np.isfinite(expected[0, -1]).all() and np.isfinite(found[1:]).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -170,19 +170,20 @@ def attend(request: Request, implementation: Implementation = None) -> Result:
 def _single(record: Record) -> Attend:
     """How it attends, its derivatives aside."""
     attend = record.load().attend
-    return attend if record.is_complete else _by_position(attend)
+    return attend if record.is_complete else _by_position(attend, record.hides)
 
 
-def _by_position(attend: Attend) -> Attend:
+def _by_position(attend: Attend, hides: Callable[[Request], bool]) -> Attend:
     """A kernel whose queries get nothing from values that they may not attend to, NaN included.
 
-    Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened it takes the queries one by one.
+    Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened, unless it `hides` such values, it
+    takes the queries one by one.
     """
 
     def call(request: Request) -> Result:
         out, lse, mass = attend(request)
         length = request.query.shape[1]
-        if length == 1:
+        if length == 1 or hides(request):
             return out, lse, mass
 
         def one(t: Int32[Array, ""], out: Float[Array, "B T N Hv"]) -> Float[Array, "B T N Hv"]:

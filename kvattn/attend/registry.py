@@ -67,6 +67,8 @@ class Implementation:
             where that is known, and else when the program is lowered.
         is_complete: whether it has derivatives of its own, and gives nothing of NaN values to queries that may not
             attend to them. Where it has not, both are added: derivatives are those of "reference".
+        hides: of one that is not complete, whether queries of a request get nothing of such values all the same. Where
+            they may, and something is not finite, the queries are taken one by one.
         reads_host: whether it reads keys and values that lie in the host's memory (`View.on_host`): through the view's
             blocks, never the arrays themselves.
         reads_values_in_keys: whether it reads values that are the first numbers of their keys (`View.values_in_keys`).
@@ -83,6 +85,7 @@ class Implementation:
     blocked: Callable[[], str | None] = lambda: None
     is_bound: Callable[[], bool] = lambda: False
     is_complete: bool = False
+    hides: Callable[[Request], bool] = lambda request: False
     reads_host: bool = False
     reads_values_in_keys: bool = False
     writer: Callable[[], Callable[[Any], Any]] | None = None

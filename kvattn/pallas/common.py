@@ -66,10 +66,11 @@ def storage(view: View) -> str:
 def slot_positions(request: Request, slots: int) -> Int32[Array, "B K1 {slots}"]:
     """The position in each slot, in order; EMPTY where no query of the row may look.
 
-    So kernels need not tell slots that a window has left from empty ones: the values of both are zeroed.
+    So kernels need not tell slots that a window has left, or tokens to come, from empty ones: the values of all are
+    zeroed.
     """
     positions = request.view.layout.from_blocks(request.view.positions[..., None], False)[..., 0]
-    if request.mask.is_bounded:
+    if request.mask.is_bounded or request.mask.causal:
         positions = jnp.where(request.reached(positions), positions, EMPTY)
     return jnp.pad(positions, ((0, 0), (0, 0), (0, slots - positions.shape[2])), constant_values=EMPTY)
 

@@ -10,12 +10,13 @@ from jax.experimental import pallas as pl
 
 from kvattn import _manual
 from kvattn._typing import Array
+from kvattn.pallas import gpu_unseen
 from kvattn.pallas.gpu_columns import Columns, prepare
 from kvattn.pallas.gpu_fetch import Fetcher, following
 from kvattn.pallas.gpu_fragments import restored
 from kvattn.pallas.gpu_spec import F32, Spec, scratch
 from kvattn.pallas.gpu_threads import ThreadFetcher
-from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, mix, products, spread, store
+from kvattn.pallas.gpu_tile import COLUMNS, WGMMA, mix, mix_groups, products, put, spread, store
 from kvattn.pallas.gpu_walk import share_out
 
 
@@ -95,7 +96,7 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             vectors = fetcher.vectors(cursor)
             fetcher.wait_for_tile(cursor)
             kv_at = columns.positions_of(t, slot)
-            scores = columns.adjusted(products(spec, shared, slot, at_slot), kv_at)
+            scores, allowed = columns.adjusted(products(spec, shared, slot, at_slot), kv_at)
             if spec.want_scores:
                 store(memory["scores"].at[here.row, here.head, pl.ds(t * tile, tile)], scores)
             new = jnp.maximum(top, jnp.max(scores, axis=0))
@@ -104,9 +105,20 @@ def compute(spec: Spec, memory: dict[str, Any], shared: dict[str, Any], program:
             probs = jnp.exp(scores - spread(shift, scores.shape))
             total = total * spread(keep, total.shape) + probs
             whole = (t >= here.rows.run) & (t < here.rows.run_end)
-            mixed, more = mix(spec, shared, slot, probs, kv_at, whole)
-            acc = [x * spread(keep, x.shape) + y for x, y in zip(acc, mixed, strict=True)]
-            low = [x * spread(keep, x.shape) + y for x, y in zip(low, more, strict=True)]
+            filled = kv_at >= 0
+            if spec.by_group:
+                mixed, more = mix_groups(spec, shared, slot, probs, allowed, filled)
+                acc = [x * spread(keep, x.shape) + y for x, y in zip(acc, mixed, strict=True)]
+                low = [x * spread(keep, x.shape) + y for x, y in zip(low, more, strict=True)]
+            else:
+                back = put(spec, shared, slot, probs, allowed, filled)
+                if spec.looks:
+                    kept = acc[0] * spread(keep, acc[0].shape)
+                    kept = gpu_unseen.added(spec, shared, slot, kept, allowed, filled, columns.are_apart(t, kv_at))
+                    acc = [kept + mix(spec, shared, slot, back, filled, whole)]
+                else:
+                    mixed = mix(spec, shared, slot, back, filled, whole)
+                    acc = [acc[0] * spread(keep, mixed.shape) + mixed]
             if spec.unit == "mma" and not spec.by_threads:
                 plgpu.commit_smem()  # what threads have read the copy engine may write over
             return new, total, acc, low, fetcher.fetched(cursor, vectors)

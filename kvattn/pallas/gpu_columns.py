@@ -13,7 +13,7 @@ from kvattn.pallas.gpu_fragments import QUERIES, permuted_queries
 from kvattn.pallas.gpu_spec import F32, Spec
 from kvattn.pallas.gpu_tile import COLUMNS, FLOAT16_EXPONENT, TOKENS, split, spread, tanh
 from kvattn.pallas.gpu_walk import asked
-from kvattn.pallas.shares import position_in_ring
+from kvattn.pallas.shares import alike, position_in_ring
 
 
 def prepare(spec: Spec, shared: dict[str, Any], slot: Array) -> None:
@@ -51,8 +51,9 @@ class Columns:
     def __init__(self, spec: Spec, memory: dict[str, Any], shared: dict[str, Any], row: Array, slot: Array):
         self.spec, self.shared, self.slot = spec, shared, slot
         self.at = memory["at"][row] if spec.is_single else self._load("at")
-        if spec.in_order:
+        if spec.in_order or not spec.is_single:
             self.first, self.last = asked(spec, memory, row)
+        if spec.in_order:
             self.end = jnp.where(self.last >= 0, memory["counts"][row], 0)
         self.slopes = self._load("slopes") if spec.alibi else None
         self.factor = self._read(shared["factor"]) if spec.factor else None
@@ -77,8 +78,21 @@ class Columns:
         there = (kv_at < self.end) & spec.mask.between(kv_at, self.first, self.last)
         return jnp.where(there, kv_at, EMPTY)
 
-    def adjusted(self, scores: Array, kv_at: Array) -> Array:
-        """Scale, soft cap, ALiBi and mask of scores [T, M], the positions of whose slots are int32 [T]."""
+    def are_apart(self, t: Array, kv_at: Array) -> Array:
+        """Whether some queries may attend to slots of tile t that others may not, or may seem to; bool []."""
+        if self.spec.in_order:
+            low, high = t * self.spec.config.tile, lax.min((t + 1) * self.spec.config.tile, self.end) - 1
+        else:
+            high = jnp.max(kv_at, axis=0)
+            low = jnp.min(jnp.where(kv_at >= 0, kv_at, high), axis=0)
+        return jnp.logical_not(alike(self.spec.mask, low, high, self.first, self.last))
+
+    def adjusted(self, scores: Array, kv_at: Array) -> tuple[Array, Array]:
+        """Scale, soft cap, ALiBi and mask of scores [T, M], the positions of whose slots are int32 [T].
+
+        Returns:
+            these, and who may attend to what, bool [T, M].
+        """
         spec, shape = self.spec, scores.shape
         if self.factor is not None:
             scores = scores * spread(self.factor * spec.scale, shape)
@@ -99,4 +113,4 @@ class Columns:
         if self.slopes is not None:
             scores = scores + spread(self.slopes, shape) * distance()
         # Masked by selecting, never by adding: what lies in an unused slot may be NaN.
-        return jnp.where(allowed, scores, -jnp.inf)
+        return jnp.where(allowed, scores, -jnp.inf), allowed

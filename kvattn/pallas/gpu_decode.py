@@ -11,6 +11,7 @@ parts, and so do probabilities. Eight-bit numbers go to float16 and four-bit one
 multiplied into scores and probabilities.
 """
 
+import dataclasses
 import os
 
 import jax
@@ -161,6 +162,11 @@ def _nothing(request: Request) -> Result:
     return out, jnp.full((batch, *rest), -jnp.inf, jnp.float32), mass
 
 
+def hides(request: Request) -> bool:
+    """Whether no query gets anything of values that are not finite and that it may not attend to."""
+    return request.query.size == 0 or _spec(request, config_for(request)).hides
+
+
 def key(request: Request) -> str:
     """What sizes depend on, as tables name it."""
     spec = _spec(request, GpuConfig())
@@ -215,7 +221,7 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
     batch, length, query_heads, _ = request.query.shape
     ring = view.layout.num_slots if length == 1 and view.seen is not None and _is_reckoned(request.mask) else 0
     factor = wide == jnp.float16 and request.query.dtype != jnp.float16
-    return Spec(
+    spec = Spec(
         batch=batch,
         length=length,
         query_heads=query_heads,
@@ -248,9 +254,13 @@ def _spec(request: Request, config: GpuConfig) -> Spec:
         config=config,
         programs=config.blocks_per_sm * (2 if interpreted("cuda") else _multiprocessors()),
         unit=gpu_ways.unit_of(config),
+        looks=False,
         by_threads=gpu_ways.by_threads(),
         interpreted=interpreted("cuda"),
     )
+    looking = dataclasses.replace(spec, looks=spec.may_look)
+    least = dataclasses.replace(looking, config=dataclasses.replace(config, stages=2))
+    return looking if shared_bytes(least) <= gpu_ways.shared_bytes() else spec
 
 
 def _is_reckoned(mask: Mask) -> bool:

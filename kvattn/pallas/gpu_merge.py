@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from kvattn import _manual
 from kvattn._typing import Array
 from kvattn.pallas.gpu_spec import F32, Spec
-from kvattn.pallas.gpu_tile import TOKENS, store
+from kvattn.pallas.gpu_tile import TOKENS, spread, store
 from kvattn.pallas.gpu_walk import rows_at
 
 AT_ONCE = 4
@@ -53,9 +53,11 @@ def merge(
             for k in range(AT_ONCE):
                 index = i * AT_ONCE + k
                 state = segment + first + lax.min(index, count - 1)
-                # Past the last state the last one is loaded again, and weighs nothing.
-                top = memory["top"][state, column] + jnp.where(index < count, 0.0, -jnp.inf)
+                # Past the last state the last one is loaded again, and weighs nothing, infinite as it may be.
+                is_one = index < count
+                top = memory["top"][state, column] + jnp.where(is_one, 0.0, -jnp.inf)
                 out = plgpu.load(memory["out"].at[state, column], layout=TOKENS, optimized=False)
+                out = jnp.where(spread(is_one, out.shape, ()), out, 0.0)
                 loaded.append((top, memory["total"][state, column], out))
             new = m
             for top, _, _ in loaded:
@@ -73,7 +75,8 @@ def merge(
         m, l, acc = lax.fori_loop(0, rounds, step, (jnp.float32(-jnp.inf), jnp.float32(0), zeros))
         empty = l == 0.0
         safe = jnp.where(empty, 1.0, l)
-        store(memory["merged"].at[row, t, n], (acc / safe).astype(dtype))
+        # Of a query that may attend to nothing what others of its row attend to may be NaN.
+        store(memory["merged"].at[row, t, n], jnp.where(spread(empty, acc.shape, ()), 0.0, acc / safe).astype(dtype))
         memory["lse"][row, t, n] = jnp.where(empty, -jnp.inf, jnp.log(safe) + m)
 
     kernel = plgpu.kernel(

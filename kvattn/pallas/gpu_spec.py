@@ -83,6 +83,8 @@ class Spec:
         config: sizes to be tuned.
         programs: how many share the work.
         unit: the matrix unit, "wgmma" or "mma".
+        looks: whether values that are not finite are looked for, so as to hide them from queries that may not attend to
+            them (`gpu_unseen`).
         by_threads: whether threads fetch tiles (`gpu_threads`), not the copy engine that GPUs have since Hopper.
         interpreted: whether JAX's interpreter runs it.
     """
@@ -115,6 +117,7 @@ class Spec:
     config: GpuConfig
     programs: int
     unit: str
+    looks: bool
     by_threads: bool
     interpreted: bool
 
@@ -127,6 +130,21 @@ class Spec:
     def is_single(self) -> bool:
         """Whether all columns of a row have one position."""
         return self.length == 1
+
+    @property
+    def hides(self) -> bool:
+        """Whether no query gets anything of values that are not finite and that only others of its row may see.
+
+        Codes are finite; what is not is a scale, which is multiplied into the probabilities of those who may see it.
+        """
+        by_scale = self.format.is_scaled or self.by_group
+        return self.is_single or self.looks or by_scale
+
+    @property
+    def may_look(self) -> bool:
+        """Whether `looks` may be set: where it is of use, and registers hold what it takes."""
+        fits = self.parts == 1 and self.cols * self.padded <= 32 * 128 and not self.by_threads
+        return fits and not (self.is_single or self.decoded)
 
     @property
     def prepares(self) -> bool:
@@ -221,8 +239,7 @@ class Spec:
     @property
     def value_run(self) -> int:
         """Channels of values that are masked or decoded at a time: few, so that two programs have the registers."""
-        data = next(stream for stream in self.streams if stream.name == "v_data")
-        step = self.stream_step(data)
+        step = self.stream_step(self.stream("v_data"))
         return step * max(1, 32 // step) if self.unit == "mma" and step else 128
 
     @property
@@ -238,6 +255,10 @@ class Spec:
     def value_step(self) -> int:
         """Channels of values that were written once more which a run may begin at."""
         return self._step(self.value_features, 2)
+
+    def stream(self, name: str) -> Stream:
+        """The one of this name."""
+        return next(stream for stream in self.streams if stream.name == name)
 
     def stream_step(self, stream: Stream) -> int:
         """Numbers of a tile in shared memory that can be addressed; 0: any, in memory that is not swizzled."""
@@ -298,6 +319,11 @@ def scratch(spec: Spec) -> dict[str, Any]:
     }
     if spec.prepares:
         found["raw"] = plgpu.SMEM((stages, cols, spec.key_features), spec.raw)
+    if spec.looks:
+        found["seen"] = by_tokens(spec, 1, cols)
+        if not spec.repacked:
+            stream = spec.stream("v_data")
+            found["kinds"] = swizzled((tile, stream.features), stream.dtype, spec.stream_step(stream))
     if spec.repacked:
         count = parts if spec.format.is_grouped and not spec.by_group else 1
         found["values"] = by_tokens(spec, count, spec.padded)

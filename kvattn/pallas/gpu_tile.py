@@ -40,9 +40,9 @@ def store(ref: Any, x: Array) -> None:
         ref[...] = x
 
 
-def spread(vector: Array, shape: tuple[int, ...], axis: int = 1) -> Array:
-    """A vector [M] over `axis` as a matrix [T, M], or [T] with `axis` 0."""
-    return lax.broadcast_in_dim(vector, shape, [axis])
+def spread(vector: Array, shape: tuple[int, ...], axis: int | tuple[()] = 1) -> Array:
+    """A vector [M] over `axis` as a matrix [T, M], or [T] with `axis` 0; a number with `axis` ()."""
+    return lax.broadcast_in_dim(vector, shape, [axis] if isinstance(axis, int) else axis)
 
 
 def tanh(x: Array) -> Array:
@@ -210,51 +210,96 @@ def planes(spec: Spec, tile: Any, features: int, bias: int = -MIDDLE, layout: An
     return found
 
 
-def mix(
-    spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, kv_at: Array, whole: Array
+def scaled(spec: Spec, probs: Array, factors: Array, allowed: Array) -> Array:
+    """Probabilities [T, cols] times factors [T], which are 0 in empty slots, and NaN for what a codec cannot hold."""
+    product = probs * spread(factors, probs.shape, 0)
+    # What a query may not attend to is not its business; the only one of its row may attend to all that is not empty.
+    return product if spec.is_single else jnp.where(allowed, product, 0.0)
+
+
+def mix_groups(
+    spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, allowed: Array, filled: Array
 ) -> tuple[list[Array], list[Array]]:
-    """Values times probabilities: what each of `spec.outputs` adds up, float32 [count, cols].
+    """Values times probabilities where they are added up group by group.
+
+    Args:
+        spec: the sizes.
+        shared: the program's shared memory.
+        slot: of the tile, int32 [].
+        probs: float32 [T, cols].
+        allowed: which column may attend to which slot, bool [T, cols].
+        filled: which slots any of them may attend to, bool [T].
 
     Returns:
-        these; and, where values are added up group by group, probabilities times minima of each, float32 [T, cols].
+        what each of `spec.outputs` adds up, float32 [count, cols]; and probabilities times minima of each, float32
+        [T, cols].
     """
-    shape, filled = probs.shape, kv_at >= 0
-    if spec.by_group:
-        values, mixed, low = shared["v_data"].at[slot], [], []
-        pair, found = pairs(spec, shared, slot, "v", MIDDLE), planes(spec, values, spec.value_features)
-        for i, run in enumerate(found):
-            both = pair(run.group)
-            # Codes are finite whatever lies in empty slots.
-            scale, minimum = (spread(jnp.where(filled, x, 0.0), shape, 0) for x in both)
-            low.append(probs * minimum)
-            for n, piece in enumerate(split(probs * scale, spec.wide, spec.parts)):
-                tokens_as_rows(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
-            tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
-        if spec.unit == "wgmma":
-            plgpu.commit_smem()
-        for i, run in enumerate(found):
-            lefts = [tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
-            mixed.append(weighted(spec, lefts, shared["probs"], i * spec.parts, run.count))
-        return mixed, low
-    values, back = shared["v_data"].at[slot], 1.0
+    values, mixed, low = shared["v_data"].at[slot], [], []
+    pair, found = pairs(spec, shared, slot, "v", MIDDLE), planes(spec, values, spec.value_features)
+    for i, run in enumerate(found):
+        # Codes are finite whatever lies in empty slots.
+        scale, minimum = (jnp.where(filled, x, 0.0) for x in pair(run.group))
+        low.append(scaled(spec, probs, minimum, allowed))
+        for n, piece in enumerate(split(scaled(spec, probs, scale, allowed), spec.wide, spec.parts)):
+            tokens_as_rows(spec, shared["probs"].at[i * spec.parts + n])[...] = piece
+        tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)][...] = run.codes
+    if spec.unit == "wgmma":
+        plgpu.commit_smem()
+    for i, run in enumerate(found):
+        lefts = [tokens_as_rows(spec, shared["values"].at[0]).at[:, pl.ds(run.start, run.count)].T]
+        mixed.append(weighted(spec, lefts, shared["probs"], i * spec.parts, run.count))
+    return mixed, low
+
+
+def put(spec: Spec, shared: dict[str, Any], slot: Array, probs: Array, allowed: Array, filled: Array) -> Array | float:
+    """Writes probabilities, times scales of values if there are any, to shared memory, for `mix`.
+
+    Args:
+        spec: the sizes.
+        shared: the program's shared memory.
+        slot: of the tile, int32 [].
+        probs: float32 [T, cols].
+        allowed: which column may attend to which slot, bool [T, cols].
+        filled: which slots any of them may attend to, bool [T].
+
+    Returns:
+        what to multiply products by: float32 [Hv padded, cols], or a number.
+    """
+    back: Any = 1.0
     if spec.decoded and not spec.format.is_grouped:
         scale = plgpu.load(shared["v_scale"].at[slot, 0], layout=TOKENS, optimized=False)
         scale = jnp.where(filled, scale, 0.0)
         if spec.parts == 1:
             # float16 holds neither large nor small scales: the largest of the tile becomes 1.
-            back = jnp.maximum(jnp.max(scale, axis=0), LEAST_SCALE)
-            probs = probs * spread(scale * (1.0 / back), shape, 0)
+            known = scale if spec.is_single else jnp.where(scale == scale, scale, 0.0)
+            back = jnp.maximum(jnp.max(known, axis=0), LEAST_SCALE)
+            probs = scaled(spec, probs, scale * (1.0 / back), allowed)
         else:
             # What is to be as exact as float32 wants more: the largest number of each column becomes 1.
-            probs = probs * spread(scale, shape, 0)
+            probs = scaled(spec, probs, scale, allowed)
             largest = jnp.max(probs, axis=0)
             largest = jnp.where(largest == 0.0, 1.0, largest)
-            probs, back = probs / spread(largest, shape), spread(largest, (spec.padded, spec.cols))
+            probs, back = probs / spread(largest, probs.shape), spread(largest, (spec.padded, spec.cols))
     if spec.wide == jnp.float16:
         # ... and now 2^14, far from the numbers that float16 rounds coarsely.
         probs, back = probs * FLOAT16_UNIT, back * (1 / FLOAT16_UNIT)
     for n, piece in enumerate(split(probs, spec.wide, spec.parts)):
         tokens_as_rows(spec, shared["probs"].at[n])[...] = piece
+    return back
+
+
+def mix(spec: Spec, shared: dict[str, Any], slot: Array, back: Array | float, filled: Array, whole: Array) -> Array:
+    """Values times probabilities that `put` wrote, float32 [Hv padded, cols].
+
+    Args:
+        spec: the sizes.
+        shared: the program's shared memory.
+        slot: of the tile, int32 [].
+        back: what `put` returned.
+        filled: bool [T], which slots any column may attend to; the others may hold NaN.
+        whole: whether all are, bool [].
+    """
+    values = shared["v_data"].at[slot]
     if spec.repacked:
         repack(spec, shared, slot, filled, whole)
         lefts = [tokens_as_rows(spec, shared["values"].at[n]).T for n in range(shared["values"].shape[0])]
@@ -271,7 +316,7 @@ def mix(
     if spec.unit == "wgmma":
         plgpu.commit_smem()
     mixed = weighted(spec, lefts, shared["probs"], 0, spec.padded)
-    return [mixed if isinstance(back, float) and back == 1.0 else mixed * back], []
+    return mixed if isinstance(back, float) and back == 1.0 else mixed * back
 
 
 def weighted(spec: Spec, lefts: list[Any], probs: Any, first: int, count: int) -> Array:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from kvattn.attend import registry
 from kvattn.attend.at_once import Appender
+from kvattn.attend.request import Request
 from kvattn.attend.registry import Implementation, Kernel, Tuning
 from kvattn.pallas import tuning
 from kvattn.pallas.interpreter import forced, interpreted, is_ahead_of_time
@@ -18,6 +19,12 @@ def _gpu_decode() -> Kernel:
     from kvattn.pallas import gpu_decode
 
     return gpu_decode
+
+
+def _gpu_hides(request: Request) -> bool:
+    from kvattn.pallas import gpu_decode
+
+    return gpu_decode.hides(request)
 
 
 def _gpu_append() -> Appender:
@@ -68,6 +75,7 @@ registry.register(
         platform="cuda",
         blocked=functools.partial(_blocked, "cuda"),
         is_bound=functools.partial(_is_bound, "cuda"),
+        hides=_gpu_hides,
         appender=_gpu_append,
         tuning=Tuning(tuning.GpuConfig, tuning.CANDIDATES["mosaic_gpu"]),
     )

@@ -15,7 +15,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from kvattn._typing import Array
 from kvattn.attend.request import Request
@@ -104,6 +104,21 @@ def in_order(
     end = jnp.maximum(jnp.where(near < end, lax.div(end + (tile - 1), tile), 0), hole)
     after = jnp.minimum(jnp.maximum(lax.div(near, tile), hole), end)
     return Rows(hole + end - after, hole, after, lax.div(near + (tile - 1), tile), whole_end)
+
+
+def alike(
+    mask: Mask, low: Int32[Array, ""], high: Int32[Array, ""], first: Int32[Array, ""], last: Int32[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether all queries from position `first` to `last` may attend to the same of the keys from `low` to `high`.
+
+    False where that takes a closer look.
+    """
+    found = (high <= first) | (not mask.causal)
+    if mask.window is not None:
+        found &= (low > last - mask.window) | (high < mask.num_sinks)
+    if mask.reach is not None:
+        found &= low > last - mask.reach
+    return found
 
 
 def reckoned(
