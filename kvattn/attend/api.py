@@ -176,8 +176,8 @@ def _single(record: Record) -> Attend:
 def _by_position(attend: Attend, hides: Callable[[Request], bool]) -> Attend:
     """A kernel whose queries get nothing from values that they may not attend to, NaN included.
 
-    Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened, unless it `hides` such values, it
-    takes the queries one by one.
+    Its weight for such a value is 0, and 0 * NaN is NaN: where that may have happened it takes the queries one by one,
+    unless it `hides` such values itself.
     """
 
     def call(request: Request) -> Result:

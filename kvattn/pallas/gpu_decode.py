@@ -118,7 +118,6 @@ def attend(request: Request, config: GpuConfig | None = None) -> Result:
     scores = states.pop("scores", None)
     rows_read = {name: x for name, x in rows.items() if name != "positions"}
     out, lse = merge(spec, interpret, rows_read, states, request.out_dtype or jnp.float32)
-    out = out if spec.padded == spec.value_features else out[..., : spec.value_features]
     return out, lse, None if scores is None else _mass(scores, lse, rows, spec)[..., : view.layout.num_slots]
 
 

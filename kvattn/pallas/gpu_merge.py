@@ -6,6 +6,7 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from kvattn import _manual
@@ -31,13 +32,16 @@ def merge(
         dtype: of out.
 
     Returns:
-        out [B, T, N, Hv padded] and lse float32 [B, T, N]; 0 and -inf where there was nothing.
+        out [B, T, N, Hv] and lse float32 [B, T, N]; 0 and -inf where there was nothing.
     """
     named = {**arrays, **states}
     shape = (spec.batch, spec.length, spec.query_heads)
+    # Registers hold whole multiples of 64 features. Of fewer the copy engine writes what there is; without it XLA cuts.
+    by_copy = spec.padded != spec.value_features and not spec.by_threads
+    features = spec.value_features if by_copy else spec.padded
 
-    def kvattn_gpu_merge(*refs):
-        """One query: refs of `arrays`, `states`, and the results."""
+    def kvattn_gpu_merge(*refs, line=None):
+        """One query: refs of `arrays`, `states`, and the results; [Hv padded] in shared memory if it is copied."""
         memory = dict(zip((*named, "merged", "lse"), refs, strict=True))
         row, t, n = query_of(spec, lax.axis_index("query"))
         segment, column = column_of(spec, row, t, n)
@@ -76,17 +80,27 @@ def merge(
         empty = l == 0.0
         safe = jnp.where(empty, 1.0, l)
         # Of a query that may attend to nothing what others of its row attend to may be NaN.
-        store(memory["merged"].at[row, t, n], jnp.where(spread(empty, acc.shape, ()), 0.0, acc / safe).astype(dtype))
+        out = jnp.where(spread(empty, acc.shape, ()), 0.0, acc / safe).astype(dtype)
+        target = memory["merged"].at[row, t, n]
+        if line is None:
+            store(target, out)
+        else:
+            line[...] = out
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(line.at[pl.ds(0, features)], target)
+            plgpu.wait_smem_to_gmem(0)
         memory["lse"][row, t, n] = jnp.where(empty, -jnp.inf, jnp.log(safe) + m)
 
-    kernel = plgpu.kernel(
+    merge_all = plgpu.kernel(
         kvattn_gpu_merge,
-        out_type=(_manual.result((*shape, spec.padded), dtype, named), _manual.result(shape, F32, named)),
+        out_type=(_manual.result((*shape, features), dtype, named), _manual.result(shape, F32, named)),
+        scratch_types={"line": plgpu.SMEM((spec.padded,), dtype)} if by_copy else {},
         grid=(spec.batch * spec.length * spec.query_heads,),
         grid_names=("query",),
         interpret=interpret,
     )
-    return kernel(*named.values())
+    out, lse = merge_all(*named.values())
+    return out[..., : spec.value_features], lse
 
 
 def query_of(spec: Spec, i: Array) -> tuple[Array, Array, Array]:

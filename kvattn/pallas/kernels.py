@@ -9,8 +9,8 @@ from jax.sharding import AxisType
 
 from kvattn.attend import registry
 from kvattn.attend.at_once import Appender
-from kvattn.attend.request import Request
 from kvattn.attend.registry import Implementation, Kernel, Tuning
+from kvattn.attend.request import Request
 from kvattn.pallas import tuning
 from kvattn.pallas.interpreter import forced, interpreted, is_ahead_of_time
 
