@@ -219,6 +219,21 @@ def test_arguments_on_a_mesh_say_it():
         attend.unregister("toy")
 
 
+def test_the_current_mesh_knows_its_gpus_better():
+    """Arrays on a mesh name the GPU only; what it can do, the mesh of `use_abstract_mesh` may say."""
+
+    class Gpu(jax.sharding.AbstractDevice):
+        compute_capability = "8.0"
+
+    plain = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    said = Gpu(plain.device_kind, plain.num_cores, plain.platform)
+    x, seen = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(mesh_of(plain), P())), []
+    for device in (said, H200):
+        with jax.sharding.use_abstract_mesh(mesh_of(device)):
+            jax.jit(lambda x: seen.append(_target.of_arrays(x).compute_capability) or x).trace(x)
+    assert seen == ["8.0", None]
+
+
 def request(cache):
     query, positions = tokens()[0], jnp.zeros((2, 1), jnp.int32)
     return attend.Request(query, positions, cache.view(), None, mask=kvattn.masks.Mask(), scale=1.0)

@@ -673,7 +673,7 @@ FAULTS: list[Fault] = [
         """,
         ("read", "before=new.num_new", "before=new.num_new * 0"),
         ("read", "lengths=cache.lengths - new.num_new", "lengths=cache.lengths"),
-        ("read", "held=True", "held=False"),
+        ("read", "held=new.length > 1", "held=False"),
         ("read", "bits.mark(cache.status, new.refused, bits.LOST)", "cache.status"),
         ("beside", "jnp.zeros_like(new.num_new)", "new.num_new"),
         (
@@ -953,8 +953,8 @@ FAULTS: list[Fault] = [
         ("Counts.before", "self.index < row", "self.index <= row"),
         (
             "in_order",
-            "at - (mask.window - 1)",
-            "at - mask.window",
+            "first - (mask.window - 1)",
+            "last - (mask.window - 1)",
             "test_gpu_kernels.py::test_rows_in_order_need_not_be_looked_at",
         ),
         (
@@ -1072,7 +1072,13 @@ FAULTS: list[Fault] = [
     *group(
         "pallas/gpu_body.py",
         "test_gpu_kernels.py::test_several",
-        ("compute", "x * spread(keep, x.shape) + y for x, y in zip(acc", "x + y for x, y in zip(acc"),
+        ("compute", "[acc[0] * spread(keep, mixed.shape) + mixed]", "[acc[0] + mixed]"),
+        (
+            "compute",
+            "kept = acc[0] * spread(keep, acc[0].shape)",
+            "kept = acc[0]",
+            "test_gpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ),
         ("compute", "state = here.number + program", "state = here.number + 0 * program"),
     ),
     *group(
@@ -1148,7 +1154,7 @@ FAULTS: list[Fault] = [
         "test_gpu_kernels.py::test_several",
         ("merge", "lax.div(count + (AT_ONCE - 1), AT_ONCE)", "lax.min(count, 1)"),
         ("merge", "i * AT_ONCE + k", "i * AT_ONCE + 0 * k"),
-        ("merge", "jnp.where(index < count, 0.0, -jnp.inf)", "jnp.where(index < count, 0.0, 0.0)"),
+        ("merge", "jnp.where(is_one, 0.0, -jnp.inf)", "jnp.where(is_one, 0.0, 0.0)"),
     ),
     *group(
         "pallas/gpu_tile.py",
@@ -1158,7 +1164,7 @@ FAULTS: list[Fault] = [
             "spread(sums, shape) * spread(minimum, shape, 0)",
             "spread(sums, shape) * spread(scale, shape, 0)",
         ),
-        ("mix", "jnp.where(filled, scale, 0.0)", "scale"),
+        ("put", "jnp.where(filled, scale, 0.0)", "scale"),
         ("planes", "start // size", "first // size"),
         ("repack", "spread(minimum, numbers.shape, 0)", "spread(scale, numbers.shape, 0)"),
         ("unpacked", "step * float(zero)", "step"),
@@ -1175,6 +1181,66 @@ FAULTS: list[Fault] = [
         "test_gpu_kernels.py::test_several\ntest_gpu_kernels.py::test_what_it_does_not_do_is_said",
         ("_mass", "axis=(2, 4)) / spec.group", "axis=(2, 4))"),
         ("_paging", "size % 8 or", "size % 16 or", "test_gpu_kernels.py::test_pages_that_it_takes"),
+    ),
+    *group(
+        "pallas/shares.py",
+        "test_gpu_kernels.py::test_queries_are_alike",
+        ("alike", "high <= first", "high <= last"),
+        ("alike", "low > last - mask.window", "low > first - mask.window"),
+        ("alike", "high < mask.num_sinks", "low < mask.num_sinks"),
+        ("alike", "found &= low > last - mask.reach", "pass"),
+    ),
+    *group(
+        "pallas/gpu_queries.py",
+        "test_gpu_kernels.py::test_rows_in_order_need_not_be_looked_at",
+        ("position_columns", "_of_all(jnp.minimum, unsigned)", "_of_all(jnp.maximum, unsigned)"),
+        ("position_columns", "_of_all(jnp.minimum, unsigned)", "_of_all(jnp.minimum, request.positions)"),
+        ("position_columns", "jnp.where(lane == 1, last, 0)", "jnp.where(lane == 1, first, 0)"),
+    ),
+    *group(
+        "pallas/gpu_unseen.py",
+        "test_gpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ("added", "jnp.where(found > 0.0, 1, 0)", "0"),
+        ("added", "jnp.where(allowed, 1.0, 0.0)", "jnp.where(allowed, 1.0, 1.0)"),
+        ("added", "counts >> 16 > 0, -jnp.inf", "counts >> 16 > 0, jnp.inf"),
+        ("added", "(counts >> 8) & (COUNTED - 1)", "counts >> 8"),
+        ("added", "lax.cond(apart, rounds", "lax.cond(apart & False, rounds"),
+    ),
+    *group(
+        "pallas/gpu_columns.py",
+        "test_gpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ("Columns.are_apart", "lax.min((t + 1) * self.spec.config.tile, self.end) - 1", "t * self.spec.config.tile"),
+        ("Columns.are_apart", "high = jnp.max(kv_at, axis=0)", "high = jnp.min(kv_at, axis=0)"),
+    ),
+    *group(
+        "pallas/gpu_tile.py",
+        "test_gpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ("scaled", "product if spec.is_single else jnp.where(allowed, product, 0.0)", "product"),
+        ("put", "jnp.where(scale == scale, scale, 0.0)", "scale"),
+    ),
+    *group(
+        "pallas/gpu_merge.py",
+        "test_gpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ("merge", "jnp.where(spread(is_one, out.shape, ()), out, 0.0)", "out"),
+        ("merge", "jnp.where(spread(empty, acc.shape, ()), 0.0, acc / safe)", "(acc / safe)"),
+        ("merge", "line.at[pl.ds(0, features)], target", "line.at[pl.ds(16, features)], target"),
+    ),
+    *group(
+        "pallas/common.py",
+        "test_tpu_kernels.py::test_a_bad_value_reaches_those_who_may_attend_to_it",
+        ("slot_positions", "request.mask.is_bounded or request.mask.causal", "request.mask.is_bounded"),
+    ),
+    *group(
+        "_target.py",
+        "test_target.py::test_the_current_mesh_knows_its_gpus_better",
+        ("of_arrays", "_known_better(Target.of_device(device))", "Target.of_device(device)"),
+        ("_known_better", "== (target.platform, target.device_kind)", "!= (target.platform, target.device_kind)"),
+    ),
+    *group(
+        "attend/api.py",
+        "test_gpu_kernels.py::test_no_query_waits_for_others",
+        ("_by_position.call", "or hides(request)", ""),
+        ("_by_position.call", "length == 1 or hides(request)", "True"),
     ),
     *group(
         "pallas/tpu_decode.py",
@@ -3089,8 +3155,8 @@ FAULTS: list[Fault] = [
         "test_gpu_kernels.py::test_outputs_are_written_as_the_caller_gets_them",
         (
             "merge",
-            "_manual.result((*shape, spec.padded), dtype, named)",
-            "_manual.result((*shape, spec.padded), F32, named)",
+            "_manual.result((*shape, features), dtype, named)",
+            "_manual.result((*shape, features), F32, named)",
         ),
     ),
     # The kit and the adapters ------------------------------------------------------------------------------------
