@@ -159,7 +159,7 @@ class Fetcher:
                     copies.append((source_n.at[:, rows], target.at[:, into]))
                 else:
                     copies.append((source_n.at[rows], target.at[into]))
-        if spec.pages > 1:
+        if len(copies) > len(("keys", "values")):
             self._by_warps(copies, full)
         else:
             for source, target in copies:
