@@ -477,10 +477,14 @@ def test_queries_are_alike(mask):
     assert found == {True, False} or not mask.causal or mask.window == 1
 
 
-@pytest.mark.parametrize(("query", "loops"), [(BF16, 0), (F32, 1)], ids=["bfloat16", "float32"])
-def test_no_query_waits_for_others(query, loops):
-    """Where the kernel hides what is not finite itself, nothing is looked up and nobody asked once more."""
-    request = request_for(filled([100, 0, 33], 136, 2, 64, dtype=BF16), 4, 3, dtype=query)
+@pytest.mark.parametrize(
+    ("query", "several", "window", "loops"),
+    [(BF16, False, None, 0), (F32, False, None, 1), (F32, True, None, 0), (F32, True, 9, 1)],
+)
+def test_no_query_waits_for_others(query, several, window, loops):
+    """Where the kernel hides what is not finite itself, or all may see all, nobody is asked once more."""
+    request = request_for(filled([100, 0, 33], 136, 2, 64, dtype=BF16), 4, 3, dtype=query, mask=Mask(window=window))
+    request = dataclasses.replace(request, of_several=several)
     # Derivatives are one equation, with all in it.
     (call,) = jax.make_jaxpr(lambda r: api.attend(r, "mosaic_gpu"))(request).jaxpr.eqns[-1:]
     assert [eqn.primitive.name for eqn in call.params["call_jaxpr"].jaxpr.eqns].count("while") == loops

@@ -183,7 +183,8 @@ def _by_position(attend: Attend, hides: Callable[[Request], bool]) -> Attend:
     def call(request: Request) -> Result:
         out, lse, mass = attend(request)
         length = request.query.shape[1]
-        if length == 1 or hides(request):
+        all_for_all = request.of_several and not request.mask.is_bounded
+        if length == 1 or all_for_all or hides(request):
             return out, lse, mass
 
         def one(t: Int32[Array, ""], out: Float[Array, "B T N Hv"]) -> Float[Array, "B T N Hv"]:

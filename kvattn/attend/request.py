@@ -35,7 +35,7 @@ class Request:
         want_mass: whether the attention per slot is wanted.
         key_rope: rotates the keys of the view by their positions. None: they are stored rotated.
         of_several: whether the queries of a row are of several sequences that read it together: then many of them are
-            no prompt.
+            no prompt, and what they read comes before all of them.
         relative_bias: adds what stands there for the distance from key to query, the last for all larger ones. None:
             nothing.
         out_dtype: what out may be rounded to where an implementation can write it so: nothing else is done to it. None:

@@ -1240,7 +1240,9 @@ FAULTS: list[Fault] = [
         "attend/api.py",
         "test_gpu_kernels.py::test_no_query_waits_for_others",
         ("_by_position.call", "or hides(request)", ""),
-        ("_by_position.call", "length == 1 or hides(request)", "True"),
+        ("_by_position.call", "or all_for_all or", "or"),
+        ("_by_position.call", "request.of_several and not request.mask.is_bounded", "request.of_several"),
+        ("_by_position.call", "length == 1 or all_for_all or hides(request)", "True"),
     ),
     *group(
         "pallas/tpu_decode.py",
