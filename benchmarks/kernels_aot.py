@@ -34,8 +34,16 @@ from rich.table import Table
 from kvattn.cache.base import nbytes_of
 
 GPUS = ("a100", "l4", "h200", "b200")
-MOST_SLOTS = 0.6
-"""Of the clocks of its copy, for a tile of 16 bits and few columns."""
+MOST_SLOTS = {"GQA 32/8": 0.6}
+MOST_ON_HOPPER = {
+    "GQA 32/8": 0.2,
+    "GQA 32/8, pages of 16": 0.2,
+    "GQA 32/8, Int8": 0.6,
+    "GQA 32/8, Float8": 0.6,
+    "GQA 32/8, Int4(64)": 0.9,
+    "MQA 71/1 of 64": 0.9,
+}
+"""Instructions of a tile as a share of the clocks of its copy: below 1 memory can bound it."""
 
 
 def print_bundles(console: Console, target: str) -> bool:
@@ -89,7 +97,8 @@ def print_gpu(console: Console, target: str) -> bool:
         room = -(-kernels["decode"][0] // 8) * 8 * 128 * result["blocks"] <= 65536
         fine = spills == 0 and room and result["copies"] == "0" and temporary <= result["bytes"] / 4
         slots, clocks = result["slots"], result["clocks"]
-        fine &= name != "GQA 32/8" or slots <= MOST_SLOTS * clocks
+        limits = MOST_ON_HOPPER if target == "h200" else MOST_SLOTS
+        fine &= name not in limits or slots <= limits[name] * clocks
         fine &= result["most"] is None or result["launches"] <= result["most"]
         step = result.get("step", {})
         fine &= not step or (step["copies"] == "0" and step["moved"] <= 0 and step["launches"] <= step["most"])
