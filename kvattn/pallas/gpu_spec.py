@@ -135,10 +135,11 @@ class Spec:
     def hides(self) -> bool:
         """Whether no query gets anything of values that are not finite and that only others of its row may see.
 
-        Codes are finite; what is not is a scale, which is multiplied into the probabilities of those who may see it.
+        Integers are finite; what is not is their scale, which is multiplied into the probabilities of those who may see
+        it. Codes of floats may be NaN themselves.
         """
-        by_scale = self.format.is_scaled or self.by_group
-        return self.is_single or self.looks or by_scale
+        by_scale = self.format.is_scaled and jnp.issubdtype(self.stream("v_data").dtype, jnp.integer)
+        return self.is_single or self.looks or by_scale or self.by_group
 
     @property
     def may_look(self) -> bool:
