@@ -317,7 +317,7 @@ def test_a_page_that_is_not_there():
             assert_same_bits(a, b)
 
 
-def shared_out(lengths, slots, heads, programs, mask=None):
+def shared_out(lengths, slots, heads, programs, mask=None, least=1):
     """Who reads what: {(program, head, row): tiles}, and the states of every segment.
 
     The kernel's own walk, number by number instead of as a program.
@@ -328,7 +328,7 @@ def shared_out(lengths, slots, heads, programs, mask=None):
     positions = jnp.pad(positions, ((0, 0), (0, 0), (0, -slots % 64)), constant_values=-1)
     rows = shares.survey(request, positions, 64)
     index = jnp.arange(rows.count.shape[0], dtype=jnp.int32)
-    counts = shares.Counts(rows.count, index, B, heads, programs)
+    counts = shares.Counts(rows.count, index, B, heads, programs, least)
     read, first, last = {}, {}, {}
     spec = types.SimpleNamespace(batch=B, in_order=False)
     for program in range(programs):
@@ -350,20 +350,31 @@ def shared_out(lengths, slots, heads, programs, mask=None):
 
 
 @pytest.mark.wrong_types  # stand-ins for the kernel's own values
-@pytest.mark.parametrize("programs", [1, 4, 7, 50])
+@pytest.mark.parametrize(("programs", "least"), [(1, 1), (4, 1), (7, 1), (50, 1), (50, 3)])
 @pytest.mark.parametrize("lengths", [[640, 0, 65], [0, 0, 0], [0, 1, 700], [700, 700, 700]])
-def test_work_is_shared_out_evenly(lengths, programs):
+def test_work_is_shared_out_evenly(lengths, programs, least):
     """Every needed tile is read once, no program reads more than its share, and the merge finds all states."""
     heads = 3
-    read, states = shared_out(lengths, 704, heads, programs)
+    read, states = shared_out(lengths, 704, heads, programs, least=least)
     needed = {(h, r, t) for h in range(heads) for r in range(B) for t in range(-(-lengths[r] // 64))}
     found = [(h, r, t) for (_, h, r), tiles in read.items() for t in tiles]
     assert sorted(found) == sorted(needed)
     per_program = [sum(len(t) for (p, _, _), t in read.items() if p == program) for program in range(programs)]
-    assert max(per_program) <= -(-len(needed) // programs)
+    assert max(per_program) <= max(-(-len(needed) // programs), least)
+    assert sum(n > 0 for n in per_program) <= -(-len(needed) // least)
     assert states.keys() == {(h, r) for h, r, _ in needed}
     for (head, row), programs_of in states.items():
         assert programs_of == sorted(p for p, h, r in read if (h, r) == (head, row))
+
+
+def test_programs_take_a_few_tiles_at_least():
+    """Thirteen tiles go to five programs, not to thirteen."""
+    request = request_for(filled([704, 1, 33], 704, 1, 64, dtype=BF16), 2, dtype=BF16)
+    check(request, config=tuning.GpuConfig(64, 2, 12, least_tiles=3))
+    long, short = (request_for(made(n, 2, 64, dtype=BF16), 4, dtype=BF16) for n in (1024, 512))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_decode, "interpreted", lambda platform: False)
+        assert [gpu_decode.config_for(r).least_tiles for r in (long, short)] == [2, 1]
 
 
 @pytest.mark.wrong_types
@@ -944,6 +955,8 @@ def test_sizes(tmp_path, monkeypatch):
     for sizes in ((32, 2, 1), (64, 1, 1), (64, 2, 0)):
         with pytest.raises(errors.ConfigError, match="multiple of 64"):
             tuning.GpuConfig(*sizes)
+    with pytest.raises(errors.ConfigError, match="least_tiles"):
+        tuning.GpuConfig(least_tiles=0)
     with pytest.raises(errors.ConfigError, match="none of 1"):
         tuning.measure(lambda *_: 1 / 0, "", [tuning.GpuConfig()], request, 2, None)
     with pytest.raises(errors.UnsupportedError, match="no kernel to tune"):

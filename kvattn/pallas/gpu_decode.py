@@ -38,6 +38,9 @@ from kvattn.pallas.tuning import GpuConfig, lookup
 FEWEST_THREADS = 4
 LEAST_FEATURES, MOST_FEATURES = 64, 256
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
+LEAST_TOKENS, MANY_SLOTS = 128, 1024
+"""Of a row's tokens, what a program takes at least, where rows have room for so many that their states add up: half as
+many programs have half as many to merge, which takes one load after the other."""
 SHORTEST_COPY = 128
 """Bytes, and alignment, of what a copy writes into shared memory."""
 
@@ -199,7 +202,8 @@ def config_for(request: Request) -> GpuConfig:
     choices = [GpuConfig(64, n, b) for b in ((3, 2, 1) if third else (2, 1)) for n in range(6, 1, -1)]
     if is_worked_on and spec.batch * spec.heads * spec.slots >= 2 * 128 * 2 * _multiprocessors():
         choices = [GpuConfig(128, n, 2) for n in (3, 2)] + choices
-    return next((c for c in choices if fits(request, c)), choices[-1])
+    found = next((c for c in choices if fits(request, c)), choices[-1])
+    return dataclasses.replace(found, least_tiles=max(1, LEAST_TOKENS // found.tile) if spec.slots >= MANY_SLOTS else 1)
 
 
 def _spec(request: Request, config: GpuConfig) -> Spec:

@@ -120,7 +120,8 @@ def share_out(spec: Spec, memory: Mapping[str, Any], program: Array) -> Walk:
         count = reckoned(spec.mask, spec.config.tile, spec.ring, held, found.get("first", last), last).count
     else:
         count = plgpu.load(memory["count"], layout=layout, optimized=False)
-    return Walk(spec, memory, Counts(count, index, spec.batch, spec.heads, spec.programs).of_program(program))
+    counts = Counts(count, index, spec.batch, spec.heads, spec.programs, spec.config.least_tiles)
+    return Walk(spec, memory, counts.of_program(program))
 
 
 def readers(spec: Spec, memory: Mapping[str, Any]) -> dict[str, Callable[[Array], Array]]:

@@ -178,7 +178,13 @@ class Counts:
     """
 
     def __init__(
-        self, count: Int32[Array, " rows"], index: Int32[Array, " rows"], batch: int, heads: int, programs: int
+        self,
+        count: Int32[Array, " rows"],
+        index: Int32[Array, " rows"],
+        batch: int,
+        heads: int,
+        programs: int,
+        least: int = 1,
     ):
         """Looks at all rows.
 
@@ -188,11 +194,12 @@ class Counts:
             batch: B.
             heads: how often every row is walked along.
             programs: among how many tiles are shared out.
+            least: how many a program takes at least, as long as there are any.
         """
         self.count, self.index, self.batch = count, index, batch
         self.total = jnp.sum(count)
         self.work = self.total * heads
-        self.share = lax.max(lax.div(self.work + (programs - 1), programs), 1)
+        self.share = lax.max(lax.div(self.work + (programs - 1), programs), least)
 
     def before(self, row: Int32[Array, ""]) -> Int32[Array, ""]:
         """Tiles of the rows before this one."""

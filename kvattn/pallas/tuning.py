@@ -38,6 +38,7 @@ class GpuConfig:
         blocks_per_sm: programs per multiprocessor.
         unit: which matrix unit takes the products, "wgmma" (Hopper's alone) or "mma" (of every GPU since Ampere). None:
             the better one that the device has.
+        least_tiles: how many tiles a program takes at least: fewer programs leave fewer states to be merged.
 
     Raises:
         ConfigError: sizes out of range.
@@ -47,12 +48,15 @@ class GpuConfig:
     stages: int = 3
     blocks_per_sm: int = 2
     unit: str | None = None
+    least_tiles: int = 1
 
     def __post_init__(self):
         if self.unit not in (None, "wgmma", "mma"):
             raise ConfigError(f"unit must be None, 'wgmma' or 'mma', got {self.unit!r}.")
         if self.tile < 64 or self.tile % 64 or self.stages < 2 or self.blocks_per_sm < 1:
             raise ConfigError(f"tile must be a multiple of 64, stages >= 2, blocks_per_sm >= 1; got {self}.")
+        if self.least_tiles < 1:
+            raise ConfigError(f"least_tiles must be >= 1, got {self.least_tiles}.")
 
 
 @dataclasses.dataclass(frozen=True)

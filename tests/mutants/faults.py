@@ -950,6 +950,7 @@ FAULTS: list[Fault] = [
         "pallas/shares.py",
         "test_gpu_kernels.py::test_work_is_shared_out_evenly\ntest_gpu_kernels.py::test_a_window_costs_a_window",
         ("survey", "hole + end - after", "hole + end - after - (end > 1)"),
+        ("Counts.__init__", "programs), least)", "programs), 1)"),
         ("Counts.before", "self.index < row", "self.index <= row"),
         (
             "in_order",
