@@ -38,7 +38,6 @@ def added(
     values = shared["v_data"].at[slot]
     kinds = tokens_as_rows(spec, shared["values"].at[0]) if spec.repacked else shared["kinds"]
     seen, step = tokens_as_rows(spec, shared["seen"].at[0]), spec.stream_step(spec.stream("v_data"))
-
     parts = runs(spec.value_features, max(step, 32))
     load = lambda first, count: plgpu.load(values.at[:, pl.ds(first, count)], layout=WGMMA, optimized=False)
 

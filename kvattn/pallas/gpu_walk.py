@@ -113,23 +113,15 @@ def share_out(spec: Spec, memory: Mapping[str, Any], program: Array) -> Walk:
     index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     if spec.in_order:
         nothing = plgpu.layout_cast(jnp.full(shape, 0, jnp.int32), layout)
-        found = {}
-        for name, read in readers(spec, memory).items():
-            found[name] = gathered(read, spec.batch, index, nothing)
-        held, last = found["count"], found["last"]
-        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, found.get("first", last), last).count
+        of_rows = lambda read: gathered(read, spec.batch, index, nothing)
+        held = of_rows(lambda row: memory["counts"][row])
+        last = of_rows(lambda row: asked(spec, memory, row)[1])
+        first = last if spec.is_single else of_rows(lambda row: asked(spec, memory, row)[0])
+        count = reckoned(spec.mask, spec.config.tile, spec.ring, held, first, last).count
     else:
         count = plgpu.load(memory["count"], layout=layout, optimized=False)
     counts = Counts(count, index, spec.batch, spec.heads, spec.programs, spec.config.least_tiles)
     return Walk(spec, memory, counts.of_program(program))
-
-
-def readers(spec: Spec, memory: Mapping[str, Any]) -> dict[str, Callable[[Array], Array]]:
-    """What reads, of a row int32 [], what `reckoned` wants to know; "first" only where it is not "last"."""
-    found = {"count": lambda row: memory["counts"][row], "last": lambda row: asked(spec, memory, row)[1]}
-    if not spec.is_single:
-        found["first"] = lambda row: asked(spec, memory, row)[0]
-    return found
 
 
 def gathered(read: Callable[[Array], Array], count: int, index: Array, vector: Array) -> Array:
